@@ -1,0 +1,375 @@
+"""The compiled core: bytes, in the order they flow.
+
+Sizes are in bytes. ``parts`` are a Jupyter message's frames after the signature: header, parent_header,
+metadata, content, then any number of buffers (jupyter_client docs, "The wire protocol").
+Every error is one of `fastwire.errors`; nothing else is raised for bad input.
+No asyncio, no tornado, no logging; not thread-safe beyond what the GIL gives: one loop, one thread.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Final, final
+
+import zmq
+from typing_extensions import Buffer
+
+from fastwire.errors import MessageError
+
+PROTOCOL_V1: Final = "v1.kernel.websocket.jupyter.org"
+
+#: Opcodes, RFC 6455 section 5.2. ``RSV1`` is or-ed to an opcode for a compressed message (RFC 7692).
+OP_TEXT: Final = 0x1
+OP_BINARY: Final = 0x2
+OP_CLOSE: Final = 0x8
+OP_PING: Final = 0x9
+OP_PONG: Final = 0xA
+RSV1: Final = 0x40
+
+#: What `WriteQueue.flush` answers.
+FLUSH_DONE: Final = 0
+FLUSH_MORE: Final = 1
+FLUSH_BLOCKED: Final = 2
+FLUSH_NO_BUFFERS: Final = 3
+FLUSH_DEAD: Final = 4
+
+def build_info() -> dict[str, str]:
+    """What this build uses: ``version``, ``zmq`` ("direct" or "pyzmq"), ``libzmq``, ``sha256``
+    ("sha-ni" or "portable"), ``cython``, ``compiler``."""
+
+def live() -> dict[str, int]:
+    """Objects alive now, by kind: ``messages``, ``zmq_messages``, ``blocks``, ``buffers``.
+
+    All return to zero when no batch, frames, parser or queue is held: the tests fail on a leak.
+    """
+
+# -- sign ------------------------------------------------------------------------------------------
+
+@final
+class Signer:
+    """HMAC over header, parent_header, metadata and content (the first four parts; buffers are not signed).
+
+    An empty key means unsigned: `sign` gives b"" and `verify` accepts anything.
+    Keeps the digests it has verified, the last ``history_size`` of them, to refuse replays; a ZMQ socket
+    needs a history of its own (several subscribers see the same message), so `fork` one for each.
+    0 keeps none. Memory: at most 16 bytes a digest, allocated as they come.
+
+    Source: messaging spec, "Wire protocol"; `jupyter_client.session.Session.sign`, `deserialize`.
+    Raises ValueError for a ``signature_scheme`` that is not "hmac-" and a hashlib name.
+    """
+
+    def __init__(
+        self, key: Buffer, signature_scheme: str = "hmac-sha256", *, history_size: int = 65536
+    ) -> None: ...
+    @property
+    def signature_scheme(self) -> str: ...
+    @property
+    def history_size(self) -> int: ...
+    @property
+    def history_length(self) -> int:
+        """Digests remembered now."""
+    def fork(self) -> Signer:
+        """The same key and scheme with an empty history."""
+    def sign(self, parts: Sequence[Buffer]) -> bytes:
+        """The lower-case hex digest as bytes, b"" for an empty key.
+
+        Raises MalformedMessage for fewer than four parts.
+        """
+    def verify(self, signature: Buffer, parts: Sequence[Buffer]) -> None:
+        """Compares in constant time; remembers the digest once it has verified.
+
+        Raises InvalidSignature, DuplicateSignature, MalformedMessage (fewer than four parts).
+        """
+
+# -- split, encode, decode -------------------------------------------------------------------------
+
+def split_identities(frames: Sequence[Buffer]) -> tuple[list[bytes], bytes, list[Buffer]]:
+    """``(identities, signature, parts)`` of a multipart message around the ``<IDS|MSG>`` delimiter.
+
+    Source: `jupyter_client.session.Session.feed_identities`.
+    Raises MalformedMessage without a delimiter or with fewer than four parts behind the signature.
+    """
+
+def encode_v1(channel: str, parts: Sequence[Buffer]) -> bytes:
+    """One message of `PROTOCOL_V1`: little-endian u64 offsets, channel, parts.
+
+    Source: `jupyter_server.services.kernels.connection.base.serialize_msg_to_ws_v1`, byte for byte.
+    """
+
+def decode_v1(payload: Buffer) -> tuple[str, list[bytes]]:
+    """``(channel, parts)`` of a message of `PROTOCOL_V1`.
+
+    Source: `deserialize_msg_from_ws_v1`. Raises MalformedMessage for text (str), offsets that run backwards or
+    out of the payload, a channel that is not UTF-8, fewer than four parts.
+    """
+
+def encode_legacy(channel: str, parts: Sequence[Buffer]) -> str | bytes:
+    """One message of the default protocol: str (a text frame) without buffers, bytes (a binary frame with
+    big-endian u32 offsets) with them.
+
+    The parts are already JSON; they are spliced between fixed keys in the order jupyter_server writes them:
+    header, msg_id, msg_type, parent_header, metadata, content, buffers (text only), channel. Bytes that are not UTF-8
+    become U+FFFD, as in `jupyter_client.session.json_unpacker`.
+    Source: `ZMQChannelsWebsocketConnection._reserialize_reply`, `serialize_binary_message`.
+    Raises MalformedMessage for a header that is not a JSON object with string ``msg_id`` and ``msg_type``,
+    for an empty part among the first four, for a binary message over 4 GiB.
+    """
+
+def decode_legacy(payload: str | Buffer) -> tuple[str, list[bytes]]:
+    """``(channel, parts)`` of a message of the default protocol, str for the text form, bytes for the binary.
+
+    The parts are the JSON text of the client, cut out and not re-spelled (whitespace around a value is not part of it). Keys are compared unescaped and the last of
+    duplicates wins, as in Python's `json`. A missing or null channel is "shell"; a channel that is no string is
+    its JSON text. ``content`` null or missing is ``{}``; a string ``content`` is its unescaped text (Session.serialize).
+    ``buffers`` of the text form must be absent, null or empty.
+    Accepts RFC 8259 plus NaN, Infinity and -Infinity, nesting to 1,000.
+    Source: `ZMQChannelsWebsocketConnection.handle_incoming_message`, `deserialize_binary_message`.
+    Raises MalformedMessage for anything else: not JSON, not an object, header (an object), parent_header or metadata missing,
+    offsets that run backwards or out of the payload.
+    """
+
+def check_json(text: Buffer) -> None:
+    """The scanner behind the decoders on its own: one JSON text as Python's `json.loads` takes it
+    (NaN and infinities included), nesting to 1,000, surrounding whitespace allowed. Raises MalformedMessage."""
+
+def header_fields(header: Buffer) -> tuple[str, str]:
+    """``(msg_id, msg_type)`` of a header's JSON text, by the rules of `json.loads` (unescaped keys, last one wins).
+
+    Raises MalformedMessage when it is no JSON object or one of them is missing or no string.
+    """
+
+# -- frames ----------------------------------------------------------------------------------------
+
+def frame_header(opcode: int, length: int, *, fin: bool = True) -> bytes:
+    """A server's frame header, 2, 4 or 10 bytes, unmasked (RFC 6455 section 5.2).
+
+    ``opcode`` may have `RSV1` or-ed to it. Raises ValueError for an unknown opcode or a control frame that is fragmented or longer than 125.
+    """
+
+def close_payload(code: int | None, reason: str = "") -> bytes:
+    """The payload of a Close frame; ``reason`` is cut to 123 bytes at a character's edge; None gives b""."""
+
+def parse_close(payload: Buffer) -> tuple[int | None, str]:
+    """``(code, reason)`` of a Close payload; ``(None, "")`` for an empty one.
+
+    Raises ProtocolError (one byte, a code that must not be sent: RFC 6455 section 7.4), InvalidPayload.
+    """
+
+@final
+class FrameParser:
+    """A client's bytes in, its messages out: RFC 6455 for a server, sans I/O.
+
+    ``feed`` or ``receive`` bytes, then iterate: each item is ``(opcode, payload)``; text as str, binary as bytes, and control
+    frames (``OP_PING``, ``OP_PONG``, ``OP_CLOSE``) as bytes. Fragments are joined, control frames between them
+    come out first. With ``deflate`` a compressed message comes out as ``(opcode | RSV1, bytes)``, still compressed and for text not yet checked.
+    Iteration stops when more bytes are needed. A message that was complete comes out before an error that
+    follows it: the error is raised by iteration, again at each further call, and nothing is parsed after it. Nothing is parsed after a Close frame either.
+    A text that cannot become UTF-8 fails as soon as the octets show it. Declared lengths cost no memory before
+    the bytes arrive.
+
+    Raises (from iteration) ProtocolError, InvalidPayload, MessageTooBig.
+    """
+
+    def __init__(self, max_message_size: int = 10485760, *, deflate: bool = False) -> None: ...
+    def feed(self, data: Buffer) -> None:
+        """Bytes from a peer; copied."""
+    def receive(self, fd: int) -> int:
+        """One recv(2) of up to 256 KiB from a non-blocking socket into a buffer shared by all parsers.
+
+        Returns the number of bytes, 0 at end of stream, -1 when nothing is there (EAGAIN, ENOBUFS, ENOMEM).
+        EINTR is repeated. Raises OSError for a dead socket.
+        """
+    def __iter__(self) -> Iterator[tuple[int, str | bytes]]: ...
+    def __next__(self) -> tuple[int, str | bytes]: ...
+    @property
+    def pending(self) -> int:
+        """Complete messages and control frames not yet taken."""
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes of incomplete and untaken messages."""
+    @property
+    def closed(self) -> bool:
+        """A Close frame or an error has ended parsing."""
+
+# -- queue -----------------------------------------------------------------------------------------
+
+@final
+class Frames:
+    """Frames encoded once, to be queued for any number of clients. Immutable."""
+
+    def __len__(self) -> int:
+        """Number of frames."""
+    @property
+    def nbytes(self) -> int: ...
+    def __bytes__(self) -> bytes: ...
+
+@final
+class WriteQueue:
+    """One socket's outgoing bytes with two cursors: *written* (the kernel's TCP buffer took them) and
+    *acknowledged* (the peer has seen them). Positions are counts of bytes since the queue was made.
+
+    Data up to ``copy_threshold`` is copied into contiguous blocks; larger data is referenced until its cursor has passed
+    it. With ``acknowledge`` off the two cursors are one.
+    """
+
+    def __init__(self, *, copy_threshold: int = 8192, acknowledge: bool = False) -> None: ...
+    def append(self, data: Buffer) -> int:
+        """Queue raw bytes. Returns the position behind them."""
+    def append_frame(self, opcode: int, payload: str | Buffer) -> int:
+        """Queue a whole frame with its header (`frame_header`). Returns the position behind it."""
+    def extend(self, frames: Frames) -> int:
+        """Queue encoded frames by reference (small ones are copied). Returns the position behind them."""
+    def flush(self, fd: int, limit: int = ...) -> int:
+        """Write once with sendmsg(2), at most ``limit`` bytes (default 1 MiB) in at most 256 pieces.
+
+        Returns FLUSH_DONE (nothing is left), FLUSH_MORE (bytes are left, the socket took all it was given),
+        FLUSH_BLOCKED (partial write or EAGAIN: wait for writability), FLUSH_NO_BUFFERS (ENOBUFS, ENOMEM: try
+        again later, the bytes are kept), FLUSH_DEAD (any other errno, in `errno`; the bytes are kept until `clear`).
+        EINTR is repeated.
+        """
+    def take(self, limit: int) -> bytes:
+        """Up to ``limit`` bytes for another transport; they count as written."""
+    def acknowledge(self, position: int) -> None:
+        """The peer has seen everything before ``position``. Earlier positions are ignored.
+
+        Raises ValueError beyond `written`, or when acknowledgement is off.
+        """
+    def clear(self) -> int:
+        """Forget and release everything; returns the number of bytes that were not written."""
+    @property
+    def pending_bytes(self) -> int:
+        """queued - written."""
+    @property
+    def unacknowledged_bytes(self) -> int:
+        """written - acknowledged."""
+    @property
+    def held_buffers(self) -> int:
+        """Large buffers, frames and blocks still referenced."""
+    @property
+    def queued(self) -> int: ...
+    @property
+    def written(self) -> int: ...
+    @property
+    def acknowledged(self) -> int: ...
+    @property
+    def errno(self) -> int:
+        """The errno of the last flush that did not go through, else 0."""
+
+# -- drain: kernel to clients ----------------------------------------------------------------------
+
+#: The classes of messages, in the order of `Batch.counts`.
+MESSAGE_CLASSES: Final[tuple[str, ...]]  # status reply stream display comm input_request error other
+
+@final
+class Batch:
+    """Messages of one channel of one kernel, verified, in the order they arrived. Immutable.
+
+    Parts up to 8 KiB are copied; larger ones stay where libzmq received them.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> list[bytes]:
+        """The parts of one message, copied: the slow path of rate limits and hooks."""
+    @property
+    def channel(self) -> str: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Messages by class, in the order of `MESSAGE_CLASSES`."""
+    @property
+    def more(self) -> bool:
+        """The budget ended the drain: more may be waiting, come back next turn."""
+    @property
+    def rejected(self) -> list[MessageError]:
+        """Why messages were refused, at most 16 kept; `rejected_count` counts all. With ``permissive`` also
+        the signatures that did not match although their messages passed."""
+    @property
+    def rejected_count(self) -> int: ...
+    @property
+    def foreign(self) -> list[int]:
+        """Indices of messages without a ``version`` or with a protocol major other than 5: jupyter_client's
+        adaptation is theirs in the default protocol."""
+    def msg_type(self, index: int) -> str: ...
+    def message_class(self, index: int) -> str: ...
+    def replaced(self, changes: dict[int, Sequence[Buffer] | None]) -> Batch:
+        """The same messages with the parts of some changed, or (None) left out: hooks, adaptation, rate limits."""
+    def frames(self, protocol: str | None) -> Frames:
+        """WebSocket frames of all messages, `PROTOCOL_V1` or (None) the default protocol; encoded at the first
+        call for each protocol and kept."""
+
+def batch_of(
+    channel: str, messages: Sequence[Sequence[Buffer]], signer: Signer, *, permissive: bool = False
+) -> Batch:
+    """A batch of multipart messages that were received elsewhere (identities and signature included).
+
+    ``permissive`` lets messages pass whose signature does not match; they are still counted as rejected.
+    """
+
+def drain(
+    socket: zmq.Socket[bytes],
+    channel: str,
+    signer: Signer,
+    *,
+    max_messages: int = ...,
+    max_bytes: int = ...,
+    permissive: bool = False,
+) -> Batch | None:
+    """Receive from a ZMQ socket until EAGAIN or a budget is reached; None when nothing was there.
+
+    Reads ``socket.underlying`` at each call. Raises SocketClosed, zmq.ZMQError.
+    """
+
+# -- uplink: client to kernel ----------------------------------------------------------------------
+
+@final
+class Uplink:
+    """One client's messages to the shell, control and stdin sockets of its session.
+
+    Decodes, signs and sends without a Python object per message. What a full socket does not take waits here, in
+    order, per channel.
+    """
+
+    def __init__(
+        self,
+        protocol: str | None,
+        signer: Signer,
+        sockets: dict[str, zmq.Socket[bytes]],
+        *,
+        allowed_message_types: frozenset[str] = ...,
+    ) -> None: ...
+    def relay(self, parser: FrameParser) -> int:
+        """Take data messages from ``parser`` until it is empty or a control frame is next.
+
+        Returns a set of bits: 1 << index in ("shell", "control", "stdin") for each socket that became
+        readable meanwhile. Raises MalformedMessage for the first message that is not one; it has been taken.
+        """
+    def send(self, opcode: int, payload: str | Buffer) -> int:
+        """The same for one message that is already in Python's hands."""
+    def retry(self) -> int:
+        """Send again what waits; the result is that of `relay`."""
+    @property
+    def waiting_bytes(self) -> int: ...
+    @property
+    def waiting_messages(self) -> int: ...
+    @property
+    def sent(self) -> int:
+        """Messages a socket has taken."""
+    @property
+    def ignored(self) -> list[str]:
+        """Since the last look: unknown channels and message types that are not allowed, in words; taking them clears them."""
+
+# -- for the tests ---------------------------------------------------------------------------------
+
+def script_syscalls(steps: Sequence[tuple[str, str | int]]) -> None:
+    """Script the core's system calls: each step is ``(call, outcome)``, call "recv" or "sendmsg", outcome an errno name
+    ("EAGAIN", "EINTR", "ENOBUFS", ...), or a number n: let at most n bytes through (0: the call answers 0).
+    Steps are used up in order by calls of that name; afterwards calls are real again. [] ends the script."""
+
+def scripted_left() -> int:
+    """Steps not used yet: a test asserts 0, so that each fault has fired."""
+
+def force_portable(portable: bool) -> None:
+    """Use the portable SHA-256 and UTF-8 code although the CPU could do better."""
+
+def use_pyzmq(fallback: bool) -> None:
+    """Receive and send through pyzmq's API although libzmq's functions were found. Used for the fallback's tests."""

@@ -1,0 +1,46 @@
+# cython: language_level=3, embedsignature=False, binding=False, freethreading_compatible=False
+"""The compiled core. Its contract, with shapes, units and errors, is `_core.pyi`.
+
+The files below are one extension, in the order bytes flow: a kernel's message is drained from ZMQ, verified, scanned,
+encoded and queued; a client's bytes are parsed, decoded, signed and sent.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport (
+    PyBytes_AS_STRING,
+    PyBytes_CheckExact,
+    PyBytes_FromStringAndSize,
+    PyBytes_GET_SIZE,
+)
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.sequence cimport PySequence_Fast
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memchr, memcmp, memcpy, memset
+
+import json
+import os
+from errno import errorcode
+
+from fastwire.errors import (
+    DuplicateSignature,
+    InvalidPayload,
+    InvalidSignature,
+    MalformedMessage,
+    MessageTooBig,
+    ProtocolError,
+    SocketClosed,
+)
+
+include "core/base.pxi"
+include "core/sign.pxi"
+include "core/scan.pxi"
+include "core/codec.pxi"
+include "core/parser.pxi"
+include "core/queue.pxi"
+include "core/drain.pxi"
+include "core/uplink.pxi"

@@ -1,0 +1,253 @@
+# Spans, memory, counters, the system-call shim and the build's own facts.
+
+cdef extern from "core/sys.h" nogil:
+    enum: FW_RECV
+    enum: FW_SENDMSG
+    enum: FW_MAX_IOVECS
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t fw_recv(int fd, void *buffer, size_t size)
+    ssize_t fw_sendmsg(int fd, iovec *iov, int count)
+    size_t fw_script_left()
+    void fw_script_clear()
+    int fw_script_add(int call, int error, long bytes)
+
+cdef extern from "core/sha256.h" nogil:
+    ctypedef struct fw_hmac_key:
+        pass
+    ctypedef struct fw_span:
+        const void *ptr
+        size_t len
+    int fw_sha256_select(int portable)
+    void fw_hmac_init(fw_hmac_key *k, const uint8_t *key, size_t n)
+    void fw_hmac(const fw_hmac_key *k, const fw_span *spans, size_t count, uint8_t *digest)
+    void fw_hex(const uint8_t *data, size_t n, char *out)
+    int fw_equal_constant_time(const void *a, const void *b, size_t n)
+
+cdef extern from "core/text.h" nogil:
+    ctypedef struct fw_utf8:
+        uint8_t missing
+        uint8_t low
+        uint8_t high
+    int fw_utf8_feed(fw_utf8 *s, const uint8_t *p, size_t n)
+    int fw_utf8_valid(const uint8_t *p, size_t n)
+    const uint8_t *fw_json_plain(const uint8_t *p, const uint8_t *end)
+    void fw_unmask(uint8_t *p, size_t n, const uint8_t *key, uint64_t offset)
+
+cdef extern from "core/zmq_api.h" nogil:
+    enum: FW_ZMQ_DONTWAIT
+    enum: FW_ZMQ_SNDMORE
+    enum: FW_ZMQ_EVENTS
+    enum: FW_ZMQ_POLLIN
+    ctypedef struct fw_zmq_msg:
+        pass
+    struct fw_zmq_functions "fw_zmq":
+        pass
+    int fw_zmq_find(const char *path)
+    int zmq_msg_init "fw_zmq.msg_init"(fw_zmq_msg *)
+    int zmq_msg_recv "fw_zmq.msg_recv"(fw_zmq_msg *, void *, int)
+    int zmq_msg_close "fw_zmq.msg_close"(fw_zmq_msg *)
+    int zmq_msg_move "fw_zmq.msg_move"(fw_zmq_msg *, fw_zmq_msg *)
+    void *zmq_msg_data "fw_zmq.msg_data"(fw_zmq_msg *)
+    size_t zmq_msg_size "fw_zmq.msg_size"(const fw_zmq_msg *)
+    int zmq_msg_more "fw_zmq.msg_more"(const fw_zmq_msg *)
+    int zmq_send "fw_zmq.send"(void *, const void *, size_t, int)
+    int zmq_getsockopt "fw_zmq.getsockopt"(void *, int, void *, size_t *)
+    int zmq_errno "fw_zmq.errno_"()
+    void zmq_version "fw_zmq.version"(int *, int *, int *)
+
+cdef extern from *:
+    """
+    #if defined(__clang__)
+    #define FW_COMPILER "clang " __clang_version__
+    #elif defined(__GNUC__)
+    #define FW_COMPILER "gcc " __VERSION__
+    #else
+    #define FW_COMPILER "unknown"
+    #endif
+    /* PyBuffer_Release leaves such a view alone. */
+    #define fw_hold_nothing(view) ((view)->obj = NULL)
+    """
+    const char *FW_COMPILER
+    const char *CYTHON_ABI
+    void hold_nothing "fw_hold_nothing"(Py_buffer *view)
+
+PROTOCOL_V1 = "v1.kernel.websocket.jupyter.org"
+
+# Parts up to this size are copied into contiguous blocks, larger ones are referenced where they lie.
+cdef enum:
+    COPY_LIMIT = 8192
+
+
+# -- live objects, counted so that a test can fail on a leak --
+
+cdef struct Live:
+    Py_ssize_t messages
+    Py_ssize_t zmq_messages
+    Py_ssize_t blocks
+    Py_ssize_t buffers
+
+cdef Live alive
+memset(&alive, 0, sizeof(alive))
+
+
+def live():
+    return {
+        "messages": alive.messages,
+        "zmq_messages": alive.zmq_messages,
+        "blocks": alive.blocks,
+        "buffers": alive.buffers,
+    }
+
+
+# -- spans over Python's buffers --
+
+cdef inline int span_of(object obj, Py_buffer *held, fw_span *span) except -1:
+    """Where obj's bytes are; ``held`` is to be released when they are no longer needed."""
+    hold_nothing(held)
+    if PyBytes_CheckExact(obj):
+        span.ptr = PyBytes_AS_STRING(obj)
+        span.len = PyBytes_GET_SIZE(obj)
+        return 0
+    PyObject_GetBuffer(obj, held, PyBUF_SIMPLE)
+    span.ptr = held.buf
+    span.len = held.len
+    return 0
+
+
+cdef inline void release(Py_buffer *held) noexcept:
+    PyBuffer_Release(held)
+
+
+cdef enum:
+    FEW = 8
+
+@cython.final
+@cython.freelist(8)
+cdef class Views:
+    """Spans over a sequence of buffers, released with the object."""
+
+    cdef fw_span *spans
+    cdef Py_ssize_t count
+    cdef Py_buffer *held
+    cdef Py_ssize_t taken
+    cdef object parts
+    cdef fw_span few_spans[FEW]
+    cdef Py_buffer few_held[FEW]
+
+    def __cinit__(self, parts):
+        cdef Py_ssize_t i
+        self.parts = PySequence_Fast(parts, "parts must be a sequence of buffers")
+        self.count = len(self.parts)
+        if self.count <= FEW:
+            self.spans = self.few_spans
+            self.held = self.few_held
+        else:
+            self.spans = <fw_span *>malloc(self.count * sizeof(fw_span))
+            self.held = <Py_buffer *>malloc(self.count * sizeof(Py_buffer))
+            if self.spans == NULL or self.held == NULL:
+                raise MemoryError
+        for i in range(self.count):
+            span_of(self.parts[i], &self.held[i], &self.spans[i])
+            self.taken = i + 1
+
+    def __dealloc__(self):
+        cdef Py_ssize_t i
+        for i in range(self.taken):
+            release(&self.held[i])
+        if self.spans != self.few_spans:
+            free(self.spans)
+            free(self.held)
+
+
+cdef inline bytes span_bytes(fw_span span):
+    return PyBytes_FromStringAndSize(<const char *>span.ptr, <Py_ssize_t>span.len)
+
+
+cdef object need_four(Py_ssize_t count):
+    return MalformedMessage(
+        f"a Jupyter message has header, parent_header, metadata and content; got {count} parts"
+    )
+
+
+# -- a growing list of spans --
+
+cdef struct Spans:
+    fw_span *items
+    size_t count
+    size_t room
+
+
+cdef int spans_add(Spans *spans, const void *ptr, size_t length) noexcept nogil:
+    cdef fw_span *items
+    cdef size_t room
+    if spans.count == spans.room:
+        room = spans.room * 2 if spans.room else 16
+        items = <fw_span *>realloc(spans.items, room * sizeof(fw_span))
+        if items == NULL:
+            return -1
+        spans.items = items
+        spans.room = room
+    spans.items[spans.count].ptr = ptr
+    spans.items[spans.count].len = length
+    spans.count += 1
+    return 0
+
+
+# -- what this build is --
+
+cdef bint direct_zmq = False
+cdef bint sha_instructions = False
+
+
+def _find_libzmq():
+    try:
+        from zmq.backend.cython import _zmq
+    except ImportError:
+        return False
+    return bool(fw_zmq_find(os.fsencode(_zmq.__file__)))
+
+cdef bint libzmq_found = _find_libzmq()
+direct_zmq = libzmq_found
+sha_instructions = fw_sha256_select(0)
+
+
+def build_info():
+    import zmq
+
+    from fastwire import __version__
+    return {
+        "version": __version__,
+        "zmq": "direct" if direct_zmq else "pyzmq",
+        "libzmq": zmq.zmq_version(),
+        "sha256": "sha-ni" if sha_instructions else "portable",
+        "cython": CYTHON_ABI.decode().replace("_", "."),
+        "compiler": FW_COMPILER.decode(),
+    }
+
+
+# -- for the tests --
+
+def script_syscalls(steps):
+    calls = {"recv": FW_RECV, "sendmsg": FW_SENDMSG}
+    numbers = {name: number for number, name in errorcode.items()}
+    fw_script_clear()
+    for call, outcome in steps:
+        error, count = (numbers[outcome], 0) if isinstance(outcome, str) else (0, outcome)
+        if fw_script_add(calls[call], error, count):
+            raise MemoryError
+
+
+def scripted_left():
+    return fw_script_left()
+
+
+def force_portable(portable):
+    global sha_instructions
+    sha_instructions = fw_sha256_select(bool(portable))
+
+
+def use_pyzmq(fallback):
+    global direct_zmq
+    direct_zmq = libzmq_found and not fallback

@@ -1,0 +1,636 @@
+# Kernel to clients: ZMQ messages are received, verified and indexed in batches, and encoded once per protocol.
+
+import zmq
+
+cdef enum:
+    STATUS
+    REPLY
+    STREAM
+    DISPLAY
+    COMM
+    INPUT_REQUEST
+    ERROR
+    OTHER
+    CLASSES
+
+MESSAGE_CLASSES = ("status", "reply", "stream", "display", "comm", "input_request", "error", "other")
+
+cdef enum:
+    MAX_REASONS = 16
+    FIRST_CHUNK = 2048
+    LARGEST_CHUNK = 65536
+    DRAIN_MESSAGES = 1024
+    DRAIN_BYTES = 1048576
+
+
+cdef int classify(const Header *header) noexcept nogil:
+    cdef fw_span name = inside(header.msg_type)
+    cdef const char *p = <const char *>name.ptr
+    if spells(name, b"stream", 6):
+        return STREAM
+    if spells(name, b"status", 6):
+        return STATUS
+    if spells(name, b"display_data", 12) or spells(name, b"execute_result", 14):
+        return DISPLAY
+    if spells(name, b"update_display_data", 19):
+        return DISPLAY
+    if name.len > 6 and memcmp(p + name.len - 6, b"_reply", 6) == 0:
+        return REPLY
+    if name.len > 5 and memcmp(p, b"comm_", 5) == 0:
+        return COMM
+    if spells(name, b"error", 5):
+        return ERROR
+    if spells(name, b"input_request", 13):
+        return INPUT_REQUEST
+    return OTHER
+
+
+# -- memory of a batch: chunks that are freed together --
+
+cdef struct Chunk:
+    Chunk *older
+    size_t size
+    size_t used
+
+
+cdef struct Arena:
+    Chunk *newest
+
+
+cdef void *arena_get(Arena *arena, size_t size) noexcept nogil:
+    """``size`` bytes, 16-aligned, at an address that stays; NULL without memory."""
+    cdef Chunk *chunk = arena.newest
+    cdef size_t room = FIRST_CHUNK
+    cdef void *p
+    size = (size + 15) & ~<size_t>15
+    if chunk == NULL or chunk.size - chunk.used < size:
+        if chunk != NULL:
+            room = min(chunk.size * 4, <size_t>LARGEST_CHUNK)
+        room = max(room, size)
+        chunk = <Chunk *>malloc(32 + room)
+        if chunk == NULL:
+            return NULL
+        chunk.older = arena.newest
+        chunk.size = room
+        chunk.used = 0
+        arena.newest = chunk
+        alive.blocks += 1
+    p = <char *>chunk + 32 + chunk.used
+    chunk.used += size
+    return p
+
+
+cdef void arena_free(Arena *arena) noexcept nogil:
+    cdef Chunk *chunk
+    while arena.newest != NULL:
+        chunk = arena.newest
+        arena.newest = chunk.older
+        free(chunk)
+        alive.blocks -= 1
+
+
+cdef struct Indexed:
+    fw_span *parts      # header, parent_header, metadata, content, buffers
+    fw_span *text       # the first four as UTF-8: the same, or copies where they were not
+    uint32_t count
+    uint8_t kind        # its class
+    bint foreign        # not protocol 5: jupyter_client must adapt it
+    Header header       # of the header as UTF-8
+
+
+@cython.final
+cdef class Store:
+    """The memory that parts lie in, shared by a batch and its frames."""
+
+    cdef Arena arena
+    cdef fw_zmq_msg **held      # large parts, where libzmq received them
+    cdef size_t held_count
+    cdef size_t held_room
+    cdef list kept              # Python objects that parts point into
+
+    def __dealloc__(self):
+        cdef size_t i
+        for i in range(self.held_count):
+            zmq_msg_close(self.held[i])
+        alive.zmq_messages -= self.held_count
+        free(self.held)
+        arena_free(&self.arena)
+
+    cdef void *get(self, size_t size) except NULL:
+        cdef void *p = arena_get(&self.arena, size)
+        if p == NULL:
+            raise MemoryError
+        return p
+
+    cdef int keep(self, object data) except -1:
+        if self.kept is None:
+            self.kept = []
+        self.kept.append(data)
+        return 0
+
+    cdef const char *hold(self, fw_zmq_msg *frame) except NULL:
+        """Keeps a large frame where libzmq received it; returns its bytes."""
+        cdef fw_zmq_msg **held
+        cdef fw_zmq_msg *mine
+        cdef size_t room
+        if self.held_count == self.held_room:
+            room = self.held_room * 2 if self.held_room else 4
+            held = <fw_zmq_msg **>realloc(self.held, room * sizeof(void *))
+            if held == NULL:
+                raise MemoryError
+            self.held = held
+            self.held_room = room
+        mine = <fw_zmq_msg *>self.get(sizeof(fw_zmq_msg))
+        zmq_msg_init(mine)
+        zmq_msg_move(mine, frame)
+        self.held[self.held_count] = mine
+        self.held_count += 1
+        alive.zmq_messages += 1
+        return <const char *>zmq_msg_data(mine)
+
+
+@cython.final
+cdef class Batch:
+    cdef readonly str channel
+    cdef Store store
+    cdef Indexed *messages
+    cdef Py_ssize_t count
+    cdef Py_ssize_t room
+    cdef readonly size_t nbytes
+    cdef Py_ssize_t by_class[CLASSES]
+    cdef readonly bint more
+    cdef list reasons
+    cdef readonly Py_ssize_t rejected_count
+    cdef Py_ssize_t foreign_count
+    cdef Frames v1_frames
+    cdef Frames legacy_frames
+
+    def __init__(self):
+        raise TypeError("batches are made by drain, batch_of and Batch.replaced")
+
+    def __dealloc__(self):
+        alive.messages -= self.count
+        free(self.messages)
+
+    # -- filling --
+
+    cdef Indexed *new_message(self) except NULL:
+        cdef Indexed *messages
+        cdef Py_ssize_t room
+        if self.count == self.room:
+            room = self.room * 4 if self.room else 4
+            messages = <Indexed *>realloc(self.messages, room * sizeof(Indexed))
+            if messages == NULL:
+                raise MemoryError
+            self.messages = messages
+            self.room = room
+        return &self.messages[self.count]
+
+    cdef int index(self, Indexed *message) except -1:
+        """The parts of ``message`` are in place; it joins the batch."""
+        message.kind = classify(&message.header)
+        message.foreign = not is_version_5(&message.header)
+        message.text = message.parts
+        if not four_are_utf8(message.parts):
+            self.respell(message)
+        self.foreign_count += message.foreign
+        self.by_class[message.kind] += 1
+        self.nbytes += sum_of(message.parts, message.count)
+        self.count += 1
+        alive.messages += 1
+        return 0
+
+    cdef int respell(self, Indexed *message) except -1:
+        """Copies of the four parts in which bytes that are not UTF-8 are U+FFFD."""
+        cdef int i
+        cdef bytes text
+        message.text = <fw_span *>self.store.get(4 * sizeof(fw_span))
+        for i, text in enumerate(four_as_utf8(message.parts)):
+            self.store.keep(text)
+            message.text[i] = fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+        scan_header(message.text[0], &message.header)
+        return 0
+
+    cdef int reject(self, object error) except -1:
+        self.rejected_count += 1
+        if self.reasons is None:
+            self.reasons = []
+        if len(self.reasons) < MAX_REASONS:
+            self.reasons.append(error)
+        return 0
+
+    cdef object judge(self, Signer signer, bint permissive, const fw_span *frames, Py_ssize_t count,
+                      Py_ssize_t *first, Header *header):
+        """None when the message is good (``first``: where its parts begin), else the error that refuses it."""
+        cdef Py_ssize_t i
+        cdef int verdict
+        for i in range(count):
+            if frames[i].len == 9 and memcmp(frames[i].ptr, b"<IDS|MSG>", 9) == 0:
+                break
+        else:
+            return no_delimiter()
+        first[0] = i + 2
+        if count - first[0] < 4:
+            return need_four(max(count - first[0], 0))
+        verdict = signer.judge(frames[i + 1], frames + first[0])
+        if verdict != TRUSTED:
+            error = signature_error(verdict, frames[i + 1].len)
+            if not permissive or verdict == REPLAYED:
+                return error
+            self.reject(error)
+        if scan_header(frames[first[0]], header) == NOT_JSON or not names_message(header):
+            return bad_header()
+        if any_blank(frames + first[0]):
+            return MalformedMessage("parent_header, metadata or content is empty")
+        return None
+
+    cdef int add_zmq(self, Signer signer, bint permissive, fw_zmq_msg *frames, fw_span *spans, Py_ssize_t count) except -1:
+        """Takes over the frames of one message that libzmq received."""
+        cdef Py_ssize_t first = 0, i
+        cdef Header header
+        cdef Indexed *message
+        cdef char *small
+        cdef size_t small_bytes = 0
+        error = self.judge(signer, permissive, spans, count, &first, &header)
+        if error is not None:
+            return self.reject(error)
+        message = self.new_message()
+        message.count = <uint32_t>(count - first)
+        message.parts = <fw_span *>self.store.get(message.count * sizeof(fw_span))
+        for i in range(first, count):
+            if spans[i].len <= COPY_LIMIT:
+                small_bytes += spans[i].len
+        small = <char *>self.store.get(small_bytes)
+        for i in range(first, count):
+            if spans[i].len <= COPY_LIMIT:
+                memcpy(small, spans[i].ptr, spans[i].len)
+                message.parts[i - first] = fixed(small, spans[i].len)
+                small += spans[i].len
+            else:
+                message.parts[i - first] = fixed(self.store.hold(&frames[i]), spans[i].len)
+        # The header moved: what was found in it moves along.
+        self.rebase(message, &header, spans[first].ptr)
+        return self.index(message)
+
+    cdef int rebase(self, Indexed *message, const Header *header, const void *before) noexcept:
+        cdef const char *after = <const char *>message.parts[0].ptr
+        message.header = header[0]
+        message.header.msg_id.ptr = after + (<const char *>header.msg_id.ptr - <const char *>before)
+        message.header.msg_type.ptr = after + (<const char *>header.msg_type.ptr - <const char *>before)
+        if header.version.ptr != NULL:
+            message.header.version.ptr = after + (<const char *>header.version.ptr - <const char *>before)
+        return 0
+
+    cdef int add_python(self, Signer signer, bint permissive, object frames) except -1:
+        """One message whose frames are Python's; those that are not bytes are copied."""
+        cdef Views views
+        cdef Header header
+        cdef Py_ssize_t first = 0
+        frames = [frame if type(frame) is bytes else bytes(frame) for frame in frames]
+        views = Views(frames)
+        error = self.judge(signer, permissive, views.spans, views.count, &first, &header)
+        if error is not None:
+            return self.reject(error)
+        return self.add_parts(frames[first:])
+
+    cdef int add_parts(self, list parts) except -1:
+        """A message that is known to be good; ``parts`` are bytes."""
+        cdef Views views = Views(parts)
+        cdef Indexed *message = self.new_message()
+        self.store.keep(parts)
+        message.count = <uint32_t>views.count
+        message.parts = <fw_span *>self.store.get(views.count * sizeof(fw_span))
+        memcpy(message.parts, views.spans, views.count * sizeof(fw_span))
+        if scan_header(message.parts[0], &message.header) == NOT_JSON or not names_message(&message.header):
+            raise bad_header()
+        return self.index(message)
+
+    # -- looking --
+
+    def __len__(self):
+        return self.count
+
+    cdef Indexed *at(self, Py_ssize_t index) except NULL:
+        if index < 0:
+            index += self.count
+        if index < 0 or index >= self.count:
+            raise IndexError("the batch has no such message")
+        return &self.messages[index]
+
+    def __getitem__(self, Py_ssize_t index):
+        cdef Indexed *message = self.at(index)
+        cdef uint32_t i
+        return [span_bytes(message.parts[i]) for i in range(message.count)]
+
+    def msg_type(self, Py_ssize_t index):
+        return unescaped(self.at(index).header.msg_type)
+
+    def message_class(self, Py_ssize_t index):
+        return MESSAGE_CLASSES[self.at(index).kind]
+
+    @property
+    def counts(self):
+        cdef int i
+        return tuple([self.by_class[i] for i in range(CLASSES)])
+
+    @property
+    def rejected(self):
+        return list(self.reasons or ())
+
+    @property
+    def foreign(self):
+        cdef Py_ssize_t i
+        if not self.foreign_count:
+            return []
+        return [i for i in range(self.count) if self.messages[i].foreign]
+
+    def replaced(self, dict changes not None):
+        cdef Batch other = new_batch(self.channel)
+        cdef Indexed *message
+        cdef Py_ssize_t i
+        other.more = self.more
+        other.store.keep(self.store)
+        for i in range(self.count):
+            if i not in changes:
+                message = other.new_message()
+                message[0] = self.messages[i]
+                other.index(message)
+            elif changes[i] is not None:
+                other.add_parts([bytes(part) for part in changes[i]])
+        return other
+
+    # -- encoding --
+
+    def frames(self, protocol):
+        if protocol_of(protocol) == V1:
+            if self.v1_frames is None:
+                self.v1_frames = encode_batch(self, V1)
+            return self.v1_frames
+        if self.legacy_frames is None:
+            self.legacy_frames = encode_batch(self, LEGACY)
+        return self.legacy_frames
+
+
+cdef Batch new_batch(str channel):
+    cdef Batch batch
+    if len(channel) > 64:
+        raise ValueError("a channel's name has at most 64 characters")
+    batch = Batch.__new__(Batch)
+    batch.channel = channel
+    batch.store = Store.__new__(Store)
+    return batch
+
+
+# -- frames of a batch --
+
+cdef struct Writer:
+    char *out               # next free byte of the block
+    const char *run         # where the segment that is being written begins
+    Segment *segments
+    Py_ssize_t count
+
+
+cdef inline void write_span(Writer *w, fw_span span) noexcept nogil:
+    """Copies a small span into the block; a large one ends the running segment and is one of its own."""
+    if span.len <= COPY_LIMIT:
+        memcpy(w.out, span.ptr, span.len)
+        w.out += span.len
+        return
+    end_segment(w)
+    w.segments[w.count].ptr = <const char *>span.ptr
+    w.segments[w.count].len = span.len
+    w.count += 1
+
+
+cdef void end_segment(Writer *w) noexcept nogil:
+    if w.out > w.run:
+        w.segments[w.count].ptr = w.run
+        w.segments[w.count].len = w.out - w.run
+        w.count += 1
+    w.run = w.out
+
+
+cdef struct Tails:
+    fw_span channel
+    fw_span text
+    fw_span binary
+
+
+cdef size_t payload_size(const Indexed *m, int protocol, const Tails *tails) noexcept nogil:
+    cdef size_t size
+    if protocol == V1:
+        return v1_table_size(m.count) + tails.channel.len + sum_of(m.parts, m.count)
+    size = 83 + sum_of(m.text, 4) + m.header.msg_id.len + m.header.msg_type.len
+    if m.count == 4:
+        return size + tails.text.len
+    return size + tails.binary.len + 4 * <size_t>(m.count - 2) + sum_of(m.parts + 4, m.count - 4)
+
+
+cdef size_t large_bytes(const fw_span *spans, Py_ssize_t count, Py_ssize_t *segments) noexcept nogil:
+    cdef size_t total = 0
+    cdef Py_ssize_t i
+    for i in range(count):
+        if spans[i].len > COPY_LIMIT:
+            total += spans[i].len
+            segments[0] += 2
+    return total
+
+
+cdef void write_v1(Writer *w, const Indexed *m, fw_span channel) noexcept nogil:
+    cdef uint32_t i
+    v1_table(w.out, channel.len, m.parts, m.count)
+    w.out += v1_table_size(m.count)
+    write_span(w, channel)
+    for i in range(m.count):
+        write_span(w, m.parts[i])
+
+
+cdef void write_legacy(Writer *w, const Indexed *m, const Tails *tails) noexcept nogil:
+    cdef fw_span pieces[PIECES]
+    cdef uint32_t i
+    cdef int k
+    legacy_pieces(pieces, m.text, &m.header, tails.text if m.count == 4 else tails.binary)
+    if m.count > 4:
+        legacy_table(w.out, sum_of(pieces, PIECES), m.parts + 4, m.count - 4)
+        w.out += 4 * (m.count - 2)
+    for k in range(PIECES):
+        write_span(w, pieces[k])
+    for i in range(4, m.count):
+        write_span(w, m.parts[i])
+
+
+cdef Frames encode_batch(Batch batch, int protocol):
+    cdef Frames frames = Frames.__new__(Frames)
+    cdef Tails tails
+    cdef Writer w
+    cdef Indexed *m
+    cdef Py_ssize_t i
+    cdef Py_ssize_t segments = 1
+    cdef size_t size, copied = 0
+    cdef bytes channel = batch.channel.encode()
+    cdef bytes text = legacy_tail(batch.channel, False)
+    cdef bytes binary = legacy_tail(batch.channel, True)
+    tails.channel = fixed(PyBytes_AS_STRING(channel), PyBytes_GET_SIZE(channel))
+    tails.text = fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    tails.binary = fixed(PyBytes_AS_STRING(binary), PyBytes_GET_SIZE(binary))
+    for i in range(batch.count):
+        m = &batch.messages[i]
+        size = payload_size(m, protocol, &tails)
+        if protocol == LEGACY and m.count > 4 and size > 0xFFFFFFFFu:
+            raise MalformedMessage("a message with buffers is at most 4 GiB in the default protocol; use v1")
+        size += header_size(size)
+        frames.nbytes += size
+        copied += size - large_bytes(m.parts if protocol == V1 else m.text, 4, &segments)
+        copied -= large_bytes(m.parts + 4, m.count - 4, &segments)
+        if protocol == LEGACY:
+            copied -= large_bytes(&m.header.msg_id, 1, &segments) + large_bytes(&m.header.msg_type, 1, &segments)
+    frames.count = batch.count
+    frames.block = <char *>malloc(copied + 1)
+    frames.segments = <Segment *>malloc((segments + 1) * sizeof(Segment))
+    if frames.block == NULL or frames.segments == NULL:
+        free(frames.block)
+        frames.block = NULL
+        raise MemoryError
+    alive.blocks += 1
+    w.out = frames.block
+    w.run = frames.block
+    w.segments = frames.segments
+    w.count = 0
+    for i in range(batch.count):
+        m = &batch.messages[i]
+        size = payload_size(m, protocol, &tails)
+        w.out += write_header(w.out, FIN_BIT | (BINARY if protocol == V1 or m.count > 4 else TEXT), size)
+        if protocol == V1:
+            write_v1(&w, m, tails.channel)
+        else:
+            write_legacy(&w, m, &tails)
+    end_segment(&w)
+    frames.segment_count = w.count
+    if segments > 1:
+        frames.owner = batch.store
+    return frames
+
+
+# -- receiving --
+
+# The frames of the message that is being received; one drain at a time, so one place for all sockets.
+cdef fw_zmq_msg *incoming = NULL
+cdef fw_span *incoming_spans = NULL
+cdef Py_ssize_t incoming_room = 0
+
+
+cdef int more_incoming(Py_ssize_t count) except -1:
+    """Room for more frames than ``count``; those that are there move along."""
+    global incoming, incoming_spans, incoming_room
+    cdef Py_ssize_t room = incoming_room * 2 if incoming_room else 32
+    cdef fw_zmq_msg *frames
+    cdef fw_span *spans
+    cdef Py_ssize_t i
+    frames = <fw_zmq_msg *>malloc(room * sizeof(fw_zmq_msg))
+    spans = <fw_span *>malloc(room * sizeof(fw_span))
+    if frames == NULL or spans == NULL:
+        free(frames)
+        free(spans)
+        raise MemoryError
+    for i in range(count):
+        zmq_msg_init(&frames[i])
+        zmq_msg_move(&frames[i], &incoming[i])
+    free(incoming)
+    free(incoming_spans)
+    incoming = frames
+    incoming_spans = spans
+    incoming_room = room
+    return 0
+
+
+cdef Py_ssize_t receive_message(void *handle) except -1:
+    """The number of frames received into ``incoming``, 0 when no message is there."""
+    cdef Py_ssize_t count = 0, i
+    cdef int problem
+    while True:
+        if count == incoming_room:
+            more_incoming(count)
+        zmq_msg_init(&incoming[count])
+        while zmq_msg_recv(&incoming[count], handle, FW_ZMQ_DONTWAIT) < 0:
+            problem = zmq_errno()
+            if problem == EINTR:
+                continue
+            close_incoming(count + 1)
+            if problem == EAGAIN:
+                return 0
+            raise zmq_problem(problem)
+        count += 1
+        if not zmq_msg_more(&incoming[count - 1]):
+            break
+    for i in range(count):
+        incoming_spans[i] = fixed(<const char *>zmq_msg_data(&incoming[i]), zmq_msg_size(&incoming[i]))
+    return count
+
+
+cdef void close_incoming(Py_ssize_t count) noexcept:
+    cdef Py_ssize_t i
+    for i in range(count):
+        zmq_msg_close(&incoming[i])
+
+
+cdef object zmq_problem(int number):
+    if number in (zmq.ENOTSOCK, zmq.ETERM):
+        return SocketClosed("the ZMQ socket or its context is closed")
+    return zmq.ZMQError(number)
+
+
+cdef void *handle_of(object socket) except NULL:
+    """The socket's handle now; it must not be kept, the socket may be closed before the next call."""
+    cdef size_t handle = 0 if socket.closed else socket.underlying
+    if handle == 0:
+        raise SocketClosed("the ZMQ socket is closed")
+    return <void *>handle
+
+
+def drain(socket, str channel, Signer signer not None, *, Py_ssize_t max_messages=DRAIN_MESSAGES,
+          size_t max_bytes=DRAIN_BYTES, bint permissive=False):
+    # The GIL stays: a drain is over in microseconds, taking the GIL back from a busy thread can take milliseconds.
+    cdef void *handle
+    cdef Batch batch = None
+    cdef Py_ssize_t count
+    if not direct_zmq:
+        return drain_by_pyzmq(socket, channel, signer, max_messages, max_bytes, permissive)
+    handle = handle_of(socket)
+    while True:
+        count = receive_message(handle)
+        if count == 0:
+            return batch
+        try:
+            if batch is None:
+                batch = new_batch(channel)
+            batch.add_zmq(signer, permissive, incoming, incoming_spans, count)
+        finally:
+            close_incoming(count)
+        if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
+            batch.more = True
+            return batch
+
+
+cdef Batch drain_by_pyzmq(socket, str channel, Signer signer, Py_ssize_t max_messages, size_t max_bytes,
+                          bint permissive):
+    cdef Batch batch = None
+    while True:
+        try:
+            frames = socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return batch
+        except zmq.ZMQError as error:
+            raise zmq_problem(error.errno) from None
+        if batch is None:
+            batch = new_batch(channel)
+        batch.add_python(signer, permissive, frames)
+        if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
+            batch.more = True
+            return batch
+
+
+def batch_of(str channel, messages, Signer signer not None, *, bint permissive=False):
+    cdef Batch batch = new_batch(channel)
+    for frames in messages:
+        batch.add_python(signer, permissive, frames)
+    return batch

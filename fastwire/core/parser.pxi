@@ -1,0 +1,506 @@
+# RFC 6455 for a server: bytes in, messages out.
+
+OP_TEXT = 0x1
+OP_BINARY = 0x2
+OP_CLOSE = 0x8
+OP_PING = 0x9
+OP_PONG = 0xA
+RSV1 = 0x40
+
+cdef enum:
+    CONTINUATION = 0x0
+    TEXT = 0x1
+    BINARY = 0x2
+    CLOSE = 0x8
+    PING = 0x9
+    PONG = 0xA
+    FIN_BIT = 0x80
+    RSV1_BIT = 0x40
+    RSV_BITS = 0x70
+    MASK_BIT = 0x80
+    MAX_CONTROL = 125
+    READ_SIZE = 262144
+
+cdef enum:
+    NO_ERROR
+    BAD_FRAME
+    BAD_TEXT
+    TOO_BIG
+
+
+cdef bint is_close_code(int code) noexcept nogil:
+    """Codes that may stand in a Close frame: RFC 6455 section 7.4 and IANA's registry."""
+    return (
+        1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+    )
+
+
+cdef const char *close_problem(const uint8_t *p, size_t length, int *error) noexcept nogil:
+    """What is wrong with a Close payload, or NULL."""
+    error[0] = BAD_FRAME
+    if length == 0:
+        return NULL
+    if length == 1:
+        return "a Close frame has a code of two bytes or nothing"
+    if not is_close_code((p[0] << 8) | p[1]):
+        return "a Close frame has a code that must not be sent"
+    if not fw_utf8_valid(p + 2, length - 2):
+        error[0] = BAD_TEXT
+        return "a Close frame's reason is not UTF-8"
+    return NULL
+
+
+cdef object frame_error(int error, const char *problem):
+    kinds = {BAD_FRAME: ProtocolError, BAD_TEXT: InvalidPayload, TOO_BIG: MessageTooBig}
+    return kinds[error](problem.decode())
+
+
+def parse_close(payload):
+    cdef Py_buffer held
+    cdef fw_span span
+    cdef const char *problem
+    cdef int error
+    span_of(payload, &held, &span)
+    try:
+        problem = close_problem(<const uint8_t *>span.ptr, span.len, &error)
+        if problem != NULL:
+            raise frame_error(error, problem)
+        if span.len == 0:
+            return None, ""
+        data = span_bytes(span)
+        return int.from_bytes(data[:2], "big"), data[2:].decode()
+    finally:
+        release(&held)
+
+
+def close_payload(code, str reason=""):
+    if code is None:
+        return b""
+    text = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
+    return int(code).to_bytes(2, "big") + text.encode()
+
+
+cdef size_t header_size(uint64_t length) noexcept nogil:
+    return 2 if length < 126 else 4 if length < 65536 else 10
+
+
+cdef size_t write_header(char *out, int first_byte, uint64_t length) noexcept nogil:
+    """A server's frame header, in 2, 4 or 10 bytes."""
+    cdef int i
+    out[0] = <char>first_byte
+    if length < 126:
+        out[1] = <char>length
+        return 2
+    if length < 65536:
+        out[1] = 126
+        out[2] = <char>(length >> 8)
+        out[3] = <char>length
+        return 4
+    out[1] = 127
+    for i in range(8):
+        out[2 + i] = <char>(length >> (56 - 8 * i))
+    return 10
+
+
+cdef int first_byte(int opcode, uint64_t length, bint fin) except -1:
+    cdef int bare = opcode & ~RSV1_BIT
+    if opcode < 0 or not (bare <= BINARY or CLOSE <= bare <= PONG):
+        raise ValueError(f"unknown opcode {opcode:#x}")
+    if bare >= CLOSE and (not fin or length > MAX_CONTROL or opcode != bare):
+        raise ValueError("a control frame is whole, not compressed, and has at most 125 bytes")
+    return opcode | (FIN_BIT if fin else 0)
+
+
+def frame_header(int opcode, uint64_t length, *, bint fin=True):
+    cdef char out[10]
+    cdef int first = first_byte(opcode, length, fin)
+    return PyBytes_FromStringAndSize(out, <Py_ssize_t>write_header(out, first, length))
+
+
+# A complete message or control frame that was not taken yet. Unless it is owned it lies in the shared read buffer.
+cdef struct Event:
+    char *ptr
+    size_t len
+    uint8_t opcode      # with RSV1 for a compressed message
+    bint owned
+
+# One read buffer serves all parsers. The parser whose messages lie in it, if any (borrowed: it clears this itself).
+cdef char *read_buffer = NULL
+cdef PyObject *read_buffer_owner = NULL
+
+
+@cython.final
+cdef class FrameParser:
+    cdef uint64_t max_message_size
+    cdef bint deflate
+
+    cdef uint8_t head[14]       # of the frame that is being read
+    cdef int head_length
+    cdef bint in_payload
+    cdef uint8_t opcode
+    cdef bint fin
+    cdef uint8_t key[4]
+    cdef uint64_t frame_length
+    cdef uint64_t frame_got
+
+    cdef uint8_t message_opcode     # of the message that is being joined, 0 for none; with RSV1
+    cdef char *message
+    cdef size_t message_length
+    cdef size_t message_room
+    cdef fw_utf8 utf8
+    cdef uint8_t control[MAX_CONTROL]
+
+    cdef Event *events
+    cdef size_t head_event
+    cdef size_t event_count
+    cdef size_t event_room
+    cdef size_t event_bytes
+
+    cdef int error
+    cdef const char *problem
+    cdef bint saw_close
+
+    def __init__(self, uint64_t max_message_size=10485760, *, bint deflate=False):
+        self.max_message_size = max_message_size
+        self.deflate = deflate
+
+    def __dealloc__(self):
+        global read_buffer_owner
+        cdef size_t i
+        if read_buffer_owner == <PyObject *>self:
+            read_buffer_owner = NULL
+        for i in range(self.head_event, self.event_count):
+            self.drop(&self.events[i])
+        free(self.events)
+        if self.message != NULL:
+            alive.blocks -= 1
+            free(self.message)
+
+    # -- bytes in --
+
+    def feed(self, data):
+        cdef Py_buffer held
+        cdef fw_span span
+        cdef size_t done = 0, piece
+        span_of(data, &held, &span)
+        try:
+            while done < span.len:
+                self.claim_read_buffer()
+                piece = min(span.len - done, <size_t>READ_SIZE)
+                memcpy(read_buffer, <const char *>span.ptr + done, piece)
+                self.parse(<uint8_t *>read_buffer, piece)
+                done += piece
+        finally:
+            release(&held)
+
+    def receive(self, int fd):
+        cdef ssize_t got
+        self.claim_read_buffer()
+        got = fw_recv(fd, read_buffer, READ_SIZE)
+        if got < 0:
+            if errno in (EAGAIN, ENOBUFS, ENOMEM):
+                return -1
+            raise OSError(errno, os.strerror(errno))
+        self.parse(<uint8_t *>read_buffer, got)
+        return got
+
+    cdef int claim_read_buffer(self) except -1:
+        """Makes the buffer free: messages in it that nobody took yet move into memory of their own."""
+        global read_buffer, read_buffer_owner
+        if read_buffer == NULL:
+            read_buffer = <char *>malloc(READ_SIZE)
+            if read_buffer == NULL:
+                raise MemoryError
+        if read_buffer_owner != NULL:
+            (<FrameParser>read_buffer_owner).own_events()
+            read_buffer_owner = NULL
+        return 0
+
+    cdef int own_events(self) except -1:
+        cdef size_t i
+        cdef char *copy
+        for i in range(self.head_event, self.event_count):
+            if not self.events[i].owned:
+                copy = <char *>malloc(self.events[i].len + 1)
+                if copy == NULL:
+                    raise MemoryError
+                memcpy(copy, self.events[i].ptr, self.events[i].len)
+                self.events[i].ptr = copy
+                self.events[i].owned = True
+                alive.blocks += 1
+        return 0
+
+    cdef int parse(self, uint8_t *p, size_t length) except -1:
+        global read_buffer_owner
+        cdef uint8_t *end = p + length
+        while p < end and not self.error and not self.saw_close:
+            if not self.in_payload:
+                p = self.parse_head(p, end)
+            if self.in_payload and not self.error:
+                p = self.parse_payload(p, end)
+        if self.error == -1:
+            self.error = NO_ERROR
+            raise MemoryError
+        if self.event_count > self.head_event:
+            read_buffer_owner = <PyObject *>self
+        return 0
+
+    # -- frame headers --
+
+    cdef int fail(self, int error, const char *problem) noexcept:
+        self.error = error
+        self.problem = problem
+        return -1
+
+    cdef uint8_t *parse_head(self, uint8_t *p, uint8_t *end) noexcept:
+        """Collects one header; each octet is judged as it comes."""
+        cdef int need
+        while p < end:
+            self.head[self.head_length] = p[0]
+            self.head_length += 1
+            p += 1
+            if self.head_length == 1:
+                if self.judge_first():
+                    return p
+            elif self.head_length == 2:
+                if self.judge_second():
+                    return p
+            if self.head_length >= 2:
+                need = self.length_bytes()
+                if self.head_length == 2 + need and self.judge_length(need):
+                    return p
+                if self.head_length == 6 + need:
+                    memcpy(self.key, &self.head[2 + need], 4)
+                    self.head_length = 0
+                    self.frame_got = 0
+                    self.in_payload = True
+                    return p
+        return p
+
+    cdef int length_bytes(self) noexcept:
+        cdef int short_length = self.head[1] & 0x7F
+        return 0 if short_length < 126 else 2 if short_length == 126 else 8
+
+    cdef int judge_first(self) noexcept:
+        cdef uint8_t first = self.head[0]
+        cdef int reserved = first & RSV_BITS
+        self.opcode = first & 0x0F
+        self.fin = (first & FIN_BIT) != 0
+        if reserved == RSV1_BIT and self.deflate and (self.opcode == TEXT or self.opcode == BINARY):
+            reserved = 0
+        if reserved:
+            return self.fail(BAD_FRAME, "a reserved bit is set")
+        if self.opcode >= CLOSE:
+            if self.opcode > PONG:
+                return self.fail(BAD_FRAME, "the opcode is reserved")
+            if not self.fin:
+                return self.fail(BAD_FRAME, "a control frame is fragmented")
+        elif self.opcode > BINARY:
+            return self.fail(BAD_FRAME, "the opcode is reserved")
+        elif self.opcode == CONTINUATION:
+            if not self.message_opcode:
+                return self.fail(BAD_FRAME, "a continuation without a message to continue")
+        elif self.message_opcode:
+            return self.fail(BAD_FRAME, "a new message begins inside another")
+        else:
+            self.message_opcode = first & (0x0F | RSV1_BIT)
+            self.utf8.missing = 0
+        return 0
+
+    cdef int judge_second(self) noexcept:
+        if not self.head[1] & MASK_BIT:
+            return self.fail(BAD_FRAME, "a client's frame is not masked")
+        if self.opcode >= CLOSE and (self.head[1] & 0x7F) > MAX_CONTROL:
+            return self.fail(BAD_FRAME, "a control frame is longer than 125 bytes")
+        return 0
+
+    cdef int judge_length(self, int need) noexcept:
+        cdef uint64_t length = self.head[1] & 0x7F
+        cdef int i
+        if need:
+            length = 0
+            for i in range(need):
+                length = (length << 8) | self.head[2 + i]
+            if length >> 63:
+                return self.fail(BAD_FRAME, "the length has its highest bit set")
+            if length < (126 if need == 2 else 65536):
+                return self.fail(BAD_FRAME, "the length is not in its shortest form")
+        self.frame_length = length
+        if self.opcode < CLOSE and (
+            length > self.max_message_size or self.message_length > self.max_message_size - length
+        ):
+            return self.fail(TOO_BIG, "the message is longer than the server accepts")
+        return 0
+
+    # -- payloads --
+
+    cdef uint8_t *parse_payload(self, uint8_t *p, uint8_t *end) noexcept:
+        cdef size_t room = end - p
+        cdef uint64_t left = self.frame_length - self.frame_got
+        cdef size_t n = <size_t>left if left < room else room
+        fw_unmask(p, n, self.key, self.frame_got)
+        if self.opcode >= CLOSE:
+            self.control_bytes(p, n)
+        else:
+            self.data_bytes(p, n)
+        self.frame_got += n
+        if self.frame_got == self.frame_length:
+            self.in_payload = False
+        return p + n
+
+    cdef int control_bytes(self, uint8_t *p, size_t n) noexcept:
+        cdef int error
+        cdef const char *problem
+        cdef bint whole = n == self.frame_length
+        if not whole:
+            memcpy(&self.control[self.frame_got], p, n)
+            if self.frame_got + n < self.frame_length:
+                return 0
+            p = self.control
+        if self.opcode == CLOSE:
+            problem = close_problem(p, <size_t>self.frame_length, &error)
+            if problem != NULL:
+                return self.fail(error, problem)
+            self.saw_close = True
+        return self.emit(self.opcode, <char *>p, <size_t>self.frame_length, not whole)
+
+    cdef int data_bytes(self, uint8_t *p, size_t n) noexcept:
+        cdef bint last = self.fin and self.frame_got + n == self.frame_length
+        cdef uint8_t opcode = self.message_opcode
+        if opcode == TEXT:
+            if not fw_utf8_feed(&self.utf8, p, n) or (last and self.utf8.missing):
+                return self.fail(BAD_TEXT, "a text message is not UTF-8")
+        if last and self.message_length == 0:
+            self.message_opcode = 0
+            return self.emit(opcode, <char *>p, n, False)
+        if self.join(p, n):
+            return -1
+        if not last:
+            return 0
+        self.message_opcode = 0
+        return self.emit_joined(opcode)
+
+    cdef int join(self, uint8_t *p, size_t n) noexcept:
+        """Room grows with the bytes that have arrived, never with the length that was declared."""
+        cdef size_t room = self.message_length + n
+        cdef char *grown
+        if room > self.message_room:
+            room = max(room + room // 2, <size_t>4096)
+            grown = <char *>realloc(self.message, room)
+            if grown == NULL:
+                self.error = -1
+                return -1
+            if self.message == NULL:
+                alive.blocks += 1
+            self.message = grown
+            self.message_room = room
+        memcpy(self.message + self.message_length, p, n)
+        self.message_length += n
+        return 0
+
+    cdef int emit_joined(self, uint8_t opcode) noexcept:
+        cdef Event *event = self.new_event()
+        if event == NULL:
+            return -1
+        event.ptr = self.message
+        event.len = self.message_length
+        event.opcode = opcode
+        event.owned = True
+        self.event_bytes += event.len
+        self.message = NULL
+        self.message_length = 0
+        self.message_room = 0
+        return 0
+
+    cdef int emit(self, uint8_t opcode, char *p, size_t n, bint copy) noexcept:
+        cdef Event *event = self.new_event()
+        if event == NULL:
+            return -1
+        if copy:
+            event.ptr = <char *>malloc(n + 1)
+            if event.ptr == NULL:
+                self.event_count -= 1
+                self.error = -1
+                return -1
+            memcpy(event.ptr, p, n)
+            alive.blocks += 1
+        else:
+            event.ptr = p
+        event.len = n
+        event.opcode = opcode
+        event.owned = copy
+        self.event_bytes += n
+        return 0
+
+    cdef Event *new_event(self) noexcept:
+        cdef Event *events
+        cdef size_t room
+        if self.event_count == self.event_room:
+            room = self.event_room * 2 if self.event_room else 8
+            events = <Event *>realloc(self.events, room * sizeof(Event))
+            if events == NULL:
+                self.error = -1
+                return NULL
+            self.events = events
+            self.event_room = room
+        self.event_count += 1
+        return &self.events[self.event_count - 1]
+
+    # -- messages out --
+
+    cdef inline Event *peek(self) noexcept:
+        return &self.events[self.head_event] if self.head_event < self.event_count else NULL
+
+    cdef void drop(self, Event *event) noexcept:
+        if event.owned:
+            free(event.ptr)
+            alive.blocks -= 1
+
+    cdef void took(self) noexcept:
+        """The first event has been used."""
+        global read_buffer_owner
+        cdef Event *event = &self.events[self.head_event]
+        self.event_bytes -= event.len
+        self.drop(event)
+        self.head_event += 1
+        if self.head_event == self.event_count:
+            self.head_event = 0
+            self.event_count = 0
+            if read_buffer_owner == <PyObject *>self:
+                read_buffer_owner = NULL
+            if self.event_room > 64:
+                free(self.events)
+                self.events = NULL
+                self.event_room = 0
+
+    cdef object raise_error(self):
+        raise frame_error(self.error, self.problem)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef Event *event = self.peek()
+        if event == NULL:
+            if self.error:
+                self.raise_error()
+            raise StopIteration
+        if event.opcode == TEXT:
+            payload = PyUnicode_DecodeUTF8(event.ptr, <Py_ssize_t>event.len, NULL)
+        else:
+            payload = PyBytes_FromStringAndSize(event.ptr, <Py_ssize_t>event.len)
+        item = (event.opcode, payload)
+        self.took()
+        return item
+
+    @property
+    def pending(self):
+        return self.event_count - self.head_event
+
+    @property
+    def buffered_bytes(self):
+        return self.message_length + self.event_bytes
+
+    @property
+    def closed(self):
+        return self.error != 0 or self.saw_close

@@ -1,0 +1,379 @@
+# Outgoing bytes: frames that are encoded once, and a queue for each socket that writes them.
+
+FLUSH_DONE = 0
+FLUSH_MORE = 1
+FLUSH_BLOCKED = 2
+FLUSH_NO_BUFFERS = 3
+FLUSH_DEAD = 4
+
+cdef enum:
+    DONE = 0
+    MORE = 1
+    BLOCKED = 2
+    NO_BUFFERS = 3
+    DEAD = 4
+    FLUSH_LIMIT = 1048576
+    FIRST_BLOCK = 4096
+    LARGEST_BLOCK = 65536
+    SHARE_FROM = 2048       # frames of fewer bytes are copied into a queue, others are shared between queues
+
+
+cdef struct Segment:
+    const char *ptr
+    size_t len
+
+
+@cython.final
+cdef class Frames:
+    """Wire bytes: one block with everything small, and segments that interleave it with large parts elsewhere."""
+
+    cdef char *block
+    cdef Segment *segments
+    cdef Py_ssize_t segment_count
+    cdef Py_ssize_t count
+    cdef readonly size_t nbytes
+    cdef object owner       # keeps the large parts alive; None when everything is in the block
+
+    def __init__(self):
+        raise TypeError("Frames are made by Batch.frames")
+
+    def __dealloc__(self):
+        if self.block != NULL:
+            alive.blocks -= 1
+        free(self.block)
+        free(self.segments)
+
+    def __len__(self):
+        return self.count
+
+    def __bytes__(self):
+        cdef Py_ssize_t i
+        return b"".join(
+            [
+                PyBytes_FromStringAndSize(self.segments[i].ptr, <Py_ssize_t>self.segments[i].len)
+                for i in range(self.segment_count)
+            ]
+        )
+
+
+# Who keeps an entry's bytes, and how to let go of them.
+cdef enum:
+    IN_BLOCK        # a Block of this queue
+    OF_OBJECT       # a Python object, one reference
+    OF_BUFFER       # a Py_buffer of its own
+
+cdef struct Block:
+    size_t size
+    size_t used
+    uint32_t entries    # that lie in it
+
+cdef struct Entry:
+    const char *ptr
+    size_t len
+    uint64_t end        # position behind its last byte
+    void *keeper
+    int kind
+
+
+cdef inline char *block_data(Block *block) noexcept nogil:
+    return <char *>block + sizeof(Block)
+
+
+@cython.final
+cdef class WriteQueue:
+    cdef size_t copy_threshold
+    cdef bint acknowledging
+    cdef Entry *entries         # a ring
+    cdef size_t room            # a power of two
+    cdef size_t first           # oldest entry that is still kept
+    cdef size_t next_write      # oldest entry with bytes to write
+    cdef size_t last            # behind the newest; the three only grow
+    cdef Block *block           # that small data is copied into
+    cdef readonly uint64_t queued
+    cdef readonly uint64_t written
+    cdef uint64_t acked
+    cdef int failed
+
+    def __init__(self, *, size_t copy_threshold=COPY_LIMIT, bint acknowledge=False):
+        self.copy_threshold = copy_threshold
+        self.acknowledging = acknowledge
+
+    def __dealloc__(self):
+        self.release_all()
+        free(self.entries)
+
+    # -- in --
+
+    cdef inline Entry *entry(self, size_t index) noexcept:
+        return &self.entries[index & (self.room - 1)]
+
+    cdef Entry *new_entry(self) except NULL:
+        cdef Entry *entries
+        cdef size_t room, i
+        if self.last - self.first == self.room:
+            room = self.room * 2 if self.room else 16
+            entries = <Entry *>malloc(room * sizeof(Entry))
+            if entries == NULL:
+                raise MemoryError
+            for i in range(self.first, self.last):
+                entries[i & (room - 1)] = self.entry(i)[0]
+            free(self.entries)
+            self.entries = entries
+            self.room = room
+        self.last += 1
+        return self.entry(self.last - 1)
+
+    cdef int add(self, const char *ptr, size_t length, void *keeper, int kind) except -1:
+        cdef Entry *entry = self.new_entry()
+        self.queued += length
+        entry.ptr = ptr
+        entry.len = length
+        entry.end = self.queued
+        entry.keeper = keeper
+        entry.kind = kind
+        return 0
+
+    cdef char *reserve(self, size_t length) except NULL:
+        """Room for ``length`` bytes at the end of the queue; they count as queued and must be filled in."""
+        cdef Entry *entry
+        cdef Block *block = self.block
+        cdef char *p
+        if block == NULL or block.size - block.used < length:
+            block = self.new_block(length)
+        p = block_data(block) + block.used
+        if self.last > self.next_write:
+            entry = self.entry(self.last - 1)
+            if entry.ptr + entry.len == p and entry.kind == IN_BLOCK and entry.keeper == block:
+                block.used += length
+                entry.len += length
+                self.queued += length
+                entry.end = self.queued
+                return p
+        self.add(p, length, block, IN_BLOCK)
+        block.used += length
+        block.entries += 1
+        return p
+
+    cdef Block *new_block(self, size_t length) except NULL:
+        cdef size_t size = FIRST_BLOCK
+        cdef Block *block
+        if self.block != NULL:
+            size = min(self.block.size * 4, <size_t>LARGEST_BLOCK)
+        size = max(size, length)
+        block = <Block *>malloc(sizeof(Block) + size)
+        if block == NULL:
+            raise MemoryError
+        alive.blocks += 1
+        block.size = size
+        block.used = 0
+        block.entries = 0
+        if self.block != NULL and self.block.entries == 0:
+            self.free_block(self.block)
+        self.block = block
+        return block
+
+    def append(self, data):
+        cdef Py_buffer held
+        cdef fw_span span
+        span_of(data, &held, &span)
+        try:
+            self.append_span(data, span)
+        finally:
+            release(&held)
+        return self.queued
+
+    cdef int append_span(self, object data, fw_span span) except -1:
+        cdef Py_buffer *kept
+        if span.len == 0:
+            return 0
+        if span.len <= self.copy_threshold:
+            memcpy(self.reserve(span.len), span.ptr, span.len)
+            return 0
+        if PyBytes_CheckExact(data):
+            self.add(<const char *>span.ptr, span.len, <void *>data, OF_OBJECT)
+            Py_INCREF(data)
+        else:
+            kept = <Py_buffer *>malloc(sizeof(Py_buffer))
+            if kept == NULL:
+                raise MemoryError
+            PyObject_GetBuffer(data, kept, PyBUF_SIMPLE)
+            self.add(<const char *>kept.buf, kept.len, kept, OF_BUFFER)
+        alive.buffers += 1
+        return 0
+
+    def append_frame(self, int opcode, payload):
+        cdef Py_buffer held
+        cdef fw_span span
+        cdef char header[10]
+        cdef size_t n
+        cdef int first
+        if isinstance(payload, str):
+            payload = (<str>payload).encode("utf-8", "surrogatepass")
+        span_of(payload, &held, &span)
+        try:
+            first = first_byte(opcode, span.len, True)
+            n = write_header(header, first, span.len)
+            memcpy(self.reserve(n), header, n)
+            self.append_span(payload, span)
+        finally:
+            release(&held)
+        return self.queued
+
+    def extend(self, Frames frames not None):
+        cdef Py_ssize_t i
+        cdef Segment *segment
+        for i in range(frames.segment_count):
+            segment = &frames.segments[i]
+            if segment.len <= SHARE_FROM:
+                memcpy(self.reserve(segment.len), segment.ptr, segment.len)
+            else:
+                self.add(segment.ptr, segment.len, <void *>frames, OF_OBJECT)
+                Py_INCREF(frames)
+                alive.buffers += 1
+        return self.queued
+
+    # -- out --
+
+    def flush(self, int fd, size_t limit=FLUSH_LIMIT):
+        cdef iovec pieces[FW_MAX_IOVECS]
+        cdef size_t given
+        cdef int count
+        cdef ssize_t sent
+        self.failed = 0
+        if self.queued == self.written:
+            return DONE
+        count = self.gather(pieces, limit, &given)
+        sent = fw_sendmsg(fd, pieces, count)
+        if sent < 0:
+            self.failed = errno
+            if self.failed == EAGAIN:
+                return BLOCKED
+            return NO_BUFFERS if self.failed in (ENOBUFS, ENOMEM) else DEAD
+        self.advance(<uint64_t>sent)
+        if <size_t>sent < given:
+            return BLOCKED
+        return DONE if self.queued == self.written else MORE
+
+    cdef int gather(self, iovec *pieces, size_t limit, size_t *given) noexcept:
+        """The next bytes to write, at most ``limit``, as pieces."""
+        cdef size_t index = self.next_write
+        cdef size_t skip, length
+        cdef Entry *entry
+        cdef int count = 0
+        given[0] = 0
+        while index < self.last and count < FW_MAX_IOVECS and given[0] < limit:
+            entry = self.entry(index)
+            skip = entry.len - <size_t>(entry.end - self.written) if index == self.next_write else 0
+            length = min(entry.len - skip, limit - given[0])
+            pieces[count].iov_base = <void *>(entry.ptr + skip)
+            pieces[count].iov_len = length
+            given[0] += length
+            count += 1
+            index += 1
+        return count
+
+    cdef void advance(self, uint64_t count) noexcept:
+        self.written += count
+        while self.next_write < self.last and self.entry(self.next_write).end <= self.written:
+            self.next_write += 1
+        if not self.acknowledging:
+            self.acked = self.written
+            self.release_passed()
+
+    def take(self, size_t limit):
+        cdef iovec pieces[FW_MAX_IOVECS]
+        cdef size_t given
+        cdef int count, i
+        cdef bytes data
+        cdef char *out
+        if self.queued == self.written or limit == 0:
+            return b""
+        count = self.gather(pieces, limit, &given)
+        data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>given)
+        out = PyBytes_AS_STRING(data)
+        for i in range(count):
+            memcpy(out, pieces[i].iov_base, pieces[i].iov_len)
+            out += pieces[i].iov_len
+        self.advance(given)
+        return data
+
+    def acknowledge(self, uint64_t position):
+        if not self.acknowledging:
+            raise ValueError("this queue does not wait for acknowledgement")
+        if position > self.written:
+            raise ValueError("what was not written cannot be acknowledged")
+        if position > self.acked:
+            self.acked = position
+            self.release_passed()
+
+    # -- letting go --
+
+    cdef void release_passed(self) noexcept:
+        while self.first < self.next_write and self.entry(self.first).end <= self.acked:
+            self.let_go(self.entry(self.first))
+            self.first += 1
+        if self.first == self.last and self.block != NULL and self.block.entries == 0:
+            self.reuse_block()
+
+    cdef void reuse_block(self) noexcept:
+        """An idle queue keeps one small block."""
+        if self.block.size > FIRST_BLOCK:
+            self.free_block(self.block)
+            self.block = NULL
+        else:
+            self.block.used = 0
+
+    cdef void let_go(self, Entry *entry) noexcept:
+        cdef Block *block
+        if entry.kind == IN_BLOCK:
+            block = <Block *>entry.keeper
+            block.entries -= 1
+            if block.entries == 0 and block != self.block:
+                self.free_block(block)
+            return
+        alive.buffers -= 1
+        if entry.kind == OF_OBJECT:
+            Py_DECREF(<object>entry.keeper)
+        else:
+            PyBuffer_Release(<Py_buffer *>entry.keeper)
+            free(entry.keeper)
+
+    cdef void free_block(self, Block *block) noexcept:
+        alive.blocks -= 1
+        free(block)
+
+    cdef void release_all(self) noexcept:
+        while self.first < self.last:
+            self.let_go(self.entry(self.first))
+            self.first += 1
+        self.next_write = self.last
+        if self.block != NULL:
+            self.free_block(self.block)
+            self.block = NULL
+
+    def clear(self):
+        cdef uint64_t lost = self.queued - self.written
+        self.release_all()
+        self.written = self.queued
+        self.acked = self.queued
+        return lost
+
+    @property
+    def errno(self):
+        return self.failed
+
+    @property
+    def acknowledged(self):
+        return self.acked
+
+    @property
+    def pending_bytes(self):
+        return self.queued - self.written
+
+    @property
+    def unacknowledged_bytes(self):
+        return self.written - self.acked
+
+    @property
+    def held_buffers(self):
+        return self.last - self.first

@@ -1,0 +1,239 @@
+# HMAC signatures and the history that refuses replays.
+
+import hashlib
+import hmac
+
+cdef enum:
+    UNSIGNED
+    SHA256
+    HASHLIB
+
+# What `Signer.judge` says of a signature.
+cdef enum:
+    TRUSTED
+    FORGED
+    REPLAYED
+
+
+# The last ``limit`` digests: a ring in the order they came, and an open-addressed table into it. The first eight bytes of
+# a keyed digest stand for it: nobody without the key can make two that agree.
+cdef struct History:
+    uint64_t *ring
+    uint32_t *table     # index into the ring plus one, 0 is free
+    uint32_t mask       # of the table's size, a power of two at least twice the ring's
+    uint32_t room       # of the ring
+    uint32_t count
+    uint32_t oldest
+    uint32_t limit
+
+
+cdef bint history_has(const History *h, uint64_t digest) noexcept nogil:
+    cdef uint32_t slot
+    if h.count == 0:
+        return False
+    slot = <uint32_t>digest & h.mask
+    while h.table[slot]:
+        if h.ring[h.table[slot] - 1] == digest:
+            return True
+        slot = (slot + 1) & h.mask
+    return False
+
+
+cdef void history_index(History *h, uint32_t position) noexcept nogil:
+    cdef uint32_t slot = <uint32_t>h.ring[position] & h.mask
+    while h.table[slot]:
+        slot = (slot + 1) & h.mask
+    h.table[slot] = position + 1
+
+
+cdef void history_forget_oldest(History *h) noexcept nogil:
+    """Takes the oldest digest out of the table, moving up those that had to probe past it."""
+    cdef uint32_t slot = <uint32_t>h.ring[h.oldest] & h.mask
+    cdef uint32_t gap, home
+    while h.table[slot] != h.oldest + 1:
+        slot = (slot + 1) & h.mask
+    gap = slot
+    while True:
+        slot = (slot + 1) & h.mask
+        if h.table[slot] == 0:
+            break
+        home = <uint32_t>h.ring[h.table[slot] - 1] & h.mask
+        if ((slot - home) & h.mask) >= ((slot - gap) & h.mask):
+            h.table[gap] = h.table[slot]
+            gap = slot
+    h.table[gap] = 0
+
+
+cdef int history_grow(History *h) noexcept nogil:
+    cdef uint32_t room = h.room * 2 if h.room else 64
+    cdef uint32_t slots = 1
+    cdef uint32_t i
+    cdef uint64_t *ring
+    cdef uint32_t *table
+    if room > h.limit:
+        room = h.limit
+    while slots < 2 * room:
+        slots *= 2
+    ring = <uint64_t *>realloc(h.ring, room * sizeof(uint64_t))
+    if ring == NULL:
+        return -1
+    h.ring = ring
+    table = <uint32_t *>calloc(slots, sizeof(uint32_t))
+    if table == NULL:
+        return -1
+    free(h.table)
+    h.table = table
+    h.mask = slots - 1
+    h.room = room
+    for i in range(h.count):
+        history_index(h, i)
+    return 0
+
+
+cdef int history_add(History *h, uint64_t digest) noexcept nogil:
+    cdef uint32_t position
+    if h.limit == 0:
+        return 0
+    if h.count == h.room and h.room < h.limit and history_grow(h):
+        return -1
+    if h.count < h.room:
+        position = h.count
+        h.count += 1
+    else:
+        history_forget_oldest(h)
+        position = h.oldest
+        h.oldest = (h.oldest + 1) % h.room
+    h.ring[position] = digest
+    history_index(h, position)
+    return 0
+
+
+def _keyed(bytes key, str signature_scheme):
+    """hashlib's HMAC object for a scheme, or ValueError."""
+    prefix, _, name = signature_scheme.partition("-")
+    digestmod = getattr(hashlib, name, None) if prefix == "hmac" else None
+    try:
+        keyed = hmac.new(key, digestmod=digestmod)
+        keyed.hexdigest()
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"signature_scheme must be 'hmac-' and the name of a hash in hashlib, got {signature_scheme!r}"
+        ) from None
+    return keyed
+
+
+@cython.final
+cdef class Signer:
+    cdef int scheme
+    cdef fw_hmac_key key
+    cdef object keyed
+    cdef History history
+    cdef readonly str signature_scheme
+
+    def __init__(self, key, str signature_scheme="hmac-sha256", *, uint32_t history_size=65536):
+        key = bytes(memoryview(key))
+        keyed = _keyed(key, signature_scheme)
+        self.signature_scheme = signature_scheme
+        self.history.limit = history_size
+        if not key:
+            self.scheme = UNSIGNED
+        elif signature_scheme == "hmac-sha256":
+            self.scheme = SHA256
+            fw_hmac_init(&self.key, <const uint8_t *>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+        else:
+            self.scheme = HASHLIB
+            self.keyed = keyed
+
+    def __dealloc__(self):
+        free(self.history.ring)
+        free(self.history.table)
+
+    @property
+    def history_size(self):
+        return self.history.limit
+
+    @property
+    def history_length(self):
+        return self.history.count
+
+    def fork(self):
+        cdef Signer other = Signer.__new__(Signer)
+        other.scheme = self.scheme
+        other.key = self.key
+        other.keyed = self.keyed
+        other.signature_scheme = self.signature_scheme
+        other.history.limit = self.history.limit
+        return other
+
+    cdef bytes digest(self, const fw_span *parts):
+        """The raw digest of four parts by hashlib."""
+        cdef int i
+        keyed = self.keyed.copy()
+        for i in range(4):
+            keyed.update(span_bytes(parts[i]))
+        return keyed.digest()
+
+    cdef bytes hex_signature(self, const fw_span *parts):
+        cdef uint8_t digest[32]
+        cdef bytes signature
+        if self.scheme == UNSIGNED:
+            return b""
+        if self.scheme == HASHLIB:
+            return self.digest(parts).hex().encode()
+        fw_hmac(&self.key, parts, 4, digest)
+        signature = PyBytes_FromStringAndSize(NULL, 64)
+        fw_hex(digest, 32, PyBytes_AS_STRING(signature))
+        return signature
+
+    cdef int judge(self, fw_span signature, const fw_span *parts) except -1:
+        """TRUSTED, FORGED or REPLAYED; a digest is remembered once it has verified."""
+        cdef uint8_t digest[32]
+        cdef char expected[64]
+        cdef uint64_t short_digest
+        if self.scheme == UNSIGNED:
+            return TRUSTED
+        if self.scheme == SHA256:
+            fw_hmac(&self.key, parts, 4, digest)
+            fw_hex(digest, 32, expected)
+            if signature.len != 64 or not fw_equal_constant_time(signature.ptr, expected, 64):
+                return FORGED
+            memcpy(&short_digest, digest, 8)
+        else:
+            raw = self.digest(parts)
+            if not hmac.compare_digest(raw.hex().encode(), span_bytes(signature)):
+                return FORGED
+            memcpy(&short_digest, PyBytes_AS_STRING(raw), 8)
+        if history_has(&self.history, short_digest):
+            return REPLAYED
+        if history_add(&self.history, short_digest):
+            raise MemoryError
+        return TRUSTED
+
+    def sign(self, parts):
+        cdef Views views = Views(parts)
+        if views.count < 4:
+            raise need_four(views.count)
+        return self.hex_signature(views.spans)
+
+    def verify(self, signature, parts):
+        cdef Views views = Views(parts)
+        cdef Py_buffer held
+        cdef fw_span span
+        cdef int verdict
+        if views.count < 4:
+            raise need_four(views.count)
+        span_of(signature, &held, &span)
+        try:
+            verdict = self.judge(span, views.spans)
+        finally:
+            release(&held)
+        if verdict != TRUSTED:
+            raise signature_error(verdict, span.len)
+
+
+cdef object signature_error(int verdict, size_t length):
+    if verdict == REPLAYED:
+        return DuplicateSignature("this message has been received before; a replay is refused")
+    if length == 0:
+        return InvalidSignature("the message is not signed, but the connection has a key")
+    return InvalidSignature("the signature does not match; does the kernel use another key or scheme?")

@@ -1,0 +1,104 @@
+/* The core's system calls, through one place that a test can script.
+ *
+ * A script is a list of outcomes per call, used up in order: an errno, or how many bytes may pass. */
+#ifndef FW_SYS_H
+#define FW_SYS_H
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#ifndef MSG_NOSIGNAL
+#define MSG_NOSIGNAL 0
+#endif
+
+#define FW_MAX_IOVECS 256
+
+enum { FW_RECV = 0, FW_SENDMSG = 1, FW_CALLS = 2 };
+
+typedef struct {
+    int error;  /* errno to fail with, or 0 */
+    long bytes; /* else: let this many through */
+} fw_step;
+
+static struct {
+    fw_step *steps;
+    size_t count, next;
+} fw_script[FW_CALLS];
+
+static fw_step *fw_scripted(int call) {
+    return fw_script[call].next < fw_script[call].count ? &fw_script[call].steps[fw_script[call].next++] : NULL;
+}
+
+static size_t fw_script_left(void) {
+    size_t left = 0;
+    for (int i = 0; i < FW_CALLS; i++) left += fw_script[i].count - fw_script[i].next;
+    return left;
+}
+
+static void fw_script_clear(void) {
+    for (int i = 0; i < FW_CALLS; i++) {
+        free(fw_script[i].steps);
+        memset(&fw_script[i], 0, sizeof fw_script[i]);
+    }
+}
+
+static int fw_script_add(int call, int error, long bytes) {
+    size_t n = fw_script[call].count;
+    fw_step *steps = (fw_step *)realloc(fw_script[call].steps, (n + 1) * sizeof *steps);
+    if (!steps) return -1;
+    steps[n].error = error, steps[n].bytes = bytes;
+    fw_script[call].steps = steps, fw_script[call].count = n + 1;
+    return 0;
+}
+
+static ssize_t fw_recv(int fd, void *buffer, size_t size) {
+    for (;;) {
+        fw_step *step = fw_scripted(FW_RECV);
+        ssize_t n;
+        if (step && step->error) {
+            errno = step->error, n = -1;
+        } else if (step && !step->bytes) {
+            n = 0;
+        } else {
+            n = recv(fd, buffer, step && (size_t)step->bytes < size ? (size_t)step->bytes : size, 0);
+        }
+        if (n >= 0 || errno != EINTR) return n;
+    }
+}
+
+/* Cuts ``iov`` to ``limit`` bytes; returns the number of pieces left. */
+static int fw_cut(struct iovec *iov, int count, size_t limit) {
+    for (int i = 0; i < count; i++) {
+        if (iov[i].iov_len >= limit) {
+            iov[i].iov_len = limit;
+            return i + 1;
+        }
+        limit -= iov[i].iov_len;
+    }
+    return count;
+}
+
+static ssize_t fw_sendmsg(int fd, struct iovec *iov, int count) {
+    for (;;) {
+        fw_step *step = fw_scripted(FW_SENDMSG);
+        ssize_t n;
+        if (step && step->error) {
+            errno = step->error, n = -1;
+        } else if (step && !step->bytes) {
+            n = 0;
+        } else {
+            struct msghdr m;
+            memset(&m, 0, sizeof m);
+            m.msg_iov = iov;
+            m.msg_iovlen = (size_t)(step ? fw_cut(iov, count, (size_t)step->bytes) : count);
+            n = sendmsg(fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+        }
+        if (n >= 0 || errno != EINTR) return n;
+    }
+}
+
+#endif

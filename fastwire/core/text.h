@@ -1,0 +1,89 @@
+/* Bytes of text: UTF-8 checked as it arrives, JSON strings skipped eight bytes at a time, masks taken off. */
+#ifndef FW_TEXT_H
+#define FW_TEXT_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define FW_EACH_BYTE(c) (0x0101010101010101ULL * (uint8_t)(c))
+#define FW_HIGH_BITS FW_EACH_BYTE(0x80)
+
+static inline uint64_t fw_load64(const void *p) {
+    uint64_t x;
+    memcpy(&x, p, 8);
+    return x;
+}
+
+/* Where a character that is not complete yet must go on: how many bytes are missing, and the range of the next. */
+typedef struct {
+    uint8_t missing, low, high;
+} fw_utf8;
+
+/* 1 while the bytes so far can still become UTF-8 (RFC 3629: no surrogates, no overlong forms, up to U+10FFFF). The
+ * text is complete when ``missing`` is 0. */
+static int fw_utf8_feed(fw_utf8 *s, const uint8_t *p, size_t n) {
+    const uint8_t *end = p + n;
+    while (p < end) {
+        uint8_t c;
+        if (s->missing) {
+            c = *p++;
+            if (c < s->low || c > s->high) return 0;
+            s->missing--, s->low = 0x80, s->high = 0xBF;
+            continue;
+        }
+        while (end - p >= 16 && !((fw_load64(p) | fw_load64(p + 8)) & FW_HIGH_BITS)) p += 16;
+        while (p < end && *p < 0x80) p++;
+        if (p == end) break;
+        c = *p++;
+        s->low = 0x80, s->high = 0xBF;
+        if (c >= 0xC2 && c <= 0xDF) {
+            s->missing = 1;
+        } else if (c >= 0xE0 && c <= 0xEF) {
+            s->missing = 2;
+            if (c == 0xE0) s->low = 0xA0;
+            if (c == 0xED) s->high = 0x9F;
+        } else if (c >= 0xF0 && c <= 0xF4) {
+            s->missing = 3;
+            if (c == 0xF0) s->low = 0x90;
+            if (c == 0xF4) s->high = 0x8F;
+        } else {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+static int fw_utf8_valid(const uint8_t *p, size_t n) {
+    fw_utf8 s = {0, 0, 0};
+    return fw_utf8_feed(&s, p, n) && !s.missing;
+}
+
+/* The first byte that a JSON string cannot hold as it is: a quote, a backslash or a control character; or end. */
+static inline const uint8_t *fw_json_plain(const uint8_t *p, const uint8_t *end) {
+    while (end - p >= 8) {
+        uint64_t x = fw_load64(p);
+        uint64_t quote = x ^ FW_EACH_BYTE('"'), slash = x ^ FW_EACH_BYTE('\\');
+        /* The usual has-zero-byte trick; a false hit above a true one only ends this loop early. */
+        uint64_t hit = ((quote - FW_EACH_BYTE(1)) & ~quote) | ((slash - FW_EACH_BYTE(1)) & ~slash) |
+                       ((x - FW_EACH_BYTE(0x20)) & ~x);
+        if (hit & FW_HIGH_BITS) break;
+        p += 8;
+    }
+    while (p < end && *p != '"' && *p != '\\' && *p >= 0x20) p++;
+    return p;
+}
+
+/* Takes a client's mask off in place (RFC 6455 section 5.3); ``offset`` is how far into the payload ``p`` is. */
+static void fw_unmask(uint8_t *p, size_t n, const uint8_t key[4], uint64_t offset) {
+    uint8_t turned[8];
+    for (int i = 0; i < 8; i++) turned[i] = key[(offset + (uint64_t)i) & 3];
+    uint64_t wide = fw_load64(turned);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        uint64_t x = fw_load64(p + i) ^ wide;
+        memcpy(p + i, &x, 8);
+    }
+    for (; i < n; i++) p[i] ^= turned[i & 7];
+}
+
+#endif

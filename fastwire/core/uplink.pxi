@@ -1,0 +1,227 @@
+# Client to kernel: messages are taken from a parser, decoded, signed and sent.
+
+from collections import deque
+
+cdef enum:
+    SHELL
+    CONTROL
+    STDIN
+    UPLINKS         # channels that take messages
+
+CHANNELS = ("shell", "control", "stdin")
+
+# What became of a message.
+cdef enum:
+    SENT
+    FULL
+
+
+cdef int channel_index(fw_span channel, bint quoted) noexcept nogil:
+    """SHELL, CONTROL, STDIN, or -1."""
+    if channel.ptr == NULL:
+        return SHELL
+    if quoted:
+        if not is_string(channel):
+            return -1
+        channel = inside(channel)
+    if spells(channel, b"shell", 5):
+        return SHELL
+    if spells(channel, b"control", 7):
+        return CONTROL
+    if spells(channel, b"stdin", 5):
+        return STDIN
+    return -1
+
+
+@cython.final
+cdef class Uplink:
+    cdef int protocol
+    cdef Signer signer
+    cdef list sockets           # of shell, control, stdin
+    cdef list waiting           # per socket: a deque of multipart messages it had no room for
+    cdef readonly size_t waiting_bytes
+    cdef readonly Py_ssize_t waiting_messages
+    cdef readonly uint64_t sent
+    cdef object allowed
+    cdef list notes
+    cdef Message message
+    cdef int touched            # bit per socket that was sent to in this call
+
+    def __init__(self, protocol, Signer signer not None, dict sockets not None, *, allowed_message_types=frozenset()):
+        self.protocol = protocol_of(protocol)
+        self.signer = signer
+        self.sockets = [sockets[channel] for channel in CHANNELS]
+        self.waiting = [deque() for _ in CHANNELS]
+        self.allowed = frozenset(allowed_message_types)
+        self.notes = []
+
+    def __dealloc__(self):
+        free(self.message.parts.items)
+
+    def relay(self, FrameParser parser not None):
+        cdef Event *event
+        cdef fw_span payload
+        cdef int opcode
+        try:
+            while True:
+                event = parser.peek()
+                if event == NULL or event.opcode >= CLOSE:
+                    return self.readable()
+                payload = fixed(event.ptr, event.len)
+                opcode = event.opcode
+                try:
+                    self.pass_on(opcode, payload)
+                finally:
+                    parser.took()
+        except BaseException:
+            self.touched = 0
+            raise
+
+    def send(self, int opcode, payload):
+        cdef Py_buffer held
+        cdef fw_span span
+        if isinstance(payload, str):
+            payload = payload.encode("utf-8", "surrogatepass")
+        span_of(payload, &held, &span)
+        try:
+            self.pass_on(opcode, span)
+        finally:
+            release(&held)
+        return self.readable()
+
+    cdef int pass_on(self, int opcode, fw_span payload) except -1:
+        cdef const char *problem
+        cdef int target
+        cdef bytes text
+        self.message.parts.count = 0
+        if self.protocol == V1 and opcode == BINARY:
+            problem = v1_message(payload, &self.message)
+        elif self.protocol == V1:
+            problem = "the v1 protocol has binary frames only"
+        elif opcode == BINARY:
+            problem = legacy_split(payload, &self.message)
+        else:
+            problem = legacy_json(payload, False, &self.message)
+        if problem != NULL:
+            raise malformed(problem)
+        target = channel_index(self.message.channel, self.protocol == LEGACY)
+        if target < 0:
+            self.note(f"no such channel: {channel_of(self.message.channel, self.protocol == LEGACY)[:64]!r}")
+            return 0
+        if self.allowed and not self.is_allowed():
+            return 0
+        if self.message.text_content:
+            text = content_of_text(self.message.parts.items[3])
+            self.message.parts.items[3] = fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+        return self.dispatch(target)
+
+    cdef bint is_allowed(self) except -1:
+        cdef Header header
+        if scan_header(self.message.parts.items[0], &header) == NOT_JSON:
+            raise malformed("its header is not a JSON object")
+        if header.msg_type.ptr == NULL or not is_string(header.msg_type):
+            raise malformed("its header has no msg_type")
+        msg_type = unescaped(header.msg_type)
+        if msg_type in self.allowed:
+            return True
+        self.note(f"message type {msg_type[:64]!r} is not allowed")
+        return False
+
+    cdef int note(self, str text) except -1:
+        if len(self.notes) < 16:
+            self.notes.append(text)
+        return 0
+
+    cdef int dispatch(self, int target) except -1:
+        """Signs the message and sends it, or lets it wait behind those that wait already."""
+        cdef bytes signature = self.signer.hex_signature(self.message.parts.items)
+        cdef Spans *parts = &self.message.parts
+        if not self.waiting[target] and self.send_spans(target, signature) == SENT:
+            self.sent += 1
+            return 0
+        frames = [DELIMITER, signature] + parts_list(parts)
+        self.waiting[target].append(frames)
+        self.waiting_messages += 1
+        self.waiting_bytes += sum_of(parts.items, <Py_ssize_t>parts.count)
+        return 0
+
+    cdef int send_spans(self, int target, bytes signature) except -1:
+        cdef Spans *parts = &self.message.parts
+        cdef void *handle
+        cdef size_t i
+        cdef int flags
+        if not direct_zmq:
+            return self.send_frames(target, [DELIMITER, signature] + parts_list(parts))
+        self.touched |= 1 << target
+        handle = handle_of(self.sockets[target])
+        if send_part(handle, b"<IDS|MSG>", 9, FW_ZMQ_SNDMORE) == FULL:
+            return FULL
+        if send_part(handle, PyBytes_AS_STRING(signature), PyBytes_GET_SIZE(signature), FW_ZMQ_SNDMORE) == FULL:
+            return FULL
+        for i in range(parts.count):
+            flags = FW_ZMQ_SNDMORE if i + 1 < parts.count else 0
+            # A peer that goes away in the middle takes the begun message with it; it is sent again as a whole.
+            if send_part(handle, parts.items[i].ptr, parts.items[i].len, flags) == FULL:
+                return FULL
+        return SENT
+
+    cdef int send_frames(self, int target, list frames) except -1:
+        self.touched |= 1 << target
+        if self.sockets[target].closed:
+            raise SocketClosed("the ZMQ socket is closed")
+        try:
+            self.sockets[target].send_multipart(frames, zmq.DONTWAIT)
+        except zmq.Again:
+            return FULL
+        except zmq.ZMQError as error:
+            raise zmq_problem(error.errno) from None
+        return SENT
+
+    def retry(self):
+        cdef int target
+        for target in range(UPLINKS):
+            queue = self.waiting[target]
+            while queue:
+                frames = queue[0]
+                if self.send_frames(target, frames) == FULL:
+                    break
+                queue.popleft()
+                self.sent += 1
+                self.waiting_messages -= 1
+                self.waiting_bytes -= sum(len(frame) for frame in frames[2:])
+        return self.readable()
+
+    cdef int readable(self) except -1:
+        """Which of the sockets that were sent to have something to read: their descriptor may have lost its edge."""
+        cdef int target, events, result = 0
+        cdef size_t size = sizeof(int)
+        for target in range(UPLINKS):
+            if not self.touched & (1 << target):
+                continue
+            socket = self.sockets[target]
+            if direct_zmq:
+                if zmq_getsockopt(handle_of(socket), FW_ZMQ_EVENTS, &events, &size):
+                    raise zmq_problem(zmq_errno())
+            else:
+                events = socket.getsockopt(zmq.EVENTS)
+            if events & FW_ZMQ_POLLIN:
+                result |= 1 << target
+        self.touched = 0
+        return result
+
+    @property
+    def ignored(self):
+        notes = self.notes
+        self.notes = []
+        return notes
+
+
+cdef int send_part(void *handle, const void *data, size_t length, int flags) except -1:
+    cdef int problem
+    while zmq_send(handle, data, length, flags | FW_ZMQ_DONTWAIT) < 0:
+        problem = zmq_errno()
+        if problem == EAGAIN:
+            return FULL
+        if problem != EINTR:
+            raise zmq_problem(problem)
+    return SENT

@@ -1,0 +1,94 @@
+"""One tree of exceptions: whose fault it is, and the close code that answers it.
+
+::
+
+    FastwireError
+    ├── MessageError (ValueError)       what stands in a frame is not a Jupyter message
+    │   ├── MalformedMessage   1007     the sender's fault: offsets, JSON or missing parts
+    │   └── SignatureError              the kernel's fault; its message is dropped and counted,
+    │       │                           no client is closed for it
+    │       ├── InvalidSignature        wrong key, truncated or missing signature
+    │       └── DuplicateSignature      a signature this socket has seen before: a replay
+    ├── FrameError                      the client broke RFC 6455; it is told and closed
+    │   ├── ProtocolError      1002     framing (RFC 6455 section 5)
+    │   ├── InvalidPayload     1007     text that is not UTF-8 (RFC 6455 section 8.1)
+    │   └── MessageTooBig      1009     over the limit the server set (RFC 6455 section 7.4.1)
+    └── SocketClosed                    a ZMQ socket was closed under the caller
+
+``close_code`` is the WebSocket close code (RFC 6455 section 7.4) that a server sends for the error,
+None where no client is at fault.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "DuplicateSignature",
+    "FastwireError",
+    "FrameError",
+    "InvalidPayload",
+    "InvalidSignature",
+    "MalformedMessage",
+    "MessageError",
+    "MessageTooBig",
+    "ProtocolError",
+    "SignatureError",
+    "SocketClosed",
+]
+
+
+class FastwireError(Exception):
+    """Everything fastwire raises on purpose."""
+
+    close_code: ClassVar[int | None] = None
+
+
+class MessageError(FastwireError, ValueError):
+    """A frame or multipart message that is not an acceptable Jupyter message."""
+
+
+class MalformedMessage(MessageError):
+    """Offsets, JSON or parts that are not those of a Jupyter message."""
+
+    close_code = 1007
+
+
+class SignatureError(MessageError):
+    """A kernel's message that cannot be trusted."""
+
+
+class InvalidSignature(SignatureError):
+    """The signature is not that of these parts under this key."""
+
+
+class DuplicateSignature(SignatureError):
+    """The signature is valid and was seen before on this socket: a replay."""
+
+
+class FrameError(FastwireError):
+    """The client's bytes break RFC 6455; the connection must be failed with ``close_code``."""
+
+    close_code: ClassVar[int | None] = 1002
+
+
+class ProtocolError(FrameError):
+    """Framing that RFC 6455 forbids."""
+
+    close_code = 1002
+
+
+class InvalidPayload(FrameError):
+    """A text message or close reason that is not UTF-8."""
+
+    close_code = 1007
+
+
+class MessageTooBig(FrameError):
+    """A message over ``max_message_size``; refused when its length is declared."""
+
+    close_code = 1009
+
+
+class SocketClosed(FastwireError):
+    """The ZMQ socket was closed, usually because its kernel manager shut down."""

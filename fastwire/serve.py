@@ -1,0 +1,381 @@
+"""``python -m fastwire.serve``: a Jupyter server whose kernels reach their clients through fastwire.
+
+jupyter_server does all the rest (REST, sign-in, contents, extensions, JupyterLab) and is configured as
+always: its options, its ``jupyter_server_config`` files, its environment variables. What differs:
+
+* one line on stdout, ``fastwire is ready: <URL>``, written when the URL answers; logs start at WARNING
+* what is known to be wrong is said before anything starts, in one line on stderr, with exit code 1
+* SIGTERM, SIGINT (Ctrl-C, unasked) and SIGHUP end the kernels, remove the runtime files and exit with 0
+* a port in use is an error, unless ``--port-retries`` says otherwise
+* root needs ``--allow-root`` only where other machines can connect
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import itertools
+import logging
+import os
+import re
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastwire import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+
+def refuse(reason: str) -> NoReturn:
+    """End the start: one line on stderr, exit code 1."""
+    sys.exit(f"fastwire: {' '.join(reason.split())}")
+
+
+try:
+    from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
+    from jupyter_core.application import JupyterApp
+    from jupyter_server.auth.identity import IdentityProvider, PasswordIdentityProvider
+    from jupyter_server.extension.utils import get_metadata
+    from jupyter_server.serverapp import WILDCARD_IPS, ServerApp
+    from jupyter_server.utils import unix_socket_in_use
+    from tornado.netutil import bind_sockets
+    from traitlets import default
+    from traitlets.config import Config, Configurable
+    from traitlets.config.loader import KVArgParseConfigLoader
+
+    from fastwire.jupyter import FastwireWebsocketConnection
+except ModuleNotFoundError as error:
+    MISSING = f"fastwire.serve needs Jupyter Server ({error}): pip install 'fastwire[serve]'"
+    if __name__ == "__main__":
+        refuse(MISSING)
+    raise ImportError(MISSING) from error
+
+__all__ = ["FastwireServer", "main"]
+
+#: jupyter_server puts base_url unescaped into the regular expressions of its routes.
+BASE_URL = re.compile(r"(/[\w.~%@:,;=!&'-]+)*/")
+
+EXAMPLES = """
+python -m fastwire.serve                                # JupyterLab, where it is installed
+python -m fastwire.serve --port=0                       # any free port
+python -m fastwire.serve --IdentityProvider.token=...   # instead of a new one at each start
+python -m fastwire.serve --ip=0.0.0.0 --certfile=cert.pem --keyfile=key.pem
+"""
+
+
+class FastwireServer(ServerApp):
+    """Jupyter Server with fastwire between kernels and clients.
+
+    Extends ``jupyter_server.serverapp.ServerApp``; whatever is configured for ``ServerApp`` holds here.
+    """
+
+    name = "fastwire"
+    version = __version__
+    description = """A Jupyter server whose kernels speak through fastwire.
+
+    It prints the URL to open, and opens no browser unless --ServerApp.open_browser=True asks for it.
+    Ctrl-C ends it and its kernels, without a question. Configuration is that of Jupyter Server:
+    jupyter_server_config.py (or .json) and jupyter_server_config.d, and every option below."""
+    examples = EXAMPLES
+    classes = [FastwireWebsocketConnection, PasswordIdentityProvider, *ServerApp.classes]
+    subcommands: dict[str, Any] = {}  # `jupyter server list`, `stop` and `password` work for this server too
+    port_retries_default_value = 0
+
+    # -- defaults ----------------------------------------------------------------------------------
+
+    @default("config_file_name")
+    def _default_config_file_name(self) -> str:
+        return "jupyter_server_config"
+
+    @default("kernel_websocket_connection_class")
+    def _default_kernel_websocket_connection_class(self) -> Any:
+        if self.gateway_config.gateway_enabled:
+            return super()._default_kernel_websocket_connection_class()
+        return FastwireWebsocketConnection
+
+    @default("default_url")
+    def _default_default_url(self) -> str:
+        return self._lab.default_url if self._lab else "/"
+
+    @default("file_url_prefix")
+    def _default_file_url_prefix(self) -> str:
+        return self._lab.file_url_prefix if self._lab else "notebooks"
+
+    @property
+    def _lab(self) -> Any:
+        """JupyterLab's extension app, None where it is not installed, disabled or broken."""
+        if self.extension_manager.linked_extensions.get("jupyterlab"):
+            return self.extension_manager.extension_points["lab"].app
+        return None
+
+    # -- the start ---------------------------------------------------------------------------------
+
+    def _create_loader(self, argv: list[str] | None, aliases: Any, flags: Any, classes: Any) -> CommandLine:
+        return CommandLine(argv, aliases, flags, classes=classes, log=self.log)
+
+    def load_config_file(self, suppress_errors: bool = True) -> None:  # type: ignore[override]
+        """Extends ``JupyterApp.load_config_file``, which passes over a ``--config`` that does not exist."""
+        wanted = self.config_file
+        if wanted and not any(Path(wanted + suffix).is_file() for suffix in ("", ".py", ".json")):
+            refuse(f"no such configuration file: {wanted}")
+        super().load_config_file(suppress_errors)
+
+    def find_server_extensions(self) -> None:
+        """Extends ``ServerApp.find_server_extensions``: JupyterLab, wherever pip put its ``.d`` file."""
+        super().find_server_extensions()
+        if find_spec("jupyterlab"):
+            self.jpserver_extensions.setdefault("jupyterlab", True)
+
+    def init_server_extensions(self) -> None:
+        """Extends ``ServerApp.init_server_extensions``: it runs others' code, so all is checked before."""
+        for name, enabled in self.jpserver_extensions.items():
+            with suppress(Exception):  # ServerApp does it again, and tells
+                if enabled:
+                    get_metadata(name)  # type: ignore[no-untyped-call]
+        check_dotted_options(self.argv)
+        check_root(self)
+        check_address(self)
+        check_tls(self)
+        check_base_url(self)
+        check_runtime_dir(self)
+        super().init_server_extensions()
+
+    def init_configurables(self) -> None:
+        """Extends ``ServerApp.init_configurables``: there must be a kernel to start."""
+        super().init_configurables()
+        check_kernels(self)
+
+    def init_signal(self) -> None:
+        """Extends ``ServerApp.init_signal``, which asks at Ctrl-C, or ends without cleaning up."""
+        super().init_signal()
+        signal.signal(signal.SIGINT, self._signal_stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, self._signal_stop)
+
+    def init_httpserver(self) -> None:
+        """Extends ``ServerApp.init_httpserver``: the last step, every class with options is imported."""
+        check_dotted_options(self.argv, complete=True)
+        super().init_httpserver()
+
+    def start_app(self) -> None:
+        """Instead of ``ServerApp.start_app``: files, browser and URL wait until the socket listens."""
+        JupyterApp.start(self)
+
+    def start(self) -> None:
+        """Extends ``ServerApp.start``: however it ends, no file says that a server runs here."""
+        try:
+            super().start()
+        finally:
+            self.remove_server_info_file()
+            self.remove_browser_open_files()
+
+    def stop(self, from_signal: bool = False) -> None:
+        """Extends ``ServerApp.stop``: a second Ctrl-C does not clean up a second time beside the first."""
+        if not self._stopping:
+            super().stop(from_signal)
+
+    def _bind_http_server(self) -> None:
+        """Extends the callback that opens the socket, the first of the event loop."""
+        try:
+            super()._bind_http_server()
+        except OSError as error:
+            refuse(f"cannot listen on {self.sock or self.port}: {error.strerror}")
+        if not self._stopping:
+            self.announce()
+
+    def announce(self) -> None:
+        """Tell that the server answers: other programs by its files, people by one line with the URL."""
+        self.write_server_info_file()
+        if not self.no_browser_open_file:
+            self.write_browser_open_files()
+        if self.open_browser and not self.sock:
+            self.launch_browser()
+        if os.geteuid() == 0:
+            self.log.warning("Running as root is not recommended: who has the URL, is root.")
+        everywhere = self.ip in {"", *WILDCARD_IPS} and not self.custom_display_url
+        print("fastwire is ready:", self.local_url if everywhere else self.public_url, flush=True)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+class CommandLine(KVArgParseConfigLoader):
+    """Extends traitlets' loader: what that ignores, or answers with its usage, is refused in one line."""
+
+    def load_config(self, *args: Any, **kwargs: Any) -> Config:
+        """Check what the other checks cannot see: classes known so far, and what is no option at all."""
+        check_dotted_options(self.argv)
+        config = super().load_config(*args, **kwargs)
+        for place, argument in enumerate(self.extra_args):
+            if place or not Path(argument).exists():
+                refuse(f"{argument!r} is neither an option nor one notebook or directory; see --help-all")
+        return config
+
+    def _create_parser(self) -> None:
+        super()._create_parser()
+        self.parser.error = self._refuse_usage  # type: ignore[method-assign]
+
+    def _refuse_usage(self, message: str) -> NoReturn:
+        for alias, target in self.aliases.items():
+            message = message.replace(f"argument --{target}:", f"argument --{alias}:")
+        found = re.match(r"(?:argument|unrecognized arguments:) -+([\w-]+)", message)
+        if found and found[1] not in {*self.aliases, *self.flags}:
+            self._handle_unrecognized_alias(found[1])
+        refuse(f"{message}; see --help-all")
+
+    def _handle_unrecognized_alias(self, arg: str) -> NoReturn:
+        known = {name: f"--{name}" for name in (*self.aliases, *self.flags)}
+        for owner in (IdentityProvider, ServerApp):
+            for trait in owner.class_trait_names(config=True):
+                known.setdefault(trait.replace("_", "-"), f"--{owner.__name__}.{trait}")
+        refuse_option("-" * min(len(arg), 2) + arg, arg.replace("_", "-"), known)
+
+
+def check_dotted_options(argv: Iterable[str], *, complete: bool = False) -> None:
+    """Refuse each ``--Class.option`` whose class is known and has no such option.
+
+    :param complete: everything is imported, so a class that is not known now is none.
+    """
+    options = configurable_options()
+    for path in dotted_options(argv):
+        *_, owner, option = path.split(".")
+        before = path.removesuffix(f"{owner}.{option}")
+        if owner in options and option not in options[owner]:
+            names = {name: f"--{before}{owner}.{name}" for name in options[owner]}
+            refuse_option(f"--{path}", option, names)
+        if complete and owner not in options:
+            owners = {name: f"--{before}{name}.{option}" for name in options if option in options[name]}
+            refuse_option(f"--{path}", owner, owners)
+
+
+def dotted_options(argv: Iterable[str]) -> Iterator[str]:
+    """The names in ``--Class.option`` and ``--Class.option=value``, as far as options go."""
+    for word in itertools.takewhile(lambda word: word != "--", argv):
+        if found := re.match(r"--?([A-Za-z]\w*(\.\w+)+)(=|$)", word):
+            yield found[1]
+
+
+def configurable_options() -> dict[str, set[str]]:
+    """Each class traitlets can configure by now, with its options and those of its subclasses.
+
+    A subclass reads the sections of the classes it extends.
+    """
+    options: dict[str, set[str]] = {}
+
+    def visit(cls: type[Configurable]) -> set[str]:
+        names = set(cls.class_trait_names(config=True)).union(*map(visit, cls.__subclasses__()))
+        options.setdefault(cls.__name__, set()).update(names)
+        return names
+
+    visit(Configurable)
+    return options
+
+
+def refuse_option(option: str, word: str, known: Mapping[str, str]) -> NoReturn:
+    """Refuse an option, with the one it was meant to be if there is one like it."""
+    hint = "".join(f" (did you mean {known[name]}?)" for name in difflib.get_close_matches(word, known, n=1))
+    refuse(f"unknown option {option}{hint}; see --help-all")
+
+
+# -- what must be right before the start -----------------------------------------------------------
+
+
+def check_address(app: ServerApp) -> None:
+    """The address must be this machine's, and the port free unless others may be tried."""
+    if app.sock:
+        if unix_socket_in_use(app.sock):
+            refuse(f"--sock={app.sock} is in use")
+        return
+    if not 0 <= app.port < 65536:
+        refuse(f"--port={app.port} is not between 0 and 65535")
+    try:
+        for each in bind_sockets(0 if app.port_retries else app.port, app.ip):
+            each.close()
+    except OSError as error:
+        where = f"--ip={app.ip or '*'} --port={app.port}"
+        refuse(f"cannot listen on {where}: {error.strerror} (--port=0 takes a free port)")
+
+
+def check_root(app: ServerApp) -> None:
+    """Jupyter's rule, as ``ServerApp.start_app`` has it, for servers that other machines can reach."""
+    if app.allow_root or app.sock or os.geteuid() != 0:
+        return
+    with suppress(socket.gaierror):  # check_address tells
+        if not is_loopback(app.ip):
+            refuse(f"running as root with --ip={app.ip or '*'} is not recommended; --allow-root permits it")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the addresses of a host; "" stands for all interfaces."""
+    addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)} if host else {"::"}
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+def check_tls(app: ServerApp) -> None:
+    """Certificate and key must load; Tornado would read them only when somebody connects."""
+    for option, path in ("certfile", app.certfile), ("keyfile", app.keyfile), ("client-ca", app.client_ca):
+        if path and not Path(path).is_file():
+            refuse(f"--{option}={path}: no such file")
+        if path and not app.certfile:
+            refuse(f"--{option} needs --certfile")
+    if app.certfile:
+        try:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=app.client_ca or None)
+            context.load_cert_chain(app.certfile, app.keyfile or None, password="")
+        except (OSError, ValueError) as error:
+            files = f"--certfile={app.certfile} --keyfile={app.keyfile or app.certfile}"
+            refuse(f"{files} cannot be used: {error}")
+
+
+def check_base_url(app: ServerApp) -> None:
+    """A base URL that is no path starts a server that answers every request with 404."""
+    if not BASE_URL.fullmatch(app.base_url):
+        refuse(f"--ServerApp.base_url={app.base_url} is not a path like /user/me/")
+
+
+def check_runtime_dir(app: ServerApp) -> None:
+    """Connection files are written here whenever a kernel starts."""
+    try:
+        with tempfile.TemporaryFile(dir=app.runtime_dir):
+            pass
+    except OSError as error:
+        refuse(f"cannot write to the runtime directory (JUPYTER_RUNTIME_DIR): {error}")
+
+
+def check_kernels(app: ServerApp) -> None:
+    """There must be a kernel to start, and the one configured as default must be among them."""
+    specs = app.kernel_spec_manager
+    if specs is None or app.gateway_config.gateway_enabled or app.allow_external_kernels:
+        return
+    names = sorted(specs.find_kernel_specs())
+    if not names:
+        refuse("no kernel is installed: pip install 'fastwire[serve]' brings ipykernel, the one for Python")
+    name = app.kernel_manager.default_kernel_name
+    if name not in names and name != NATIVE_KERNEL_NAME:
+        refuse(f"MappingKernelManager.default_kernel_name is {name!r}, installed are {', '.join(names)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until a signal ends it.
+
+    :param argv: the options, by default those of the command line.
+    :raises SystemExit: with one line for stderr, when the server cannot start.
+    """
+    quiet = Config({"Application": {"log_level": logging.WARNING}})  # below every other setting of it
+    with suppress(KeyboardInterrupt):  # before init_signal
+        try:
+            FastwireServer.launch_instance(None if argv is None else list(argv), config=quiet)
+        except OSError as error:
+            refuse(str(error))
+
+
+if __name__ == "__main__":
+    main()

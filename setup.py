@@ -1,0 +1,81 @@
+"""Build fastwire's one extension; everything declarative is in pyproject.toml.
+
+Cython's directives stand at the head of fastwire/_core.pyx: given here they would override it.
+
+Switches, from the environment (each flavour has its own build directory):
+
+    FASTWIRE_DEBUG=1                      -O0 -g
+    FASTWIRE_SANITIZE=address,undefined   compiled with these sanitizers
+    FASTWIRE_COVERAGE=1                   gcov counters, for tools/core_coverage.py
+    FASTWIRE_FUZZ=1                       clang, with libFuzzer's edge counters
+"""
+
+import os
+import sys
+from pathlib import Path
+
+if sys.platform == "win32":
+    sys.exit("fastwire runs on POSIX systems only (Linux, macOS, BSD): there is no Windows build.")
+
+from Cython.Compiler import Options
+from setuptools import Extension, setup
+
+DEBUG, SANITIZE, COVERAGE, FUZZ = (
+    os.environ.get(f"FASTWIRE_{name}", "") for name in ("DEBUG", "SANITIZE", "COVERAGE", "FUZZ")
+)
+
+# Cython's output has unused parameters and functions by design.
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-unused-function",
+    "-Wno-missing-field-initializers",
+]
+# Distributions build Python with _FORTIFY_SOURCE, which needs -O2 and hides from the sanitizers.
+UNOPTIMISED = ["-g", "-U_FORTIFY_SOURCE"]
+
+
+def flavour() -> tuple[str, list[str], list[str]]:
+    """Return the flavour's name and the flags it adds for compiler and linker."""
+    names, compiler, linker = [], [], []
+    if SANITIZE:
+        names += SANITIZE.split(",")
+        compiler += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-O1", *UNOPTIMISED]
+        linker += [f"-fsanitize={SANITIZE}"]
+    if FUZZ:
+        os.environ.setdefault("CC", "clang")
+        names += ["fuzz"]
+        compiler += ["-fsanitize=fuzzer-no-link", "-O1", *UNOPTIMISED]
+    if COVERAGE:
+        names += ["coverage"]
+        compiler += ["--coverage", "-O0", *UNOPTIMISED]
+        linker += ["--coverage"]
+    if DEBUG:
+        names += ["debug"]
+        compiler += ["-O0", *UNOPTIMISED]
+    return "-".join(names) or "release", compiler, linker
+
+
+NAME, COMPILER, LINKER = flavour()
+Options.warning_errors = True
+
+core = Extension(
+    "fastwire._core",
+    sources=["fastwire/_core.pyx"],
+    depends=sorted(map(str, Path("fastwire/core").glob("*.*"))),
+    include_dirs=["fastwire"],
+    extra_compile_args=["-O3", "-fvisibility=hidden", *WARNINGS, *COMPILER],
+    extra_link_args=LINKER,
+)
+
+setup(
+    ext_modules=[core],
+    options={
+        "build": {"build_base": f"build/{NAME}"},
+        "build_ext": {
+            "cython_c_in_temp": True,
+            "cython_line_directives": bool(DEBUG),
+        },
+    },
+)
