@@ -97,7 +97,7 @@ def encode_v1(channel: str, parts: Sequence[Buffer]) -> bytes:
 def decode_v1(payload: Buffer) -> tuple[str, list[bytes]]:
     """``(channel, parts)`` of a message of `PROTOCOL_V1`.
 
-    Source: `deserialize_msg_from_ws_v1`. Raises MalformedMessage for text (str), offsets that run backwards or
+    Source: `deserialize_msg_from_ws_v1`. Raises MalformedMessage for text (str), offsets that run backwards, into the offsets or
     out of the payload, a channel that is not UTF-8, fewer than four parts.
     """
 
@@ -123,12 +123,12 @@ def decode_legacy(payload: str | Buffer) -> tuple[str, list[bytes]]:
     Accepts RFC 8259 plus NaN, Infinity and -Infinity, nesting to 1,000.
     Source: `ZMQChannelsWebsocketConnection.handle_incoming_message`, `deserialize_binary_message`.
     Raises MalformedMessage for anything else: not JSON, not an object, header (an object), parent_header or metadata missing,
-    offsets that run backwards or out of the payload.
+    offsets that run backwards, into the offsets or out of the payload.
     """
 
 def check_json(text: Buffer) -> None:
     """The scanner behind the decoders on its own: one JSON text as Python's `json.loads` takes it
-    (NaN and infinities included), nesting to 1,000, surrounding whitespace allowed. Raises MalformedMessage."""
+    (NaN and infinities included), nesting to 1,000, whitespace around it allowed, in UTF-8. Raises MalformedMessage."""
 
 def header_fields(header: Buffer) -> tuple[str, str]:
     """``(msg_id, msg_type)`` of a header's JSON text, by the rules of `json.loads` (unescaped keys, last one wins).
@@ -162,7 +162,8 @@ class FrameParser:
     come out first. With ``deflate`` a compressed message comes out as ``(opcode | RSV1, bytes)``, still compressed and for text not yet checked.
     Iteration stops when more bytes are needed. A message that was complete comes out before an error that
     follows it: the error is raised by iteration, again at each further call, and nothing is parsed after it. Nothing is parsed after a Close frame either.
-    A text that cannot become UTF-8 fails as soon as the octets show it. Declared lengths cost no memory before
+    A text that cannot become UTF-8 fails as soon as the octets show it. A Close frame comes out only when its code and
+    reason may be sent (`parse_close` reads them). Declared lengths cost no memory before
     the bytes arrive.
 
     Raises (from iteration) ProtocolError, InvalidPayload, MessageTooBig.
@@ -340,8 +341,9 @@ class Uplink:
     def relay(self, parser: FrameParser) -> int:
         """Take data messages from ``parser`` until it is empty or a control frame is next.
 
-        Returns a set of bits: 1 << index in ("shell", "control", "stdin") for each socket that became
-        readable meanwhile. Raises MalformedMessage for the first message that is not one; it has been taken.
+        Returns a set of bits: 1 << index in ("shell", "control", "stdin") for each socket that was sent to and has
+        something to read: sending can swallow the edge of its descriptor. Raises MalformedMessage for the first message
+        that is not one; it has been taken, and the bits come with the next call. Raises SocketClosed.
         """
     def send(self, opcode: int, payload: str | Buffer) -> int:
         """The same for one message that is already in Python's hands."""

@@ -226,7 +226,7 @@ class CommandLine(KVArgParseConfigLoader):
     def _refuse_usage(self, message: str) -> NoReturn:
         for alias, target in self.aliases.items():
             message = message.replace(f"argument --{target}:", f"argument --{alias}:")
-        found = re.match(r"(?:argument|unrecognized arguments:) -+([\w-]+)", message)
+        found = re.match(r"(?:argument|unrecognized arguments:) -+([\w-]+)(?![\w.-])", message)
         if found and found[1] not in {*self.aliases, *self.flags}:
             self._handle_unrecognized_alias(found[1])
         refuse(f"{message}; see --help-all")

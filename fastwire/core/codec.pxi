@@ -402,7 +402,17 @@ cdef const char *v1_message(fw_span payload, Message *message) noexcept nogil:
 
 cdef bytes content_of_text(fw_span content):
     """The JSON text inside a JSON string (Session.serialize takes content that is packed already)."""
-    return unescaped(content).encode("utf-8", "replace")
+    try:
+        return unescaped(content).encode()
+    except UnicodeEncodeError:
+        raise malformed("its content has a lone surrogate") from None
+
+
+cdef bytes text_bytes(str text):
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise malformed("it has a lone surrogate") from None
 
 
 cdef str channel_of(fw_span channel, bint quoted):
@@ -420,7 +430,7 @@ def decode_legacy(payload):
     cdef const char *problem
     cdef bint binary = not isinstance(payload, str)
     if not binary:
-        payload = payload.encode("utf-8", "surrogatepass")
+        payload = text_bytes(payload)
     memset(&message, 0, sizeof(message))
     span_of(payload, &held, &span)
     try:

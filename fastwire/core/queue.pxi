@@ -282,19 +282,16 @@ cdef class WriteQueue:
 
     def take(self, size_t limit):
         cdef iovec pieces[FW_MAX_IOVECS]
-        cdef size_t given
-        cdef int count, i
-        cdef bytes data
-        cdef char *out
-        if self.queued == self.written or limit == 0:
-            return b""
-        count = self.gather(pieces, limit, &given)
-        data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>given)
-        out = PyBytes_AS_STRING(data)
-        for i in range(count):
-            memcpy(out, pieces[i].iov_base, pieces[i].iov_len)
-            out += pieces[i].iov_len
-        self.advance(given)
+        cdef size_t given, left = <size_t>min(<uint64_t>limit, self.queued - self.written)
+        cdef bytes data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>left)
+        cdef char *out = PyBytes_AS_STRING(data)
+        cdef int i
+        while left:
+            for i in range(self.gather(pieces, left, &given)):
+                memcpy(out, pieces[i].iov_base, pieces[i].iov_len)
+                out += pieces[i].iov_len
+            self.advance(given)
+            left -= given
         return data
 
     def acknowledge(self, uint64_t position):

@@ -369,7 +369,7 @@ def check_json(text):
     try:
         end = <const uint8_t *>span.ptr + span.len
         p = skip_value(skip_space(<const uint8_t *>span.ptr, end), end, 0)
-        if p == NULL or skip_space(p, end) != end:
+        if p == NULL or skip_space(p, end) != end or not fw_utf8_valid(<const uint8_t *>span.ptr, span.len):
             raise MalformedMessage("this is not one JSON text")
     finally:
         release(&held)

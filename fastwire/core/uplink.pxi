@@ -45,7 +45,7 @@ cdef class Uplink:
     cdef object allowed
     cdef list notes
     cdef Message message
-    cdef int touched            # bit per socket that was sent to in this call
+    cdef int touched            # bit per socket that was sent to since `readable` looked at it
 
     def __init__(self, protocol, Signer signer not None, dict sockets not None, *, allowed_message_types=frozenset()):
         self.protocol = protocol_of(protocol)
@@ -60,28 +60,20 @@ cdef class Uplink:
 
     def relay(self, FrameParser parser not None):
         cdef Event *event
-        cdef fw_span payload
-        cdef int opcode
-        try:
-            while True:
-                event = parser.peek()
-                if event == NULL or event.opcode >= CLOSE:
-                    return self.readable()
-                payload = fixed(event.ptr, event.len)
-                opcode = event.opcode
-                try:
-                    self.pass_on(opcode, payload)
-                finally:
-                    parser.took()
-        except BaseException:
-            self.touched = 0
-            raise
+        while True:
+            event = parser.peek()
+            if event == NULL or event.opcode >= CLOSE:
+                return self.readable()
+            try:
+                self.pass_on(event.opcode, fixed(event.ptr, event.len))
+            finally:
+                parser.took()
 
     def send(self, int opcode, payload):
         cdef Py_buffer held
         cdef fw_span span
         if isinstance(payload, str):
-            payload = payload.encode("utf-8", "surrogatepass")
+            payload = text_bytes(payload)
         span_of(payload, &held, &span)
         try:
             self.pass_on(opcode, span)

@@ -1,0 +1,507 @@
+"""A WebSocket for Tornado whose bytes move through the compiled core.
+
+`WebSocketHandler` stands in for `tornado.websocket.WebSocketHandler`: same methods, same callbacks. Tornado does the
+handshake; then a `Connection` takes the socket over. It reads in bulk, flushes at most once per turn of the loop, and asks
+for write events only while bytes wait. With TLS the same parser and queue work on Tornado's stream instead.
+
+This room knows no Jupyter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any, cast
+
+import tornado.escape
+import tornado.websocket
+from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
+from tornado.websocket import WebSocketClosedError, WebSocketProtocol13
+
+from fastwire._core import (
+    FLUSH_BLOCKED,
+    FLUSH_DEAD,
+    FLUSH_MORE,
+    FLUSH_NO_BUFFERS,
+    OP_BINARY,
+    OP_CLOSE,
+    OP_PING,
+    OP_PONG,
+    OP_TEXT,
+    RSV1,
+    FrameParser,
+    Frames,
+    WriteQueue,
+    close_payload,
+    parse_close,
+)
+from fastwire.errors import FastwireError, FrameError, InvalidPayload, MessageTooBig
+
+__all__ = ["Connection", "WebSocketClosedError", "WebSocketHandler", "connection_for"]
+
+log = logging.getLogger(__name__)
+
+#: Seconds a peer has to answer our Close frame, or to take the last bytes, before TCP is closed under it.
+CLOSE_TIMEOUT = 5.0
+
+#: Seconds between attempts while the system has no buffers (ENOBUFS, ENOMEM): from the first, doubling to the last.
+RETRY_FIRST, RETRY_LAST = 0.001, 0.050
+
+#: Bytes handed to Tornado's stream at a time; it is asked for more when these are gone.
+STREAM_CHUNK = 256 * 1024
+
+
+class Written:
+    """Awaitable: the bytes up to a position have been taken by the transport. Costs nothing when nobody awaits it."""
+
+    __slots__ = ("_connection", "_position")
+
+    def __init__(self, connection: Connection, position: int) -> None:
+        self._connection = connection
+        self._position = position
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._connection.wait_written(self._position).__await__()
+
+    def done(self) -> bool:
+        return self._connection.queue.written >= self._position
+
+
+class WebSocketHandler(tornado.websocket.WebSocketHandler):
+    """Use it instead of `tornado.websocket.WebSocketHandler`: same methods, same callbacks.
+
+    Differences: awaiting `write_message` waits until the transport has taken the bytes (not awaiting it leaves no task and no
+    "never retrieved"); clients that break RFC 6455 get the Close frame it asks for; ``TCP_NODELAY`` is on from the start.
+    """
+
+    def get_websocket_protocol(self) -> tornado.websocket.WebSocketProtocol | None:
+        return connection_for(self)
+
+
+def connection_for(handler: tornado.websocket.WebSocketHandler) -> Connection | None:
+    """The protocol object for a handler before its handshake, None for a version other than 13.
+
+    Give any Tornado handler fastwire's data path with ``handler.get_websocket_protocol = lambda: connection_for(handler)``.
+    Source: `tornado.websocket.WebSocketHandler.get_websocket_protocol`.
+    """
+    if handler.request.headers.get("Sec-WebSocket-Version") != "13":
+        return None
+    return Connection(
+        handler,
+        tornado.websocket._WebSocketParams(
+            ping_interval=handler.ping_interval,
+            ping_timeout=handler.ping_timeout,
+            max_message_size=handler.max_message_size,
+            compression_options=handler.get_compression_options(),
+        ),
+    )
+
+
+class Connection(WebSocketProtocol13):
+    """One client's socket after the handshake: `parser` for its bytes, `queue` for ours.
+
+    ``consumer``, when set, is called with the parser while data messages are pending and must take them (all, or up to the
+    next control frame); otherwise each goes to the handler's ``on_message``. ``on_progress`` is called after bytes went out.
+    """
+
+    def __init__(
+        self, handler: tornado.websocket.WebSocketHandler, params: tornado.websocket._WebSocketParams
+    ) -> None:
+        super().__init__(handler, False, params)
+        self.queue = WriteQueue()
+        self.consumer: Callable[[FrameParser], None] | None = None
+        self.on_progress: Callable[[], None] | None = None
+        self.no_buffers = 0
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._fd = -1
+        self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._flush_scheduled = False
+        self._awaits_writable = False
+        self._retry_delay = RETRY_FIRST
+        self._stream_busy = False
+        self._reading = False
+        self._in_callback = False
+        self._pong_position = 0
+        self._newest_ping: bytes | None = None
+        self._lingering = False
+        self._close_timer: asyncio.TimerHandle | None = None
+
+    # -- taking over from Tornado --
+
+    def start_pinging(self) -> None:
+        """Tornado calls this when the stream is detached and before ``open``: from here the socket is ours."""
+        self.parser = FrameParser(self.params.max_message_size, deflate=self._decompressor is not None)
+        self.stream.set_nodelay(True)
+        if self._can_take_socket():
+            self.stream.io_loop.remove_handler(self.stream.fileno())
+            self._fd = cast(socket.socket, self.stream.fileno()).fileno()
+        super().start_pinging()
+
+    def _can_take_socket(self) -> bool:
+        """A plain socket for which Tornado holds no bytes; anything else goes through its stream."""
+        stream = self.stream
+        return isinstance(stream, IOStream) and not isinstance(stream, SSLIOStream) and not stream.writing()
+
+    async def _receive_frame_loop(self) -> None:
+        """Tornado awaits this when ``open`` has returned; it lasts as long as the connection."""
+        try:
+            if not self._ended.done():
+                await self._start_reading()
+            await self._ended
+        finally:
+            self.handler.on_ws_connection_close(self.close_code, self.close_reason)
+
+    async def _start_reading(self) -> None:
+        early = self.stream._read_buffer_size
+        if early:
+            self.parser.feed(await self.stream.read_bytes(early))
+        self.resume_reading()
+        if early:
+            self._process()
+
+    # -- reading --
+
+    def pause_reading(self) -> None:
+        """Leave the peer's bytes where they are; its TCP will slow it down."""
+        if self._reading and self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+        self._reading = False
+
+    def resume_reading(self) -> None:
+        if self._reading or self._ended.done():
+            return
+        self._reading = True
+        if self._fd >= 0:
+            self._loop.add_reader(self._fd, self._on_readable)
+        elif not self.stream.reading():
+            self._read_stream()
+
+    def _on_readable(self) -> None:
+        try:
+            received = self.parser.receive(self._fd)
+        except OSError as error:
+            self._lost(error)
+            return
+        if received == 0:
+            self._lost(None)
+        elif received > 0:
+            self._process()
+
+    def _read_stream(self) -> None:
+        try:
+            future = self.stream.read_bytes(65536, partial=True)
+        except StreamClosedError as error:
+            self._lost(error.real_error)
+            return
+        cast("asyncio.Future[bytes]", future).add_done_callback(self._on_stream_read)
+
+    def _on_stream_read(self, future: asyncio.Future[bytes]) -> None:
+        if future.cancelled() or future.exception() is not None:
+            self._lost(self.stream.error)
+            return
+        self.parser.feed(future.result())
+        self._process()
+        if self._reading and not self._ended.done():
+            self._read_stream()
+
+    # -- what was read --
+
+    def _process(self) -> None:
+        """Hand out what the parser has, in order, until it is empty or a coroutine must finish first."""
+        if self._in_callback or self._lingering:
+            self._discard_if_lingering()
+            return
+        try:
+            if self.consumer is not None:
+                self.consumer(self.parser)
+            for opcode, payload in self.parser:
+                done = self._dispatch(opcode, payload)
+                if done is not None:
+                    self._wait_for(done)
+                    return
+                if self.client_terminated:
+                    return
+                if self.consumer is not None:
+                    self.consumer(self.parser)
+        except FastwireError as error:
+            self.fail(error)
+
+    def _discard_if_lingering(self) -> None:
+        if self._lingering:
+            self.parser = FrameParser(0)
+
+    def _wait_for(self, done: asyncio.Future[None]) -> None:
+        """on_message is a coroutine: the next message waits for it, as with Tornado."""
+        self._in_callback = True
+        self.pause_reading()
+
+        def resume(_: asyncio.Future[None]) -> None:
+            self._in_callback = False
+            self._process()
+            if not self._in_callback:
+                self.resume_reading()
+
+        done.add_done_callback(resume)
+
+    def _dispatch(self, opcode: int, payload: str | bytes) -> asyncio.Future[None] | None:
+        if opcode & RSV1:
+            payload = self._decompress(opcode & ~RSV1, cast(bytes, payload))
+            opcode &= ~RSV1
+        if opcode in (OP_TEXT, OP_BINARY):
+            return cast("asyncio.Future[None] | None", self._run_callback(self.handler.on_message, payload))
+        control = cast(bytes, payload)
+        if opcode == OP_PING:
+            self._answer_ping(control)
+            self._run_callback(self.handler.on_ping, control)
+        elif opcode == OP_PONG:
+            self._received_pong = True
+            self._run_callback(self.handler.on_pong, control)
+        elif opcode == OP_CLOSE:
+            self._on_close_frame(control)
+        return None
+
+    def _decompress(self, opcode: int, data: bytes) -> str | bytes:
+        assert self._decompressor is not None
+        try:
+            plain = self._decompressor.decompress(data)
+        except tornado.websocket._DecompressTooLargeError:
+            raise MessageTooBig("the message is longer than the server accepts once decompressed") from None
+        except Exception as error:
+            raise InvalidPayload(f"a compressed message cannot be decompressed: {error}") from error
+        if opcode == OP_BINARY:
+            return plain
+        try:
+            return plain.decode()
+        except UnicodeDecodeError:
+            raise InvalidPayload("a text message is not UTF-8") from None
+
+    # -- writing --
+
+    def write_message(
+        self, message: str | bytes | bytearray | memoryview | dict[str, Any], binary: bool = False
+    ) -> asyncio.Future[None]:
+        """Queue one message. Raises WebSocketClosedError when the connection is closing."""
+        if self.is_closing():
+            raise WebSocketClosedError
+        if isinstance(message, dict):
+            message = tornado.escape.json_encode(message)
+        elif isinstance(message, (bytearray, memoryview)):
+            message = bytes(message)
+        opcode = OP_BINARY if binary else OP_TEXT
+        if self._compressor is not None:
+            message = self._compressor.compress(tornado.escape.utf8(message))
+            opcode |= RSV1
+        position = self.queue.append_frame(opcode, message)
+        self.schedule_flush()
+        return cast("asyncio.Future[None]", Written(self, position))
+
+    def write_frames(self, frames: Frames) -> None:
+        """Queue frames that are encoded already; not for a connection that compresses. Silent when it is closing."""
+        if not self.is_closing():
+            self.queue.extend(frames)
+            self.schedule_flush()
+
+    @property
+    def compresses(self) -> bool:
+        """permessage-deflate was agreed: every message must pass through `write_message`."""
+        return self._compressor is not None
+
+    def write_ping(self, data: bytes) -> None:
+        self._write_control(OP_PING, data)
+
+    def _write_control(self, opcode: int, data: bytes) -> int:
+        position = self.queue.append_frame(opcode, data)
+        self.schedule_flush()
+        return position
+
+    def _answer_ping(self, data: bytes) -> None:
+        """At most one pong waits to be written; it answers the newest ping (RFC 6455 section 5.5.3)."""
+        if self.server_terminated:
+            return
+        if self._pong_position > self.queue.written:
+            self._newest_ping = data
+        else:
+            self._pong_position = self._write_control(OP_PONG, data)
+
+    def wait_written(self, position: int) -> asyncio.Future[None]:
+        """Resolves when the transport has taken everything before ``position``; WebSocketClosedError if never."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        if self.queue.written >= position and not self._ended.done():
+            future.set_result(None)
+        elif self._ended.done():
+            future.set_exception(WebSocketClosedError())
+        else:
+            self._waiters.append((position, future))
+        return future
+
+    # -- flushing: the only place that writes --
+
+    def schedule_flush(self) -> None:
+        """Flush once at the end of this turn, unless the socket has to become writable first."""
+        if not self._flush_scheduled and not self._awaits_writable:
+            self._flush_scheduled = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        self._flush_scheduled = False
+        if self._ended.done():
+            return
+        if self._fd < 0:
+            self._flush_stream()
+            return
+        before = self.queue.written
+        status = self.queue.flush(self._fd)
+        if status == FLUSH_DEAD:
+            self._lost(OSError(self.queue.errno, os.strerror(self.queue.errno)))
+            return
+        self._await_writable(status == FLUSH_BLOCKED)
+        if status == FLUSH_NO_BUFFERS:
+            self._retry_later()
+        else:
+            self._retry_delay = RETRY_FIRST
+            if status == FLUSH_MORE:
+                self.schedule_flush()
+        if self.queue.written != before:
+            self._progress()
+
+    def _await_writable(self, wanted: bool) -> None:
+        if wanted and not self._awaits_writable:
+            self._loop.add_writer(self._fd, self.flush)
+        elif not wanted and self._awaits_writable:
+            self._loop.remove_writer(self._fd)
+        self._awaits_writable = wanted
+
+    def _retry_later(self) -> None:
+        """The system is short of buffers. The socket still counts as writable: waiting for that would spin."""
+        self.no_buffers += 1
+        self._flush_scheduled = True
+        self._loop.call_later(self._retry_delay, self.flush)
+        self._retry_delay = min(2 * self._retry_delay, RETRY_LAST)
+
+    def _flush_stream(self) -> None:
+        if self._stream_busy or not self.queue.pending_bytes:
+            return
+        self._stream_busy = True
+        try:
+            future = self.stream.write(self.queue.take(STREAM_CHUNK))
+        except StreamClosedError as error:
+            self._lost(error.real_error)
+            return
+        future.add_done_callback(self._on_stream_written)
+
+    def _on_stream_written(self, future: asyncio.Future[None]) -> None:
+        self._stream_busy = False
+        if future.cancelled() or future.exception() is not None:
+            self._lost(self.stream.error)
+            return
+        self._progress()
+        self._flush_stream()
+
+    def _progress(self) -> None:
+        """Bytes went out."""
+        written = self.queue.written
+        while self._waiters and self._waiters[0][0] <= written:
+            future = self._waiters.popleft()[1]
+            if not future.done():
+                future.set_result(None)
+        if self._newest_ping is not None and self._pong_position <= written:
+            data, self._newest_ping = self._newest_ping, None
+            self._answer_ping(data)
+        if self.server_terminated and self.client_terminated and not self.queue.pending_bytes:
+            self._finish()
+        elif self.on_progress is not None:
+            self.on_progress()
+
+    # -- closing --
+
+    def close(self, code: int | None = None, reason: str | None = None) -> None:
+        """Send a Close frame; TCP is closed when the peer has answered, or after `CLOSE_TIMEOUT`."""
+        if self._ping_coroutine is not None:
+            self._ping_coroutine.cancel()
+            self._ping_coroutine = None
+        if self._ended.done():
+            return
+        if not self.server_terminated:
+            self.server_terminated = True
+            if code is None and reason is not None:
+                code = 1000
+            self._write_control(OP_CLOSE, close_payload(code, reason or ""))
+        if self._close_timer is None:
+            self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, self._abort)
+
+    def _on_close_frame(self, payload: bytes) -> None:
+        self.client_terminated = True
+        code, reason = parse_close(payload)
+        self.close_code, self.close_reason = code, reason or None
+        if self.server_terminated and not self.queue.pending_bytes:
+            self._finish()
+        else:
+            self.close(code)
+
+    def fail(self, error: FastwireError) -> None:
+        """The peer sent what it must not: say so with a Close frame, then close (RFC 6455 section 7.1.7)."""
+        log.warning("WebSocket client %s: %s; closing with %s", self._peer(), error, error.close_code)
+        self._lingering = True
+        self.close(error.close_code, str(error))
+        self.client_terminated = True
+        if not isinstance(error, FrameError):
+            self.close_code = error.close_code
+
+    def _finish(self) -> None:
+        """Everything is said. After a failure the peer may still be sending, and closing on unread bytes would
+        reset the connection and lose our Close frame: end our side; the peer ends its own, or the timer does."""
+        if self._lingering and self._fd >= 0 and not self._ended.done():
+            with contextlib.suppress(OSError):
+                self.stream.socket.shutdown(socket.SHUT_WR)
+            self.resume_reading()
+        else:
+            self._lost(None)
+
+    def _peer(self) -> str:
+        return str(getattr(getattr(self.handler, "request", None), "remote_ip", None) or "unknown")
+
+    def _lost(self, error: BaseException | None) -> None:
+        """TCP is over, or about to be."""
+        if self._ended.done():
+            return
+        if isinstance(error, OSError) and error.errno not in QUIET:
+            log.warning("WebSocket client %s: %s", self._peer(), error)
+        self.client_terminated = self.server_terminated = True
+        self._ended.set_result(None)
+        self.pause_reading()
+        if self._fd >= 0:
+            self._await_writable(False)
+        self._fd = -1
+        self.queue.clear()
+        for _, future in self._waiters:
+            if not future.done():
+                future.set_exception(WebSocketClosedError())
+        self._waiters.clear()
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+        if self._ping_coroutine is not None:
+            self._ping_coroutine.cancel()
+            self._ping_coroutine = None
+        self.stream.close()
+
+    def _abort(self) -> None:
+        if self.stream is not None:
+            self._lost(None)
+
+    def is_closing(self) -> bool:
+        return self._ended.done() or self.client_terminated or self.server_terminated
+
+
+#: Ends of a connection that are nobody's fault.
+QUIET = {errno.EPIPE, errno.ECONNRESET, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EBADF}
+
+if sys.platform == "win32":
+    raise ImportError("fastwire.websocket needs a POSIX system")
