@@ -6,7 +6,7 @@ Every error is one of `fastwire.errors`; nothing else is raised for bad input.
 No asyncio, no tornado, no logging; not thread-safe beyond what the GIL gives: one loop, one thread.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, final
 
 import zmq
@@ -50,7 +50,7 @@ class Signer:
     An empty key means unsigned: `sign` gives b"" and `verify` accepts anything.
     Keeps the digests it has verified, the last ``history_size`` of them, to refuse replays; a ZMQ socket
     needs a history of its own (several subscribers see the same message), so `fork` one for each.
-    0 keeps none. Memory: at most 16 bytes a digest, allocated as they come.
+    0 keeps none. Memory: at most 24 bytes a digest, allocated as they come.
 
     Source: messaging spec, "Wire protocol"; `jupyter_client.session.Session.sign`, `deserialize`.
     Raises ValueError for a ``signature_scheme`` that is not "hmac-" and a hashlib name.
@@ -200,6 +200,8 @@ class Frames:
         """Number of frames."""
     @property
     def nbytes(self) -> int: ...
+    def complete_before(self, nbytes: int) -> int:
+        """How many frames lie wholly in the first ``nbytes`` bytes."""
     def __bytes__(self) -> bytes: ...
 
 @final
@@ -215,7 +217,10 @@ class WriteQueue:
     def append(self, data: Buffer) -> int:
         """Queue raw bytes. Returns the position behind them."""
     def append_frame(self, opcode: int, payload: str | Buffer) -> int:
-        """Queue a whole frame with its header (`frame_header`). Returns the position behind it."""
+        """Queue a whole frame with its header (`frame_header`). Returns the position behind it.
+
+        Raises ValueError as `frame_header` does, and for a str that has no UTF-8.
+        """
     def extend(self, frames: Frames) -> int:
         """Queue encoded frames by reference (small ones are copied). Returns the position behind them."""
     def flush(self, fd: int, limit: int = ...) -> int:
@@ -282,8 +287,8 @@ class Batch:
         """The budget ended the drain: more may be waiting, come back next turn."""
     @property
     def rejected(self) -> list[MessageError]:
-        """Why messages were refused, at most 16 kept; `rejected_count` counts all. With ``permissive`` also
-        the signatures that did not match although their messages passed."""
+        """Why messages were refused, at most 16 kept; `rejected_count` counts all. With ``permissive`` also the
+        signatures that did not match although their messages passed; those are not counted."""
     @property
     def rejected_count(self) -> int: ...
     @property
@@ -292,8 +297,11 @@ class Batch:
         adaptation is theirs in the default protocol."""
     def msg_type(self, index: int) -> str: ...
     def message_class(self, index: int) -> str: ...
-    def replaced(self, changes: dict[int, Sequence[Buffer] | None]) -> Batch:
-        """The same messages with the parts of some changed, or (None) left out: hooks, adaptation, rate limits."""
+    def replaced(self, changes: Mapping[int, Sequence[Buffer] | None]) -> Batch:
+        """The same messages with the parts of some changed, or (None) left out: hooks, adaptation, rate limits.
+
+        Raises MalformedMessage for parts that `encode_legacy` would refuse.
+        """
     def frames(self, protocol: str | None) -> Frames:
         """WebSocket frames of all messages, `PROTOCOL_V1` or (None) the default protocol; encoded at the first
         call for each protocol and kept."""
@@ -303,7 +311,7 @@ def batch_of(
 ) -> Batch:
     """A batch of multipart messages that were received elsewhere (identities and signature included).
 
-    ``permissive`` lets messages pass whose signature does not match; they are still counted as rejected.
+    ``permissive`` lets messages pass whose signature does not match; `Batch.rejected` names them.
     """
 
 def drain(
@@ -349,6 +357,8 @@ class Uplink:
         """The same for one message that is already in Python's hands."""
     def retry(self) -> int:
         """Send again what waits; the result is that of `relay`."""
+    def adopt(self, other: Uplink) -> None:
+        """Take over what waits in another uplink, which is empty afterwards: the client has a new socket."""
     @property
     def waiting_bytes(self) -> int: ...
     @property

@@ -13,7 +13,7 @@
     │   ├── ProtocolError      1002     framing (RFC 6455 section 5)
     │   ├── InvalidPayload     1007     text that is not UTF-8 (RFC 6455 section 8.1)
     │   └── MessageTooBig      1009     over the limit the server set (RFC 6455 section 7.4.1)
-    └── SocketClosed                    a ZMQ socket was closed under the caller
+    └── SocketClosed           1011     the kernel's ZMQ sockets are closed: it was shut down
 
 ``close_code`` is the WebSocket close code (RFC 6455 section 7.4) that a server sends for the error,
 None where no client is at fault.
@@ -92,3 +92,5 @@ class MessageTooBig(FrameError):
 
 class SocketClosed(FastwireError):
     """The ZMQ socket was closed, usually because its kernel manager shut down."""
+
+    close_code = 1011

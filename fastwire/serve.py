@@ -136,16 +136,16 @@ class FastwireServer(ServerApp):
 
     def init_server_extensions(self) -> None:
         """Extends ``ServerApp.init_server_extensions``: it runs others' code, so all is checked before."""
-        for name, enabled in self.jpserver_extensions.items():
-            with suppress(Exception):  # ServerApp does it again, and tells
-                if enabled:
-                    get_metadata(name)  # type: ignore[no-untyped-call]
-        check_dotted_options(self.argv)
         check_root(self)
         check_address(self)
         check_tls(self)
         check_base_url(self)
         check_runtime_dir(self)
+        for name, enabled in self.jpserver_extensions.items():
+            with suppress(Exception):  # ServerApp does it again, and tells
+                if enabled:
+                    get_metadata(name)  # type: ignore[no-untyped-call]
+        check_dotted_options(self.argv)
         super().init_server_extensions()
 
     def init_configurables(self) -> None:

@@ -125,6 +125,7 @@ class Connection(WebSocketProtocol13):
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._flush_scheduled = False
         self._awaits_writable = False
+        self._final_written = 0
         self._retry_delay = RETRY_FIRST
         self._stream_busy = False
         self._reading = False
@@ -310,6 +311,11 @@ class Connection(WebSocketProtocol13):
             self.schedule_flush()
 
     @property
+    def written(self) -> int:
+        """How far the transport took our bytes, also after the end."""
+        return self._final_written if self._ended.done() else self.queue.written
+
+    @property
     def compresses(self) -> bool:
         """permessage-deflate was agreed: every message must pass through `write_message`."""
         return self._compressor is not None
@@ -480,6 +486,7 @@ class Connection(WebSocketProtocol13):
         if self._fd >= 0:
             self._await_writable(False)
         self._fd = -1
+        self._final_written = self.queue.written
         self.queue.clear()
         for _, future in self._waiters:
             if not future.done():

@@ -239,6 +239,10 @@ cdef void legacy_table(char *out, size_t text_length, const fw_span *buffers, Py
         offset += buffers[i].len
 
 
+cdef object blank_part():
+    return MalformedMessage("parent_header, metadata and content must be JSON; one of them is empty")
+
+
 def encode_legacy(str channel, parts):
     cdef Views views = Views(parts)
     cdef Header header
@@ -250,7 +254,7 @@ def encode_legacy(str channel, parts):
     if not four_are_utf8(views.spans):
         return encode_legacy(channel, four_as_utf8(views.spans) + list(views.parts)[4:])
     if any_blank(views.spans):
-        raise MalformedMessage("parent_header, metadata and content must be JSON; one of them is empty")
+        raise blank_part()
     if scan_header(views.spans[0], &header) == NOT_JSON or not names_message(&header):
         raise bad_header()
     tail = legacy_tail(channel, buffers > 0)

@@ -213,6 +213,9 @@ cdef class Batch:
 
     cdef int reject(self, object error) except -1:
         self.rejected_count += 1
+        return self.remember(error)
+
+    cdef int remember(self, object error) except -1:
         if self.reasons is None:
             self.reasons = []
         if len(self.reasons) < MAX_REASONS:
@@ -237,11 +240,11 @@ cdef class Batch:
             error = signature_error(verdict, frames[i + 1].len)
             if not permissive or verdict == REPLAYED:
                 return error
-            self.reject(error)
+            self.remember(error)
         if scan_header(frames[first[0]], header) == NOT_JSON or not names_message(header):
             return bad_header()
         if any_blank(frames + first[0]):
-            return MalformedMessage("parent_header, metadata or content is empty")
+            return blank_part()
         return None
 
     cdef int add_zmq(self, Signer signer, bint permissive, fw_zmq_msg *frames, fw_span *spans, Py_ssize_t count) except -1:
@@ -297,6 +300,10 @@ cdef class Batch:
         """A message that is known to be good; ``parts`` are bytes."""
         cdef Views views = Views(parts)
         cdef Indexed *message = self.new_message()
+        if views.count < 4:
+            raise need_four(views.count)
+        if any_blank(views.spans):
+            raise blank_part()
         self.store.keep(parts)
         message.count = <uint32_t>views.count
         message.parts = <fw_span *>self.store.get(views.count * sizeof(fw_span))
@@ -473,6 +480,9 @@ cdef Frames encode_batch(Batch batch, int protocol):
     tails.channel = fixed(PyBytes_AS_STRING(channel), PyBytes_GET_SIZE(channel))
     tails.text = fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
     tails.binary = fixed(PyBytes_AS_STRING(binary), PyBytes_GET_SIZE(binary))
+    frames.ends = <uint64_t *>malloc((batch.count + 1) * sizeof(uint64_t))
+    if frames.ends == NULL:
+        raise MemoryError
     for i in range(batch.count):
         m = &batch.messages[i]
         size = payload_size(m, protocol, &tails)
@@ -480,6 +490,7 @@ cdef Frames encode_batch(Batch batch, int protocol):
             raise MalformedMessage("a message with buffers is at most 4 GiB in the default protocol; use v1")
         size += header_size(size)
         frames.nbytes += size
+        frames.ends[i] = frames.nbytes
         copied += size - large_bytes(m.parts if protocol == V1 else m.text, 4, &segments)
         copied -= large_bytes(m.parts + 4, m.count - 4, &segments)
         if protocol == LEGACY:
@@ -597,7 +608,13 @@ def drain(socket, str channel, Signer signer not None, *, Py_ssize_t max_message
         return drain_by_pyzmq(socket, channel, signer, max_messages, max_bytes, permissive)
     handle = handle_of(socket)
     while True:
-        count = receive_message(handle)
+        try:
+            count = receive_message(handle)
+        except (SocketClosed, zmq.ZMQError):
+            # What was received is not lost for it; the next drain says it again.
+            if batch is None:
+                raise
+            return batch
         if count == 0:
             return batch
         try:
@@ -620,7 +637,9 @@ cdef Batch drain_by_pyzmq(socket, str channel, Signer signer, Py_ssize_t max_mes
         except zmq.Again:
             return batch
         except zmq.ZMQError as error:
-            raise zmq_problem(error.errno) from None
+            if batch is None:
+                raise zmq_problem(error.errno) from None
+            return batch
         if batch is None:
             batch = new_batch(channel)
         batch.add_python(signer, permissive, frames)

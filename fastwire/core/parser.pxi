@@ -384,6 +384,8 @@ cdef class FrameParser:
         """Room grows with the bytes that have arrived, never with the length that was declared."""
         cdef size_t room = self.message_length + n
         cdef char *grown
+        if n == 0:
+            return 0
         if room > self.message_room:
             room = max(room + room // 2, <size_t>4096)
             grown = <char *>realloc(self.message, room)

@@ -30,6 +30,7 @@ cdef class Frames:
     cdef char *block
     cdef Segment *segments
     cdef Py_ssize_t segment_count
+    cdef uint64_t *ends         # of each frame, in bytes from the first
     cdef Py_ssize_t count
     cdef readonly size_t nbytes
     cdef object owner       # keeps the large parts alive; None when everything is in the block
@@ -42,6 +43,17 @@ cdef class Frames:
             alive.blocks -= 1
         free(self.block)
         free(self.segments)
+        free(self.ends)
+
+    def complete_before(self, uint64_t nbytes):
+        cdef Py_ssize_t low = 0, high = self.count, middle
+        while low < high:
+            middle = (low + high) // 2
+            if self.ends[middle] <= nbytes:
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     def __len__(self):
         return self.count
@@ -208,7 +220,7 @@ cdef class WriteQueue:
         cdef size_t n
         cdef int first
         if isinstance(payload, str):
-            payload = (<str>payload).encode("utf-8", "surrogatepass")
+            payload = (<str>payload).encode()
         span_of(payload, &held, &span)
         try:
             first = first_byte(opcode, span.len, True)

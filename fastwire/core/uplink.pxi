@@ -76,6 +76,8 @@ cdef class Uplink:
             payload = text_bytes(payload)
         span_of(payload, &held, &span)
         try:
+            if opcode != BINARY and not fw_utf8_valid(<const uint8_t *>span.ptr, span.len):
+                raise malformed("it is not UTF-8")
             self.pass_on(opcode, span)
         finally:
             release(&held)
@@ -182,6 +184,16 @@ cdef class Uplink:
                 self.waiting_messages -= 1
                 self.waiting_bytes -= sum(len(frame) for frame in frames[2:])
         return self.readable()
+
+    def adopt(self, Uplink other not None):
+        self.waiting = other.waiting
+        self.waiting_bytes = other.waiting_bytes
+        self.waiting_messages = other.waiting_messages
+        self.sent = other.sent
+        self.touched = other.touched
+        other.waiting = [deque() for _ in CHANNELS]
+        other.waiting_bytes = 0
+        other.waiting_messages = 0
 
     cdef int readable(self) except -1:
         """Which of the sockets that were sent to have something to read: their descriptor may have lost its edge."""

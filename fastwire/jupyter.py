@@ -1,0 +1,436 @@
+"""fastwire in Jupyter Server: the connection class between its kernels and its clients.
+
+Activate it with ``ServerApp.kernel_websocket_connection_class = "fastwire.jupyter.FastwireWebsocketConnection"``, or run
+`python -m fastwire.serve`. It is a subclass of jupyter_server's own class: whatever is configured for
+`ZMQChannelsWebsocketConnection` holds here too. Messages take the path of `fastwire.relay`; a kernel of protocol 4, or a session
+whose packer is not JSON, takes jupyter_server's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import zmq
+from tornado.web import HTTPError
+
+try:
+    from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
+    from traitlets import Bool, Float, Integer, default
+except ImportError as error:
+    raise ImportError(
+        f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'fastwire[serve]'"
+    ) from error
+
+from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch, Signer
+from fastwire.errors import MessageError, SignatureError
+from fastwire.flow import Limits
+from fastwire.relay import KernelRelay, Session, local_batch, take_socket
+from fastwire.websocket import Connection, connection_for
+
+__all__ = ["FastwireWebsocketConnection"]
+
+ERROR = MESSAGE_CLASSES.index("error")
+
+#: Seconds between looks for kernels that are gone while their relay is still open.
+SWEEP_INTERVAL = 5.0
+
+#: Traits of jupyter_server's rate limit: limiting is on when a user has set one of them.
+RATE_TRAITS = ("limit_rate", "iopub_msg_rate_limit", "iopub_data_rate_limit", "rate_limit_window")
+
+
+class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
+    """One client's connection to one kernel, through the compiled core.
+
+    Source: `jupyter_server.services.kernels.connection.channels.ZMQChannelsWebsocketConnection`.
+    """
+
+    resume_timeout = Float(
+        Limits.resume_timeout,
+        config=True,
+        help="Seconds a session is kept for its client to come back after its connection broke.",
+    )
+    resume_timeout_closed = Float(
+        Limits.resume_timeout_closed,
+        config=True,
+        help="Seconds a session is kept for its client to come back after the client closed the connection.",
+    )
+    detached_sessions = Integer(
+        Limits.detached_sessions, config=True, help="Sessions without a client that one kernel keeps at most."
+    )
+    client_memory_limit = Integer(
+        Limits.client_memory_limit,
+        config=True,
+        help="Bytes of messages that are kept for a session without a client before it is given up.",
+    )
+    uplink_limit = Integer(
+        Limits.uplink_limit,
+        config=True,
+        help="Bytes of a client's messages that may wait for a kernel that does not take them; "
+        "beyond that the client is not read until it does.",
+    )
+    accept_invalid_signatures = Bool(
+        False,
+        config=True,
+        help="Pass on kernels' messages whose signature does not match, with a warning. "
+        "Jupyter Server never checked signatures for clients of the v1 protocol; use this for a kernel that cannot sign.",
+    )
+
+    _relays: ClassVar[dict[Any, KernelRelay]] = {}
+    _missing: ClassVar[set[Any]] = set()
+    _sweeper: ClassVar[asyncio.TimerHandle | None] = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._fast = False
+        self._session: Session | None = None
+        self._connection: Connection | None = None
+        if self._json_session:
+            # Before the upgrade: this makes the client's direction compiled too, without replacing a route.
+            handler: Any = self.websocket_handler
+            handler.get_websocket_protocol = partial(connection_for, handler)
+
+    @default("limit_rate")
+    def _default_limit_rate(self) -> bool:
+        """On only for users who have set a limit."""
+        names = [cls.__name__ for cls in type(self).mro()]
+        return any(trait in self.config.get(name, {}) for name in names for trait in RATE_TRAITS)
+
+    @property
+    def _json_session(self) -> bool:
+        return str(self.session.packer).lower() in ("json", "orjson")
+
+    # -- the kernel's relay --
+
+    @property
+    def relay(self) -> KernelRelay:
+        """The kernel's relay, shared by its clients; made for its first."""
+        manager = self.kernel_manager
+        if manager not in self._relays:
+            self._relays[manager] = KernelRelay(
+                partial(open_socket, manager),
+                Signer(
+                    manager.session.key,
+                    manager.session.signature_scheme,
+                    history_size=manager.session.digest_history_size,
+                ),
+                limits=Limits(
+                    resume_timeout=self.resume_timeout,
+                    resume_timeout_closed=self.resume_timeout_closed,
+                    detached_sessions=self.detached_sessions,
+                    client_memory_limit=self.client_memory_limit,
+                    uplink_limit=self.uplink_limit,
+                ),
+                permissive=self.accept_invalid_signatures,
+                on_rejected=partial(tell_rejected, manager),
+            )
+            self._sweep()
+        return self._relays[manager]
+
+    @classmethod
+    def _sweep(cls) -> None:
+        """Close the relays of kernels that are gone: the stock kernel manager tells nobody. A restart may take a kernel
+        off its manager's list for a moment, so it has to be missing twice."""
+        base = FastwireWebsocketConnection
+        if base._sweeper is not None:
+            base._sweeper.cancel()
+        missing = {manager for manager in base._relays if not is_managed(manager)}
+        for manager in missing & base._missing:
+            base._relays.pop(manager).close()
+        base._missing = missing
+        base._sweeper = (
+            asyncio.get_running_loop().call_later(SWEEP_INTERVAL, base._sweep) if base._relays else None
+        )
+
+    # -- opening --
+
+    async def connect(self) -> None:  # type: ignore[override]
+        """Subscribe, prove the subscription, then continue or begin the client's session.
+
+        Source: `ZMQChannelsWebsocketConnection.connect`.
+        """
+        connection = self.websocket_handler.ws_connection
+        if not isinstance(connection, Connection) or self.session.adapt_version:
+            await (super().connect() or asyncio.sleep(0))
+            return
+        self._fast = True
+        self.multi_kernel_manager.notify_connect(self.kernel_id)
+        self.multi_kernel_manager.add_restart_callback(self.kernel_id, self.on_kernel_restarted)
+        self.multi_kernel_manager.add_restart_callback(self.kernel_id, self.on_restart_failed, "dead")
+        self._open_sockets.add(self)
+        try:
+            self._open_relay()
+            await self.nudge()
+        except HTTPError as error:
+            self.log.error("Error opening kernel sockets: %s", error)
+            self.websocket_handler.close(1011, "the kernel cannot be reached")
+            return
+        if not connection.is_closing():
+            self._attach(connection)
+
+    def _open_relay(self) -> None:
+        if self.kernel_id in self.multi_kernel_manager:
+            self.multi_kernel_manager.ports_changed(self.kernel_id)
+        self.relay.open(list(self.kernel_manager.ports))
+
+    def _attach(self, connection: Connection) -> None:
+        session = self.relay.session(self.session.session, self.session.bsession)
+        if session.connection is not None:
+            session.connection.close()
+            session.detach(session.connection, close_code=None, resumable=True)
+        self._session, self._connection = session, connection
+        session.prepare = self._prepare
+        session.on_ignored = self._warn_ignored
+        session.attach(connection, self.subprotocol, frozenset(self.multi_kernel_manager.allowed_message_types))
+
+    # -- proving the subscription --
+
+    async def _prove(self) -> None:
+        """Ask the kernel for its info until it answers and iopub was heard.
+
+        Source: `ZMQChannelsWebsocketConnection.nudge`; here once per subscription and not once per client.
+        """
+        relay = self.relay
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_answer(_: Batch) -> None:
+            if not answered.done():
+                answered.set_result(None)
+
+        channels = [relay.channel(name, None, on_answer) for name in ("shell", "control")]
+        try:
+            while not (answered.done() and relay.heard.done()) and self._can_prove():
+                for channel in channels:
+                    self.session.send(channel.socket, "kernel_info_request")
+                    channel.drain()
+                await asyncio.wait({answered, relay.heard}, timeout=0.5, return_when=asyncio.ALL_COMPLETED)
+        finally:
+            for channel in channels:
+                channel.close()
+
+    def _can_prove(self) -> bool:
+        return (
+            self.kernel_id in self.multi_kernel_manager
+            and list(self.kernel_manager.ports) == self.relay.ports
+            and not self.relay.heard.cancelled()
+            and self.websocket_handler.ws_connection is not None
+            and not self.websocket_handler.ws_connection.is_closing()
+        )
+
+    async def _started(self) -> None:
+        while getattr(self.kernel_manager, "execution_state", None) == "starting":
+            await asyncio.sleep(0.05)
+
+    def nudge(self) -> asyncio.Future[None]:
+        """Resolves when the iopub subscription is proven; at once when it is, or when the kernel is busy."""
+        if not self._fast:
+            return super().nudge()
+        return asyncio.ensure_future(self._nudge())
+
+    async def _nudge(self) -> None:
+        # A busy kernel answers only when it is done, and its subscription has surely been established.
+        if self.relay.heard.done() or getattr(self.kernel_manager, "execution_state", None) == "busy":
+            return
+        try:
+            async with asyncio.timeout(self.kernel_info_timeout):
+                await asyncio.gather(self._prove(), self._started())
+        except TimeoutError:
+            self.log.warning("Kernel %s did not answer in %s s", self.kernel_id, self.kernel_info_timeout)
+
+    # -- closing --
+
+    def disconnect(self) -> None:  # type: ignore[override]
+        """The WebSocket is gone, or the server ends. May be called twice.
+
+        Source: `ZMQChannelsWebsocketConnection.disconnect`.
+        """
+        if not self._fast:
+            super().disconnect()
+            return
+        if self._close_future.done():
+            return
+        manager = self.multi_kernel_manager
+        manager.notify_disconnect(self.kernel_id)
+        if self._open_sessions.get(self.session_key) is self.websocket_handler:
+            self._open_sessions.pop(self.session_key)
+        if self.kernel_id in manager:
+            manager.remove_restart_callback(self.kernel_id, self.on_kernel_restarted)
+            manager.remove_restart_callback(self.kernel_id, self.on_restart_failed, "dead")
+        self._forget_kernel_info()
+        self._detach()
+        self._open_sockets.discard(self)
+        self._close_future.set_result(None)
+
+    def _detach(self) -> None:
+        session, self._session = self._session, None
+        if session is None or self._connection is None:
+            return
+        has_id = bool(self.websocket_handler.get_argument("session_id", None))
+        session.detach(
+            self._connection,
+            close_code=self.websocket_handler.close_code,
+            resumable=has_id and bool(self.multi_kernel_manager.buffer_offline_messages),
+        )
+
+    def _forget_kernel_info(self) -> None:
+        """A kernel_info request of ours that was never answered must not be waited for by others."""
+        if self.kernel_info_channel is None:
+            return
+        if not self.kernel_info_channel.closed():
+            self.kernel_info_channel.close()
+        self.kernel_info_channel = None
+        if not self._kernel_info_future.done():
+            self._kernel_info_future.set_result({})
+        if getattr(self.kernel_manager, "_kernel_info_future", None) is self._kernel_info_future:
+            del self.kernel_manager._kernel_info_future
+
+    @classmethod
+    async def close_all(cls) -> None:
+        """Close every connection and relay, at the server's end."""
+        await super().close_all()
+        base = FastwireWebsocketConnection
+        if base._sweeper is not None:
+            base._sweeper.cancel()
+            base._sweeper = None
+        while base._relays:
+            base._relays.popitem()[1].close()
+
+    # -- client to kernel --
+
+    def handle_incoming_message(self, incoming_msg: Any) -> None:
+        """One message of the client; with fastwire's protocol object they arrive in the relay without this."""
+        if not self._fast:
+            super().handle_incoming_message(incoming_msg)
+        elif self._session is not None:
+            self._session.send(incoming_msg)
+
+    def _warn_ignored(self, notes: list[str]) -> None:
+        for note in notes:
+            self.log.warning("Ignored a message: %s", note)
+
+    # -- kernel to client: what one client gets differently --
+
+    def _prepare(self, batch: Batch) -> Batch:
+        """Rate limits, hidden tracebacks and protocol adaptation, for the messages they concern."""
+        changes: dict[int, list[bytes] | None] = {}
+        if batch.foreign and self.subprotocol != PROTOCOL_V1:
+            changes |= {index: self._adapted(batch[index]) for index in batch.foreign}
+        if batch.channel == "iopub":
+            if batch.counts[ERROR] and not self.multi_kernel_manager.allow_tracebacks:
+                errors = [i for i in range(len(batch)) if batch.message_class(i) == "error"]
+                changes |= {index: self._redacted(batch[index]) for index in errors}
+            if self.limit_rate:
+                changes |= dict.fromkeys(i for i in range(len(batch)) if self._is_limited(batch[i]))
+        return batch.replaced(changes) if changes else batch
+
+    def _is_limited(self, parts: list[bytes]) -> bool:
+        unread = {"header": None, "parent_header": None, "content": None}
+        return bool(self._limit_rate("iopub", unread, parts))
+
+    def _redacted(self, parts: list[bytes]) -> list[bytes]:
+        """Source: `ZMQChannelsWebsocketConnection._on_error`."""
+        content = self.session.unpack(parts[3])
+        content |= {
+            "ename": "ExecutionError",
+            "evalue": "Execution error",
+            "traceback": [self.kernel_manager.traceback_replacement_message],
+        }
+        return [*parts[:3], self.session.pack(content), *parts[4:]]
+
+    def _adapted(self, parts: list[bytes]) -> list[bytes] | None:
+        """The message as jupyter_client reads one of another protocol version; None when it cannot."""
+        try:
+            message = self._reader.deserialize([b"", *parts])
+        except Exception:
+            self.log.warning("A message of kernel %s could not be adapted", self.kernel_id, exc_info=True)
+            return None
+        return parts_of(self.session, message)
+
+    @property
+    def _reader(self) -> Any:
+        """A session that does not check signatures: the core has."""
+        reader = self.session.clone()
+        reader.auth = None
+        return reader
+
+    # -- what the server itself says --
+
+    def _say(self, message: dict[str, Any]) -> None:
+        if self._session is not None:
+            self._session.say(local_batch("iopub", parts_of(self.session, message)))
+
+    def write_stderr(self, error_message: str, parent_header: Any) -> None:
+        """Show the user a line. Source: `ZMQChannelsWebsocketConnection.write_stderr`."""
+        if not self._fast:
+            super().write_stderr(error_message, parent_header)
+            return
+        self.log.warning(error_message)
+        content = {"text": error_message + "\n", "name": "stderr"}
+        self._say(self.session.msg("stream", content=content, parent=parent_header))
+
+    def _send_status_message(self, status: str) -> None:
+        """Source: `ZMQChannelsWebsocketConnection._send_status_message`: what the kernel said before comes before."""
+        if not self._fast:
+            super()._send_status_message(status)
+            return
+        self.relay.drain_iopub()
+        self._say(self.session.msg("status", {"execution_state": status}))
+
+    def on_kernel_restarted(self) -> None:
+        super().on_kernel_restarted()
+        if self._fast and self.kernel_id in self.multi_kernel_manager:
+            self._open_relay()
+
+
+def parts_of(session: Any, message: dict[str, Any]) -> list[bytes]:
+    """A message as jupyter_client's `Session` builds it, as parts."""
+    parts = [session.pack(message[key]) for key in ("header", "parent_header", "metadata", "content")]
+    return parts + [bytes(buffer) for buffer in message.get("buffers", ())]
+
+
+def tell_rejected(manager: Any, channel: str, error: MessageError) -> None:
+    """Messages of a kernel are being refused: say why in the log, and to its users when it is about signatures."""
+    manager.log.warning("Refusing messages of kernel %s on %s: %s", manager.kernel_id, channel, error)
+    relay = FastwireWebsocketConnection._relays.get(manager)
+    if relay is None or not isinstance(error, SignatureError):
+        return
+    text = f"Jupyter Server refuses messages of this kernel on {channel}: {error}\n"
+    message = manager.session.msg("stream", content={"name": "stderr", "text": text})
+    for session in relay.sessions.values():
+        session.say(local_batch("iopub", parts_of(manager.session, message)))
+
+
+def is_managed(manager: Any) -> bool:
+    """Whether a kernel manager still belongs to its multi-kernel manager."""
+    multi = manager.parent
+    return manager.kernel_id in multi and multi.get_kernel(manager.kernel_id) is manager
+
+
+def open_socket(manager: Any, channel: str, identity: bytes | None) -> zmq.Socket[bytes]:
+    """A socket of a kernel, through its manager's ``connect_*`` (provisioners, keys and remote addresses are its own), with
+    an unbounded receive queue: libzmq must not drop what the kernel sends."""
+    with unbounded_receive(manager.context):
+        socket = take_socket(getattr(manager, f"connect_{channel}")(identity=identity))
+    if socket.rcvhwm != 0:
+        logging.getLogger(__name__).warning(
+            "the %s socket of kernel %s drops messages beyond %s", channel, manager.kernel_id, socket.rcvhwm
+        )
+    return socket
+
+
+@contextmanager
+def unbounded_receive(context: zmq.Context[Any]) -> Iterator[None]:
+    """Sockets made meanwhile have ``RCVHWM`` 0; it counts only when set before they connect."""
+    before = context.sockopts.get(zmq.RCVHWM)
+    context.sockopts[zmq.RCVHWM] = 0
+    try:
+        yield
+    finally:
+        if before is None:
+            del context.sockopts[zmq.RCVHWM]
+        else:
+            context.sockopts[zmq.RCVHWM] = before

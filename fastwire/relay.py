@@ -1,0 +1,426 @@
+"""One kernel's ZMQ sockets to many clients and back, in batches.
+
+A `KernelRelay` owns the one iopub subscription of a kernel. A `Session` owns a client's shell, control and stdin sockets and its
+outbox; it lives as long as the client may come back, however many WebSockets that takes. A `Channel` is one ZMQ socket
+on the loop. Kernel to client: Channel -> Session -> Outbox -> Connection; client to kernel: Connection -> Uplink.
+
+This room knows no jupyter_server: sockets come from a callable, messages are bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import partial
+
+import zmq
+from zmq.eventloop.zmqstream import ZMQStream
+
+from fastwire._core import (
+    OP_BINARY,
+    PROTOCOL_V1,
+    Batch,
+    FrameParser,
+    Signer,
+    Uplink,
+    batch_of,
+    drain,
+    encode_legacy,
+    encode_v1,
+)
+from fastwire.errors import MessageError, SocketClosed
+from fastwire.flow import Limits, resume_time
+from fastwire.outbox import Outbox
+from fastwire.websocket import Connection
+
+__all__ = ["Channel", "KernelRelay", "Session", "local_batch", "take_socket"]
+
+log = logging.getLogger(__name__)
+
+CLIENT_CHANNELS = ("shell", "control", "stdin")
+
+#: ``open_socket(channel, identity)`` connects a ZMQ socket to the kernel.
+OpenSocket = Callable[[str, bytes | None], "zmq.Socket[bytes]"]
+
+
+def take_socket(stream_or_socket: ZMQStream | zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """The ZMQ socket of what a kernel manager's ``connect_*`` returned, off Tornado's loop.
+
+    Source: `jupyter_client.ioloop.manager.as_zmqstream`: the stream has registered the descriptor already.
+    """
+    if isinstance(stream_or_socket, ZMQStream):
+        socket: zmq.Socket[bytes] = stream_or_socket.socket
+        stream_or_socket.io_loop.remove_handler(socket)
+        return socket
+    return stream_or_socket
+
+
+def local_batch(channel: str, parts: list[bytes]) -> Batch:
+    """A message that the server itself says to clients."""
+    return batch_of(channel, [[b"<IDS|MSG>", b"", *parts]], Signer(b""))
+
+
+class Channel:
+    """One ZMQ socket on the loop. What it receives goes to ``on_batch``; ``before`` runs first on each wake-up.
+
+    Its descriptor is edge-triggered: every wake-up drains it to EAGAIN, or comes back in the next turn.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        socket: zmq.Socket[bytes],
+        signer: Signer,
+        on_batch: Callable[[Batch], None],
+        *,
+        before: Callable[[], None] | None = None,
+        permissive: bool = False,
+    ) -> None:
+        self.name = name
+        self.socket = socket
+        self.budget_hits = 0
+        self._signer = signer.fork()
+        self._on_batch = on_batch
+        self._before = before
+        self._permissive = permissive
+        self._loop = asyncio.get_running_loop()
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._on_readable)
+        # Messages may have come before the descriptor was watched; their edge is gone.
+        self._loop.call_soon(self.drain)
+
+    def _on_readable(self) -> None:
+        if self._before is not None:
+            self._before()
+        self.drain()
+
+    def drain(self) -> None:
+        """Receive everything that is there, up to the budget of one turn."""
+        if self._fd < 0:
+            return
+        try:
+            batch = drain(self.socket, self.name, self._signer, permissive=self._permissive)
+        except SocketClosed:
+            self.close()
+            return
+        if batch is None:
+            return
+        if batch.more:
+            self.budget_hits += 1
+            self._loop.call_soon(self.drain)
+        self._on_batch(batch)
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            self._fd = -1
+        if not self.socket.closed:
+            self.socket.close()
+
+
+class KernelRelay:
+    """One kernel: its iopub subscription and its clients' sessions.
+
+    ``on_rejected(channel, error)`` hears once of each cause for which messages were refused (`rejected` counts them all);
+    ``ports`` is whatever identifies where the kernel listens, to see whether it moved.
+    """
+
+    def __init__(
+        self,
+        open_socket: OpenSocket,
+        signer: Signer,
+        *,
+        limits: Limits | None = None,
+        permissive: bool = False,
+        on_rejected: Callable[[str, MessageError], None] | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.signer = signer
+        self.sessions: dict[str, Session] = {}
+        self.ports: object = None
+        self._open_socket = open_socket
+        self._permissive = permissive
+        self._on_rejected = on_rejected
+        self._causes: set[tuple[str, type[MessageError]]] = set()
+        self.rejected = 0
+        self.iopub: Channel | None = None
+        self.heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # -- sockets --
+
+    def open(self, ports: object = None) -> None:
+        """Subscribe to the kernel, once. When ``ports`` are not those of last time, every socket is made anew."""
+        if self.iopub is not None and self.ports != ports:
+            self._close_iopub()
+            for session in self.sessions.values():
+                session.reopen()
+        if self.iopub is None or self.iopub.closed:
+            self.ports = ports
+            self.heard = asyncio.get_running_loop().create_future()
+            self.iopub = self.channel("iopub", None, self._on_iopub)
+
+    def channel(
+        self,
+        name: str,
+        identity: bytes | None,
+        on_batch: Callable[[Batch], None],
+        *,
+        before: Callable[[], None] | None = None,
+    ) -> Channel:
+        """A socket of this kernel on the loop."""
+        return Channel(
+            name,
+            self._open_socket(name, identity),
+            self.signer,
+            partial(self._checked, on_batch),
+            before=before,
+            permissive=self._permissive,
+        )
+
+    def _checked(self, on_batch: Callable[[Batch], None], batch: Batch) -> None:
+        if batch.rejected:
+            self._reject(batch)
+        if len(batch):
+            on_batch(batch)
+
+    def _reject(self, batch: Batch) -> None:
+        self.rejected += batch.rejected_count
+        for error in batch.rejected:
+            cause = (batch.channel, type(error))
+            if cause not in self._causes:
+                self._causes.add(cause)
+                if self._on_rejected is not None:
+                    self._on_rejected(batch.channel, error)
+
+    def _on_iopub(self, batch: Batch) -> None:
+        if not self.heard.done():
+            self.heard.set_result(None)
+        for session in list(self.sessions.values()):
+            session.deliver(batch)
+
+    def drain_iopub(self) -> None:
+        """Before a reply or a status of ours is passed on: what the kernel printed first must come first."""
+        if self.iopub is not None:
+            self.iopub.drain()
+
+    # -- sessions --
+
+    def session(self, session_id: str, identity: bytes) -> Session:
+        """The session of that id, made when there is none."""
+        if session_id not in self.sessions:
+            self.sessions[session_id] = Session(self, session_id, identity)
+        return self.sessions[session_id]
+
+    def end_session(self, session: Session) -> None:
+        if self.sessions.get(session.session_id) is session:
+            del self.sessions[session.session_id]
+        session.close()
+
+    def limit_detached(self) -> None:
+        detached = [session for session in self.sessions.values() if session.connection is None]
+        detached.sort(key=lambda session: session.detached_at)
+        for session in detached[: -self.limits.detached_sessions]:
+            self.end_session(session)
+
+    def _close_iopub(self) -> None:
+        if self.iopub is not None:
+            self.iopub.close()
+            self.iopub = None
+
+    def close(self) -> None:
+        """The kernel is gone: clients are told and every socket is closed."""
+        for session in list(self.sessions.values()):
+            connection = session.connection
+            self.end_session(session)
+            if connection is not None:
+                connection.close(1011, "the kernel was shut down")
+        self._close_iopub()
+        if not self.heard.done():
+            self.heard.cancel()
+
+
+class Session:
+    """One client's side of a kernel: its shell, control and stdin sockets, its outbox, and the WebSocket it has now.
+
+    ``prepare(batch)`` may change what this client gets (rate limits, redaction); None leaves the compiled path alone.
+    """
+
+    def __init__(self, relay: KernelRelay, session_id: str, identity: bytes) -> None:
+        self.relay = relay
+        self.session_id = session_id
+        self.identity = identity
+        self.outbox = Outbox()
+        self.connection: Connection | None = None
+        self.protocol: str | None = None
+        self.prepare: Callable[[Batch], Batch] | None = None
+        self.on_ignored: Callable[[list[str]], None] | None = None
+        self.detached_at = 0.0
+        self._allowed: frozenset[str] = frozenset()
+        self._expiry: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._paused = False
+        self._channels: list[Channel] = []
+        self._open_channels()
+
+    def _open_channels(self) -> None:
+        self._channels = [
+            self.relay.channel(name, self.identity, self.deliver, before=self._before_reply)
+            for name in CLIENT_CHANNELS
+        ]
+        self._uplink = self._new_uplink()
+
+    def _new_uplink(self) -> Uplink:
+        sockets = {channel.name: channel.socket for channel in self._channels}
+        return Uplink(self.protocol, self.relay.signer, sockets, allowed_message_types=self._allowed)
+
+    def reopen(self) -> None:
+        """The kernel listens elsewhere now."""
+        for channel in self._channels:
+            channel.close()
+        self._open_channels()
+
+    # -- the client's WebSocket --
+
+    def attach(
+        self, connection: Connection, protocol: str | None, allowed_message_types: frozenset[str] = frozenset()
+    ) -> None:
+        """Continue on this socket: first what the last one was not given, then what comes."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        self.connection = connection
+        self.protocol = protocol
+        self._allowed = allowed_message_types
+        self._paused = False
+        waiting = self._uplink
+        self._uplink = self._new_uplink()
+        self._uplink.adopt(waiting)
+        connection.consumer = self._consume
+        connection.on_progress = self._on_progress
+        self._pump()
+
+    def detach(self, connection: Connection, *, close_code: int | None, resumable: bool) -> None:
+        """The socket is gone. Nothing when another one has taken its place already."""
+        if connection is not self.connection:
+            return
+        connection.consumer = connection.on_progress = None
+        self.outbox.rewind(connection.written)
+        self.connection = None
+        self.prepare = None
+        if not resumable:
+            self.relay.end_session(self)
+            return
+        self.detached_at = self._loop.time()
+        self._expiry = self._loop.call_later(
+            resume_time(self.relay.limits, close_code), self.relay.end_session, self
+        )
+        self.relay.limit_detached()
+
+    # -- kernel to client --
+
+    def deliver(self, batch: Batch) -> None:
+        """Messages of the kernel for this client, in order."""
+        if self.prepare is not None:
+            batch = self.prepare(batch)
+            if not len(batch):
+                return
+        self.say(batch)
+
+    def say(self, batch: Batch) -> None:
+        """Messages that this client gets as they are."""
+        self.outbox.append(batch)
+        if self.connection is not None:
+            self._pump()
+        elif self.outbox.nbytes > self.relay.limits.client_memory_limit:
+            log.warning("session %s: gave up after %s bytes without a client", self.session_id, self.outbox.nbytes)
+            self.relay.end_session(self)
+
+    def _pump(self) -> None:
+        """Give the socket what waits, up to its high-water mark."""
+        connection, outbox = self.connection, self.outbox
+        if connection is None or connection.is_closing():
+            return
+        queue = connection.queue
+        outbox.release(queue.written)
+        while outbox.waiting and queue.pending_bytes < self.relay.limits.high_water:
+            outbox.feed(self._send)
+        connection.schedule_flush()
+
+    def _send(self, batch: Batch) -> tuple[int, Callable[[int], int]]:
+        assert self.connection is not None
+        queue = self.connection.queue
+        if self.connection.compresses:
+            return self._send_compressed(self.connection, batch)
+        start = queue.queued
+        frames = batch.frames(self.protocol)
+        return queue.extend(frames), lambda position: frames.complete_before(max(position - start, 0))
+
+    def _send_compressed(
+        self, connection: Connection, batch: Batch
+    ) -> tuple[int, Callable[[int], int]]:
+        """permessage-deflate works message by message: this client alone is off the compiled path."""
+        encode = encode_v1 if self.protocol == PROTOCOL_V1 else encode_legacy
+        ends = []
+        for index in range(len(batch)):
+            payload = encode(batch.channel, batch[index])
+            connection.write_message(payload, binary=isinstance(payload, bytes))
+            ends.append(connection.queue.queued)
+        return connection.queue.queued, partial(bisect_right, ends)
+
+    def _on_progress(self) -> None:
+        if self.outbox.waiting:
+            self._pump()
+
+    # -- client to kernel --
+
+    def _consume(self, parser: FrameParser) -> None:
+        self._after_send(self._uplink.relay(parser))
+
+    def send(self, message: str | bytes) -> None:
+        """One message of the client that is in Python's hands already."""
+        opcode = OP_BINARY if isinstance(message, bytes) else 1
+        self._after_send(self._uplink.send(opcode, message))
+
+    def _before_reply(self) -> None:
+        """A socket of ours woke up: it may take messages again, and iopub goes first."""
+        if self._uplink.waiting_messages:
+            self._after_send(self._uplink.retry())
+        self.relay.drain_iopub()
+
+    def _after_send(self, readable: int) -> None:
+        if readable:
+            # Sending took the edge of these descriptors with it.
+            self.relay.drain_iopub()
+            for index, channel in enumerate(self._channels):
+                if readable & (1 << index):
+                    channel.drain()
+        if self.on_ignored is not None and (notes := self._uplink.ignored):
+            self.on_ignored(notes)
+        self._hold_back()
+
+    def _hold_back(self) -> None:
+        """At the bound of what may wait for the kernel, leave the client's bytes in its TCP."""
+        over = self._uplink.waiting_bytes > self.relay.limits.uplink_limit
+        if over != self._paused and self.connection is not None:
+            self._paused = over
+            if over:
+                self.connection.pause_reading()
+            else:
+                self.connection.resume_reading()
+
+    # -- the end --
+
+    def close(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        for channel in self._channels:
+            channel.close()
+        lost = self.outbox.clear()
+        if lost:
+            log.info("session %s ended with %s messages undelivered", self.session_id, lost)
