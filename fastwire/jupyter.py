@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -35,6 +35,9 @@ from fastwire.websocket import Connection, connection_for
 __all__ = ["FastwireWebsocketConnection"]
 
 ERROR = MESSAGE_CLASSES.index("error")
+
+#: jupyter_server sets ``adapt_version`` to the kernel's major also when only the minor differs; 0: nothing to adapt.
+NOT_ADAPTED = (0, 5)
 
 #: Seconds between looks for kernels that are gone while their relay is still open.
 SWEEP_INTERVAL = 5.0
@@ -154,7 +157,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         Source: `ZMQChannelsWebsocketConnection.connect`.
         """
         connection = self.websocket_handler.ws_connection
-        if not isinstance(connection, Connection) or self.session.adapt_version:
+        if not isinstance(connection, Connection) or self.session.adapt_version not in NOT_ADAPTED:
             await (super().connect() or asyncio.sleep(0))
             return
         self._fast = True
@@ -190,7 +193,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     # -- proving the subscription --
 
     async def _prove(self) -> None:
-        """Ask the kernel for its info until it answers and iopub was heard.
+        """Ask the kernel for its info until it answers, iopub was heard, and the kernel manager has heard it too (its
+        own subscription may have joined late, and a quiet kernel would count as starting for ever).
 
         Source: `ZMQChannelsWebsocketConnection.nudge`; here once per subscription and not once per client.
         """
@@ -203,11 +207,11 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
         channels = [relay.channel(name, None, on_answer) for name in ("shell", "control")]
         try:
-            while not (answered.done() and relay.heard.done()) and self._can_prove():
+            while self._can_prove() and not (answered.done() and relay.heard.done() and self._has_started()):
                 for channel in channels:
                     self.session.send(channel.socket, "kernel_info_request")
                     channel.drain()
-                await asyncio.wait({answered, relay.heard}, timeout=0.5, return_when=asyncio.ALL_COMPLETED)
+                await self._half_second(answered)
         finally:
             for channel in channels:
                 channel.close()
@@ -221,9 +225,16 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             and not self.websocket_handler.ws_connection.is_closing()
         )
 
-    async def _started(self) -> None:
-        while getattr(self.kernel_manager, "execution_state", None) == "starting":
-            await asyncio.sleep(0.05)
+    def _has_started(self) -> bool:
+        return getattr(self.kernel_manager, "execution_state", None) != "starting"
+
+    async def _half_second(self, answered: asyncio.Future[None]) -> None:
+        """Until everything is there, or until it is time to ask again."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await asyncio.wait({answered, self.relay.heard})
+                while not self._has_started():
+                    await asyncio.sleep(0.01)
 
     def nudge(self) -> asyncio.Future[None]:
         """Resolves when the iopub subscription is proven; at once when it is, or when the kernel is busy."""
@@ -237,7 +248,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             return
         try:
             async with asyncio.timeout(self.kernel_info_timeout):
-                await asyncio.gather(self._prove(), self._started())
+                await self._prove()
         except TimeoutError:
             self.log.warning("Kernel %s did not answer in %s s", self.kernel_id, self.kernel_info_timeout)
 

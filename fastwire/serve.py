@@ -12,6 +12,7 @@ always: its options, its ``jupyter_server_config`` files, its environment variab
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import ipaddress
 import itertools
@@ -47,6 +48,7 @@ try:
     from jupyter_server.serverapp import WILDCARD_IPS, ServerApp
     from jupyter_server.utils import unix_socket_in_use
     from tornado.netutil import bind_sockets
+    from tornado.web import HTTPError
     from traitlets import default
     from traitlets.config import Config, Configurable
     from traitlets.config.loader import KVArgParseConfigLoader
@@ -59,6 +61,9 @@ except ModuleNotFoundError as error:
     raise ImportError(MISSING) from error
 
 __all__ = ["FastwireServer", "main"]
+
+#: Seconds that kernels which are starting have, before the server ends without them.
+START_TIMEOUT = 10.0
 
 #: jupyter_server puts base_url unescaped into the regular expressions of its routes.
 BASE_URL = re.compile(r"(/[\w.~%@:,;=!&'-]+)*/")
@@ -182,6 +187,26 @@ class FastwireServer(ServerApp):
         if not self._stopping:
             super().stop(from_signal)
 
+    async def cleanup_kernels(self) -> None:
+        """Extends ``ServerApp.cleanup_kernels``, which forgets or trips over kernels that are starting."""
+        manager: Any = self.kernel_manager
+        manager.start_kernel = refuse_kernel  # for requests that are still under way
+        pending = getattr(manager, "_pending_kernels", {})
+        starting = {kernel: task for kernel, task in pending.items() if kernel not in manager}
+        if starting:
+            await asyncio.wait(starting.values(), timeout=START_TIMEOUT)
+        for kernel in starting.keys() - manager.list_kernel_ids():
+            pending.pop(kernel, None)
+        await super().cleanup_kernels()
+
+    async def _stop(self) -> None:
+        """Extends ``ServerApp._stop``, which runs on for ever when something fails while it cleans up."""
+        try:
+            await super()._stop()
+        except Exception:
+            self.log.exception("Something may be left behind:")
+            self.io_loop.stop()
+
     def _bind_http_server(self) -> None:
         """Extends the callback that opens the socket, the first of the event loop."""
         try:
@@ -202,6 +227,11 @@ class FastwireServer(ServerApp):
             self.log.warning("Running as root is not recommended: who has the URL, is root.")
         everywhere = self.ip in {"", *WILDCARD_IPS} and not self.custom_display_url
         print("fastwire is ready:", self.local_url if everywhere else self.public_url, flush=True)
+
+
+async def refuse_kernel(*args: Any, **kwargs: Any) -> NoReturn:
+    """In place of ``MappingKernelManager.start_kernel``, once the server stops."""
+    raise HTTPError(503, "the server is stopping")
 
 
 # -- the command line ------------------------------------------------------------------------------
