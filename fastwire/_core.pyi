@@ -6,7 +6,7 @@ Every error is one of `fastwire.errors`; nothing else is raised for bad input.
 No asyncio, no tornado, no logging; not thread-safe beyond what the GIL gives: one loop, one thread.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, final
 
 import zmq
@@ -327,6 +327,15 @@ def drain(
 
     Reads ``socket.underlying`` at each call. Raises SocketClosed, zmq.ZMQError.
     """
+
+@final
+class Activity:
+    """What a kernel does, by the rules of `jupyter_server`'s `MappingKernelManager.start_watching_activity`."""
+
+    def __init__(self, untracked_message_types: Iterable[str]) -> None: ...
+    def observe(self, batch: Batch, state: str) -> tuple[bool, str]:
+        """``(active, state)`` after an iopub batch: whether it is a sign of use, and the execution state that follows
+        ``state``. A message type, its own or its parent's, is a sign of use unless it is untracked."""
 
 # -- uplink: client to kernel ----------------------------------------------------------------------
 

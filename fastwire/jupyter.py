@@ -13,26 +13,30 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, ClassVar, cast
+from dataclasses import fields
+from typing import Any
 
 import zmq
 from tornado.web import HTTPError
 
 try:
     from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
+    from jupyter_server._tz import utcnow
+    from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
     from traitlets import Bool, Float, Integer, default
+    from traitlets.config import Configurable
 except ImportError as error:
     raise ImportError(
         f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'fastwire[serve]'"
     ) from error
 
-from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch, Signer
+from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Activity, Batch, Signer
 from fastwire.errors import MessageError, SignatureError
 from fastwire.flow import Limits
 from fastwire.relay import KernelRelay, Session, local_batch, take_socket
 from fastwire.websocket import Connection, connection_for
 
-__all__ = ["FastwireWebsocketConnection"]
+__all__ = ["Fastwire", "FastwireMappingKernelManager", "FastwireWebsocketConnection"]
 
 ERROR = MESSAGE_CLASSES.index("error")
 
@@ -46,11 +50,8 @@ SWEEP_INTERVAL = 5.0
 RATE_TRAITS = ("limit_rate", "iopub_msg_rate_limit", "iopub_data_rate_limit", "rate_limit_window")
 
 
-class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
-    """One client's connection to one kernel, through the compiled core.
-
-    Source: `jupyter_server.services.kernels.connection.channels.ZMQChannelsWebsocketConnection`.
-    """
+class Fastwire(Configurable):
+    """Settings of the relay between kernels and clients."""
 
     resume_timeout = Float(
         Limits.resume_timeout,
@@ -83,9 +84,15 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         "Jupyter Server never checked signatures for clients of the v1 protocol; use this for a kernel that cannot sign.",
     )
 
-    _relays: ClassVar[dict[Any, KernelRelay]] = {}
-    _missing: ClassVar[set[Any]] = set()
-    _sweeper: ClassVar[asyncio.TimerHandle | None] = None
+    def limits(self) -> Limits:
+        return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits) if self.has_trait(field.name)})
+
+
+class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
+    """One client's connection to one kernel, through the compiled core.
+
+    Source: `jupyter_server.services.kernels.connection.channels.ZMQChannelsWebsocketConnection`.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -111,43 +118,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     @property
     def relay(self) -> KernelRelay:
-        """The kernel's relay, shared by its clients; made for its first."""
-        manager = self.kernel_manager
-        if manager not in self._relays:
-            self._relays[manager] = KernelRelay(
-                partial(open_socket, manager),
-                Signer(
-                    manager.session.key,
-                    manager.session.signature_scheme,
-                    history_size=manager.session.digest_history_size,
-                ),
-                limits=Limits(
-                    resume_timeout=self.resume_timeout,
-                    resume_timeout_closed=self.resume_timeout_closed,
-                    detached_sessions=self.detached_sessions,
-                    client_memory_limit=self.client_memory_limit,
-                    uplink_limit=self.uplink_limit,
-                ),
-                permissive=self.accept_invalid_signatures,
-                on_rejected=partial(tell_rejected, manager),
-            )
-            self._sweep()
-        return self._relays[manager]
-
-    @classmethod
-    def _sweep(cls) -> None:
-        """Close the relays of kernels that are gone: the stock kernel manager tells nobody. A restart may take a kernel
-        off its manager's list for a moment, so it has to be missing twice."""
-        base = FastwireWebsocketConnection
-        if base._sweeper is not None:
-            base._sweeper.cancel()
-        missing = {manager for manager in base._relays if not is_managed(manager)}
-        for manager in missing & base._missing:
-            base._relays.pop(manager).close()
-        base._missing = missing
-        base._sweeper = (
-            asyncio.get_running_loop().call_later(SWEEP_INTERVAL, base._sweep) if base._relays else None
-        )
+        """The kernel's relay, shared by its clients."""
+        return relays.of(self.kernel_manager)
 
     # -- opening --
 
@@ -303,12 +275,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     async def close_all(cls) -> None:
         """Close every connection and relay, at the server's end."""
         await super().close_all()
-        base = FastwireWebsocketConnection
-        if base._sweeper is not None:
-            base._sweeper.cancel()
-            base._sweeper = None
-        while base._relays:
-            base._relays.popitem()[1].close()
+        relays.close_all()
 
     # -- client to kernel --
 
@@ -406,13 +373,105 @@ def parts_of(session: Any, message: dict[str, Any]) -> list[bytes]:
 def tell_rejected(manager: Any, channel: str, error: MessageError) -> None:
     """Messages of a kernel are being refused: say why in the log, and to its users when it is about signatures."""
     manager.log.warning("Refusing messages of kernel %s on %s: %s", manager.kernel_id, channel, error)
-    relay = FastwireWebsocketConnection._relays.get(manager)
-    if relay is None or not isinstance(error, SignatureError):
+    if not isinstance(error, SignatureError):
         return
     text = f"Jupyter Server refuses messages of this kernel on {channel}: {error}\n"
     message = manager.session.msg("stream", content={"name": "stderr", "text": text})
-    for session in relay.sessions.values():
+    for session in relays.of(manager).sessions.values():
         session.say(local_batch("iopub", parts_of(manager.session, message)))
+
+
+class FastwireMappingKernelManager(AsyncMappingKernelManager):
+    """Jupyter Server's kernel manager with one iopub subscription per kernel: activity, execution state and all
+    clients are served by the kernel's relay.
+
+    Source: `jupyter_server.services.kernels.kernelmanager.AsyncMappingKernelManager`.
+    """
+
+    def start_watching_activity(self, kernel_id: str) -> None:
+        """Subscribe to the kernel, at its start and whenever its ports changed."""
+        kernel: Any = self._kernels[kernel_id]
+        kernel.reason = ""
+        kernel.last_activity = utcnow()
+        relay = relays.of(kernel)
+        relay.observers[:] = [partial(self._record, kernel, Activity(self.untracked_message_types))]
+        relay.open(list(kernel.ports))
+
+    def _record(self, kernel: Any, activity: Activity, batch: Batch) -> None:
+        before = kernel.execution_state
+        active, state = activity.observe(batch, before)
+        if active:
+            self.last_kernel_activity = kernel.last_activity = utcnow()
+        if state != before:
+            kernel.execution_state = state
+
+    def stop_watching_activity(self, kernel_id: str) -> None:
+        kernel: Any = self._kernels[kernel_id]
+        relays.unobserve(kernel)
+        if getattr(kernel, "_pending_restart_cleanup", None):
+            kernel._pending_restart_cleanup()
+
+    def remove_kernel(self, kernel_id: str) -> Any:
+        kernel = super().remove_kernel(kernel_id)
+        relays.close(kernel)
+        return kernel
+
+
+class Relays:
+    """The relay of each kernel manager, as long as its kernel is managed."""
+
+    def __init__(self) -> None:
+        self._relays: dict[Any, KernelRelay] = {}
+        self._missing: set[Any] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    def of(self, manager: Any) -> KernelRelay:
+        """The kernel's relay; made at the first call."""
+        if manager not in self._relays:
+            settings = Fastwire(config=manager.config)
+            session = manager.session
+            self._relays[manager] = KernelRelay(
+                partial(open_socket, manager),
+                Signer(session.key, session.signature_scheme, history_size=session.digest_history_size),
+                limits=settings.limits(),
+                permissive=settings.accept_invalid_signatures,
+                on_rejected=partial(tell_rejected, manager),
+            )
+            self._sweep()
+        return self._relays[manager]
+
+    def unobserve(self, manager: Any) -> None:
+        if manager in self._relays:
+            self._relays[manager].observers.clear()
+
+    def close(self, manager: Any) -> None:
+        """The kernel is gone."""
+        relay = self._relays.pop(manager, None)
+        if relay is not None:
+            relay.close()
+
+    def close_all(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        for manager in list(self._relays):
+            self.close(manager)
+
+    def _sweep(self) -> None:
+        """Close the relays of kernels that are gone: the stock kernel manager tells nobody. A restart may take a kernel
+        off its manager's list for a moment, so it has to be missing twice."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        missing = {manager for manager in self._relays if not is_managed(manager)}
+        for manager in missing & self._missing:
+            self.close(manager)
+        self._missing = missing
+        if self._relays:
+            self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL, self._sweep)
+
+
+relays = Relays()
 
 
 def is_managed(manager: Any) -> bool:

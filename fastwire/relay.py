@@ -127,7 +127,7 @@ class Channel:
 class KernelRelay:
     """One kernel: its iopub subscription and its clients' sessions.
 
-    ``on_rejected(channel, error)`` hears once of each cause for which messages were refused (`rejected` counts them all);
+    ``observers`` are called with each iopub batch, before the clients get it. ``on_rejected(channel, error)`` hears once of each cause for which messages were refused (`rejected` counts them all);
     ``ports`` is whatever identifies where the kernel listens, to see whether it moved.
     """
 
@@ -143,6 +143,7 @@ class KernelRelay:
         self.limits = limits or Limits()
         self.signer = signer
         self.sessions: dict[str, Session] = {}
+        self.observers: list[Callable[[Batch], None]] = []
         self.ports: object = None
         self._open_socket = open_socket
         self._permissive = permissive
@@ -201,6 +202,8 @@ class KernelRelay:
     def _on_iopub(self, batch: Batch) -> None:
         if not self.heard.done():
             self.heard.set_result(None)
+        for observe in self.observers:
+            observe(batch)
         for session in list(self.sessions.values()):
             session.deliver(batch)
 

@@ -53,7 +53,7 @@ try:
     from traitlets.config import Config, Configurable
     from traitlets.config.loader import KVArgParseConfigLoader
 
-    from fastwire.jupyter import FastwireWebsocketConnection
+    from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection
 except ModuleNotFoundError as error:
     MISSING = f"fastwire.serve needs Jupyter Server ({error}): pip install 'fastwire[serve]'"
     if __name__ == "__main__":
@@ -90,7 +90,7 @@ class FastwireServer(ServerApp):
     Ctrl-C ends it and its kernels, without a question. Configuration is that of Jupyter Server:
     jupyter_server_config.py (or .json) and jupyter_server_config.d, and every option below."""
     examples = EXAMPLES
-    classes = [FastwireWebsocketConnection, PasswordIdentityProvider, *ServerApp.classes]
+    classes = [Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection, PasswordIdentityProvider, *ServerApp.classes]
     subcommands: dict[str, Any] = {}  # `jupyter server list`, `stop` and `password` work for this server too
     port_retries_default_value = 0
 
@@ -105,6 +105,12 @@ class FastwireServer(ServerApp):
         if self.gateway_config.gateway_enabled:
             return super()._default_kernel_websocket_connection_class()
         return FastwireWebsocketConnection
+
+    @default("kernel_manager_class")
+    def _default_kernel_manager_class(self) -> Any:
+        if self.gateway_config.gateway_enabled:
+            return super()._default_kernel_manager_class()
+        return FastwireMappingKernelManager
 
     @default("default_url")
     def _default_default_url(self) -> str:
