@@ -65,7 +65,7 @@ core = Extension(
     sources=["fastwire/_core.pyx"],
     depends=sorted(map(str, Path("fastwire/core").glob("*.*"))),
     include_dirs=["fastwire"],
-    extra_compile_args=["-O3", "-fvisibility=hidden", *WARNINGS, *COMPILER],
+    extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", *WARNINGS, *COMPILER],
     extra_link_args=LINKER,
 )
 

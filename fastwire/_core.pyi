@@ -292,6 +292,12 @@ class Batch:
     @property
     def rejected_count(self) -> int: ...
     @property
+    def faulty(self) -> bool:
+        """`rejected` is not empty."""
+    @property
+    def unusual(self) -> bool:
+        """There are errors, or messages that are `foreign`."""
+    @property
     def foreign(self) -> list[int]:
         """Indices of messages without a ``version`` or with a protocol major other than 5: jupyter_client's
         adaptation is theirs in the default protocol."""

@@ -39,3 +39,4 @@ class Limits:
 def resume_time(limits: Limits, close_code: int | None) -> float:
     """Seconds a session waits for its next socket; ``close_code`` is None when TCP broke without a Close frame."""
     return limits.resume_timeout if close_code is None else limits.resume_timeout_closed
+

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from dataclasses import fields
+from datetime import UTC, datetime
 from typing import Any
 
 import zmq
@@ -159,6 +161,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             session.detach(session.connection, close_code=None, resumable=True)
         self._session, self._connection = session, connection
         session.prepare = self._prepare
+        session.prepare_all = self.limit_rate
         session.on_ignored = self._warn_ignored
         session.attach(connection, self.subprotocol, frozenset(self.multi_kernel_manager.allowed_message_types))
 
@@ -388,6 +391,10 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     Source: `jupyter_server.services.kernels.kernelmanager.AsyncMappingKernelManager`.
     """
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._active: dict[Any, float] = {}
+
     def start_watching_activity(self, kernel_id: str) -> None:
         """Subscribe to the kernel, at its start and whenever its ports changed."""
         kernel: Any = self._kernels[kernel_id]
@@ -401,9 +408,30 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         before = kernel.execution_state
         active, state = activity.observe(batch, before)
         if active:
-            self.last_kernel_activity = kernel.last_activity = utcnow()
+            self._note_activity(kernel)
         if state != before:
             kernel.execution_state = state
+
+    def _note_activity(self, kernel: Any) -> None:
+        """Setting a validated trait costs more than relaying a message, so busy kernels set theirs twenty times a second,
+        and before anyone is shown them."""
+        if not self._active:
+            asyncio.get_running_loop().call_later(0.05, self._write_activity)
+        self._active[kernel] = time.time()
+
+    def _write_activity(self) -> None:
+        active, self._active = self._active, {}
+        for kernel, seconds in active.items():
+            kernel.last_activity = datetime.fromtimestamp(seconds, UTC)
+            self.last_kernel_activity = max(self.last_kernel_activity, kernel.last_activity)
+
+    def kernel_model(self, kernel_id: str) -> Any:
+        self._write_activity()
+        return super().kernel_model(kernel_id)
+
+    async def cull_kernel_if_idle(self, kernel_id: str) -> None:
+        self._write_activity()
+        await super().cull_kernel_if_idle(kernel_id)
 
     def stop_watching_activity(self, kernel_id: str) -> None:
         kernel: Any = self._kernels[kernel_id]

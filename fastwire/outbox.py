@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from fastwire._core import Batch
 
-__all__ = ["Outbox"]
+__all__ = ["Outbox", "Sent"]
 
-#: Queues a batch and returns where it ends in the socket's queue, and how many of its messages lie before a position.
-Send = Callable[[Batch], tuple[int, Callable[[int], int]]]
+
+class Countable(Protocol):
+    """What a batch became on the wire: `Frames`, or something else that knows where its messages end."""
+
+    def complete_before(self, nbytes: int, /) -> int:
+        """How many messages lie wholly in the first ``nbytes`` bytes."""
+
+
+#: Where a batch begins and ends in a socket's queue (positions), and what it became.
+Sent = tuple[int, int, Countable]
 
 
 class Outbox:
@@ -21,51 +30,46 @@ class Outbox:
     socket has written them. `rewind` takes back what a lost socket has not written."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Batch] = deque()
-        self._sent: deque[tuple[int, Callable[[int], int], Batch]] = deque()
+        self.waiting: deque[Batch] = deque()
+        self._sent: deque[tuple[Sent, Batch]] = deque()
         self.nbytes = 0
 
     def __len__(self) -> int:
         """Messages kept."""
-        return sum(map(len, self._waiting)) + sum(len(batch) for _, _, batch in self._sent)
-
-    @property
-    def waiting(self) -> bool:
-        """There are batches that no socket has been given."""
-        return bool(self._waiting)
+        return sum(map(len, self.waiting)) + sum(len(batch) for _, batch in self._sent)
 
     def append(self, batch: Batch) -> None:
-        self._waiting.append(batch)
+        self.waiting.append(batch)
         self.nbytes += batch.nbytes
 
-    def feed(self, send: Send) -> None:
+    def feed(self, send: Callable[[Batch], Sent]) -> None:
         """Give the oldest batch that waits to a socket."""
-        batch = self._waiting.popleft()
-        self._sent.append((*send(batch), batch))
+        batch = self.waiting.popleft()
+        self._sent.append((send(batch), batch))
 
     def release(self, written: int) -> None:
         """The socket has written everything before the position ``written``."""
         sent = self._sent
-        while sent and sent[0][0] <= written:
-            self.nbytes -= sent.popleft()[2].nbytes
+        while sent and sent[0][0][1] <= written:
+            self.nbytes -= sent.popleft()[1].nbytes
 
     def rewind(self, written: int) -> None:
         """The socket is gone: messages it had not written to their end wait again, in their place."""
         self.release(written)
-        unwritten = [batch for _, _, batch in self._sent]
+        unwritten = [batch for _, batch in self._sent]
         if self._sent:
-            _, messages_before, batch = self._sent[0]
-            begun = messages_before(written)
+            (begin, _, wire), batch = self._sent[0]
+            begun = wire.complete_before(max(written - begin, 0))
             rest = batch.replaced(dict.fromkeys(range(begun)))
             self.nbytes += rest.nbytes - batch.nbytes
             unwritten[0] = rest
         self._sent.clear()
-        self._waiting.extendleft(reversed(unwritten))
+        self.waiting.extendleft(reversed(unwritten))
 
     def clear(self) -> int:
         """Forget everything; returns the number of messages that nobody got."""
         lost = len(self)
-        self._waiting.clear()
+        self.waiting.clear()
         self._sent.clear()
         self.nbytes = 0
         return lost

@@ -13,7 +13,6 @@ import asyncio
 import logging
 from bisect import bisect_right
 from collections.abc import Callable
-from functools import partial
 
 import zmq
 from zmq.eventloop.zmqstream import ZMQStream
@@ -32,7 +31,8 @@ from fastwire._core import (
 )
 from fastwire.errors import MessageError, SocketClosed
 from fastwire.flow import Limits, resume_time
-from fastwire.outbox import Outbox
+from fastwire.outbox import Outbox, Sent
+from fastwire.turns import Turns
 from fastwire.websocket import Connection
 
 __all__ = ["Channel", "KernelRelay", "Session", "local_batch", "take_socket"]
@@ -63,7 +63,8 @@ def local_batch(channel: str, parts: list[bytes]) -> Batch:
 
 
 class Channel:
-    """One ZMQ socket on the loop. What it receives goes to ``on_batch``; ``before`` runs first on each wake-up.
+    """One ZMQ socket on the loop. What it receives goes to ``on_batch``, and before that to ``on_faulty`` when messages
+    were refused; ``before`` and ``after`` frame each wake-up.
 
     Its descriptor is edge-triggered: every wake-up drains it to EAGAIN, or comes back in the next turn.
     """
@@ -75,7 +76,9 @@ class Channel:
         signer: Signer,
         on_batch: Callable[[Batch], None],
         *,
+        on_faulty: Callable[[Batch], None] | None = None,
         before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
         permissive: bool = False,
     ) -> None:
         self.name = name
@@ -83,18 +86,22 @@ class Channel:
         self.budget_hits = 0
         self._signer = signer.fork()
         self._on_batch = on_batch
+        self._on_faulty = on_faulty
         self._before = before
+        self._after = after
         self._permissive = permissive
-        self._loop = asyncio.get_running_loop()
+        self._turns = Turns.current()
         self._fd = int(socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self._on_readable)
+        self._turns.watch(self._fd, self._on_readable)
         # Messages may have come before the descriptor was watched; their edge is gone.
-        self._loop.call_soon(self.drain)
+        asyncio.get_running_loop().call_soon(self._on_readable)
 
     def _on_readable(self) -> None:
         if self._before is not None:
             self._before()
         self.drain()
+        if self._after is not None:
+            self._after()
 
     def drain(self) -> None:
         """Receive everything that is there, up to the budget of one turn."""
@@ -109,8 +116,11 @@ class Channel:
             return
         if batch.more:
             self.budget_hits += 1
-            self._loop.call_soon(self.drain)
-        self._on_batch(batch)
+            asyncio.get_running_loop().call_soon(self._on_readable)
+        if batch.faulty and self._on_faulty is not None:
+            self._on_faulty(batch)
+        if len(batch):
+            self._on_batch(batch)
 
     @property
     def closed(self) -> bool:
@@ -118,10 +128,17 @@ class Channel:
 
     def close(self) -> None:
         if self._fd >= 0:
-            self._loop.remove_reader(self._fd)
+            self._turns.unwatch(self._fd)
             self._fd = -1
         if not self.socket.closed:
             self.socket.close()
+
+
+class Ends(list[int]):
+    """Where compressed messages end, as `Frames` knows it of plain ones."""
+
+    def complete_before(self, nbytes: int) -> int:
+        return bisect_right(self, nbytes)
 
 
 class KernelRelay:
@@ -151,6 +168,7 @@ class KernelRelay:
         self._causes: set[tuple[str, type[MessageError]]] = set()
         self.rejected = 0
         self.iopub: Channel | None = None
+        #: Resolves when iopub was heard for the first time: the subscription is proven.
         self.heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # -- sockets --
@@ -173,22 +191,19 @@ class KernelRelay:
         on_batch: Callable[[Batch], None],
         *,
         before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
     ) -> Channel:
         """A socket of this kernel on the loop."""
         return Channel(
             name,
             self._open_socket(name, identity),
             self.signer,
-            partial(self._checked, on_batch),
+            on_batch,
+            on_faulty=self._reject,
             before=before,
+            after=after,
             permissive=self._permissive,
         )
-
-    def _checked(self, on_batch: Callable[[Batch], None], batch: Batch) -> None:
-        if batch.rejected:
-            self._reject(batch)
-        if len(batch):
-            on_batch(batch)
 
     def _reject(self, batch: Batch) -> None:
         self.rejected += batch.rejected_count
@@ -251,7 +266,8 @@ class KernelRelay:
 class Session:
     """One client's side of a kernel: its shell, control and stdin sockets, its outbox, and the WebSocket it has now.
 
-    ``prepare(batch)`` may change what this client gets (rate limits, redaction); None leaves the compiled path alone.
+    ``prepare(batch)`` may change what this client gets. It is called for batches that are `Batch.unusual`, and for each
+    one when ``prepare_all`` is set (rate limits); nobody else pays.
     """
 
     def __init__(self, relay: KernelRelay, session_id: str, identity: bytes) -> None:
@@ -262,6 +278,7 @@ class Session:
         self.connection: Connection | None = None
         self.protocol: str | None = None
         self.prepare: Callable[[Batch], Batch] | None = None
+        self.prepare_all = False
         self.on_ignored: Callable[[list[str]], None] | None = None
         self.detached_at = 0.0
         self._allowed: frozenset[str] = frozenset()
@@ -273,7 +290,9 @@ class Session:
 
     def _open_channels(self) -> None:
         self._channels = [
-            self.relay.channel(name, self.identity, self.deliver, before=self._before_reply)
+            self.relay.channel(
+                name, self.identity, self.deliver, before=self.relay.drain_iopub, after=self._after_wake_up
+            )
             for name in CLIENT_CHANNELS
         ]
         self._uplink = self._new_uplink()
@@ -329,7 +348,7 @@ class Session:
 
     def deliver(self, batch: Batch) -> None:
         """Messages of the kernel for this client, in order."""
-        if self.prepare is not None:
+        if self.prepare is not None and (self.prepare_all or batch.unusual):
             batch = self.prepare(batch)
             if not len(batch):
                 return
@@ -350,33 +369,33 @@ class Session:
         if connection is None or connection.is_closing():
             return
         queue = connection.queue
-        outbox.release(queue.written)
         while outbox.waiting and queue.pending_bytes < self.relay.limits.high_water:
             outbox.feed(self._send)
         connection.schedule_flush()
 
-    def _send(self, batch: Batch) -> tuple[int, Callable[[int], int]]:
+    def _send(self, batch: Batch) -> Sent:
         assert self.connection is not None
         queue = self.connection.queue
         if self.connection.compresses:
             return self._send_compressed(self.connection, batch)
-        start = queue.queued
+        begin = queue.queued
         frames = batch.frames(self.protocol)
-        return queue.extend(frames), lambda position: frames.complete_before(max(position - start, 0))
+        return begin, queue.extend(frames), frames
 
-    def _send_compressed(
-        self, connection: Connection, batch: Batch
-    ) -> tuple[int, Callable[[int], int]]:
+    def _send_compressed(self, connection: Connection, batch: Batch) -> Sent:
         """permessage-deflate works message by message: this client alone is off the compiled path."""
         encode = encode_v1 if self.protocol == PROTOCOL_V1 else encode_legacy
-        ends = []
+        begin = connection.queue.queued
+        ends = Ends()
         for index in range(len(batch)):
             payload = encode(batch.channel, batch[index])
             connection.write_message(payload, binary=isinstance(payload, bytes))
-            ends.append(connection.queue.queued)
-        return connection.queue.queued, partial(bisect_right, ends)
+            ends.append(connection.queue.queued - begin)
+        return begin, connection.queue.queued, ends
 
     def _on_progress(self) -> None:
+        assert self.connection is not None
+        self.outbox.release(self.connection.queue.written)
         if self.outbox.waiting:
             self._pump()
 
@@ -390,19 +409,19 @@ class Session:
         opcode = OP_BINARY if isinstance(message, bytes) else 1
         self._after_send(self._uplink.send(opcode, message))
 
-    def _before_reply(self) -> None:
-        """A socket of ours woke up: it may take messages again, and iopub goes first."""
+    def _after_wake_up(self) -> None:
+        """A socket of ours woke up: it may have room again."""
         if self._uplink.waiting_messages:
             self._after_send(self._uplink.retry())
-        self.relay.drain_iopub()
 
     def _after_send(self, readable: int) -> None:
-        if readable:
-            # Sending took the edge of these descriptors with it.
+        while readable:
+            # Sending took the edge of these descriptors with it, as receiving takes that of a socket with room again.
             self.relay.drain_iopub()
             for index, channel in enumerate(self._channels):
                 if readable & (1 << index):
                     channel.drain()
+            readable = self._uplink.retry() if self._uplink.waiting_messages else 0
         if self.on_ignored is not None and (notes := self._uplink.ignored):
             self.on_ignored(notes)
         self._hold_back()

@@ -90,7 +90,13 @@ class FastwireServer(ServerApp):
     Ctrl-C ends it and its kernels, without a question. Configuration is that of Jupyter Server:
     jupyter_server_config.py (or .json) and jupyter_server_config.d, and every option below."""
     examples = EXAMPLES
-    classes = [Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection, PasswordIdentityProvider, *ServerApp.classes]
+    classes = [
+        Fastwire,
+        FastwireMappingKernelManager,
+        FastwireWebsocketConnection,
+        PasswordIdentityProvider,
+        *ServerApp.classes,
+    ]
     subcommands: dict[str, Any] = {}  # `jupyter server list`, `stop` and `password` work for this server too
     port_retries_default_value = 0
 

@@ -43,6 +43,7 @@ from fastwire._core import (
     parse_close,
 )
 from fastwire.errors import FastwireError, FrameError, InvalidPayload, MessageTooBig
+from fastwire.turns import Turns
 
 __all__ = ["Connection", "WebSocketClosedError", "WebSocketHandler", "connection_for"]
 
@@ -120,6 +121,7 @@ class Connection(WebSocketProtocol13):
         self.on_progress: Callable[[], None] | None = None
         self.no_buffers = 0
         self._loop = asyncio.get_running_loop()
+        self._turns = Turns.current()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._fd = -1
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -173,7 +175,7 @@ class Connection(WebSocketProtocol13):
     def pause_reading(self) -> None:
         """Leave the peer's bytes where they are; its TCP will slow it down."""
         if self._reading and self._fd >= 0:
-            self._loop.remove_reader(self._fd)
+            self._turns.unwatch(self._fd)
         self._reading = False
 
     def resume_reading(self) -> None:
@@ -181,7 +183,7 @@ class Connection(WebSocketProtocol13):
             return
         self._reading = True
         if self._fd >= 0:
-            self._loop.add_reader(self._fd, self._on_readable)
+            self._turns.watch(self._fd, self._on_readable)
         elif not self.stream.reading():
             self._read_stream()
 
@@ -354,7 +356,7 @@ class Connection(WebSocketProtocol13):
         """Flush once at the end of this turn, unless the socket has to become writable first."""
         if not self._flush_scheduled and not self._awaits_writable:
             self._flush_scheduled = True
-            self._loop.call_soon(self.flush)
+            self._turns.at_end(self.flush)
 
     def flush(self) -> None:
         self._flush_scheduled = False

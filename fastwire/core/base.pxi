@@ -40,6 +40,7 @@ cdef extern from "core/zmq_api.h" nogil:
     enum: FW_ZMQ_SNDMORE
     enum: FW_ZMQ_EVENTS
     enum: FW_ZMQ_POLLIN
+    enum: FW_ZMQ_POLLOUT
     ctypedef struct fw_zmq_msg:
         pass
     struct fw_zmq_functions "fw_zmq":

@@ -345,6 +345,14 @@ cdef class Batch:
         return list(self.reasons or ())
 
     @property
+    def faulty(self):
+        return self.reasons is not None
+
+    @property
+    def unusual(self):
+        return self.foreign_count > 0 or self.by_class[ERROR] > 0
+
+    @property
     def foreign(self):
         cdef Py_ssize_t i
         if not self.foreign_count:

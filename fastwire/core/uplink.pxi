@@ -174,16 +174,23 @@ cdef class Uplink:
     def retry(self):
         cdef int target
         for target in range(UPLINKS):
-            queue = self.waiting[target]
-            while queue:
-                frames = queue[0]
-                if self.send_frames(target, frames) == FULL:
-                    break
-                queue.popleft()
-                self.sent += 1
-                self.waiting_messages -= 1
-                self.waiting_bytes -= sum(len(frame) for frame in frames[2:])
+            self.send_waiting(target)
         return self.readable()
+
+    cdef int send_waiting(self, int target) except -1:
+        """The number of messages that a socket has taken now."""
+        cdef int taken = 0
+        queue = self.waiting[target]
+        while queue:
+            frames = queue[0]
+            if self.send_frames(target, frames) == FULL:
+                break
+            queue.popleft()
+            taken += 1
+            self.sent += 1
+            self.waiting_messages -= 1
+            self.waiting_bytes -= sum(len(frame) for frame in frames[2:])
+        return taken
 
     def adopt(self, Uplink other not None):
         self.waiting = other.waiting
@@ -196,22 +203,32 @@ cdef class Uplink:
         other.waiting_messages = 0
 
     cdef int readable(self) except -1:
-        """Which of the sockets that were sent to have something to read: their descriptor may have lost its edge."""
+        """Which of the sockets that were sent to have something to read: their descriptor may have lost its edge. So
+        may one that has room again for messages that wait: those are sent until it is full."""
         cdef int target, events, result = 0
-        cdef size_t size = sizeof(int)
         for target in range(UPLINKS):
-            if not self.touched & (1 << target):
+            if not self.touched & (1 << target) and not self.waiting[target]:
                 continue
-            socket = self.sockets[target]
-            if direct_zmq:
-                if zmq_getsockopt(handle_of(socket), FW_ZMQ_EVENTS, &events, &size):
-                    raise zmq_problem(zmq_errno())
-            else:
-                events = socket.getsockopt(zmq.EVENTS)
+            events = self.events_of(target)
+            while events & FW_ZMQ_POLLOUT and self.waiting[target] and self.send_waiting(target):
+                events = self.events_of(target)
             if events & FW_ZMQ_POLLIN:
                 result |= 1 << target
         self.touched = 0
         return result
+
+    cdef int events_of(self, int target) except -1:
+        """ZMQ_EVENTS, 0 for a closed socket: whoever sends to it hears of that."""
+        cdef int events
+        cdef size_t size = sizeof(int)
+        socket = self.sockets[target]
+        if socket.closed:
+            return 0
+        if not direct_zmq:
+            return socket.getsockopt(zmq.EVENTS)
+        if zmq_getsockopt(handle_of(socket), FW_ZMQ_EVENTS, &events, &size):
+            raise zmq_problem(zmq_errno())
+        return events
 
     @property
     def ignored(self):

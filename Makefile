@@ -1,0 +1,88 @@
+# `make help` lists what can be done. Needs Python 3.11, make and a C compiler; the rest goes into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+SECONDS ?= 60
+SANITIZERS ?= address,undefined
+
+RUN := $(abspath $(VENV))/bin/python
+STAMP := $(VENV)/fastwire.stamp
+CORE := $(wildcard fastwire/_core.pyx fastwire/core/*)
+INSTALL := $(RUN) -m pip install --quiet --editable '.[lab,bench,test,dev]'
+COMPILE := $(RUN) setup.py --quiet build_ext --inplace --force
+# What the tests need, for a build that must not touch the one in the source tree.
+TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs examples fastwire fuzz tests tools)
+COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
+
+.PHONY: help install serve test lint format bench load sanitize coverage fuzz nightly dist clean
+.NOTPARALLEL:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP) ## .venv with all a developer needs; quick when nothing changed
+
+# A new pyproject.toml means new dependencies; new sources only compile again.
+$(STAMP): pyproject.toml setup.py $(CORE)
+	@command -v $(PYTHON) >/dev/null || { echo "fastwire needs Python 3.11 or newer: no $(PYTHON) on PATH"; exit 1; }
+	@$(PYTHON) tools/preflight.py
+	@test -x $(RUN) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	$(if $(filter pyproject.toml,$?),$(INSTALL),$(COMPILE))
+	@touch $@
+
+serve: install ## a Jupyter server on fastwire: make serve ARGS="--port 9999"
+	$(RUN) -m fastwire.serve $(ARGS)
+
+test: install ## all tests, or some: make test ARGS="tests/test_core.py -k sha"
+	$(RUN) -m pytest $(ARGS)
+
+lint: install ## style, types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	PATH=$(abspath $(VENV))/bin:$$PATH cython-lint fastwire
+
+format: install ## rewrite Python files to the style
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: install ## time the core's functions
+	$(RUN) -m pytest bench $(ARGS)
+
+load: install ## many kernels and clients against a server: make load ARGS="--help"
+	$(RUN) -m bench.load $(ARGS)
+
+sanitize: install ## the tests on a core built with ASan and UBSan, in build/sanitize
+	$(COPY) \
+	&& FASTWIRE_SANITIZE=$(SANITIZERS) $(RUN) setup.py --quiet build_ext --inplace \
+	&& tools/sanitized.sh $(RUN) -m pytest --capture=sys --timeout=300 -m "not browser" $(ARGS)
+
+coverage: install ## which lines of the core the tests reach, in build/coverage
+	$(COPY) \
+	&& FASTWIRE_COVERAGE=1 $(RUN) setup.py --quiet build_ext --inplace \
+	&& PYTHONPATH=. $(RUN) -m pytest --timeout=300 $(ARGS) \
+	&& $(RUN) tools/core_coverage.py
+
+fuzz: install ## feed the core hostile bytes: make fuzz SECONDS=600
+	$(RUN) -m fuzz.run --seconds $(SECONDS)
+
+nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
+	HYPOTHESIS_PROFILE=nightly $(MAKE) test ARGS="--timeout=3600"
+	$(MAKE) sanitize
+	$(MAKE) fuzz SECONDS=7200
+	$(MAKE) load ARGS="--targets fastwire --kernels 64 --rate 10 --seconds 3600"
+	for kernels in 1 16 64; do for rate in 10 50 100; do \
+	    $(MAKE) load ARGS="--kernels $$kernels --rate $$rate --seconds 60" || exit 1; \
+	done; done
+	$(RUN) -m bench.latency
+	$(RUN) -m bench.flood
+
+dist: install ## sdist, and the wheel built from it, in dist/
+	rm -rf dist
+	$(RUN) -m build
+
+clean: ## remove what was built (not .venv)
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f fastwire/*.so fastwire/_core.c fastwire/_core.html $(STAMP)
+	find bench fastwire fuzz tests tools -name __pycache__ -exec rm -rf {} + 2>/dev/null || true

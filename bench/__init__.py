@@ -1,0 +1,1 @@
+"""Load, latency and flood benchmarks for fastwire and the servers it is compared with."""

@@ -1,0 +1,111 @@
+"""Percentiles, medians over runs, the table on the terminal and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+_PACKAGES = ("fastwire", "jupyter_server", "jupyter_client", "ipykernel", "tornado", "pyzmq")
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value below which *share* (0 to 1) of *values* lie; NaN without values."""
+    ordered = sorted(values)
+    if not ordered:
+        return float("nan")
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def environment() -> dict[str, Any]:
+    """Where figures come from: machine, load, versions."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "packages": versions,
+    }
+
+
+def median(values: Sequence[float]) -> float:
+    """The median of the numbers among *values* (NaN without any)."""
+    real = [value for value in values if not math.isnan(value)]
+    return statistics.median(real) if real else float("nan")
+
+
+def number(value: float) -> str:
+    """Three or four significant digits, thousands separated."""
+    if math.isnan(value):
+        return "-"
+    if float(value).is_integer():
+        return f"{int(value):,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """``median [lowest .. highest]``, or the one value."""
+    real = [value for value in values if not math.isnan(value)]
+    if not real:
+        return "-"
+    if min(real) == max(real):
+        return number(real[0])
+    return f"{number(median(real))} [{number(min(real))} .. {number(max(real))}]"
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> str:
+    """The median of *second* over the median of *first*."""
+    above, below = median(second), median(first)
+    value = above / below if below else float("nan")
+    if math.isnan(value):
+        return "-"
+    return "< 0.001" if 0 < value < 0.001 else f"{value:.3g}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell."""
+    lines = [list(head), *[list(row) for row in rows]]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(head))]
+
+    def text(line: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([text(lines[0]), rule, *[text(line) for line in lines[1:]]])
+
+
+def write_json(path: Path | None, name: str, settings: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    """Write settings (but no token), environment and every run to *path*, if there is one."""
+    if path is None:
+        return
+    shown = {key: value for key, value in settings.items() if key != "token"}
+    document = {"benchmark": name, "settings": shown, "environment": environment(), "runs": runs}
+    path.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    progress(f"wrote {path}")
+
+
+def progress(line: str, end: str = "\n") -> None:
+    """A line on stderr; on a terminal it overwrites one that was given with ``end=""``."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
+    else:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,96 @@
+"""Turns of the loop: everything that is ready is handled in one go, and each connection is flushed once at its end.
+
+asyncio spends about as much on a ready descriptor (a handle, a context, a selector key) as the core on the message behind
+it. So the descriptors of kernels and clients stand in an epoll of their own, which the loop watches as one. Where there
+is no epoll, the loop watches each of them.
+
+Tried and left: resting 1 ms between turns under load. It saved 5 % of the CPU at 16 kernels x 100 requests/s, and made
+their median latency four times as long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections.abc import Callable, Iterable
+from weakref import WeakKeyDictionary
+
+__all__ = ["Turns"]
+
+Callback = Callable[[], None]
+
+_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
+
+
+class Turns:
+    """The turns of one loop; `Turns.current` is the running one's."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._readers: dict[int, Callback] = {}
+        self._at_end: dict[Callback, None] = {}
+        self._in_turn = False
+        self._end_scheduled = False
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+
+    @classmethod
+    def current(cls) -> Turns:
+        loop = asyncio.get_running_loop()
+        if loop not in _of_loop:
+            _of_loop[loop] = cls(loop)
+        return _of_loop[loop]
+
+    # -- descriptors --
+
+    def watch(self, fd: int, callback: Callback) -> None:
+        """Call ``callback`` in each turn in which ``fd`` is readable."""
+        if self._epoll is None:
+            self._loop.add_reader(fd, callback)
+            return
+        if not self._readers:
+            self._loop.add_reader(self._epoll.fileno(), self._turn)
+        self._readers[fd] = callback
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """Before ``fd`` is closed."""
+        if self._epoll is None:
+            self._loop.remove_reader(fd)
+            return
+        del self._readers[fd]
+        self._epoll.unregister(fd)
+        if not self._readers:
+            self._loop.remove_reader(self._epoll.fileno())
+
+    # -- turns --
+
+    def _turn(self) -> None:
+        assert self._epoll is not None
+        readers = self._readers
+        self._in_turn = True
+        # A callback may unwatch a descriptor that is ready too.
+        self._call_all(readers[fd] for fd, _ in self._epoll.poll(0) if fd in readers)
+        self._in_turn = False
+        if self._at_end:
+            self._end()
+
+    def _call_all(self, callbacks: Iterable[Callback]) -> None:
+        """One that raises is reported and does not keep the others from their turn."""
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception as error:
+                message = f"Exception in {callback!r}"
+                self._loop.call_exception_handler({"message": message, "exception": error})
+
+    def at_end(self, callback: Callback) -> None:
+        """Call ``callback`` once at the end of this turn, or in the loop's next when none is running."""
+        self._at_end[callback] = None
+        if not self._in_turn and not self._end_scheduled:
+            self._end_scheduled = True
+            self._loop.call_soon(self._end)
+
+    def _end(self) -> None:
+        self._end_scheduled = False
+        callbacks, self._at_end = self._at_end, {}
+        self._call_all(callbacks)

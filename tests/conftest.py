@@ -1,0 +1,71 @@
+"""Every test gives back what it took: no message, block or buffer of the core outlives it."""
+
+import gc
+import os
+from collections.abc import Iterator
+
+import builders
+import pytest
+import zmq
+from hypothesis import HealthCheck, settings
+
+from fastwire import _core
+
+FINE = [
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.large_base_example,
+    HealthCheck.function_scoped_fixture,  # no test changes what `portable` and `transport` set
+]
+settings.register_profile("default", max_examples=60, deadline=None, suppress_health_check=FINE)
+settings.register_profile("nightly", max_examples=3000, deadline=None, suppress_health_check=FINE)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.when == "call":
+        item.stash[FAILED] = report.failed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The counters of `live` return to where they were (zero, unless a test has failed before), and every
+    scripted fault has fired."""
+    before = _core.live()
+    yield
+    unused = _core.scripted_left()
+    _core.script_syscalls([])
+    _core.force_portable(False)
+    _core.use_pyzmq(False)
+    if _core.live() != before:
+        gc.collect()  # slow, and only cycles need it
+    if not request.node.stash.get(FAILED, False):  # a failed test's traceback still holds its objects
+        assert {kind: n for kind, n in _core.live().items() if n > before[kind]} == {}
+        assert unused == 0
+
+
+@pytest.fixture(params=[False, True], ids=["native", "portable"])
+def portable(request: pytest.FixtureRequest) -> bool:
+    """Run the test on the CPU's instructions and on the portable code."""
+    _core.force_portable(request.param)
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["direct", "pyzmq"])
+def transport(request: pytest.FixtureRequest) -> bool:
+    """Run the test on libzmq's functions and on pyzmq's."""
+    _core.use_pyzmq(request.param)
+    return request.param
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context]:
+    with zmq.Context() as context:
+        yield context
+        context.destroy(linger=0)
+    builders.opened.clear()

@@ -1,0 +1,102 @@
+"""A small kernel that is right but for one thing, which ``FASTWIRE_ODD`` names: ``python odd_kernel.py -f connection.json``.
+
+=================  =================================================================================
+``wrong-key``       it signs with a key of its own
+``sometimes``       the same, but only the ``stream`` message of a cell that says ``forge``
+``versionless``     it speaks protocol 5, without saying so in its headers
+``old``             it speaks protocol 4: ``pyout``, ``data`` where ``text`` is now, and says so
+``not-json``        the content of an ``error`` message is no JSON object
+=================  =================================================================================
+
+A cell's code comes back as a line on stdout and as its result.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+
+import zmq
+
+DELIMITER = b"<IDS|MSG>"
+ODD = os.environ.get("FASTWIRE_ODD", "")
+PARENT = os.getppid()
+
+
+class Kernel:
+    def __init__(self, connection: dict) -> None:
+        self.key = b"another key" if ODD == "wrong-key" else connection["key"].encode()
+        self.session = uuid.uuid4().hex
+        self.context = zmq.Context()
+        self.heartbeat, self.control, self.shell, self.stdin = (
+            self.bind(zmq.ROUTER, connection, name) for name in ("hb", "control", "shell", "stdin")
+        )
+        self.iopub = self.bind(zmq.PUB, connection, "iopub")
+        self.alive = True
+
+    def bind(self, kind: int, connection: dict, name: str) -> zmq.Socket:
+        socket = self.context.socket(kind)
+        socket.bind(f"{connection['transport']}://{connection['ip']}:{connection[f'{name}_port']}")
+        return socket
+
+    def say(
+        self, socket: zmq.Socket, to: bytes, msg_type: str, parent: bytes, content: object, *, forged: bool = False
+    ) -> None:
+        header = {"msg_id": uuid.uuid4().hex, "msg_type": msg_type, "username": "", "session": self.session}
+        header["date"] = "2024-05-06T07:08:09.123456Z"
+        if ODD not in ("versionless", "old"):
+            header["version"] = "5.3"
+        text = content if isinstance(content, bytes) else json.dumps(content).encode()
+        parts = [json.dumps(header).encode(), parent, b"{}", text]
+        key = b"another key" if forged else self.key
+        signature = hmac.new(key, b"".join(parts), hashlib.sha256).hexdigest().encode()
+        socket.send_multipart([to, DELIMITER, signature, *parts])
+
+    def publish(self, msg_type: str, parent: bytes, content: object, *, forged: bool = False) -> None:
+        self.say(self.iopub, msg_type.encode(), msg_type, parent, content, forged=forged)
+
+    def serve(self) -> None:
+        poller = zmq.Poller()
+        for socket in (self.heartbeat, self.control, self.shell):
+            poller.register(socket, zmq.POLLIN)
+        while self.alive and os.getppid() == PARENT:
+            for socket, _ in poller.poll(1000):
+                frames = socket.recv_multipart()
+                if socket is self.heartbeat:
+                    socket.send_multipart(frames)
+                else:
+                    self.answer(socket, frames)
+
+    def answer(self, socket: zmq.Socket, frames: list[bytes]) -> None:
+        identity, header, content = frames[0], frames[3], json.loads(frames[6])
+        msg_type = json.loads(header)["msg_type"]
+        self.publish("status", header, {"execution_state": "busy"})
+        reply = {"status": "ok"}
+        if msg_type == "execute_request":
+            self.execute(header, content["code"])
+            reply["execution_count"] = 1
+        elif msg_type == "kernel_info_request":
+            reply["protocol_version"] = "4.1" if ODD == "old" else "5.3"
+            reply["language_info"] = {"name": "odd"}
+        elif msg_type == "shutdown_request":
+            self.alive = False
+        self.say(socket, identity, msg_type.replace("_request", "_reply"), header, reply)
+        self.publish("status", header, {"execution_state": "idle"})
+
+    def execute(self, parent: bytes, code: str) -> None:
+        old = ODD == "old" or ODD == "versionless"
+        forged = ODD == "sometimes" and "forge" in code
+        self.publish("stream", parent, {"name": "stdout", "data" if old else "text": code + "\n"}, forged=forged)
+        if ODD == "not-json":
+            self.publish("error", parent, b"[1, 2")
+        result = {"data": {"text/plain": repr(code)}, "metadata": {}, "execution_count": 1}
+        self.publish("pyout" if old else "execute_result", parent, result)
+
+
+if __name__ == "__main__":
+    kernel = Kernel(json.loads(Path(sys.argv[sys.argv.index("-f") + 1]).read_text()))
+    kernel.serve()
+    kernel.context.destroy(linger=1000)

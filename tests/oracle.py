@@ -1,0 +1,459 @@
+"""The core in plain Python: obvious, slow and short. The tests hold the compiled core against it.
+
+Names and shapes are those of `fastwire._core`; its stub is the contract for both.
+"""
+
+import hashlib
+import hmac
+import json
+import re
+import struct
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from fastwire.errors import (
+    DuplicateSignature,
+    FrameError,
+    InvalidPayload,
+    InvalidSignature,
+    MalformedMessage,
+    MessageError,
+    MessageTooBig,
+    ProtocolError,
+)
+
+DELIMITER = b"<IDS|MSG>"
+CHANNELS = ("shell", "control", "stdin")
+OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
+CONTROL = (OP_CLOSE, OP_PING, OP_PONG)
+RSV1 = 0x40
+
+
+# -- sign ------------------------------------------------------------------------------------------
+
+
+def require_four(parts: Sequence[bytes]) -> None:
+    if len(parts) < 4:
+        raise MalformedMessage("a message has four parts before its buffers")
+
+
+def require_text(parts: Sequence[bytes]) -> None:
+    require_four(parts)
+    if not all(bytes(part).strip(b" \t\n\r") for part in parts[:4]):
+        raise MalformedMessage("an empty part")
+
+
+class Signer:
+    """With every digest it remembers in plain sight."""
+
+    def __init__(self, key: bytes, scheme: str = "hmac-sha256", *, history_size: int = 65536) -> None:
+        self.key, self.scheme = bytes(key), scheme
+        self.history: deque[bytes] = deque(maxlen=history_size)
+
+    def sign(self, parts: Sequence[bytes]) -> bytes:
+        require_four(parts)
+        if not self.key:
+            return b""
+        digest = hmac.new(self.key, digestmod=getattr(hashlib, self.scheme.removeprefix("hmac-")))
+        for part in parts[:4]:
+            digest.update(part)
+        return digest.hexdigest().encode()
+
+    def verify(self, signature: bytes, parts: Sequence[bytes]) -> None:
+        expected = self.sign(parts)
+        if not self.key:
+            return
+        if bytes(signature) != expected:
+            raise InvalidSignature("not the signature of these parts")
+        if expected in self.history:
+            raise DuplicateSignature("seen before")
+        self.history.append(expected)
+
+
+# -- split, encode, decode -------------------------------------------------------------------------
+
+
+def split_identities(frames: Sequence[bytes]) -> tuple[list[bytes], bytes, list[bytes]]:
+    frames = [bytes(frame) for frame in frames]
+    if DELIMITER not in frames:
+        raise MalformedMessage("no delimiter")
+    at = frames.index(DELIMITER)
+    if len(frames) < at + 2:
+        raise MalformedMessage("no signature")
+    require_four(frames[at + 2 :])
+    return frames[:at], frames[at + 1], frames[at + 2 :]
+
+
+def cut(data: bytes, table: int, offsets: Sequence[int]) -> list[bytes]:
+    """The pieces between offsets that lie, in order, behind the table that holds them."""
+    if any(start > stop for start, stop in pairwise((table, *offsets, len(data)))):
+        raise MalformedMessage("offsets run backwards or out of the payload")
+    return [data[start:stop] for start, stop in pairwise(offsets)]
+
+
+def encode_v1(channel: str, parts: Sequence[bytes]) -> bytes:
+    pieces = [channel.encode(), *map(bytes, parts)]
+    offsets = [8 * (len(pieces) + 2)]
+    for piece in pieces:
+        offsets.append(offsets[-1] + len(piece))
+    return struct.pack(f"<{len(offsets) + 1}Q", len(offsets), *offsets) + b"".join(pieces)
+
+
+def decode_v1(payload: bytes) -> tuple[str, list[bytes]]:
+    if isinstance(payload, str):
+        raise MalformedMessage("text")
+    data = bytes(payload)
+    count = int.from_bytes(data[:8], "little")
+    if 8 * (count + 1) > len(data):
+        raise MalformedMessage("an offset table longer than the payload")
+    pieces = cut(data, 8 * (count + 1), struct.unpack_from(f"<{count}Q", data, 8))
+    require_four(pieces[1:])
+    try:
+        return pieces[0].decode(), pieces[1:]
+    except UnicodeDecodeError as error:
+        raise MalformedMessage("a channel that is not UTF-8") from error
+
+
+def text_of(part: bytes) -> str:
+    """As `jupyter_client.session.json_unpacker` reads it."""
+    return bytes(part).decode("utf-8", "replace")
+
+
+def encode_legacy(channel: str, parts: Sequence[bytes]) -> str | bytes:
+    require_text(parts)
+    header, parent_header, metadata, content = map(text_of, parts[:4])
+    msg_id, msg_type = map(json.dumps, header_fields(parts[0]))
+    buffers = [bytes(part) for part in parts[4:]]
+    fields = {
+        "header": header,
+        "msg_id": msg_id,
+        "msg_type": msg_type,
+        "parent_header": parent_header,
+        "metadata": metadata,
+        "content": content,
+        "buffers": "[]",
+        "channel": json.dumps(channel),
+    }
+    if buffers:
+        del fields["buffers"]
+    text = "{" + ", ".join(f'"{key}": {value}' for key, value in fields.items()) + "}"
+    return binary_message([text.encode(), *buffers]) if buffers else text
+
+
+def binary_message(pieces: Sequence[bytes]) -> bytes:
+    offsets = [4 * (len(pieces) + 1)]
+    for piece in pieces[:-1]:
+        offsets.append(offsets[-1] + len(piece))
+    return struct.pack(f">{len(pieces) + 1}I", len(pieces), *offsets) + b"".join(pieces)
+
+
+def split_binary(data: bytes) -> tuple[str, list[bytes]]:
+    count = int.from_bytes(data[:4])
+    if count < 1 or 4 * (count + 1) > len(data):
+        raise MalformedMessage("an offset table longer than the payload")
+    offsets = struct.unpack_from(f">{count}I", data, 4)
+    text, *buffers = cut(data, 4 * (count + 1), (*offsets, len(data)))
+    try:
+        return text.decode(), buffers
+    except UnicodeDecodeError as error:
+        raise MalformedMessage("not UTF-8") from error
+
+
+def decode_legacy(payload: str | bytes) -> tuple[str, list[bytes]]:
+    binary = not isinstance(payload, str)
+    text, buffers = split_binary(bytes(payload)) if binary else (payload, [])
+    value = loads(text)
+    if not isinstance(value, dict) or not isinstance(value.get("header"), dict):
+        raise MalformedMessage("no object with a header")
+    if not value.keys() >= {"parent_header", "metadata"}:
+        raise MalformedMessage("a part is missing")
+    if not binary and value.get("buffers") not in (None, []):
+        raise MalformedMessage("buffers in a text")
+    raw = dict(members(text))
+    parts = [raw["header"], raw["parent_header"], raw["metadata"], content_text(value.get("content"), raw)]
+    try:
+        return channel_text(value.get("channel"), raw), [part.encode() for part in parts] + buffers
+    except UnicodeEncodeError as error:
+        raise MalformedMessage("half a surrogate pair") from error
+
+
+def content_text(content: object, raw: dict[str, str]) -> str:
+    match content:
+        case None:
+            return "{}"
+        case str():
+            return content
+        case dict():
+            return raw["content"]
+        case _:
+            raise MalformedMessage("content is neither object nor string")
+
+
+def channel_text(channel: object, raw: dict[str, str]) -> str:
+    if channel is None:
+        return "shell"
+    return channel if isinstance(channel, str) else raw["channel"]
+
+
+def members(text: str) -> Iterator[tuple[str, str]]:
+    """The keys of an object that is valid JSON, with the source text of their values."""
+    decode, skip = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*").match
+    at = skip(text, skip(text).end() + 1).end()
+    while text[at] != "}":
+        key, at = decode(text, at)
+        start = skip(text, skip(text, at).end() + 1).end()
+        _, stop = decode(text, start)
+        yield key, text[start:stop]
+        at = skip(text, stop).end()
+        if text[at] == ",":
+            at = skip(text, at + 1).end()
+
+
+def loads(text: str) -> object:
+    try:
+        text.encode()
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MalformedMessage(str(error)) from error
+
+
+def check_json(text: bytes) -> None:
+    try:
+        loads(bytes(text).decode())
+    except UnicodeDecodeError as error:
+        raise MalformedMessage("not UTF-8") from error
+
+
+def header_fields(header: bytes) -> tuple[str, str]:
+    value = loads(text_of(header))
+    if not isinstance(value, dict):
+        raise MalformedMessage("no object")
+    fields = value.get("msg_id"), value.get("msg_type")
+    if not all(isinstance(field, str) for field in fields):
+        raise MalformedMessage("msg_id or msg_type is no string")
+    return fields
+
+
+def is_foreign(header: bytes) -> bool:
+    """Whether jupyter_client would adapt the message to protocol 5; an escaped version counts as another."""
+    version = dict(members(text_of(header))).get("version", "")
+    return not version.startswith(('"5"', '"5.'))
+
+
+CLASS_OF_TYPE = {
+    "status": "status",
+    "stream": "stream",
+    "display_data": "display",
+    "update_display_data": "display",
+    "execute_result": "display",
+    "comm_open": "comm",
+    "comm_msg": "comm",
+    "comm_close": "comm",
+    "input_request": "input_request",
+    "error": "error",
+}
+
+
+def judge(
+    frames: Sequence[bytes], signer: Signer, *, permissive: bool = False
+) -> tuple[list[bytes] | None, list[MessageError]]:
+    """The parts of a kernel's message, None when it is refused, and what is to be said of it."""
+    remarks: list[MessageError] = []
+    try:
+        _, signature, parts = split_identities(frames)
+        remarks += forgery(signature, parts, signer, permissive=permissive)
+        header_fields(parts[0])
+        require_text(parts)
+    except MessageError as error:
+        return None, [*remarks, error]
+    return parts, remarks
+
+
+def forgery(
+    signature: bytes, parts: Sequence[bytes], signer: Signer, *, permissive: bool
+) -> list[InvalidSignature]:
+    try:
+        signer.verify(signature, parts)
+    except InvalidSignature as error:
+        if not permissive:
+            raise
+        return [error]
+    return []
+
+
+def message_class(msg_type: str) -> str:
+    return CLASS_OF_TYPE.get(msg_type, "reply" if msg_type.endswith("_reply") else "other")
+
+
+# -- frames ----------------------------------------------------------------------------------------
+
+
+def frame_header(opcode: int, length: int, *, fin: bool = True) -> bytes:
+    first = opcode | (0x80 if fin else 0)
+    if length < 126:
+        return struct.pack(">BB", first, length)
+    if length < 1 << 16:
+        return struct.pack(">BBH", first, 126, length)
+    return struct.pack(">BBQ", first, 127, length)
+
+
+def server_frame(payload: str | bytes) -> bytes:
+    data = payload.encode() if isinstance(payload, str) else bytes(payload)
+    return frame_header(OP_TEXT if isinstance(payload, str) else OP_BINARY, len(data)) + data
+
+
+def close_payload(code: int | None, reason: str = "") -> bytes:
+    if code is None:
+        return b""
+    return struct.pack(">H", code) + reason.encode()[:123].decode(errors="ignore").encode()
+
+
+def parse_close(payload: bytes) -> tuple[int | None, str]:
+    payload = bytes(payload)
+    if not payload:
+        return None, ""
+    code = int.from_bytes(payload[:2])
+    if len(payload) == 1 or code not in (*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)):
+        raise ProtocolError("no close code")
+    try:
+        return code, payload[2:].decode()
+    except UnicodeDecodeError as error:
+        raise InvalidPayload("reason") from error
+
+
+def unmask(data: bytes, mask: bytes) -> bytes:
+    return bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+
+
+class OracleParser:
+    """RFC 6455 for a server, one frame at a time."""
+
+    def __init__(self, max_message_size: int = 10485760, *, deflate: bool = False) -> None:
+        self.max_message_size, self.deflate = max_message_size, deflate
+        self.data, self.message, self.opcode = b"", b"", None
+        self.closed, self.error = False, None
+
+    def feed(self, data: bytes) -> None:
+        self.data += bytes(data)
+
+    def __iter__(self) -> "OracleParser":
+        return self
+
+    def __next__(self) -> tuple[int, str | bytes]:
+        if self.error:
+            raise self.error
+        try:
+            while not self.closed and (frame := self.frame()) is not None:
+                if (event := self.join(*frame)) is not None:
+                    return event
+        except FrameError as error:
+            self.closed, self.error = True, error
+            raise
+        raise StopIteration
+
+    def frame(self) -> tuple[int, int, bytes] | None:
+        """``(first octet, opcode, payload)`` of the next whole frame; None while octets are missing."""
+        for check, octet in zip((self.check_first, self.check_second), self.data, strict=False):
+            check(octet)
+        if len(self.data) < 2:
+            return None
+        first, second = self.data[:2]
+        size = {126: 2, 127: 8}.get(second & 0x7F, 0)
+        if len(self.data) < 2 + size:
+            return None
+        length = int.from_bytes(self.data[2 : 2 + size]) if size else second & 0x7F
+        self.check_length(first & 0x0F, size, length)
+        start = 2 + size + 4
+        payload = unmask(self.data[start : start + length], self.data[2 + size : start])
+        self.check_text(first, payload)
+        if len(self.data) < start + length:
+            return None
+        self.data = self.data[start + length :]
+        return first, first & 0x0F, payload
+
+    def check_first(self, first: int) -> None:
+        opcode, started = first & 0x0F, self.opcode is not None
+        if first & 0x30 or opcode not in (OP_CONTINUATION, OP_TEXT, OP_BINARY, *CONTROL):
+            raise ProtocolError("reserved bit or opcode")
+        if first & RSV1 and not (self.deflate and opcode in (OP_TEXT, OP_BINARY)):
+            raise ProtocolError("RSV1")
+        if opcode in CONTROL and not first & 0x80:
+            raise ProtocolError("a fragmented control frame")
+        if opcode not in CONTROL and (opcode == OP_CONTINUATION) != started:
+            raise ProtocolError("a continuation of nothing, or a message inside a message")
+
+    def check_second(self, second: int) -> None:
+        if not second & 0x80:
+            raise ProtocolError("not masked")
+        if self.data[0] & 0x0F in CONTROL and second & 0x7F > 125:
+            raise ProtocolError("a control frame longer than 125")
+
+    def check_length(self, opcode: int, size: int, length: int) -> None:
+        if length >> 63 or (size and length < {2: 126, 8: 1 << 16}[size]):
+            raise ProtocolError("not the shortest form of a length")
+        if opcode not in CONTROL and len(self.message) + length > self.max_message_size:
+            raise MessageTooBig("message")
+
+    def check_text(self, first: int, payload: bytes) -> None:
+        opcode = first & ~0x80 if first & 0x0F else self.opcode
+        if opcode == OP_TEXT:
+            check_utf8(self.message + payload)
+
+    def join(self, first: int, opcode: int, payload: bytes) -> tuple[int, str | bytes] | None:
+        if opcode == OP_CLOSE:
+            parse_close(payload)
+            self.closed = True
+        if opcode in CONTROL:
+            return opcode, payload
+        if opcode != OP_CONTINUATION:
+            self.opcode = first & ~0x80
+        self.message += payload
+        if not first & 0x80:
+            return None
+        event = self.opcode, self.message
+        self.opcode, self.message = None, b""
+        return (OP_TEXT, check_utf8(event[1], final=True)) if event[0] == OP_TEXT else event
+
+
+#: What completes the start of any character: the lowest and the highest octets that may follow.
+TAILS = (b"", *(octet * count for octet in (b"\x80", b"\xbf") for count in (1, 2, 3)))
+
+
+def check_utf8(data: bytes, *, final: bool = False) -> str:
+    """The text; while it is not final, all that counts is whether some octets could complete it."""
+    for tail in TAILS[:1] if final else TAILS:
+        try:
+            return (data + tail).decode()
+        except UnicodeDecodeError:
+            continue
+    raise InvalidPayload("not UTF-8")
+
+
+# -- queue -----------------------------------------------------------------------------------------
+
+
+class OracleQueue:
+    """Every byte ever queued, and two cursors."""
+
+    def __init__(self, *, acknowledge: bool) -> None:
+        self.data, self.written, self.acknowledged = b"", 0, 0
+        self.acknowledging = acknowledge
+
+    def append(self, data: bytes) -> int:
+        self.data += data
+        return len(self.data)
+
+    def write(self, count: int) -> bytes:
+        """The next ``count`` bytes, as written."""
+        start, self.written = self.written, min(self.written + count, len(self.data))
+        if not self.acknowledging:
+            self.acknowledged = self.written
+        return self.data[start : self.written]
+
+    def acknowledge(self, position: int) -> None:
+        self.acknowledged = max(self.acknowledged, position)
+
+    @property
+    def pending_bytes(self) -> int:
+        return len(self.data) - self.written

@@ -1,0 +1,71 @@
+"""What the core says of its build, and the tests' own switches."""
+
+import pytest
+import zmq
+
+from fastwire import _core
+
+CONSTANTS = {
+    "OP_TEXT": 1,
+    "OP_BINARY": 2,
+    "OP_CLOSE": 8,
+    "OP_PING": 9,
+    "OP_PONG": 10,
+    "RSV1": 0x40,
+    "PROTOCOL_V1": "v1.kernel.websocket.jupyter.org",
+}
+
+
+def test_build_info() -> None:
+    info = _core.build_info()
+    assert info.keys() == {"version", "zmq", "libzmq", "sha256", "cython", "compiler"}
+    assert all(isinstance(value, str) and value for value in info.values())
+    assert info["libzmq"] == zmq.zmq_version()
+    assert info["cython"][0].isdigit()
+
+
+def test_switches_show_in_build_info() -> None:
+    usual = _core.build_info()
+    assert usual["zmq"] in {"direct", "pyzmq"}
+    assert usual["sha256"] in {"sha-ni", "portable"}
+    _core.use_pyzmq(True)
+    _core.force_portable(True)
+    assert (_core.build_info()["zmq"], _core.build_info()["sha256"]) == ("pyzmq", "portable")
+    _core.use_pyzmq(False)
+    _core.force_portable(False)
+    assert _core.build_info() == usual
+
+
+def test_libzmqs_functions_are_found_in_pyzmqs_wheels() -> None:
+    """Else every test of the direct way would run the fallback, unseen."""
+    assert _core.build_info()["zmq"] == "direct"
+
+
+def test_live_counts_by_kind() -> None:
+    assert _core.live() == {"messages": 0, "zmq_messages": 0, "blocks": 0, "buffers": 0}
+
+
+@pytest.mark.parametrize(("name", "value"), CONSTANTS.items())
+def test_constants(name: str, value: object) -> None:
+    assert getattr(_core, name) == value
+
+
+def test_flush_answers_are_distinct() -> None:
+    names = ("DONE", "MORE", "BLOCKED", "NO_BUFFERS", "DEAD")
+    assert [getattr(_core, f"FLUSH_{name}") for name in names] == [0, 1, 2, 3, 4]
+
+
+def test_scripts_are_counted_and_ended() -> None:
+    _core.script_syscalls([("recv", "EAGAIN"), ("sendmsg", 3), ("sendmsg", 0)])
+    assert _core.scripted_left() == 3
+    _core.script_syscalls([("recv", 1)])
+    assert _core.scripted_left() == 1
+    _core.script_syscalls([])
+    assert _core.scripted_left() == 0
+
+
+@pytest.mark.parametrize("step", [("read", 1), ("recv", "ENOSUCH"), ("recv", None)])
+def test_a_script_with_a_mistake_is_refused(step: tuple[str, object]) -> None:
+    with pytest.raises((KeyError, ValueError, TypeError)):
+        _core.script_syscalls([("recv", 1), step])
+    _core.script_syscalls([])

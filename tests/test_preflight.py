@@ -1,0 +1,105 @@
+"""tools/preflight.py, run as `make install` runs it, on machines that lack something."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def preflight(python: str = sys.executable, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run it with these variables set; the compiler is the one that built this Python unless CC is given."""
+    variables = {name: value for name, value in os.environ.items() if name != "CC"} | environment
+    return subprocess.run(
+        [python, ROOT / "tools" / "preflight.py"],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
+def pretend(folder: Path, module: str, code: str) -> str:
+    """A PYTHONPATH on which `module` is this code."""
+    (folder / f"{module}.py").write_text(code)
+    return str(folder)
+
+
+def script(path: Path, code: str) -> str:
+    """An executable shell script."""
+    path.write_text(f"#!/bin/sh\n{code}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def assert_missing(result: subprocess.CompletedProcess[str], what: str) -> None:
+    """One message that names what is missing and every system's packages, and no traceback."""
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert what in result.stderr
+    assert all(word in result.stderr for word in ("apt install", "dnf install", "brew install"))
+    assert "Traceback" not in result.stderr
+
+
+def test_a_complete_machine_passes_in_silence() -> None:
+    result = preflight()
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    assert_missing(preflight(PATH=str(tmp_path)), "a C compiler: no ")
+
+
+def test_the_compiler_in_cc_is_the_one_looked_for() -> None:
+    assert_missing(preflight(CC="no-such-cc -pthread"), "no 'no-such-cc' on PATH")
+
+
+def test_a_compiler_without_libc_headers(tmp_path: Path) -> None:
+    cc = script(tmp_path / "cc", "echo 'fatal error: stdio.h: No such file' >&2; exit 1")
+    result = preflight(CC=cc)
+    assert_missing(result, "a C compiler that works")
+    assert "fatal error: stdio.h" in result.stderr
+
+
+@pytest.mark.parametrize("module", ["venv", "ensurepip"])
+def test_no_environments(tmp_path: Path, module: str) -> None:
+    path = pretend(tmp_path, module, "raise ImportError")
+    assert_missing(preflight(PYTHONPATH=path), f"the {module} module")
+
+
+def test_no_headers(tmp_path: Path) -> None:
+    path = pretend(
+        tmp_path, "sitecustomize", f"import sysconfig\nsysconfig.get_path = lambda name: {str(tmp_path)!r}"
+    )
+    assert_missing(preflight(PYTHONPATH=path), f"no {tmp_path}/Python.h")
+
+
+def test_an_old_python(tmp_path: Path) -> None:
+    path = pretend(tmp_path, "sitecustomize", "import sys\nsys.version_info = (3, 10, 4, 'final', 0)")
+    assert_missing(preflight(PYTHONPATH=path), "Python 3.11 or newer")
+
+
+def test_everything_missing_is_said_at_once(tmp_path: Path) -> None:
+    pretend(tmp_path, "ensurepip", "raise ImportError")
+    result = preflight(PYTHONPATH=str(tmp_path), CC="no-such-cc")
+    assert_missing(result, "ensurepip")
+    assert_missing(result, "no-such-cc")
+
+
+def test_make_says_it_and_makes_nothing(tmp_path: Path) -> None:
+    """`make` itself, with a PYTHON that does not exist and an environment elsewhere."""
+    result = subprocess.run(
+        ["make", "install", "PYTHON=no-such-python", f"VENV={tmp_path}/venv"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert result.returncode != 0
+    assert "fastwire needs Python 3.11 or newer: no no-such-python on PATH" in result.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,1254 @@
+"""The relay between real ZMQ sockets and real WebSockets, without Jupyter Server.
+
+The relay and its Tornado server run on a loop in a thread of their own; kernel and clients are blocking sockets of the test's
+thread. Over inproc what a kernel has sent has arrived.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import builders
+import oracle
+import pytest
+import tornado.web
+import wsclient
+import zmq
+from builders import KEY, client_message, message, wire
+from conftest import FAILED
+from server import PROTOCOLS, Message
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from wsclient import PATIENCE, close_frame
+
+from fastwire import _core
+from fastwire._core import OP_CLOSE, OP_TEXT, PROTOCOL_V1, Batch
+from fastwire.errors import DuplicateSignature, InvalidSignature, MalformedMessage, SignatureError
+from fastwire.flow import Limits
+from fastwire.relay import Channel, KernelRelay, Session, local_batch
+from fastwire.websocket import Connection, WebSocketHandler
+
+KIB, MIB = 1024, 1024 * 1024
+BUDGET = 1024  # messages of one drain
+CHANNELS = ("shell", "control", "stdin")
+
+both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+
+
+def until(reached: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < end, f"not within {PATIENCE} s: {what}"
+        time.sleep(0.002)
+
+
+# -- the kernel ------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """The kernel's end: routers, and a publisher that knows its subscribers. ``narrow``: its shell takes two messages."""
+
+    def __init__(self, context: zmq.Context, *, tcp: bool = False, narrow: bool = False) -> None:
+        self.context = context
+        self.signer = oracle.Signer(KEY)
+        self.addresses: dict[str, str] = {}
+        self.narrow = narrow
+        kinds = dict.fromkeys(CHANNELS, zmq.ROUTER) | {"iopub": zmq.XPUB}
+        self.sockets = {name: self._bind(name, kind, tcp) for name, kind in kinds.items()}
+        self.subscribers = 0
+
+    def _bind(self, name: str, kind: int, tcp: bool) -> zmq.Socket:
+        sock = self.context.socket(kind)
+        room = 1 if self.narrow and name == "shell" else 0
+        for option, value in {
+            zmq.SNDHWM: room,
+            zmq.RCVHWM: room,
+            zmq.LINGER: 0,
+            zmq.RCVTIMEO: builders.PATIENCE_MS,
+            zmq.SNDTIMEO: builders.PATIENCE_MS,
+        }.items():
+            sock.setsockopt(option, value)
+        if kind == zmq.XPUB:
+            sock.setsockopt(zmq.XPUB_VERBOSER, 1)
+        if tcp:
+            port = sock.bind_to_random_port("tcp://127.0.0.1")
+            self.addresses[name] = f"tcp://127.0.0.1:{port}"
+        else:
+            self.addresses[name] = f"inproc://{name}-{id(self)}"
+            sock.bind(self.addresses[name])
+        return sock
+
+    def open_socket(self, channel: str, identity: bytes | None) -> zmq.Socket:
+        """The relay's end of a channel."""
+        sock = self.context.socket(zmq.SUB if channel == "iopub" else zmq.DEALER)
+        room = 1 if self.narrow and channel == "shell" else 0
+        for option, value in {zmq.SNDHWM: room, zmq.RCVHWM: room, zmq.LINGER: 0}.items():
+            sock.setsockopt(option, value)
+        if channel == "iopub":
+            sock.subscribe(b"")
+        elif identity is not None:
+            sock.setsockopt(zmq.IDENTITY, identity)
+        sock.connect(self.addresses[channel])
+        return sock
+
+    def joined(self) -> None:
+        """Wait for one more subscriber."""
+        while self.sockets["iopub"].recv() != b"\x01":
+            pass
+
+    def left(self) -> None:
+        while self.sockets["iopub"].recv() != b"\x00":
+            pass
+
+    def publish(self, *parts_of_messages: Sequence[bytes]) -> None:
+        for parts in parts_of_messages:
+            self.sockets["iopub"].send_multipart(wire(self.signer, parts, b"topic"))
+
+    def reply(self, to: str, parts: Sequence[bytes], channel: str = "shell") -> None:
+        self.sockets[channel].send_multipart(wire(self.signer, parts, to.encode()))
+
+    def receive(self, channel: str = "shell") -> tuple[str, list[bytes]]:
+        """``(from whom, parts)`` of the next message, its signature checked."""
+        (identity,), signature, parts = _core.split_identities(self.sockets[channel].recv_multipart())
+        oracle.Signer(KEY).verify(signature, parts)
+        return identity.decode(), parts
+
+    def ids(self, count: int, channel: str = "shell") -> list[str]:
+        return [json.loads(self.receive(channel)[1][0])["msg_id"] for _ in range(count)]
+
+    def silent(self, channel: str = "shell") -> bool:
+        return not self.sockets[channel].poll(0)
+
+    def close(self) -> None:
+        for sock in self.sockets.values():
+            sock.close()
+
+
+def stream(*numbers: int, size: int = 10) -> list[list[bytes]]:
+    """Numbered messages of about ``size`` bytes."""
+    return [message("stream", str(n), {"name": "stdout", "text": "x" * size}) for n in numbers]
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+class Handler(WebSocketHandler):
+    """What `fastwire.jupyter` does, without Jupyter: one path per session, ``?gone`` for one that is not kept."""
+
+    session: Session
+
+    def initialize(self, stage: "Stage") -> None:
+        self.stage = stage
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return PROTOCOL_V1 if PROTOCOL_V1 in subprotocols else None
+
+    def get_compression_options(self) -> dict[str, Any] | None:
+        return {}
+
+    def open(self, session_id: str) -> None:
+        self.connection: Connection = self.ws_connection
+        if self.stage.send_buffer:
+            sock = self.connection.stream.socket
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.stage.send_buffer)
+        session = self.stage.relay.session(session_id, session_id.encode())
+        if session.connection is not None:
+            session.connection.close()
+            session.detach(session.connection, close_code=None, resumable=True)
+        self.session = session
+        session.prepare = self.stage.prepare.get(session_id)
+        session.on_ignored = self.stage.ignored.extend
+        session.attach(self.connection, self.selected_subprotocol, self.stage.allowed)
+        self.stage.opened.append(self)
+
+    def on_message(self, message: str | bytes) -> None:
+        self.session.send(message)
+
+    def on_close(self) -> None:
+        resumable = self.get_argument("gone", None) is None
+        self.session.detach(self.connection, close_code=self.close_code, resumable=resumable)
+        self.stage.closed.append(self)
+
+
+class Client(wsclient.Client):
+    """It counts the bytes it was sent behind the handshake."""
+
+    received = 0
+
+    def __init__(self, address: tuple[str, int], session_id: str, protocol: str | None, **options: Any) -> None:
+        self.session_id = session_id
+        self.protocol = protocol
+        path = f"/{session_id}" + ("?gone" if options.pop("gone", False) else "")
+        super().__init__(address, path, headers={"Sec-WebSocket-Protocol": protocol}, **options)
+        self.received = len(self._buffer)
+        assert self.handshake.accepted
+
+    def _fill(self) -> None:
+        before = len(self._buffer)
+        super()._fill()
+        self.received += len(self._buffer) - before
+
+    def take(self, count: int) -> None:
+        """Read from TCP until the server's first ``count`` bytes are here."""
+        while self.received < count:
+            self._fill()
+
+    def whole(self) -> list[Message]:
+        """The messages that are here to their end."""
+        messages = []
+        while self._frame_is_here():
+            messages.append(self.next())
+        return messages
+
+    def _frame_is_here(self) -> bool:
+        data = self._buffer
+        if len(data) < 2:
+            return False
+        extended = {126: 2, 127: 8}.get(data[1], 0)
+        length = int.from_bytes(data[2 : 2 + extended]) if extended else data[1]
+        return len(data) >= 2 + extended + length and len(data) >= 2 + extended
+
+    def next(self) -> Message:
+        return Message.of(self.message(), self.protocol)
+
+    def ids(self, count: int) -> list[str]:
+        return [self.next().header["msg_id"] for _ in range(count)]
+
+    def say(
+        self, msg_id: str, msg_type: str = "execute_request", channel: str = "shell", text: str = "", *buffers: bytes
+    ) -> None:
+        self.send_message(self.payload(msg_id, msg_type, channel, text, *buffers))
+
+    def payload(
+        self, msg_id: str, msg_type: str = "execute_request", channel: str = "shell", text: str = "", *buffers: bytes
+    ) -> str | bytes:
+        return client_message(message(msg_type, msg_id, {"code": text}, *buffers), channel, self.protocol)
+
+
+class Logs(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != "tornado.access":
+            self.lines.append(record.getMessage())
+
+
+class Stage:
+    """A kernel's relay behind a server, on a loop in a thread."""
+
+    def __init__(self, context: zmq.Context) -> None:
+        self.context = context
+        self.prepare: dict[str, Callable[[Batch], Batch]] = {}
+        self.ignored: list[str] = []
+        self.allowed: frozenset[str] = frozenset()
+        self.send_buffer: int | None = None
+        self.opened: list[Handler] = []
+        self.closed: list[Handler] = []
+        self.clients: list[Client] = []
+        self.rejected: list[tuple[str, Exception]] = []
+        self.sockets: list[zmq.Socket] = []
+        self.channels: list[Channel] = []
+        self.problems: list[dict[str, Any]] = []
+        self.logs = Logs()
+        logging.getLogger().addHandler(self.logs)
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
+        self._thread.start()
+        self._ready.wait()
+
+    async def _main(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(lambda _, context: self.problems.append(context))
+        self._stop = asyncio.Event()
+        sockets = bind_sockets(0, "127.0.0.1")
+        self.address = sockets[0].getsockname()
+        server = HTTPServer(tornado.web.Application([(r"/(.*)", Handler, {"stage": self})]))
+        server.add_sockets(sockets)
+        self._ready.set()
+        await self._stop.wait()
+        server.stop()
+
+    # -- the relay --
+
+    def start(self, kernel: Kernel, **options: Any) -> KernelRelay:
+        """Make the relay of a kernel and subscribe."""
+        self.kernel = kernel
+        permissive = options.pop("permissive", False)
+        limits = Limits(**options)
+
+        def start() -> None:
+            self.relay = KernelRelay(
+                self.open_socket,
+                _core.Signer(KEY),
+                limits=limits,
+                permissive=permissive,
+                on_rejected=lambda channel, error: self.rejected.append((channel, error)),
+            )
+            self.relay.open("first ports")
+
+        self.run(start)
+        kernel.joined()
+        return self.relay
+
+    def open_socket(self, channel: str, identity: bytes | None) -> zmq.Socket:
+        sock = self.kernel.open_socket(channel, identity)
+        self.sockets.append(sock)
+        return sock
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function on the loop."""
+
+        async def call() -> Any:
+            return function(*args)
+
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(PATIENCE)
+
+    def turns(self, count: int = 20) -> None:
+        """Let the loop go round: long enough for whatever is ready to happen."""
+
+        async def turn() -> None:
+            for _ in range(count):
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(turn(), self.loop).result(PATIENCE)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The loop stands still during the block."""
+        stopped, go_on = threading.Event(), threading.Event()
+
+        def stand_still() -> None:
+            stopped.set()
+            go_on.wait(PATIENCE)
+
+        self.loop.call_soon_threadsafe(stand_still)
+        assert stopped.wait(PATIENCE)
+        try:
+            yield
+        finally:
+            go_on.set()
+
+    def channel(self, name: str, on_batch: Callable[[Batch], None], **options: Any) -> Channel:
+        """A channel of the kernel, without a session."""
+        channel = Channel(name, self.open_socket(name, None), _core.Signer(KEY), on_batch, **options)
+        self.channels.append(channel)
+        return channel
+
+    # -- clients --
+
+    def connect(self, session_id: str, protocol: str | None = None, **options: Any) -> Client:
+        """A client whose session has it."""
+        before = len(self.opened)
+        client = Client(self.address, session_id, protocol, **options)
+        self.clients.append(client)
+        until(lambda: len(self.opened) > before, "the session has the client")
+        return client
+
+    def introduce(self, client: Client, *channels: str) -> None:
+        """Let the kernel's routers know the client, so that they can answer."""
+        for channel in channels or ("shell",):
+            client.say("hello", channel=channel)
+            assert self.kernel.ids(1, channel) == ["hello"]
+
+    def session(self, session_id: str) -> Session:
+        return self.relay.sessions[session_id]
+
+    def wait_detached(self, session_id: str) -> Session:
+        session = self.session(session_id)
+        until(lambda: session.connection is None, f"{session_id} is detached")
+        return session
+
+    def blocked(self, session_id: str) -> Connection:
+        """Wait until the client's TCP takes no more."""
+        connection = self.session(session_id).connection
+
+        def is_blocked() -> bool:
+            return connection.queue.pending_bytes > 0 and connection._awaits_writable
+
+        until(lambda: self.run(is_blocked), "the socket is full")
+        return connection
+
+    # -- the end --
+
+    def take_problems(self) -> list[dict[str, Any]]:
+        problems, self.problems = self.problems, []
+        return problems
+
+    def take_logs(self) -> list[str]:
+        lines, self.logs.lines = self.logs.lines, []
+        return lines
+
+    def check(self) -> None:
+        """Nothing went wrong unseen, and the end of the relay closes every socket."""
+        for client in self.clients:
+            client.drop()
+        until(lambda: len(self.closed) == len(self.opened), "every client's end is seen")
+        for channel in self.channels:
+            self.run(channel.close)
+        if hasattr(self, "relay"):
+            self.run(self.relay.close)
+        assert not self.problems, self.problems
+        assert not self.logs.lines
+        assert all(sock.closed for sock in self.sockets)
+        watched = self.run(lambda: len(self.loop._selector.get_map()))
+        assert watched == 2, "only the server and the loop itself"
+
+    def end(self) -> None:
+        for client in self.clients:
+            client.drop()
+        if hasattr(self, "relay"):
+            self.run(self.relay.close)
+        for channel in self.channels:
+            self.run(channel.close)
+        for sock in self.sockets:
+            sock.close()
+        self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(PATIENCE)
+        logging.getLogger().removeHandler(self.logs)
+
+
+@pytest.fixture
+def stage(context: zmq.Context, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    stage = Stage(context)
+    try:
+        yield stage
+        if not request.node.stash.get(FAILED, False):
+            stage.check()
+    finally:
+        stage.end()
+
+
+@pytest.fixture
+def kernel(context: zmq.Context) -> Iterator[Kernel]:
+    kernel = Kernel(context)
+    yield kernel
+    kernel.close()
+
+
+# -- a socket on the loop --------------------------------------------------------------------------
+
+
+def test_a_channel_lets_others_go_on_between_its_budgets(stage: Stage, kernel: Kernel, transport: bool) -> None:
+    """Everything waits when the descriptor is first watched: no edge will come for it."""
+    events: list[Any] = []
+
+    def tick() -> None:
+        events.append("tick")
+        if seen() < 5 * BUDGET:
+            stage.loop.call_soon(tick)
+
+    def seen() -> int:
+        return sum(len(event) for event in events if event != "tick")
+
+    sub = stage.run(kernel.open_socket, "iopub", None)
+    stage.sockets.append(sub)
+    kernel.joined()
+    kernel.publish(*stream(*range(5 * BUDGET)))
+    signer = _core.Signer(KEY)
+
+    def start() -> Channel:
+        stage.loop.call_soon(tick)
+        return Channel("iopub", sub, signer, events.append)
+
+    channel = stage.run(start)
+    stage.channels.append(channel)
+    until(lambda: seen() == 5 * BUDGET, "all messages")
+    batches = [event for event in events if event != "tick"]
+    ids = [_core.header_fields(batch[i][0])[0] for batch in batches for i in range(len(batch))]
+    assert ids == [str(n) for n in range(5 * BUDGET)]
+    assert max(map(len, batches)) <= BUDGET
+    assert channel.budget_hits >= 4
+    places = [i for i, event in enumerate(events) if event != "tick"]
+    assert all(later - earlier > 1 for earlier, later in zip(places, places[1:], strict=False)), "nobody else had a turn"
+    events.clear()
+
+
+def test_before_runs_first_on_each_wake_up(stage: Stage, kernel: Kernel, transport: bool) -> None:
+    events: list[str] = []
+    stage.kernel = kernel
+    stage.run(
+        partial(stage.channel, "iopub", lambda _: events.append("batch"), before=lambda: events.append("before"))
+    )
+    kernel.joined()
+    kernel.publish(*stream(0))
+    until(lambda: "batch" in events, "the message")
+    assert events[events.index("batch") - 1] == "before"
+
+
+def test_a_socket_closed_under_its_channel(stage: Stage, kernel: Kernel, transport: bool) -> None:
+    batches: list[Batch] = []
+    stage.kernel = kernel
+    channel = stage.run(stage.channel, "iopub", batches.append)
+    kernel.joined()
+
+    def close_and_drain() -> None:
+        fd = channel.socket.getsockopt(zmq.FD)
+        channel.socket.close()
+        channel.drain()
+        assert channel.closed
+        assert fd not in stage.loop._selector.get_map()
+        channel.drain()
+        channel.close()
+
+    stage.run(close_and_drain)
+    assert not batches
+
+
+def test_refused_messages_are_told_once_for_each_cause(stage: Stage, kernel: Kernel, transport: bool) -> None:
+    relay = stage.start(kernel)
+    client = stage.connect("ann")
+    good, forged = stream(1, 2), [b"<IDS|MSG>", b"0" * 64, *message()]
+    for _ in range(3):
+        kernel.sockets["iopub"].send_multipart([b"topic", *forged])
+        kernel.sockets["iopub"].send_multipart([b"no delimiter"])
+    kernel.publish(good[0], good[0], good[1])
+    assert client.ids(2) == ["1", "2"]
+    assert relay.rejected == 7
+    assert [(channel, type(error)) for channel, error in stage.rejected] == [
+        ("iopub", InvalidSignature),
+        ("iopub", MalformedMessage),
+        ("iopub", DuplicateSignature),
+    ]
+
+
+def test_messages_that_are_signed_wrongly_pass_when_asked_for(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel, permissive=True)
+    client = stage.connect("ann")
+    for number in range(3):
+        kernel.sockets["iopub"].send_multipart([b"<IDS|MSG>", b"0" * 64, *stream(number)[0]])
+    assert client.ids(3) == ["0", "1", "2"]
+    assert [type(error) for _, error in stage.rejected] == [InvalidSignature]
+
+
+# -- both ways -------------------------------------------------------------------------------------
+
+
+@both_protocols
+@pytest.mark.parametrize("tcp", [False, True], ids=["inproc", "tcp"])
+def test_messages_go_both_ways(
+    stage: Stage, context: zmq.Context, protocol: str | None, tcp: bool, transport: bool
+) -> None:
+    kernel = Kernel(context, tcp=tcp)
+    stage.start(kernel)
+    client = stage.connect("ann", protocol)
+    buffers = (b"", b"\x00\xff" * 10, bytes(100_000))
+    for channel in CHANNELS:
+        client.say("asked", "comm_msg", channel, "é\u2028😀", *buffers)
+        sender, parts = kernel.receive(channel)
+        assert sender == "ann"
+        assert json.loads(parts[0])["msg_id"] == "asked"
+        assert json.loads(parts[3]) == {"code": "é\u2028😀"}
+        assert tuple(parts[4:]) == buffers
+        kernel.reply("ann", message("comm_info_reply", "answer", {"é": "😀"}, *buffers), channel)
+        answer = client.next()
+        assert (answer.channel, answer.header["msg_id"], answer.content) == (channel, "answer", {"é": "😀"})
+        assert tuple(answer.buffers) == buffers
+    kernel.publish(message("display_data", "shown", {}, *buffers))
+    shown = client.next()
+    assert (shown.channel, shown.type, tuple(shown.buffers)) == ("iopub", "display_data", buffers)
+    kernel.close()
+
+
+def test_iopub_is_for_all_and_replies_for_one(stage: Stage, kernel: Kernel, transport: bool) -> None:
+    stage.start(kernel)
+    ann, bob = stage.connect("ann", None), stage.connect("bob", PROTOCOL_V1)
+    for client in (ann, bob):
+        client.say(client.session_id)
+        assert kernel.receive()[0] == client.session_id
+    kernel.reply("ann", message("execute_reply", "for ann"))
+    kernel.reply("bob", message("execute_reply", "for bob"))
+    assert ann.ids(1) == ["for ann"]
+    assert bob.ids(1) == ["for bob"]
+    kernel.publish(*stream(1, 2, 3))
+    assert ann.ids(3) == bob.ids(3) == ["1", "2", "3"]
+
+
+def test_one_subscription_for_all_clients(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+    for number in range(5):
+        stage.connect(f"client-{number}")
+        stage.run(stage.relay.open, "first ports")
+    kinds = [sock.type for sock in stage.sockets]
+    assert kinds.count(zmq.SUB) == 1
+    assert kinds.count(zmq.DEALER) == 15
+
+
+def test_a_reply_does_not_overtake_its_output(stage: Stage, kernel: Kernel, transport: bool) -> None:
+    """Both are there when the loop wakes up."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    with stage.frozen():
+        kernel.reply("ann", message("execute_reply", "reply"))
+        kernel.publish(*stream(*range(100)))
+    assert client.ids(101) == [*map(str, range(100)), "reply"]
+
+
+def test_a_reply_does_not_overtake_more_output_than_one_budget(stage: Stage, kernel: Kernel) -> None:
+    count = 3 * BUDGET
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    with stage.frozen():
+        kernel.reply("ann", message("execute_reply", "reply"))
+        kernel.publish(*stream(*range(count)))
+    assert client.ids(count + 1) == [*map(str, range(count)), "reply"]
+
+
+def test_the_answer_to_a_message_that_swallowed_its_edge(stage: Stage, kernel: Kernel, transport: bool) -> None:
+    """The reply to the first is there when the second is sent: sending reads the descriptor's edge."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    for number in range(50):
+        with stage.frozen():
+            kernel.reply("ann", message("execute_reply", f"reply-{number}"))
+            client.say(f"next-{number}")
+        assert client.ids(1) == [f"reply-{number}"]
+        assert kernel.ids(1) == [f"next-{number}"]
+
+
+def test_a_message_of_the_server_itself(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+    ann, bob = stage.connect("ann"), stage.connect("bob")
+    notice = message("status", "notice", {"execution_state": "restarting"})
+    stage.run(lambda: stage.session("ann").say(local_batch("iopub", notice)))
+    kernel.publish(*stream(1))
+    assert ann.ids(2) == ["notice", "1"]
+    assert bob.ids(1) == ["1"]
+
+
+# -- what is no message ----------------------------------------------------------------------------
+
+
+@both_protocols
+@pytest.mark.parametrize("deflate", [False, True], ids=["plain", "deflate"])
+def test_garbage_closes_only_who_sent_it(
+    stage: Stage, kernel: Kernel, protocol: str | None, deflate: bool
+) -> None:
+    stage.start(kernel)
+    ann, bob = stage.connect("ann", protocol, deflate=deflate), stage.connect("bob")
+    ann.say("first")
+    ann.send_message(b"\xff" * 50)
+    assert ann.close_frame()[0] == 1007
+    bob.say("second")
+    assert sorted(kernel.ids(2)) == ["first", "second"]
+    kernel.publish(*stream(1))
+    assert bob.ids(1) == ["1"]
+    assert all("1007" in line for line in stage.take_logs())
+    stage.wait_detached("ann")
+
+
+def test_the_answer_to_what_came_before_garbage(stage: Stage, kernel: Kernel) -> None:
+    """A message and garbage in one read, while the answer to an earlier one is there: its edge is gone."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    with stage.frozen():
+        kernel.reply("ann", message("execute_reply", "reply"))
+        client.send(client.frames_of(client.payload("asked")) + client.frames_of("garbage"))
+    until(lambda: "ann" in [handler.session.session_id for handler in stage.closed] or client._more(), "the end")
+    client.drop()
+    stage.wait_detached("ann")
+    again = stage.connect("ann")
+    got = client.whole() + [again.next()]
+    assert "reply" in [each.header["msg_id"] for each in got]
+    stage.take_logs()
+
+
+def test_unknown_channels_and_types_are_ignored_and_told(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+    stage.allowed = frozenset({"execute_request"})
+    client = stage.connect("ann")
+    client.say("1", channel="nowhere")
+    client.say("2", "shutdown_request")
+    client.say("3")
+    assert kernel.ids(1) == ["3"]
+    assert len(stage.ignored) == 2
+    assert "nowhere" in stage.ignored[0]
+    assert "shutdown_request" in stage.ignored[1]
+
+
+# -- sessions that outlive their sockets -----------------------------------------------------------
+
+
+def leave(stage: Stage, client: Client, how: str) -> None:
+    """End a connection and wait until the session knows."""
+    session = stage.session(client.session_id)
+    connection = session.connection
+    if how == "reset":
+        client.reset()
+    elif how == "close":
+        client.send(close_frame(1001))
+    else:
+        client.drop()
+    until(lambda: session.connection is not connection, "the session knows")
+
+
+ways_to_leave = pytest.mark.parametrize("how", ["reset", "close", "drop"])
+
+
+@ways_to_leave
+@both_protocols
+def test_messages_wait_for_a_client_that_is_away(
+    stage: Stage, kernel: Kernel, how: str, protocol: str | None, transport: bool
+) -> None:
+    """The next socket speaks the other protocol. A second client sees everything once, in the same order."""
+    stage.start(kernel)
+    ann, bob = stage.connect("ann", protocol), stage.connect("bob", protocol)
+    stage.introduce(ann)
+    kernel.publish(*stream(1, 2))
+    assert ann.ids(2) == ["1", "2"]
+    leave(stage, ann, how)
+    kernel.publish(*stream(3, 4))
+    kernel.reply("ann", message("execute_reply", "reply"))
+    assert bob.ids(4) == ["1", "2", "3", "4"]
+    session = stage.session("ann")
+    until(lambda: len(session.outbox) == 3, "the messages wait")
+    again = stage.connect("ann", PROTOCOL_V1 if protocol is None else None)
+    assert again.ids(3) == ["3", "4", "reply"]
+    kernel.publish(*stream(5))
+    assert again.ids(1) == bob.ids(1) == ["5"]
+    again.say("still the same")
+    assert kernel.receive()[0] == "ann"
+    until(lambda: (len(session.outbox), session.outbox.nbytes) == (0, 0), "nothing is kept any more")
+
+
+@both_protocols
+@pytest.mark.parametrize("deflate", [False, True], ids=["plain", "deflate"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_socket_that_ends_in_the_middle(
+    stage: Stage, kernel: Kernel, protocol: str | None, deflate: bool, seed: int
+) -> None:
+    """Several sockets in a row end wherever TCP stood. Each client had read all that was written to it, so together they
+    must have every message exactly once, in order."""
+    rng = random.Random(seed)
+    count = 1500
+    numbers = [*range(count)]
+    messages = [stream(n, size=rng.choice((0, 50, 3000, 9000, 40_000)))[0] for n in numbers]
+    stage.send_buffer = 8 * KIB
+    stage.start(kernel, high_water=64 * KIB)
+    client = stage.connect("ann", protocol, deflate=deflate, receive_buffer=8 * KIB)
+    if deflate:  # or nothing would fill the socket
+        messages = [message("stream", str(n), {"text": rng.randbytes(2000).hex()}) for n in numbers]
+    kernel.publish(*messages)
+    got: list[Message] = []
+    partial_frames = 0
+    for _ in range(6):
+        connection = stage.blocked("ann")
+        client.take(client.received + rng.randrange(300_000))
+        with stage.frozen():
+            client.take(connection.queue.written)
+            got += client.whole()
+            partial_frames += bool(client._buffer)
+            client.reset()
+        until(lambda gone=connection: stage.session("ann").connection is not gone, "the end is seen")
+        client = stage.connect(
+            "ann", rng.choice((None, PROTOCOL_V1)), deflate=deflate, receive_buffer=8 * KIB
+        )
+    got += [client.next() for _ in range(count - len(got))]
+    assert [each.header["msg_id"] for each in got] == [str(n) for n in numbers]
+    assert [each.content for each in got] == [json.loads(parts[3]) for parts in messages]
+    assert partial_frames, "no frame was ever cut: the test tests nothing"
+    until(lambda: stage.session("ann").outbox.nbytes == 0, "nothing is kept any more")
+
+
+def test_what_the_socket_had_written_and_nobody_read(stage: Stage, kernel: Kernel) -> None:
+    """TCP broke with messages in its buffers: the client never had them."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    kernel.publish(*stream(*range(20)))
+    connection = stage.session("ann").connection
+    until(lambda: stage.run(lambda: connection.queue.written and not connection.queue.pending_bytes), "written")
+    leave(stage, client, "reset")
+    again = stage.connect("ann")
+    kernel.publish(*stream(20))
+    assert again.ids(21) == [str(n) for n in range(21)]
+
+
+def test_a_second_socket_takes_the_place_of_the_first(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+    first = stage.connect("ann")
+    kernel.publish(*stream(1))
+    assert first.ids(1) == ["1"]
+    second = stage.connect("ann", PROTOCOL_V1)
+    assert first.close_frame() == (None, "")
+    first.send(close_frame())
+    kernel.publish(*stream(2))
+    assert second.ids(1) == ["2"]
+    until(lambda: len(stage.closed) == 1, "the first one's end")
+    kernel.publish(*stream(3))
+    assert second.ids(1) == ["3"], "the end of the first must not end the second"
+    second.say("asked")
+    assert kernel.receive()[0] == "ann"
+
+
+def test_a_session_without_an_id_is_not_kept(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+    client = stage.connect("ann", gone=True)
+    sockets = stage.sockets[-3:]
+    client.reset()
+    until(lambda: not stage.relay.sessions, "the session's end")
+    assert all(sock.closed for sock in sockets)
+    kernel.publish(*stream(1))
+    again = stage.connect("ann")
+    kernel.publish(*stream(2))
+    assert again.ids(1) == ["2"]
+
+
+def test_messages_of_a_client_that_left_still_reach_the_kernel(stage: Stage, context: zmq.Context) -> None:
+    kernel = Kernel(context, narrow=True)
+    stage.start(kernel)
+    client = stage.connect("ann")
+    for number in range(30):
+        client.say(str(number))
+    client.say("control", channel="control")
+    assert kernel.ids(1, "control") == ["control"]
+    assert stage.session("ann")._uplink.waiting_messages > 20
+    leave(stage, client, "reset")
+    assert kernel.ids(30) == [str(n) for n in range(30)]
+    kernel.close()
+
+
+@both_protocols
+def test_what_waits_for_the_kernel_comes_before_what_the_next_socket_says(
+    stage: Stage, context: zmq.Context, protocol: str | None, transport: bool
+) -> None:
+    kernel = Kernel(context, narrow=True)
+    stage.start(kernel)
+    client = stage.connect("ann", protocol)
+    for number in range(20):
+        client.say(str(number))
+    client.say("control", channel="control")
+    assert kernel.ids(1, "control") == ["control"]
+    leave(stage, client, "close")
+    again = stage.connect("ann", PROTOCOL_V1 if protocol is None else None)
+    for number in range(20, 40):
+        again.say(str(number))
+    assert kernel.ids(40) == [str(n) for n in range(40)]
+    kernel.close()
+
+
+# -- limits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_the_oldest_detached_session_goes_first(stage: Stage, kernel: Kernel, limit: int) -> None:
+    stage.start(kernel, detached_sessions=limit)
+    names = ["one", "two", "three", "four"]
+    clients = [stage.connect(name) for name in names]
+    for client in clients[:-1]:
+        client.drop()
+        until(lambda count=client: len(stage.closed) == clients.index(count) + 1, "its end")
+    kept = names[3 - limit : 3]
+    assert sorted(stage.relay.sessions) == sorted([*kept, "four"])
+    assert sum(not sock.closed for sock in stage.sockets) == 1 + 3 * (limit + 1)
+
+
+def test_a_detached_session_is_given_up_at_its_memory_limit(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel, client_memory_limit=100_000)
+    ann, bob = stage.connect("ann"), stage.connect("bob")
+    leave(stage, ann, "drop")
+    kernel.publish(*stream(*range(8), size=10_000))
+    assert bob.ids(8) == [str(n) for n in range(8)]
+    assert len(stage.wait_detached("ann").outbox) == 8, "under the limit everything is kept"
+    kernel.publish(*stream(*range(8, 12), size=10_000))
+    assert bob.ids(4) == [str(n) for n in range(8, 12)]
+    assert list(stage.relay.sessions) == ["bob"]
+    assert "gave up" in stage.take_logs()[0]
+    again = stage.connect("ann")
+    kernel.publish(*stream(12))
+    assert again.ids(1) == bob.ids(1) == ["12"]
+
+
+def test_a_client_that_is_there_is_not_given_up(stage: Stage, kernel: Kernel) -> None:
+    """The memory limit is for those who are away."""
+    stage.start(kernel, client_memory_limit=100_000)
+    client = stage.connect("ann", receive_buffer=8 * KIB)
+    kernel.publish(*stream(*range(1000), size=10_000))
+    assert client.ids(1000) == [str(n) for n in range(1000)]
+
+
+@pytest.mark.parametrize(("how", "kept"), [("reset", "resume_timeout"), ("close", "resume_timeout_closed")])
+def test_a_session_ends_when_its_time_is_over(stage: Stage, kernel: Kernel, how: str, kept: str) -> None:
+    times = {"resume_timeout": 3600.0, "resume_timeout_closed": 3600.0, kept: 0.05}
+    stage.start(kernel, **times)
+    client = stage.connect("ann")
+    leave(stage, client, how)
+    until(lambda: not stage.relay.sessions, "the session's end")
+    assert sum(not sock.closed for sock in stage.sockets) == 1
+
+
+@pytest.mark.parametrize(("how", "kept"), [("close", "resume_timeout"), ("reset", "resume_timeout_closed")])
+def test_the_other_time_does_not_end_it(stage: Stage, kernel: Kernel, how: str, kept: str) -> None:
+    times = {"resume_timeout": 3600.0, "resume_timeout_closed": 3600.0, kept: 0.0}
+    stage.start(kernel, **times)
+    leave(stage, stage.connect("ann"), how)
+    stage.turns()
+    assert list(stage.relay.sessions) == ["ann"]
+
+
+def test_a_session_that_was_resumed_does_not_expire(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel, resume_timeout=0.2)
+    leave(stage, stage.connect("ann"), "reset")
+    session = stage.session("ann")
+    handle = session._expiry
+    again = stage.connect("ann")
+    assert stage.session("ann") is session
+    assert handle.cancelled()
+    kernel.publish(*stream(1))
+    assert again.ids(1) == ["1"]
+
+
+@both_protocols
+def test_a_socket_is_given_no_more_than_it_takes(stage: Stage, kernel: Kernel, protocol: str | None) -> None:
+    """20 MB for a client that does not read: they wait in the outbox, and all come when it reads."""
+    stage.send_buffer = 32 * KIB
+    stage.start(kernel, high_water=256 * KIB)
+    client = stage.connect("ann", protocol, receive_buffer=32 * KIB)
+    other = stage.connect("bob", protocol)
+    count = 2000
+    publisher = threading.Thread(target=lambda: kernel.publish(*stream(*range(count), size=10_000)))
+    publisher.start()
+    assert other.ids(count) == [str(n) for n in range(count)], "one slow client holds nobody up"
+    publisher.join()
+    session = stage.session("ann")
+    connection = session.connection
+    assert connection.queue.pending_bytes < 256 * KIB + MIB + 20_000, "more than the mark and one batch"
+    assert session.outbox.nbytes > 15_000_000
+    assert client.ids(count) == [str(n) for n in range(count)]
+    until(lambda: session.outbox.nbytes == 0, "nothing is kept any more")
+
+
+# -- a kernel that does not read -------------------------------------------------------------------
+
+
+@both_protocols
+def test_a_client_faster_than_its_kernel(
+    stage: Stage, context: zmq.Context, protocol: str | None, transport: bool
+) -> None:
+    kernel = Kernel(context, narrow=True)
+    stage.start(kernel)
+    client = stage.connect("ann", protocol)
+    for number in range(300):
+        client.say(str(number), "comm_msg", "shell", "x" * 200, bytes(number))
+    for channel in ("control", "stdin"):
+        client.say(channel, channel=channel)
+        assert kernel.ids(1, channel) == [channel], "they pass meanwhile"
+    until(lambda: stage.session("ann")._uplink.waiting_messages > 290, "the shell waits")
+    for number in range(300):
+        _, parts = kernel.receive()
+        assert json.loads(parts[0])["msg_id"] == str(number)
+        assert parts[4] == bytes(number)
+    kernel.reply("ann", message("execute_reply", "reply"))
+    assert client.ids(1) == ["reply"]
+    assert stage.session("ann")._uplink.waiting_bytes == 0
+    kernel.close()
+
+
+@both_protocols
+@pytest.mark.parametrize("deflate", [False, True], ids=["plain", "deflate"])
+def test_a_client_is_not_read_while_too_much_waits(
+    stage: Stage, context: zmq.Context, protocol: str | None, deflate: bool
+) -> None:
+    kernel = Kernel(context, narrow=True)
+    stage.start(kernel, uplink_limit=100_000)
+    client, other = stage.connect("ann", protocol, deflate=deflate), stage.connect("bob")
+    rng = random.Random(0)
+    texts = [rng.randbytes(5000).hex() for _ in range(400)]  # 4 MB that do not compress well
+
+    def say_all() -> None:
+        for number, text in enumerate(texts):
+            client.say(str(number), text=text)
+
+    sender = threading.Thread(target=say_all)
+    sender.start()
+    session = stage.session("ann")
+    until(lambda: session._paused, "the client is not read any more")
+    stage.turns()
+    assert session._uplink.waiting_bytes < 100_000 + 256 * KIB + 11_000, "more than the limit and one read"
+    kernel.publish(*stream(1))
+    assert client.ids(1) == ["1"], "it still hears"
+    other.say("hello", channel="control")
+    assert kernel.ids(1, "control") == ["hello"], "others still speak"
+    for number, text in enumerate(texts):
+        _, parts = kernel.receive()
+        assert json.loads(parts[0])["msg_id"] == str(number)
+        assert json.loads(parts[3])["code"] == text
+    sender.join()
+    until(lambda: not session._paused, "it is read again")
+    kernel.close()
+
+
+# -- clients that get something else ---------------------------------------------------------------
+
+
+@both_protocols
+def test_a_client_that_compresses(
+    stage: Stage, kernel: Kernel, protocol: str | None, transport: bool
+) -> None:
+    stage.start(kernel)
+    client, plain = stage.connect("ann", protocol, deflate=True), stage.connect("bob", protocol)
+    client.say("asked", "comm_msg", "shell", "é" * 10_000, b"\x00\xff")
+    _, parts = kernel.receive()
+    assert json.loads(parts[3]) == {"code": "é" * 10_000}
+    assert parts[4] == b"\x00\xff"
+    kernel.publish(*stream(*range(3000)), message("display_data", "last", {}, bytes(50_000)))
+    first, second = ([each.next() for _ in range(3001)] for each in (client, plain))
+    assert first == second
+    assert client.received < plain.received / 3
+
+
+def test_a_hook_changes_what_one_client_gets(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+
+    def odd_ones_hidden(batch: Batch) -> Batch:
+        changes: dict[int, list[bytes] | None] = {}
+        for i in range(len(batch)):
+            msg_id = _core.header_fields(batch[i][0])[0]
+            if msg_id.isdigit():
+                changes[i] = None if int(msg_id) % 2 else [*batch[i][:3], b'{"seen": true}']
+        return batch.replaced(changes)
+
+    stage.prepare["ann"] = odd_ones_hidden
+    ann, bob = stage.connect("ann"), stage.connect("bob")
+    stage.introduce(ann)
+    kernel.publish(*stream(1))
+    kernel.publish(*stream(2, 3, 4))
+    first, second = ann.next(), ann.next()
+    assert [first.header["msg_id"], second.header["msg_id"]] == ["2", "4"]
+    assert first.content == second.content == {"seen": True}
+    assert bob.ids(4) == ["1", "2", "3", "4"]
+    kernel.reply("ann", stream(6)[0])
+    assert ann.next().content == {"seen": True}, "replies pass the hook too"
+    stage.run(lambda: stage.session("ann").say(local_batch("iopub", stream(7)[0])))
+    assert ann.ids(1) == ["7"], "what the server says does not"
+
+
+def test_a_hook_that_fails_is_one_clients_problem(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+
+    def fail(batch: Batch) -> Batch:
+        raise RuntimeError("of the hook")
+
+    stage.prepare["ann"] = fail
+    stage.connect("ann")
+    bob = stage.connect("bob")
+    kernel.publish(*stream(1, 2))
+    assert bob.ids(2) == ["1", "2"]
+    stage.take_problems()
+    stage.take_logs()
+
+
+def test_the_hook_holds_while_its_client_is_away(stage: Stage, kernel: Kernel) -> None:
+    """It hides what this client must not see: also what comes between two of its sockets."""
+    stage.start(kernel)
+    stage.prepare["ann"] = lambda batch: batch.replaced(
+        {i: [*batch[i][:3], b'{"hidden": true}'] for i in range(len(batch))}
+    )
+    leave(stage, stage.connect("ann"), "reset")
+    kernel.publish(*stream(1))
+    until(lambda: len(stage.session("ann").outbox) == 1, "the message waits")
+    assert stage.connect("ann").next().content == {"hidden": True}
+
+
+# -- a kernel that moves, and one that goes --------------------------------------------------------
+
+
+@pytest.fixture
+def moved(context: zmq.Context) -> Iterator[Kernel]:
+    """The kernel after a restart, on other ports."""
+    kernel = Kernel(context)
+    yield kernel
+    kernel.close()
+
+
+def move(stage: Stage, moved: Kernel) -> None:
+    stage.kernel = moved
+    stage.run(stage.relay.open, "other ports")
+    moved.joined()
+
+
+@both_protocols
+def test_a_kernel_on_other_ports(
+    stage: Stage, kernel: Kernel, moved: Kernel, protocol: str | None, transport: bool
+) -> None:
+    stage.start(kernel)
+    ann = stage.connect("ann", protocol)
+    away = stage.connect("bob", protocol)
+    leave(stage, away, "reset")
+    kernel.publish(*stream(1))
+    assert ann.ids(1) == ["1"]
+    until(lambda: len(stage.session("bob").outbox) == 1, "a message waits")
+    old = list(stage.sockets)
+    move(stage, moved)
+    assert all(sock.closed for sock in old)
+    moved.publish(*stream(2))
+    assert ann.ids(1) == ["2"]
+    ann.say("asked")
+    assert moved.receive()[0] == "ann"
+    assert kernel.silent()
+    bob = stage.connect("bob", protocol)
+    assert bob.ids(2) == ["1", "2"]
+    bob.say("asked")
+    assert moved.receive()[0] == "bob"
+
+
+def test_the_last_words_of_a_kernel_that_moved(stage: Stage, kernel: Kernel, moved: Kernel) -> None:
+    """What the old process had sent is there when the server learns of the new ports."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    with stage.frozen():
+        kernel.publish(*stream(1))
+        kernel.reply("ann", message("execute_reply", "reply"))
+        stage.kernel = moved
+        stage.loop.call_soon_threadsafe(stage.relay.open, "other ports")
+    moved.joined()
+    moved.publish(*stream(2))
+    got = [client.next().header["msg_id"]]
+    while got[-1] != "2":
+        got += client.ids(1)
+    assert got == ["1", "reply", "2"]
+
+
+def test_a_client_that_was_held_back_by_a_kernel_that_moved(
+    stage: Stage, context: zmq.Context, moved: Kernel
+) -> None:
+    """What waited is for the old process; the client must be read again."""
+    kernel = Kernel(context, narrow=True)
+    stage.start(kernel, uplink_limit=10_000)
+    client = stage.connect("ann")
+    for number in range(30):
+        client.say(str(number), text="x" * 1000)
+    until(lambda: stage.session("ann")._paused, "the client is held back")
+    move(stage, moved)
+    client.say("after", channel="control")
+    assert moved.ids(1, "control") == ["after"]
+    kernel.close()
+
+
+def test_opening_with_the_same_ports_changes_nothing(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+    client = stage.connect("ann")
+    before = list(stage.sockets)
+    stage.run(stage.relay.open, "first ports")
+    assert stage.sockets == before
+    kernel.publish(*stream(1))
+    assert client.ids(1) == ["1"]
+
+
+def test_heard_tells_that_the_subscription_works(stage: Stage, kernel: Kernel, moved: Kernel) -> None:
+    relay = stage.start(kernel)
+    assert not relay.heard.done()
+    kernel.publish(*stream(1))
+    until(relay.heard.done, "it was heard")
+    move(stage, moved)
+    assert not relay.heard.done(), "the new subscription is not proven"
+    moved.publish(*stream(1))
+    until(relay.heard.done, "it was heard")
+
+
+def test_the_end_of_a_kernel(stage: Stage, kernel: Kernel, transport: bool) -> None:
+    relay = stage.start(kernel)
+    ann, bob = stage.connect("ann"), stage.connect("bob", PROTOCOL_V1)
+    leave(stage, stage.connect("carl"), "reset")
+    stage.run(relay.close)
+    assert ann.close_frame()[0] == 1011
+    assert bob.close_frame()[0] == 1011
+    assert not relay.sessions
+    assert all(sock.closed for sock in stage.sockets)
+    stage.run(relay.close)
+    for client in (ann, bob):
+        client.send(close_frame(1011))
+        assert client.ended()
+
+
+def test_nothing_of_an_ended_session_is_kept_for_later(stage: Stage, kernel: Kernel) -> None:
+    """Its client's answer to the Close frame comes after the end: there is nothing to resume, and no timer for it."""
+    relay = stage.start(kernel)
+    client = stage.connect("ann")
+    session = stage.session("ann")
+    stage.run(relay.close)
+    client.close_frame()
+    client.send(close_frame(1011))
+    assert client.ended()
+    until(lambda: len(stage.closed) == 1, "its end")
+    assert session._expiry is None or session._expiry.cancelled()
+
+
+def test_sockets_that_are_closed_under_the_relay(stage: Stage, kernel: Kernel, transport: bool) -> None:
+    """As a kernel manager does that destroys its context."""
+    relay = stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+
+    def close_all() -> None:
+        for sock in stage.sockets:
+            sock.close()
+
+    stage.run(close_all)
+    client.say("asked")
+    assert client.close_frame()[0] == 1011
+    stage.run(relay.drain_iopub)
+    assert relay.iopub.closed
+    stage.take_logs()
+    stage.run(relay.open, "first ports")
+    kernel.joined()
+    fresh = stage.connect("bob")
+    kernel.publish(*stream(1))
+    assert fresh.ids(1) == ["1"]
+
+
+def test_sockets_that_are_closed_while_messages_wait(stage: Stage, context: zmq.Context, transport: bool) -> None:
+    """Nothing spins, and the client hears that its kernel is gone."""
+    kernel = Kernel(context, narrow=True)
+    stage.start(kernel)
+    client = stage.connect("ann")
+    for number in range(10):
+        client.say(str(number))
+    until(lambda: stage.session("ann")._uplink.waiting_messages, "the shell waits")
+
+    def close_all() -> None:
+        for sock in stage.sockets:
+            sock.close()
+
+    stage.run(close_all)
+    client.say("more")
+    assert client.close_frame()[0] == 1011
+    assert len(stage.take_problems()) == 0
+    stage.take_logs()
+    kernel.close()
+
+
+def test_a_session_can_be_resumed_after_its_sockets_were_closed(stage: Stage, kernel: Kernel) -> None:
+    relay = stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+
+    def close_all() -> None:
+        for sock in stage.sockets:
+            sock.close()
+
+    stage.run(close_all)
+    client.say("asked")
+    assert client.close_frame()[0] == 1011
+    client.send(close_frame(1011))
+    stage.wait_detached("ann")
+    stage.run(relay.drain_iopub)
+    stage.take_logs()
+    stage.run(relay.open, "first ports")
+    kernel.joined()
+    again = stage.connect("ann")
+    again.say("once more")
+    assert kernel.receive()[0] == "ann"
