@@ -128,7 +128,7 @@ class Channel:
 
     def close(self) -> None:
         if self._fd >= 0:
-            self._turns.unwatch(self._fd)
+            self._turns.unwatch(self._fd, self._on_readable)
             self._fd = -1
         if not self.socket.closed:
             self.socket.close()

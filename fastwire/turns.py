@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import select
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 __all__ = ["Turns"]
@@ -52,13 +53,17 @@ class Turns:
         self._readers[fd] = callback
         self._epoll.register(fd, select.EPOLLIN)
 
-    def unwatch(self, fd: int) -> None:
-        """Before ``fd`` is closed."""
+    def unwatch(self, fd: int, callback: Callback) -> None:
+        """No more of ``callback``. Call it before ``fd`` is closed; should that have happened already, somebody else's
+        descriptor of the same number is left alone."""
         if self._epoll is None:
             self._loop.remove_reader(fd)
             return
+        if self._readers.get(fd) != callback:
+            return
         del self._readers[fd]
-        self._epoll.unregister(fd)
+        with suppress(OSError):
+            self._epoll.unregister(fd)
         if not self._readers:
             self._loop.remove_reader(self._epoll.fileno())
 

@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import socket
+import ssl
 import sys
 from collections import deque
 from collections.abc import Callable, Generator
@@ -60,19 +61,28 @@ STREAM_CHUNK = 256 * 1024
 
 
 class Written:
-    """Awaitable: the bytes up to a position have been taken by the transport. Costs nothing when nobody awaits it."""
+    """The bytes up to a position have been taken by the transport: a `Future` that is only made when somebody looks.
 
-    __slots__ = ("_connection", "_position")
+    Await it, or use it as the Future it stands for; without either it costs next to nothing.
+    """
+
+    __slots__ = ("_connection", "_future", "_position")
 
     def __init__(self, connection: Connection, position: int) -> None:
         self._connection = connection
         self._position = position
+        self._future: asyncio.Future[None] | None = None
+
+    def future(self) -> asyncio.Future[None]:
+        if self._future is None:
+            self._future = self._connection.wait_written(self._position)
+        return self._future
 
     def __await__(self) -> Generator[Any, None, None]:
-        return self._connection.wait_written(self._position).__await__()
+        return self.future().__await__()
 
-    def done(self) -> bool:
-        return self._connection.queue.written >= self._position
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.future(), name)
 
 
 class WebSocketHandler(tornado.websocket.WebSocketHandler):
@@ -131,7 +141,7 @@ class Connection(WebSocketProtocol13):
         self._retry_delay = RETRY_FIRST
         self._stream_busy = False
         self._reading = False
-        self._in_callback = False
+        self._callback: asyncio.Future[None] | None = None
         self._pong_position = 0
         self._newest_ping: bytes | None = None
         self._lingering = False
@@ -159,6 +169,8 @@ class Connection(WebSocketProtocol13):
             if not self._ended.done():
                 await self._start_reading()
             await self._ended
+            if self._callback is not None:
+                await self._callback
         finally:
             self.handler.on_ws_connection_close(self.close_code, self.close_reason)
 
@@ -166,16 +178,20 @@ class Connection(WebSocketProtocol13):
         early = self.stream._read_buffer_size
         if early:
             self.parser.feed(await self.stream.read_bytes(early))
-        self.resume_reading()
+        if self._fd >= 0:
+            # Not set_close_callback: that would make Tornado listen on the socket again.
+            self.stream._close_callback = self._abort
         if early:
             self._process()
+        if self._callback is None:
+            self.resume_reading()
 
     # -- reading --
 
     def pause_reading(self) -> None:
         """Leave the peer's bytes where they are; its TCP will slow it down."""
         if self._reading and self._fd >= 0:
-            self._turns.unwatch(self._fd)
+            self._turns.unwatch(self._fd, self._on_readable)
         self._reading = False
 
     def resume_reading(self) -> None:
@@ -219,37 +235,44 @@ class Connection(WebSocketProtocol13):
 
     def _process(self) -> None:
         """Hand out what the parser has, in order, until it is empty or a coroutine must finish first."""
-        if self._in_callback or self._lingering:
+        if self._callback is not None or self._lingering:
             self._discard_if_lingering()
             return
         try:
-            if self.consumer is not None:
-                self.consumer(self.parser)
-            for opcode, payload in self.parser:
-                done = self._dispatch(opcode, payload)
-                if done is not None:
-                    self._wait_for(done)
-                    return
-                if self.client_terminated:
-                    return
-                if self.consumer is not None:
-                    self.consumer(self.parser)
+            self._hand_out()
         except FastwireError as error:
             self.fail(error)
+        except Exception:
+            self.handler.log_exception(*sys.exc_info())
+            self._abort()
+
+    def _hand_out(self) -> None:
+        if self.consumer is not None:
+            self.consumer(self.parser)
+        for opcode, payload in self.parser:
+            if self.client_terminated:
+                return
+            done = self._dispatch(opcode, payload)
+            if done is not None:
+                self._wait_for(done)
+                return
+            if self.consumer is not None:
+                self.consumer(self.parser)
 
     def _discard_if_lingering(self) -> None:
         if self._lingering:
             self.parser = FrameParser(0)
 
     def _wait_for(self, done: asyncio.Future[None]) -> None:
-        """on_message is a coroutine: the next message waits for it, as with Tornado."""
-        self._in_callback = True
+        """A callback is a coroutine: the next message waits for it, as with Tornado."""
+        self._callback = done
         self.pause_reading()
 
         def resume(_: asyncio.Future[None]) -> None:
-            self._in_callback = False
-            self._process()
-            if not self._in_callback:
+            self._callback = None
+            if not self._ended.done():
+                self._process()
+            if self._callback is None:
                 self.resume_reading()
 
         done.add_done_callback(resume)
@@ -266,7 +289,7 @@ class Connection(WebSocketProtocol13):
             self._run_callback(self.handler.on_ping, control)
         elif opcode == OP_PONG:
             self._received_pong = True
-            self._run_callback(self.handler.on_pong, control)
+            return cast("asyncio.Future[None] | None", self._run_callback(self.handler.on_pong, control))
         elif opcode == OP_CLOSE:
             self._on_close_frame(control)
         return None
@@ -362,6 +385,9 @@ class Connection(WebSocketProtocol13):
         self._flush_scheduled = False
         if self._ended.done():
             return
+        if self.stream.closed():
+            self._lost(self.stream.error)
+            return
         if self._fd < 0:
             self._flush_stream()
             return
@@ -438,10 +464,10 @@ class Connection(WebSocketProtocol13):
         if self._ended.done():
             return
         if not self.server_terminated:
-            self.server_terminated = True
             if code is None and reason is not None:
                 code = 1000
             self._write_control(OP_CLOSE, close_payload(code, reason or ""))
+            self.server_terminated = True
         if self._close_timer is None:
             self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, self._abort)
 
@@ -480,7 +506,7 @@ class Connection(WebSocketProtocol13):
         """TCP is over, or about to be."""
         if self._ended.done():
             return
-        if isinstance(error, OSError) and error.errno not in QUIET:
+        if isinstance(error, OSError) and not is_quiet(error):
             log.warning("WebSocket client %s: %s", self._peer(), error)
         self.client_terminated = self.server_terminated = True
         self._ended.set_result(None)
@@ -506,11 +532,18 @@ class Connection(WebSocketProtocol13):
             self._lost(None)
 
     def is_closing(self) -> bool:
-        return self._ended.done() or self.client_terminated or self.server_terminated
+        return self.client_terminated or self.server_terminated or self.stream.closed()
 
 
-#: Ends of a connection that are nobody's fault.
-QUIET = {errno.EPIPE, errno.ECONNRESET, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EBADF}
+def is_quiet(error: OSError) -> bool:
+    """Ends of a connection that are nobody's fault."""
+    return isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or error.errno in (
+        errno.EPIPE,
+        errno.ECONNRESET,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.ESHUTDOWN,
+    )
 
 if sys.platform == "win32":
     raise ImportError("fastwire.websocket needs a POSIX system")

@@ -72,6 +72,8 @@ def assert_consistent(batch: _core.Batch) -> None:
     assert batch.counts == tuple(classes.count(name) for name in _core.MESSAGE_CLASSES)
     assert batch.nbytes == sum(len(part) for parts in messages for part in parts)
     assert batch.foreign == [i for i, parts in enumerate(messages) if oracle.is_foreign(parts[0])]
+    assert batch.unusual == (bool(batch.foreign) or "error" in classes)
+    assert batch.faulty == bool(batch.rejected)
     for protocol in PROTOCOLS:
         frames = batch.frames(protocol)
         assert bytes(frames) == expected_frames(batch, protocol)
@@ -303,6 +305,22 @@ def test_an_unknown_protocol() -> None:
         batch.frames("v2")
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_frames_that_are_complete(protocol: str | None) -> None:
+    signer, multipart = signed([*numbered(3), large_message()])
+    frames = _core.batch_of("iopub", multipart, signer).frames(protocol)
+    single = [_core.batch_of("iopub", [each], signer.fork()).frames(protocol).nbytes for each in multipart]
+    ends = [sum(single[: i + 1]) for i in range(4)]
+    assert ends[-1] == frames.nbytes
+    for nbytes in (0, 1, *(end + more for end in ends for more in (-1, 0, 1)), 1 << 40):
+        assert frames.complete_before(nbytes) == sum(end <= nbytes for end in ends)
+
+
+def test_no_frames_are_never_complete() -> None:
+    frames = _core.batch_of("iopub", [], _core.Signer(b"")).frames(None)
+    assert (frames.complete_before(0), frames.complete_before(100)) == (0, 0)
+
+
 # -- sizes -----------------------------------------------------------------------------------------
 
 
@@ -473,9 +491,12 @@ def test_a_batch_outlives_its_socket_and_context(transport: bool, tcp: bool) -> 
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_frames_outlive_their_batch(context: zmq.Context, transport: bool, protocol: str | None) -> None:
+@pytest.mark.parametrize("sizes", [(300_000,), (9000,), (9000, 10, 300_000)], ids=str)
+def test_frames_outlive_their_batch(
+    context: zmq.Context, transport: bool, protocol: str | None, sizes: tuple[int, ...]
+) -> None:
     kernel, server = builders.zmq_pair(context)
-    signer, (frames,) = signed([large_message()])
+    signer, (frames,) = signed([builders.message("stream", "id", {}, *(b"y" * size for size in sizes))])
     send(kernel, frames)
     batch = _core.drain(server, "iopub", signer)
     expected = expected_frames(batch, protocol)
@@ -601,6 +622,17 @@ def test_leaving_everything_out() -> None:
     batch, _ = batch_of_five()
     other = batch.replaced(dict.fromkeys(range(5)))
     assert (len(other), other.nbytes, bytes(other.frames(None))) == (0, 0, b"")
+
+
+@pytest.mark.parametrize("index", [-1, 5, 1 << 40])
+def test_replacing_what_is_not_there(index: int) -> None:
+    """Whatever it says, no message is lost or made up."""
+    batch, messages = batch_of_five()
+    try:
+        other = batch.replaced({index: None})
+    except IndexError:
+        return
+    assert builders.all_parts([other]) == messages
 
 
 def test_replacing_again_and_again() -> None:

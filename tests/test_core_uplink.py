@@ -543,6 +543,49 @@ def test_an_uplink_is_dropped_with_messages_waiting(narrow: Kernel) -> None:
     assert len(narrow.received("shell", 1)) == 1
 
 
+# -- a new uplink for the same client --------------------------------------------------------------
+
+
+def drained(kernel: Kernel, uplink: _core.Uplink, count: int) -> list[int]:
+    received = []
+    while len(received) < count:
+        received += ids(kernel.received("shell", 1))
+        uplink.retry()
+    return received
+
+
+def test_a_new_uplink_takes_over_what_waits(narrow: Kernel) -> None:
+    old, new = narrow.uplink(None), narrow.uplink(PROTOCOL_V1)
+    old.relay(parser_of(*map(data_frame, numbered(10, None))))
+    waiting = old.waiting_messages, old.waiting_bytes
+    new.adopt(old)
+    assert (old.waiting_messages, old.waiting_bytes, old.retry()) == (0, 0, 0)
+    assert (new.waiting_messages, new.waiting_bytes) == waiting
+    new.relay(parser_of(*map(data_frame, numbered(5, PROTOCOL_V1, first=10))))
+    del old
+    assert drained(narrow, new, 15) == list(range(15))
+    assert (new.waiting_messages, new.waiting_bytes) == (0, 0)
+
+
+def test_adopting_loses_nothing_that_waits_already(narrow: Kernel) -> None:
+    old, new = narrow.uplink(None), narrow.uplink(None)
+    old.relay(parser_of(*map(data_frame, numbered(10, None))))
+    new.relay(parser_of(*map(data_frame, numbered(10, None, first=10))))
+    waiting = old.waiting_messages + new.waiting_messages
+    new.adopt(old)
+    assert new.waiting_messages == waiting
+    assert sorted(drained(narrow, new, 20)) == list(range(20))
+
+
+def test_adopting_itself_changes_nothing(narrow: Kernel) -> None:
+    uplink = narrow.uplink(None)
+    uplink.relay(parser_of(*map(data_frame, numbered(10, None))))
+    waiting = uplink.waiting_messages, uplink.waiting_bytes
+    uplink.adopt(uplink)
+    assert (uplink.waiting_messages, uplink.waiting_bytes) == waiting
+    assert drained(narrow, uplink, 10) == list(range(10))
+
+
 # -- readable sockets ------------------------------------------------------------------------------
 
 

@@ -225,9 +225,9 @@ class Client(wsclient.Client):
     def say(
         self, msg_id: str, msg_type: str = "execute_request", channel: str = "shell", text: str = "", *buffers: bytes
     ) -> None:
-        self.send_message(self.payload(msg_id, msg_type, channel, text, *buffers))
+        self.send_message(self.request(msg_id, msg_type, channel, text, *buffers))
 
-    def payload(
+    def request(
         self, msg_id: str, msg_type: str = "execute_request", channel: str = "shell", text: str = "", *buffers: bytes
     ) -> str | bytes:
         return client_message(message(msg_type, msg_id, {"code": text}, *buffers), channel, self.protocol)
@@ -656,7 +656,7 @@ def test_the_answer_to_what_came_before_garbage(stage: Stage, kernel: Kernel) ->
     stage.introduce(client)
     with stage.frozen():
         kernel.reply("ann", message("execute_reply", "reply"))
-        client.send(client.frames_of(client.payload("asked")) + client.frames_of("garbage"))
+        client.send(client.frames_of(client.request("asked")) + client.frames_of("garbage"))
     until(lambda: "ann" in [handler.session.session_id for handler in stage.closed] or client._more(), "the end")
     client.drop()
     stage.wait_detached("ann")

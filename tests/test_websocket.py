@@ -22,6 +22,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,11 @@ class Site:
 
         return self.wait_for(call())
 
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
     def wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(PATIENCE)
+        return self.start(coroutine).result(PATIENCE)
 
     def turns(self, count: int = 20) -> None:
         """Let the loop go round: long enough for whatever is ready to happen."""
@@ -249,6 +253,14 @@ class Site:
         assert client.handshake.accepted
         return client, self.handlers[-1]
 
+    def open_narrow(self, handler: type, **settings: Any) -> tuple[Client, Any]:
+        """As `open`, with so little room in both sockets' buffers that 3 MB cannot hide there."""
+        self.serve(handler, **settings)
+        client = self.connect(receive_buffer=1 << 15)
+        handler = self.handlers[-1]
+        self.run(lambda: handler.connection.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15))
+        return client, handler
+
     def library(self, path: str = "/", **options: Any) -> websockets.sync.client.ClientConnection:
         """The client of the websockets library."""
         scheme = "wss" if self._client_tls else "ws"
@@ -276,6 +288,8 @@ class Site:
 
     def check(self) -> None:
         """The server is as it was before its first client."""
+        if not self._thread.is_alive():
+            return
         for client in self.clients:
             client.drop()
         opened = [handler for handler in self.handlers if handler.get_status() == 101 and handler.expects_close]
@@ -291,13 +305,16 @@ class Site:
         for handler in opened:
             assert len(handler.closes) == 1
 
-    def end(self) -> None:
-        """Ends the loop as asyncio does: what still runs is cancelled."""
-        for client in self.clients:
-            client.drop()
+    def stop(self) -> None:
+        """Ends the loop as `asyncio.run` does: what still runs is cancelled."""
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
+
+    def end(self) -> None:
+        for client in self.clients:
+            client.drop()
+        self.stop()
         logging.getLogger().removeHandler(self.logs)
 
 
@@ -1176,7 +1193,7 @@ def test_awaiting_a_write_to_a_client_that_vanished(site: Site) -> None:
             while True:
                 await handler.write_message(BIG, binary=True)
 
-    writing = asyncio.run_coroutine_threadsafe(write(), site.loop)
+    writing = site.start(write())
     client.message()
     client.reset()
     writing.result(PATIENCE)
@@ -1361,3 +1378,1155 @@ def test_early_garbage(site: Site) -> None:
     client.drop()
     eventually(lambda: site.handler.closes)
     assert "closing with 1002" in site.take_logs()[0]
+
+
+# -- awaiting write_message ------------------------------------------------------------------------
+
+NOISE = random.Random(6455).randbytes(3 * MB)  # does not shrink
+
+
+def blocked(connection: Connection) -> bool:
+    """There are bytes that the peer's TCP does not take."""
+    waiting = connection._awaits_writable or connection.stream.writing()
+    return bool(waiting and connection.queue.pending_bytes)
+
+
+def filled(site: Site, handler: Any) -> int:
+    """Write until nothing more goes out; returns how many bytes wait."""
+    site.run(lambda: handler.write_message(NOISE, binary=True) and None)
+    eventually(lambda: blocked(handler.connection))
+    site.turns()
+    assert blocked(handler.connection)
+    return handler.connection.queue.pending_bytes
+
+
+@on_ours
+@pytest.mark.parametrize("late", [False, True])
+def test_awaiting_waits_until_the_bytes_are_taken(site: Site, late: bool) -> None:
+    client, handler = site.open_narrow(site.Handler)
+
+    async def write() -> None:
+        written = handler.write_message(NOISE, binary=True)
+        while late and not blocked(handler.connection):
+            await asyncio.sleep(0)
+        await written
+
+    writing = site.start(write())
+    eventually(lambda: blocked(handler.connection))
+    site.turns()
+    assert not writing.done()
+    assert client.message() == NOISE
+    writing.result(PATIENCE)
+
+
+@on_ours
+def test_each_wait_is_for_its_own_bytes(site: Site) -> None:
+    client, handler = site.open_narrow(site.Handler)
+    order = []
+
+    async def write(name: str, data: bytes) -> None:
+        await handler.write_message(data, binary=True)
+        order.append(name)
+
+    async def write_all() -> None:
+        await asyncio.gather(*(write(name, data) for name, data in messages))
+
+    messages = [("small", b"1"), ("large", NOISE), ("behind", b"3")]
+    writing = site.start(write_all())
+    eventually(lambda: blocked(handler.connection))
+    site.turns()
+    assert "large" not in order
+    assert "behind" not in order
+    assert client.messages(3) == [data for _, data in messages]
+    writing.result(PATIENCE)
+    assert order == ["small", "large", "behind"]
+
+
+@on_ours
+def test_not_awaiting_leaves_nothing(site: Site) -> None:
+    """No task, and no exception that nobody retrieves: `Site.check` collects garbage and looks into the loop's handler."""
+    client, handler = site.open_narrow(site.Handler)
+
+    def write() -> int:
+        before = len(asyncio.all_tasks())
+        for _ in range(100):
+            handler.write_message(NOISE[: MB // 10], binary=True)
+        return len(asyncio.all_tasks()) - before
+
+    assert site.run(write) == 0
+    eventually(lambda: blocked(handler.connection))
+    client.reset()
+    eventually(lambda: handler.closes)
+
+
+@on_ours
+def test_a_wait_that_is_given_up(site: Site) -> None:
+    """Cancelling the wait does not take the message back."""
+    client, handler = site.open_narrow(site.Handler)
+
+    async def write() -> None:
+        waiting = asyncio.ensure_future(handler.write_message(NOISE, binary=True))
+        while not blocked(handler.connection):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        handler.write_message("next")
+
+    site.wait_for(write())
+    assert client.messages(2) == [NOISE, "next"]
+
+
+@on_ours
+@pytest.mark.parametrize("end", ["the client resets", "the client drops", "on_message raises", "no answer to our Close"])
+def test_the_end_while_awaiting(site: Site, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastwire.websocket, "CLOSE_TIMEOUT", 0.02)
+
+    class Handler(site.Handler):
+        def on_message(self, message: str) -> None:
+            fail_now()
+
+    client, handler = site.open_narrow(Handler)
+
+    async def write() -> None:
+        with pytest.raises(WebSocketClosedError):
+            await handler.write_message(NOISE, binary=True)
+
+    writing = [site.start(write()) for _ in range(3)]
+    eventually(lambda: blocked(handler.connection))
+    match end:
+        case "the client resets":
+            client.reset()
+        case "the client drops":
+            client.drop()
+        case "on_message raises":
+            client.send_message("fail")
+        case _:
+            site.run(handler.close, 1001)
+    for each in writing:
+        each.result(PATIENCE)
+    eventually(lambda: handler.closes)
+    assert bool(site.take_logs()) == (end == "on_message raises")
+
+
+@on_ours
+def test_bytes_that_go_out_behind_close_are_written(site: Site) -> None:
+    """Closing is no loss: what was queued before it goes out, and who waits for that is told so."""
+    client, handler = site.open_narrow(site.Handler)
+
+    async def write() -> None:
+        written = handler.write_message(NOISE, binary=True)
+        handler.close(1001)
+        await written
+
+    writing = site.start(write())
+    assert client.message() == NOISE
+    assert client.close_frame() == (1001, "")
+    writing.result(PATIENCE)
+
+
+def test_what_was_written_stays_written(site: Site) -> None:
+    """Awaited only after the connection has ended."""
+    client, handler = site.open(site.Handler)
+    writes = []
+    site.run(lambda: writes.append(handler.write_message("arrives")))
+    assert client.message() == "arrives"
+    site.turns()
+    client.send(close_frame(1000))
+    eventually(lambda: handler.closes)
+
+    async def wait() -> None:
+        await writes[0]
+
+    site.wait_for(wait())
+
+
+@on_ours
+def test_what_was_lost_is_not_written(site: Site) -> None:
+    client, handler = site.open_narrow(site.Handler)
+    writes = []
+    site.run(lambda: writes.append(handler.write_message(NOISE, binary=True)))
+    eventually(lambda: blocked(handler.connection))
+    client.reset()
+    eventually(lambda: handler.closes)
+
+    async def wait() -> None:
+        with pytest.raises(WebSocketClosedError):
+            await writes[0]
+
+    site.wait_for(wait())
+
+
+# -- faults of the system --------------------------------------------------------------------------
+
+on_scripted = on("fastwire", "fastwire-deflate")
+PASS = 1 << 40  # bytes: as much as the call would do
+
+
+def counted(site: Site, connection: Connection) -> list[int]:
+    """Counts the calls of flush, each of which is at most one sendmsg."""
+    calls = [0]
+    flush = connection.flush
+
+    def counting() -> None:
+        calls[0] += 1
+        flush()
+
+    def install() -> None:
+        connection.flush = counting
+
+    site.run(install)
+    return calls
+
+
+def script(*outcomes: str | int, call: str = "sendmsg") -> None:
+    _core.script_syscalls([(call, outcome) for outcome in outcomes])
+
+
+STORMS = {
+    "one byte at a time": [1] * 300,
+    "ever more bytes": [*range(1, 60)],
+    "nothing at all": [0] * 30,
+    "EAGAIN": ["EAGAIN"] * 30,
+    "ENOBUFS": ["ENOBUFS"] * 7,
+    "ENOMEM": ["ENOMEM"] * 7,
+    "everything": ["EAGAIN", 3, "EINTR", "ENOBUFS", 1, "EINTR", "EINTR", 0, "ENOMEM", "EAGAIN", 20, "ENOBUFS", 7],
+}
+
+
+@on_scripted
+@pytest.mark.parametrize("storm", STORMS)
+def test_writes_that_do_not_go_through(site: Site, storm: str) -> None:
+    """The bytes arrive complete and in order, the connection stays, and each attempt is one call: no spinning."""
+    client, handler = site.open(echo_of(site))
+    calls = counted(site, handler.connection)
+    steps = STORMS[storm]
+    large = os.urandom(20_000)
+
+    def write() -> None:
+        script(*steps)
+        handler.write_message("small")
+        handler.write_message(large, binary=True)
+        handler.ping(b"between")
+        handler.write_message("last")
+
+    site.run(write)
+    assert client.messages(2) == ["small", large]
+    assert client.payload(OP_PING) == b"between"
+    assert client.message() == "last"
+    assert _core.scripted_left() == 0
+    assert calls[0] == len(steps) - steps.count("EINTR") + 1
+    client.send_message("still there")
+    assert client.message() == "still there"
+
+
+@on_scripted
+def test_a_write_that_is_interrupted_is_repeated_at_once(site: Site) -> None:
+    client, handler = site.open(site.Handler)
+    calls = counted(site, handler.connection)
+    site.run(lambda: (script(*["EINTR"] * 50), handler.write_message("hello")))
+    assert client.message() == "hello"
+    assert (_core.scripted_left(), calls[0]) == (0, 1)
+
+
+@on_scripted
+@pytest.mark.parametrize("name", ["ENOBUFS", "ENOMEM"])
+def test_a_system_short_of_buffers_is_asked_ever_less_often(site: Site, name: str) -> None:
+    """1 ms doubling to 50 ms; without write interest, which would make the loop spin; what is written meanwhile waits as well."""
+    client, handler = site.open(site.Handler)
+    connection = handler.connection
+    delays, interests = [], []
+    call_later = site.loop.call_later
+
+    def recording(delay: float, callback: Callable[..., Any], *args: Any) -> asyncio.TimerHandle:
+        delays.append(delay)
+        key = site.loop._selector.get_map().get(connection.stream.socket)
+        interests.append(key.events & selectors.EVENT_WRITE if key else 0)
+        handler.write_message(f"during {len(delays)}")
+        return call_later(delay, callback, *args)
+
+    def write() -> None:
+        site.loop.call_later = recording
+        script("EAGAIN", *[name] * 8, PASS, name, PASS)
+        handler.write_message("hello")
+
+    calls = counted(site, connection)
+    site.run(write)
+    expected = ["hello", *(f"during {n}" for n in range(1, 9))]
+    assert client.messages(9) == expected
+    site.run(lambda: handler.write_message("again") and None)
+    assert client.messages(2) == ["again", "during 9"]
+    site.run(lambda: delattr(site.loop, "call_later"))
+    assert delays == [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.050, 0.050, 0.001]
+    assert not any(interests)
+    assert connection.no_buffers == 9
+    assert calls[0] == 12
+    assert _core.scripted_left() == 0
+
+
+@on_scripted
+@pytest.mark.parametrize("name", ["EPIPE", "ECONNRESET", "ETIMEDOUT", "EIO"])
+def test_writes_that_fail(site: Site, name: str) -> None:
+    """The end of this connection, once; only what is no peer's doing goes to the log."""
+    client, handler = site.open(site.Handler)
+
+    async def write() -> None:
+        script(name)
+        with pytest.raises(WebSocketClosedError):
+            await handler.write_message("lost")
+        with pytest.raises(WebSocketClosedError):
+            handler.write_message("lost")
+
+    site.wait_for(write())
+    assert _core.scripted_left() == 0
+    assert client.ended()
+    eventually(lambda: handler.closes == [(None, None)])
+    assert len(site.take_logs()) == (name == "EIO")
+
+
+READS = {
+    "one byte at a time": [1] * 500,
+    "ever more bytes": [*range(1, 60)],
+    "EAGAIN": ["EAGAIN"] * 30,
+    "EINTR": ["EINTR"] * 30,
+    "ENOBUFS": ["ENOBUFS"] * 5,
+    "everything": [1, "EAGAIN", 2, "EINTR", "EINTR", 5, "ENOMEM", 1, 1, "EAGAIN"],
+}
+
+
+@on_scripted
+@pytest.mark.parametrize("storm", READS)
+def test_reads_that_give_little(site: Site, storm: str) -> None:
+    client, handler = site.open(echo_of(site))
+    site.run(lambda: script(*READS[storm], call="recv"))
+    sent = ["é" * 100, os.urandom(700), "last"]
+    client.send(*map(client.frames_of, sent))
+    assert client.messages(3) == sent
+    client.send(client_frame(OP_PING, b"?"))
+    assert client.payload(OP_PONG) == b"?"
+    assert _core.scripted_left() == 0
+    assert handler.events == sent
+
+
+@on_scripted
+@pytest.mark.parametrize("outcome", ["ECONNRESET", "ETIMEDOUT", "EIO", 0])
+def test_reads_that_fail(site: Site, outcome: str | int) -> None:
+    client, handler = site.open(site.Handler)
+    site.run(lambda: script(outcome, call="recv"))
+    client.send_message("unread")
+    eventually(lambda: handler.closes == [(None, None)])
+    assert _core.scripted_left() == 0
+    assert handler.events == ["closed"]
+    assert len(site.take_logs()) == (outcome == "EIO")
+    assert gone(client)
+
+
+@on_scripted
+def test_any_weather_in_both_directions(site: Site) -> None:
+    """Random faults: every message comes back once and in order, with pings in between."""
+    client, handler = site.open(echo_of(site))
+    for seed in range(15):
+        chance = random.Random(seed)
+        faults = [*range(40), "EAGAIN", "EAGAIN", "EINTR"]
+        steps = [("recv", chance.choice(faults[1:])) for _ in range(60)]
+        steps += [("sendmsg", chance.choice([*faults, "ENOBUFS"])) for _ in range(60)]
+        sent = [os.urandom(chance.randrange(300)) for _ in range(30)]
+        site.run(_core.script_syscalls, steps)
+        client.send(*(client.frames_of(data) + client_frame(OP_PING, data[:9]) for data in sent))
+        pongs, echoes = [], []
+        while len(echoes) < len(sent) or not pongs or pongs[-1] != sent[-1][:9]:
+            opcode, payload = client.frame()
+            (pongs if opcode == OP_PONG else echoes).append(payload)
+        assert echoes == sent
+        pings = iter(data[:9] for data in sent)
+        assert all(pong in pings for pong in pongs), "pongs in the order of the pings"
+        for _ in range(200):  # what is left of the script
+            if not _core.scripted_left():
+                break
+            client.send_message(b"x")
+            assert client.message() == b"x"
+        assert _core.scripted_left() == 0
+
+
+@on_socket
+def test_write_events_are_asked_for_only_while_bytes_wait(site: Site) -> None:
+    client, handler = site.open_narrow(echo_of(site))
+    connection = handler.connection
+
+    def interested() -> bool:
+        return bool(site.interest(connection) & selectors.EVENT_WRITE)
+
+    assert not interested()
+    client.send_message("hello")
+    assert client.message() == "hello"
+    assert not interested()
+    for _ in range(2):
+        filled(site, handler)
+        assert interested()
+        assert client.message() == NOISE
+        eventually(lambda: not interested())
+        assert connection.queue.pending_bytes == 0
+    filled(site, handler)
+    client.reset()
+    eventually(lambda: handler.closes)
+    assert not interested()
+
+
+# -- one flush per turn ----------------------------------------------------------------------------
+
+
+@on_scripted
+@pytest.mark.parametrize("where", ["on_message", "a callback", "several callbacks", "a coroutine", "open"])
+def test_a_hundred_messages_leave_in_one_sendmsg(site: Site, where: str) -> None:
+    texts = [f"message {i}" for i in range(100)]
+
+    class Handler(site.Handler):
+        def open(self) -> None:
+            script(*[PASS] * 10)
+            if where == "open":
+                self.write(texts)
+
+        def write(self, texts: list[str]) -> None:
+            for text in texts:
+                self.write_message(text)
+            self.ping(b"too")
+
+        def on_message(self, message: str) -> None:
+            self.write(texts)
+
+    client, handler = site.open(Handler)
+    handler = site.handler
+
+    def in_turn() -> None:
+        for text in texts:
+            site.loop.call_soon(handler.write_message, text)
+        site.loop.call_soon(handler.ping, b"too")
+
+    async def coroutine() -> None:
+        handler.write(texts)
+
+    match where:
+        case "on_message":
+            client.send_message("go")
+        case "a callback":
+            site.run(Handler.write, handler, texts)
+        case "several callbacks":
+            site.run(in_turn)
+        case "a coroutine":
+            site.wait_for(coroutine())
+    assert client.messages(100) == texts
+    assert client.payload(OP_PING) == b"too"
+    site.turns()
+    assert _core.scripted_left() == 9
+    script()
+
+
+@on_scripted
+def test_a_long_queue_leaves_in_pieces_of_a_megabyte(site: Site) -> None:
+    """One flush a turn also when the socket would take more, so that one connection cannot starve the others."""
+    client, handler = site.open(site.Handler)
+    calls = counted(site, handler.connection)
+    written = []
+
+    async def write() -> None:
+        handler.write_message(NOISE, binary=True)
+        while handler.connection.queue.pending_bytes:
+            before = calls[0], handler.connection.queue.written
+            await asyncio.sleep(0)
+            written.append((calls[0] - before[0], handler.connection.queue.written - before[1]))
+
+    writing = site.start(write())
+    assert client.message() == NOISE
+    writing.result(PATIENCE)
+    assert max(written) <= (1, MB)
+    assert len([count for count, _ in written if count]) >= 3
+
+
+# -- ping flood ------------------------------------------------------------------------------------
+
+
+def test_pings_of_a_client_that_does_not_read(site: Site) -> None:
+    """At most one pong waits, and the newest ping is answered (RFC 6455 section 5.5.3)."""
+
+    class Handler(site.Handler):
+        def on_ping(self, data: bytes) -> None:
+            self.events.append(data)
+
+    client, handler = site.open_narrow(Handler)
+    site.run(lambda: handler.write_message(NOISE, binary=True) and None)
+    if site.fastwire:
+        eventually(lambda: blocked(handler.connection))
+        site.turns()
+        waiting = handler.connection.queue.pending_bytes
+    pings = [b"%d" % i for i in range(5000)]
+    client.send(*(client_frame(OP_PING, data) for data in pings))
+    eventually(lambda: len(handler.events) == len(pings))
+    if site.fastwire:
+        assert handler.connection.queue.pending_bytes <= waiting + 2 + len(pings[0])
+        assert handler.connection.parser.buffered_bytes == 0
+    assert client.message() == NOISE
+    pongs = [client.payload(OP_PONG)]
+    while pongs[-1] != pings[-1]:
+        pongs.append(client.payload(OP_PONG))
+    assert len(pongs) <= 3
+    client.send(client_frame(OP_PING, b"more"))
+    assert client.payload(OP_PONG) == b"more"
+
+
+@on_ours
+def test_no_pong_behind_a_close_frame(site: Site) -> None:
+    client, handler = site.open_narrow(site.Handler)
+    filled(site, handler)
+    client.send(*(client_frame(OP_PING, b"%d" % i) for i in range(10)))
+    eventually(lambda: handler.connection._newest_ping == b"9")
+    site.run(handler.close, 1001)
+    client.send(close_frame(1001))
+    frames = [*client.frames()]
+    assert [opcode for opcode, _ in frames] == [OP_BINARY, OP_PONG, OP_CLOSE]
+
+
+# -- clients that break RFC 6455 -------------------------------------------------------------------
+
+BROKEN = {
+    "not masked": (client_frame(OP_TEXT, "hello", mask=None), 1002),
+    "RSV2": (client_frame(OP_TEXT, "hello", rsv=0x20), 1002),
+    "a reserved opcode": (client_frame(3, b"x"), 1002),
+    "a fragmented ping": (client_frame(OP_PING, b"", fin=False), 1002),
+    "a long ping": (client_frame(OP_PING, bytes(126)), 1002),
+    "a continuation of nothing": (client_frame(OP_CONTINUATION, b"x"), 1002),
+    "a message inside a message": (client_frame(OP_TEXT, "a", fin=False) + client_frame(OP_TEXT, "b"), 1002),
+    "a length with its highest bit": (client_frame(OP_BINARY, length=1 << 63), 1002),
+    "a close code that must not be sent": (close_frame(1005), 1002),
+    "a Close frame of one byte": (client_frame(OP_CLOSE, b"\x03"), 1002),
+    "text that is not UTF-8": (client_frame(OP_TEXT, b"\xff"), 1007),
+    "text that ends inside a character": (client_frame(OP_TEXT, b"\xc3"), 1007),
+    "a reason that is not UTF-8": (client_frame(OP_CLOSE, b"\x03\xe8\xff"), 1007),
+    "too big": (client_frame(OP_BINARY, bytes(1001)), 1009),
+    "too big by its declaration": (client_frame(OP_BINARY, length=1 << 62), 1009),
+    "noise": (b"\xff" * 20, 1002),
+}
+BREAKS = pytest.mark.parametrize("broken", BROKEN)
+
+
+def assert_failed(site: Site, client: Client, code: int) -> None:
+    """A Close frame with this code and a reason, then the end of the stream in order, and one line in the log."""
+    found, reason = client.close_frame()
+    assert found == code
+    assert reason
+    assert client.ended()
+    client.drop()
+    eventually(lambda: site.handler.closes)
+    (log,) = site.take_logs()
+    assert f"closing with {code}" in log
+
+
+@on_ours
+@BREAKS
+def test_a_client_that_breaks_the_protocol(site: Site, broken: str) -> None:
+    data, code = BROKEN[broken]
+    client, handler = site.open(echo_of(site), websocket_max_message_size=1000)
+    client.send(client.frames_of("before"), data, client.frames_of("after"), client_frame(OP_PING, b"after"))
+    assert client.message() == "before"
+    assert_failed(site, client, code)
+    assert handler.events == ["before", "closed"]
+    with pytest.raises(WebSocketClosedError):
+        site.run(handler.write_message, "too late")
+
+
+@on_ours
+@pytest.mark.parametrize("broken", ["not masked", "text that is not UTF-8", "too big"])
+def test_megabytes_behind_the_broken_frame_do_not_lose_our_close(site: Site, broken: str) -> None:
+    """Closing a socket with unread bytes resets it, and a reset takes our Close frame with it."""
+    data, code = BROKEN[broken]
+    client, _ = site.open(site.Handler, websocket_max_message_size=1000)
+    client.send(data)
+    for _ in range(8):
+        client.send(os.urandom(MB))
+    assert_failed(site, client, code)
+
+
+@on_ours
+def test_the_close_frame_waits_behind_what_was_written(site: Site) -> None:
+    client, handler = site.open_narrow(site.Handler)
+    filled(site, handler)
+    client.send(client_frame(OP_TEXT, b"\xff"), b"more" * 1000)
+    eventually(lambda: handler.connection.is_closing())
+    assert client.message() == NOISE
+    assert_failed(site, client, 1007)
+
+
+@on_ours
+def test_a_broken_frame_waits_for_the_message_before_it(site: Site) -> None:
+    gate = asyncio.Event()
+
+    class Handler(site.Handler):
+        async def on_message(self, message: str) -> None:
+            await gate.wait()
+            await self.write_message("answer")
+
+    client, handler = site.open(Handler)
+    client.send(client.frames_of("question"), b"\xff" * 20)
+    site.turns()
+    assert not handler.connection.is_closing()
+    site.run(gate.set)
+    assert client.message() == "answer"
+    assert_failed(site, client, 1002)
+
+
+@on_ours
+def test_a_broken_frame_after_our_close(site: Site) -> None:
+    """One Close frame is all a peer gets."""
+    client, handler = site.open(site.Handler)
+    site.run(handler.close, 1001)
+    assert client.close_frame() == (1001, "")
+    client.send(b"\xff" * 20)
+    client.half_close() if not site.variant.tls else client.drop()
+    assert site.variant.tls or gone(client)
+    eventually(lambda: handler.closes)
+    assert len(site.take_logs()) == 1
+
+
+@on_ours
+def test_a_broken_client_that_never_stops_sending(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastwire.websocket, "CLOSE_TIMEOUT", 0.05)
+    client, handler = site.open(site.Handler)
+    client.send(b"\xff" * 20)
+    with pytest.raises((BrokenPipeError, ConnectionResetError, ssl.SSLError)):  # noqa: PT012
+        while True:
+            client.send(os.urandom(1000))
+    eventually(lambda: handler.closes)
+    assert handler.connection.parser.buffered_bytes == 0
+    assert len(site.take_logs()) == 1
+
+
+@on("fastwire-deflate")
+@pytest.mark.parametrize(
+    ("opcode", "data"), [(OP_TEXT, b"\xff" * 10), (OP_BINARY, b"\x07"), (OP_TEXT, b"\x02\x03\x00\xff\xfe")], ids=repr
+)
+def test_what_cannot_be_decompressed(site: Site, opcode: int, data: bytes) -> None:
+    client, handler = site.open(site.Handler)
+    client.send(client_frame(opcode, data, rsv=RSV1))
+    assert_failed(site, client, 1007)
+    assert handler.events == ["closed"]
+
+
+@on("fastwire-deflate")
+def test_compressed_text_that_is_not_utf8(site: Site) -> None:
+    client, _ = site.open(site.Handler)
+    deflating = zlib.compressobj(wbits=-15)
+    data = (deflating.compress(b"\xff\xfe") + deflating.flush(zlib.Z_SYNC_FLUSH))[:-4]
+    client.send(client_frame(OP_TEXT, data, rsv=RSV1))
+    assert_failed(site, client, 1007)
+
+
+@on_ours
+def test_garbage_on_one_connection_does_not_disturb_the_others(site: Site) -> None:
+    site.serve(echo_of(site))
+    others = [site.connect() for _ in range(10)]
+    chance = random.Random(10)
+    for turn in range(10):
+        bad = site.connect(headers={"Origin": ""}, deflate=False)
+        texts = [f"message {turn} of {i}" for i in range(10)]
+        for i, (other, text) in enumerate(zip(others, texts, strict=True)):
+            frame = other.frames_of(text)
+            other.send(frame[:5])
+            bad.send(b"\xff" + chance.randbytes(chance.randrange(1, 50)) if i == 0 else chance.randbytes(100))
+            other.send(frame[5:])
+        for other, text in zip(others, texts, strict=True):
+            assert other.message() == text
+        assert bad.close_frame()[0] == 1002
+        bad.drop()
+    eventually(lambda: len(site.logs.records) == 10)
+    assert all("closing with 1002" in log for log in site.take_logs())
+
+
+# -- ends ------------------------------------------------------------------------------------------
+
+
+@on_ours
+def test_a_client_that_never_answers_our_close(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastwire.websocket, "CLOSE_TIMEOUT", 0.02)
+    client, handler = site.open(site.Handler)
+    site.run(handler.close, 1001)
+    assert client.close_frame() == (1001, "")
+    assert client.ended()
+    eventually(lambda: handler.closes == [(None, None)])
+
+
+@on_ours
+def test_a_client_that_never_reads_our_close(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastwire.websocket, "CLOSE_TIMEOUT", 0.02)
+    client, handler = site.open_narrow(site.Handler)
+    filled(site, handler)
+    client.send(close_frame(1001))
+    eventually(lambda: handler.closes == [(1001, None)])
+    assert handler.connection.queue.held_buffers == 0
+
+
+@on_ours
+def test_bytes_are_not_lost_when_the_close_frames_cross(site: Site) -> None:
+    """The client's Close arrives while our own waits behind data: the data and our Close still go out."""
+    client, handler = site.open_narrow(site.Handler)
+    filled(site, handler)
+    site.run(handler.close, 1001, "mine")
+    client.send(close_frame(1000, "yours"))
+    eventually(lambda: handler.connection.client_terminated)
+    assert client.message() == NOISE
+    assert client.close_frame() == (1001, "mine")
+    assert client.ended()
+    eventually(lambda: handler.closes == [(1000, "yours")])
+
+
+@on_ours
+def test_bytes_are_not_lost_when_the_last_of_them_are_on_their_way(site: Site) -> None:
+    """As above, with all bytes handed to the transport and not yet through it."""
+    client, handler = site.open_narrow(site.Handler)
+    connection = handler.connection
+    data = NOISE[: 240 * 1024]
+
+    def write() -> None:
+        handler.write_message(data, binary=True)
+        handler.close(1001)
+
+    site.run(write)
+    eventually(lambda: connection._awaits_writable or connection.stream.writing())
+    client.send(close_frame(1000))
+    eventually(lambda: connection.client_terminated)
+    site.turns()
+    assert client.message() == data
+    assert client.close_frame() == (1001, "")
+    assert client.ended()
+
+
+@on("fastwire-tls")
+@pytest.mark.parametrize("error", [ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), ssl.SSLZeroReturnError(6, "closed")])
+def test_tls_errors_of_a_vanished_client(site: Site, error: ssl.SSLError) -> None:
+    """What EPIPE is to a plain socket; no line in the log for it either."""
+    _, handler = site.open(site.Handler)
+
+    def write_to_fd(data: memoryview) -> int:
+        raise error
+
+    async def write() -> None:
+        handler.connection.stream.write_to_fd = write_to_fd
+        with pytest.raises(WebSocketClosedError):
+            await handler.write_message("lost")
+
+    site.wait_for(write())
+    eventually(lambda: handler.closes == [(None, None)])
+    site.logs.records = [log for log in site.take_logs() if not log.startswith("tornado.general: Write error")]
+
+
+@on_ours
+def test_clients_that_reset_in_the_middle_of_a_flood(site: Site) -> None:
+    class Flooding(site.Handler):
+        async def open(self) -> None:
+            self.events.append(asyncio.ensure_future(self.flood()))
+
+        async def flood(self) -> None:
+            with contextlib.suppress(WebSocketClosedError):
+                while True:
+                    await self.write_message(NOISE[:50_000], binary=True)
+
+    site.serve(Flooding)
+    clients = [site.connect() for _ in range(10)]
+    chance = random.Random(20)
+    for client in clients:
+        for _ in range(chance.randrange(8)):
+            client.message()
+    for client in clients:
+        client.reset() if chance.random() < 0.7 else client.drop()
+    eventually(lambda: all(handler.closes for handler in site.handlers))
+    assert [handler.closes for handler in site.handlers] == [[(None, None)]] * 10
+    eventually(lambda: all(handler.events[0].done() for handler in site.handlers))
+
+
+@on_ours
+def test_two_hundred_connections_leave_nothing_open(site: Site) -> None:
+    site.serve(echo_of(site))
+    process = psutil.Process()
+    live = _core.live()
+    with site.connect() as client:
+        client.send_message("the first opens what stays")
+        client.message()
+    eventually(lambda: site.handler.closes)
+    descriptors = process.num_fds()
+    for i in range(200):
+        client = site.connect()
+        client.send_message("hello")
+        assert client.message() == "hello"
+        match i % 5:
+            case 0:
+                client.reset()
+            case 1:
+                client.send(b"\xff" * 100)
+            case 2:
+                client.send(close_frame(1000))
+                assert client.close_frame() == (1000, "")
+            case 3:
+                site.run(site.handlers[-1].close)
+                client.send(close_frame(1000))
+        client.drop()
+    eventually(lambda: all(handler.closes for handler in site.handlers))
+    eventually(lambda: process.num_fds() == descriptors)
+    assert len(site.take_logs()) == 40
+    site.handlers.clear()
+    site.clients.clear()
+    site.run(gc.collect)
+    assert _core.live() == live
+
+
+@pytest.fixture
+def no_descriptor_leaks() -> Iterator[None]:
+    """Declared before `site`, so that it looks when the loop has been closed."""
+    gc.collect()
+    before = psutil.Process().num_fds()
+    yield
+    gc.collect()
+    assert psutil.Process().num_fds() == before
+
+
+def test_the_loop_ends_with_connections_open(no_descriptor_leaks: None, site: Site) -> None:
+    """`asyncio.run` cancels the task of each handler: every client sees the end, each on_close comes once."""
+
+    class Handler(site.Handler):
+        async def on_message(self, message: str) -> None:
+            if message == "flood":
+                self.write_message(NOISE * 4, binary=True)
+            if message == "wait":
+                await asyncio.Event().wait()
+            if message == "close":
+                self.close(1001)
+            self.events.append(message)
+
+    site.serve(Handler)
+    clients = {message: site.connect() for message in ("idle", "flood", "wait", "close")}
+    for text, client in clients.items():
+        client.send_message(text)
+    eventually(lambda: [handler.events for handler in site.handlers].count([]) == 1)
+    handlers = [*site.handlers]
+    problems = [*site.problems]
+    site.stop()
+    for client in clients.values():
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            while client.frame():
+                pass
+    assert [len(handler.closes) for handler in handlers] == [1] * 4
+    assert not problems
+    assert not site.problems
+    assert not [log for log in site.take_logs() if "Uncaught exception" not in log]
+
+
+def test_a_stopped_server_keeps_its_connections(site: Site) -> None:
+    """`HTTPServer.stop` and `close_all_connections` are for what still speaks HTTP."""
+    client, handler = site.open(echo_of(site))
+    (server,) = site._servers
+    site.run(server.stop)
+    site.wait_for(server.close_all_connections())
+    client.send_message("hello")
+    assert client.message() == "hello"
+    client.send(close_frame(1000))
+    assert client.close_frame() == (1000, "")
+    eventually(lambda: handler.closes == [(1000, None)])
+
+
+# -- hooks -----------------------------------------------------------------------------------------
+
+
+@on_ours
+def test_pause_and_resume_reading(site: Site) -> None:
+    client, handler = site.open(site.Handler)
+    connection = handler.connection
+    client.send_message("before")
+    eventually(lambda: handler.events)
+    for text in ("one", "two"):
+        site.run(connection.pause_reading)
+        site.run(connection.pause_reading)
+        client.send_message(text)
+        site.run(lambda: handler.write_message("writing goes on") and None)
+        assert client.message() == "writing goes on"
+        site.turns(50)
+        assert text not in handler.events
+        site.run(connection.resume_reading)
+        site.run(connection.resume_reading)
+        eventually(lambda text=text: text in handler.events)
+    assert handler.events == ["before", "one", "two"]
+
+
+@on_ours
+def test_a_paused_connection_holds_its_client_back(site: Site) -> None:
+    """The bytes stay in TCP, not in our memory."""
+    client, handler = site.open(site.Handler, websocket_max_message_size=64 * MB)
+    connection = handler.connection
+    site.run(connection.pause_reading)
+    data = client.frames_of(NOISE * 10) + client.frames_of("last")
+    client.sock.settimeout(0.2)
+    sent = 0
+    with contextlib.suppress(TimeoutError):
+        while sent < len(data):
+            sent += client.sock.send(data[sent : sent + 10_000])
+    assert sent < len(data)
+    assert connection.parser.buffered_bytes <= 64 * 1024 + 64
+    assert handler.events == []
+    client.sock.settimeout(PATIENCE)
+    site.run(connection.resume_reading)
+    client.send(data[sent:])
+    eventually(lambda: handler.events[-1:] == ["last"])
+    assert handler.events[0] == NOISE * 10
+
+
+@on_ours
+@pytest.mark.parametrize("where", ["open", "on_message", "coroutine on_message"])
+def test_pausing_in_a_callback_holds(site: Site, where: str) -> None:
+    """Until resume_reading, and no callback that ends resumes for it."""
+
+    class Handler(site.Handler):
+        def open(self) -> None:
+            if where == "open":
+                self.connection.pause_reading()
+
+        def on_message(self, message: str) -> Any:
+            self.events.append(message)
+            if where == "coroutine on_message":
+                return self.later()
+            self.connection.pause_reading()
+            return None
+
+        async def later(self) -> None:
+            self.connection.pause_reading()
+            await asyncio.sleep(0)
+
+    client, handler = site.open(Handler)
+    first = [] if where == "open" else ["one"]
+    for text in first:
+        client.send_message(text)
+    eventually(lambda: handler.events == first)
+    site.turns()
+    client.send_message("two")
+    site.run(lambda: handler.write_message("sync") and None)
+    assert client.message() == "sync"
+    site.turns(50)
+    assert handler.events == first
+    site.run(handler.connection.resume_reading)
+    eventually(lambda: handler.events == [*first, "two"])
+
+
+@on_ours
+def test_resuming_in_a_coroutine_on_message_does_not_overtake_it(site: Site) -> None:
+    gate = asyncio.Event()
+
+    class Handler(site.Handler):
+        async def on_message(self, message: str) -> None:
+            self.events.append(message)
+            self.connection.resume_reading()
+            await gate.wait()
+            self.events.append("end")
+
+    client, handler = site.open(Handler, websocket_max_message_size=64 * MB)
+    client.send_message("one")
+    eventually(lambda: handler.events)
+    client.send_message("two")
+    site.turns(50)
+    assert handler.events == ["one"]
+    site.run(gate.set)
+    eventually(lambda: len(handler.events) == 4)
+    assert handler.events == ["one", "end", "two", "end"]
+
+
+@on("fastwire-tls", "fastwire-stream")
+def test_resuming_before_a_finished_read_was_handled(site: Site) -> None:
+    """Tornado's read is done, our callback still waits for its turn: there must not be a second read."""
+    client, handler = site.open(site.Handler)
+    connection = handler.connection
+    met = []
+
+    async def pause_in_between() -> None:
+        while connection.stream.reading():
+            await asyncio.sleep(0)
+        met.append(connection._reading)
+        connection.pause_reading()
+        connection.resume_reading()
+
+    pausing = site.start(pause_in_between())
+    client.send_message("one")
+    pausing.result(PATIENCE)
+    assert met == [True]
+    for text in ("two", "three"):
+        client.send_message(text)
+    eventually(lambda: handler.events == ["one", "two", "three"])
+
+
+@on_ours
+def test_pausing_a_connection_that_is_over(site: Site) -> None:
+    client, handler = site.open(site.Handler)
+    client.drop()
+    eventually(lambda: handler.closes)
+    for call in (handler.connection.pause_reading, handler.connection.resume_reading):
+        site.run(call)
+
+
+def v1(channel: str, msg_type: str, msg_id: str, *buffers: bytes) -> bytes:
+    return _core.encode_v1(channel, message(msg_type, msg_id, None, *buffers))
+
+
+@pytest.fixture
+def kernel(context: zmq.Context, site: Site) -> Iterator[tuple[zmq.Socket, _core.Uplink]]:
+    """A kernel's shell socket, and an uplink to it."""
+    ours, theirs = zmq_pair(context)
+    yield ours, _core.Uplink(PROTOCOL_V1, _core.Signer(KEY), {"shell": theirs})
+
+
+@on("fastwire", "fastwire-tls", "fastwire-stream")
+@pytest.mark.parametrize("early", [False, True])
+def test_a_consumer_takes_the_data_messages(site: Site, kernel: tuple[zmq.Socket, _core.Uplink], early: bool) -> None:
+    """It sees each message once and in order; control frames are still ours, in their place among them."""
+    socket_of_kernel, uplink = kernel
+
+    class Handler(site.Handler):
+        def open(self) -> None:
+            self.connection.consumer = uplink.relay
+
+        def on_ping(self, data: bytes) -> None:
+            self.events.append((data, uplink.sent))
+
+        def on_pong(self, data: bytes) -> None:
+            self.events.append((data, uplink.sent))
+
+    frames = [client_frame(OP_BINARY, v1("shell", "execute_request", f"id-{i}", bytes(i))) for i in range(6)]
+    frames[2:2] = [client_frame(OP_PING, b"after two")]
+    frames[5:5] = [client_frame(OP_PONG, b"after four"), client_frame(OP_PING, b"still after four")]
+    frames.append(close_frame(1000))
+    site.serve(Handler)
+    client = EarlyBytes(site, *frames) if early else site.connect()
+    if not early:
+        client.send(*frames)
+    assert [opcode for opcode, _ in client.frames()] in ([OP_PONG, OP_PONG, OP_CLOSE], [OP_PONG, OP_CLOSE])
+    eventually(lambda: site.handler.closes)
+    assert site.handler.events == [(b"after two", 2), (b"after four", 4), (b"still after four", 4), "closed"]
+    found = [socket_of_kernel.recv_multipart() for _ in range(6)]
+    assert [_core.header_fields(_core.split_identities(parts)[2][0])[0] for parts in found] == [
+        f"id-{i}" for i in range(6)
+    ]
+
+
+@on("fastwire", "fastwire-tls", "fastwire-stream")
+def test_what_a_consumer_refuses_closes_the_connection(site: Site, kernel: tuple[zmq.Socket, _core.Uplink]) -> None:
+    """A message that is none is the client's fault: 1007, and close_code says so to the handler."""
+    _, uplink = kernel
+
+    class Handler(site.Handler):
+        def open(self) -> None:
+            self.connection.consumer = uplink.relay
+
+    client, handler = site.open(Handler)
+    client.send(
+        client_frame(OP_BINARY, v1("shell", "execute_request", "id-1")),
+        client_frame(OP_BINARY, b"no offsets"),
+        client_frame(OP_BINARY, v1("shell", "execute_request", "id-2")),
+    )
+    assert_failed(site, client, MalformedMessage.close_code)
+    assert uplink.sent == 1
+    assert handler.events == ["closed"]
+    assert handler.closes[0][0] == 1007
+
+
+@on_ours
+def test_a_consumer_that_comes_and_goes(site: Site) -> None:
+    client, handler = site.open(site.Handler)
+    taken = []
+
+    def consume(parser: _core.FrameParser) -> None:
+        while parser.pending:
+            taken.append(next(parser)[1])
+
+    client.send(client_frame(OP_TEXT, "one"))
+    eventually(lambda: handler.events == ["one"])
+    handler.connection.consumer = consume
+    client.send(client_frame(OP_TEXT, "two"), client_frame(OP_TEXT, "three"))
+    eventually(lambda: len(taken) == 2)
+    handler.connection.consumer = None
+    client.send(client_frame(OP_TEXT, "four"))
+    eventually(lambda: handler.events == ["one", "four"])
+    assert [str(text) for text in taken] == ["two", "three"]
+
+
+@on("fastwire", "fastwire-tls", "fastwire-stream")
+def test_write_frames(site: Site) -> None:
+    """Encoded once for several clients; in order with messages; silent on a connection that is closing."""
+    site.serve(site.Handler)
+    clients = [site.connect() for _ in range(2)]
+    handlers = [*site.handlers]
+    signer = _core.Signer(b"")
+    parts = [message("stream", f"id-{i}", {"text": "x" * 10**i}) for i in range(6)]
+
+    def write() -> None:
+        batch = _core.batch_of("iopub", [[b"", b"<IDS|MSG>", b"", *each] for each in parts], signer)
+        frames = batch.frames(PROTOCOL_V1)
+        for handler in handlers:
+            handler.write_message("first")
+            handler.connection.write_frames(frames)
+            handler.write_message("last")
+            handler.close()
+            handler.connection.write_frames(frames)
+
+    site.run(write)
+    for client in clients:
+        assert client.messages(8) == ["first", *(_core.encode_v1("iopub", each) for each in parts), "last"]
+        assert client.close_frame() == (None, "")
+        client.send(close_frame())
+        assert client.ended()
+    eventually(lambda: all(handler.closes for handler in handlers))
+    site.run(lambda: handlers[0].connection.write_frames(_core.batch_of("iopub", [], signer).frames(None)))
+
+
+@on_ours
+def test_on_progress_feeds_a_slow_client(site: Site) -> None:
+    """Called after bytes went out: enough to keep a queue short however much there is to send."""
+    client, handler = site.open_narrow(site.Handler)
+    connection = handler.connection
+    chunks = [NOISE[i * 50_000 : (i + 1) * 50_000] for i in range(60)]
+    left, longest = iter(chunks), [0]
+
+    def feed() -> None:
+        while connection.queue.pending_bytes < 100_000:
+            chunk = next(left, None)
+            if chunk is None:
+                break
+            handler.write_message(chunk, binary=True)
+        longest[0] = max(longest[0], connection.queue.pending_bytes)
+
+    def start() -> None:
+        connection.on_progress = feed
+        feed()
+
+    site.run(start)
+    assert client.messages(60) == chunks
+    assert longest[0] < 200_000
+    calls = []
+    connection.on_progress = lambda: calls.append(connection.queue.pending_bytes)
+    filled(site, handler)
+    client.reset()
+    eventually(lambda: handler.closes)
+    assert 0 not in calls  # what is lost is no progress
+
+
+@on_ours
+def test_connection_for_any_tornado_handler(site: Site) -> None:
+    """`connection_for` gives a handler that is not ours the same data path."""
+
+    class Plain(Recording, TORNADO):
+        def get_websocket_protocol(self) -> Any:
+            self.connection = connection_for(self)
+            return self.connection
+
+        def get_compression_options(self) -> dict[str, int] | None:
+            return {} if self.site.variant.deflate else None
+
+        def on_message(self, message: str) -> None:
+            self.write_message(message)
+
+    client, handler = site.open(Plain)
+    client.send_message("hello")
+    assert client.message() == "hello"
+    assert isinstance(handler.connection, Connection)
+    assert site.connect(headers={"Sec-WebSocket-Version": "8"}).handshake.status == 426
