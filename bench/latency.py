@@ -118,9 +118,7 @@ async def measure(servers: dict[str, Server], options: argparse.Namespace) -> li
 
 def print_table(runs: list[dict[str, Any]], names: list[str], protocol: str) -> None:
     """Medians of the turns and the ratio of the last target to the first."""
-    by_name = {
-        name: [run for run in runs if (run["target"], run["protocol"]) == (name, protocol)] for name in names
-    }
+    by_name = {name: [run for run in runs if (run["target"], run["protocol"]) == (name, protocol)] for name in names}
     rows = []
     for word in ("result", "reply", "idle"):
         for kind in ("median", "p90"):

@@ -78,9 +78,7 @@ def finish(faults: list[str]) -> int:
     return 1 if faults else 0
 
 
-def open_target(
-    options: argparse.Namespace, name: str, label: str, hwm: int
-) -> AbstractContextManager[Server]:
+def open_target(options: argparse.Namespace, name: str, label: str, hwm: int) -> AbstractContextManager[Server]:
     """Start target *name*, or look at the running one; *label* names the kept log."""
     if name == RUNNING:
         return running(options.url, options.token, options.pid)

@@ -56,9 +56,7 @@ class Signer:
     Raises ValueError for a ``signature_scheme`` that is not "hmac-" and a hashlib name.
     """
 
-    def __init__(
-        self, key: Buffer, signature_scheme: str = "hmac-sha256", *, history_size: int = 65536
-    ) -> None: ...
+    def __init__(self, key: Buffer, signature_scheme: str = "hmac-sha256", *, history_size: int = 65536) -> None: ...
     @property
     def signature_scheme(self) -> str: ...
     @property
@@ -97,8 +95,8 @@ def encode_v1(channel: str, parts: Sequence[Buffer]) -> bytes:
 def decode_v1(payload: Buffer) -> tuple[str, list[bytes]]:
     """``(channel, parts)`` of a message of `PROTOCOL_V1`.
 
-    Source: `deserialize_msg_from_ws_v1`. Raises MalformedMessage for text (str), offsets that run backwards, into the offsets or
-    out of the payload, a channel that is not UTF-8, fewer than four parts.
+    Source: `deserialize_msg_from_ws_v1`. Raises MalformedMessage for text (str), offsets that run backwards, into
+    the offsets or out of the payload, a channel that is not UTF-8, fewer than four parts.
     """
 
 def encode_legacy(channel: str, parts: Sequence[Buffer]) -> str | bytes:
@@ -116,19 +114,21 @@ def encode_legacy(channel: str, parts: Sequence[Buffer]) -> str | bytes:
 def decode_legacy(payload: str | Buffer) -> tuple[str, list[bytes]]:
     """``(channel, parts)`` of a message of the default protocol, str for the text form, bytes for the binary.
 
-    The parts are the JSON text of the client, cut out and not re-spelled (whitespace around a value is not part of it). Keys are compared unescaped and the last of
-    duplicates wins, as in Python's `json`. A missing or null channel is "shell"; a channel that is no string is
-    its JSON text. ``content`` null or missing is ``{}``; a string ``content`` is its unescaped text (Session.serialize).
+    The parts are the JSON text of the client, cut out and not re-spelled (whitespace around a value is not part of
+    it). Keys are compared unescaped and the last of duplicates wins, as in Python's `json`. A missing or null
+    channel is "shell"; a channel that is no string is its JSON text. ``content`` null or missing is ``{}``; a string
+    ``content`` is its unescaped text (Session.serialize).
     ``buffers`` of the text form must be absent, null or empty.
     Accepts RFC 8259 plus NaN, Infinity and -Infinity, nesting to 1,000.
     Source: `ZMQChannelsWebsocketConnection.handle_incoming_message`, `deserialize_binary_message`.
-    Raises MalformedMessage for anything else: not JSON, not an object, header (an object), parent_header or metadata missing,
-    offsets that run backwards, into the offsets or out of the payload.
+    Raises MalformedMessage for anything else: not JSON, not an object, header (an object), parent_header or metadata
+    missing, offsets that run backwards, into the offsets or out of the payload.
     """
 
 def check_json(text: Buffer) -> None:
     """The scanner behind the decoders on its own: one JSON text as Python's `json.loads` takes it
-    (NaN and infinities included), nesting to 1,000, whitespace around it allowed, in UTF-8. Raises MalformedMessage."""
+    (NaN and infinities included), nesting to 1,000, whitespace around it allowed, in UTF-8. Raises
+    MalformedMessage."""
 
 def header_fields(header: Buffer) -> tuple[str, str]:
     """``(msg_id, msg_type)`` of a header's JSON text, by the rules of `json.loads` (unescaped keys, last one wins).
@@ -141,7 +141,8 @@ def header_fields(header: Buffer) -> tuple[str, str]:
 def frame_header(opcode: int, length: int, *, fin: bool = True) -> bytes:
     """A server's frame header, 2, 4 or 10 bytes, unmasked (RFC 6455 section 5.2).
 
-    ``opcode`` may have `RSV1` or-ed to it. Raises ValueError for an unknown opcode or a control frame that is fragmented or longer than 125.
+    ``opcode`` may have `RSV1` or-ed to it. Raises ValueError for an unknown opcode or a control frame that is
+    fragmented or longer than 125.
     """
 
 def close_payload(code: int | None, reason: str = "") -> bytes:
@@ -157,14 +158,14 @@ def parse_close(payload: Buffer) -> tuple[int | None, str]:
 class FrameParser:
     """A client's bytes in, its messages out: RFC 6455 for a server, sans I/O.
 
-    ``feed`` or ``receive`` bytes, then iterate: each item is ``(opcode, payload)``; text as str, binary as bytes, and control
-    frames (``OP_PING``, ``OP_PONG``, ``OP_CLOSE``) as bytes. Fragments are joined, control frames between them
-    come out first. With ``deflate`` a compressed message comes out as ``(opcode | RSV1, bytes)``, still compressed and for text not yet checked.
-    Iteration stops when more bytes are needed. A message that was complete comes out before an error that
-    follows it: the error is raised by iteration, again at each further call, and nothing is parsed after it. Nothing is parsed after a Close frame either.
-    A text that cannot become UTF-8 fails as soon as the octets show it. A Close frame comes out only when its code and
-    reason may be sent (`parse_close` reads them). Declared lengths cost no memory before
-    the bytes arrive.
+    ``feed`` or ``receive`` bytes, then iterate: each item is ``(opcode, payload)``; text as str, binary as bytes,
+    and control frames (``OP_PING``, ``OP_PONG``, ``OP_CLOSE``) as bytes. Fragments are joined, control frames
+    between them come out first. With ``deflate`` a compressed message comes out as ``(opcode | RSV1, bytes)``, still
+    compressed and for text not yet checked. Iteration stops when more bytes are needed. A message that was complete
+    comes out before an error that follows it: the error is raised by iteration, again at each further call, and
+    nothing is parsed after it. Nothing is parsed after a Close frame either. A text that cannot become UTF-8 fails
+    as soon as the octets show it. A Close frame comes out only when its code and reason may be sent (`parse_close`
+    reads them). Declared lengths cost no memory before the bytes arrive.
 
     Raises (from iteration) ProtocolError, InvalidPayload, MessageTooBig.
     """
@@ -209,8 +210,8 @@ class WriteQueue:
     """One socket's outgoing bytes with two cursors: *written* (the kernel's TCP buffer took them) and
     *acknowledged* (the peer has seen them). Positions are counts of bytes since the queue was made.
 
-    Data up to ``copy_threshold`` is copied into contiguous blocks; larger data is referenced until its cursor has passed
-    it. With ``acknowledge`` off the two cursors are one.
+    Data up to ``copy_threshold`` is copied into contiguous blocks; larger data is referenced until its cursor has
+    passed it. With ``acknowledge`` off the two cursors are one.
     """
 
     def __init__(self, *, copy_threshold: int = 8192, acknowledge: bool = False) -> None: ...
@@ -312,9 +313,7 @@ class Batch:
         """WebSocket frames of all messages, `PROTOCOL_V1` or (None) the default protocol; encoded at the first
         call for each protocol and kept."""
 
-def batch_of(
-    channel: str, messages: Sequence[Sequence[Buffer]], signer: Signer, *, permissive: bool = False
-) -> Batch:
+def batch_of(channel: str, messages: Sequence[Sequence[Buffer]], signer: Signer, *, permissive: bool = False) -> Batch:
     """A batch of multipart messages that were received elsewhere (identities and signature included).
 
     ``permissive`` lets messages pass whose signature does not match; `Batch.rejected` names them.
@@ -365,15 +364,16 @@ class Uplink:
         """Take data messages from ``parser`` until it is empty or a control frame is next.
 
         Returns a set of bits: 1 << index in ("shell", "control", "stdin") for each socket that was sent to and has
-        something to read: sending can swallow the edge of its descriptor. Raises MalformedMessage for the first message
-        that is not one; it has been taken, and the bits come with the next call. Raises SocketClosed.
+        something to read: sending can swallow the edge of its descriptor. Raises MalformedMessage for the first
+        message that is not one; it has been taken, and the bits come with the next call. Raises SocketClosed.
         """
     def send(self, opcode: int, payload: str | Buffer) -> int:
         """The same for one message that is already in Python's hands."""
     def retry(self) -> int:
         """Send again what waits; the result is that of `relay`."""
     def adopt(self, other: Uplink) -> None:
-        """Take over what waits in another uplink, which is empty afterwards: the client has a new socket."""
+        """Take over what waits in another uplink, before what waits here, and its count of `sent`: the client has a
+        new socket. The other is empty afterwards."""
     @property
     def waiting_bytes(self) -> int: ...
     @property
@@ -383,13 +383,14 @@ class Uplink:
         """Messages a socket has taken."""
     @property
     def ignored(self) -> list[str]:
-        """Since the last look: unknown channels and message types that are not allowed, in words; taking them clears them."""
+        """Since the last look: unknown channels and message types that are not allowed, in words; taking them clears
+        them."""
 
 # -- for the tests ---------------------------------------------------------------------------------
 
 def script_syscalls(steps: Sequence[tuple[str, str | int]]) -> None:
-    """Script the core's system calls: each step is ``(call, outcome)``, call "recv" or "sendmsg", outcome an errno name
-    ("EAGAIN", "EINTR", "ENOBUFS", ...), or a number n: let at most n bytes through (0: the call answers 0).
+    """Script the core's system calls: each step is ``(call, outcome)``, call "recv" or "sendmsg", outcome an errno
+    name ("EAGAIN", "EINTR", "ENOBUFS", ...), or a number n: let at most n bytes through (0: the call answers 0).
     Steps are used up in order by calls of that name; afterwards calls are real again. [] ends the script."""
 
 def scripted_left() -> int:

@@ -18,11 +18,12 @@ MIB = 1024 * KIB
 class Limits:
     """Bounds of one kernel's relay. Bytes and seconds."""
 
-    #: A client's socket is given more only while fewer bytes than this wait for it; the rest stays in the outbox, where
-    #: it can still be re-encoded for the next socket of the session.
+    #: A client's socket is given more only while fewer bytes than this wait for it; the rest stays in the outbox,
+    #: where it can still be re-encoded for the next socket of the session.
     high_water: int = 1 * MIB
 
-    #: What a client may have waiting for a kernel that does not take it; at the bound its socket is not read any more.
+    #: What a client may have waiting for a kernel that does not take it; at the bound its socket is not read any
+    #: more.
     uplink_limit: int = 8 * MIB
 
     #: How long a session without a socket is kept after its TCP connection broke, and after a Close frame.
@@ -39,4 +40,3 @@ class Limits:
 def resume_time(limits: Limits, close_code: int | None) -> float:
     """Seconds a session waits for its next socket; ``close_code`` is None when TCP broke without a Close frame."""
     return limits.resume_timeout if close_code is None else limits.resume_timeout_closed
-

@@ -1,9 +1,13 @@
 """fastwire in Jupyter Server: the connection class between its kernels and its clients.
 
-Activate it with ``ServerApp.kernel_websocket_connection_class = "fastwire.jupyter.FastwireWebsocketConnection"``, or run
-`python -m fastwire.serve`. It is a subclass of jupyter_server's own class: whatever is configured for
-`ZMQChannelsWebsocketConnection` holds here too. Messages take the path of `fastwire.relay`; a kernel of protocol 4, or a session
-whose packer is not JSON, takes jupyter_server's own.
+In ``jupyter_server_config.py``::
+
+    c.ServerApp.kernel_websocket_connection_class = "fastwire.jupyter.FastwireWebsocketConnection"
+    c.ServerApp.kernel_manager_class = "fastwire.jupyter.FastwireMappingKernelManager"
+
+or run `python -m fastwire.serve`. The first works without the second, which saves a subscription per kernel. Both are
+subclasses of jupyter_server's own: whatever is configured for those holds here too. Messages take the path of
+`fastwire.relay`; a kernel of protocol 4, or a session whose packer is not JSON, takes jupyter_server's own.
 """
 
 from __future__ import annotations
@@ -13,17 +17,17 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from dataclasses import fields
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import zmq
 from tornado.web import HTTPError
 
 try:
-    from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
     from jupyter_server._tz import utcnow
+    from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
     from traitlets import Bool, Float, Integer, default
     from traitlets.config import Configurable
@@ -82,12 +86,14 @@ class Fastwire(Configurable):
     accept_invalid_signatures = Bool(
         False,
         config=True,
-        help="Pass on kernels' messages whose signature does not match, with a warning. "
-        "Jupyter Server never checked signatures for clients of the v1 protocol; use this for a kernel that cannot sign.",
+        help="Pass on kernels' messages whose signature does not match, with a warning. Jupyter Server never "
+        "checked signatures for clients of the v1 protocol; use this for a kernel that cannot sign.",
     )
 
     def limits(self) -> Limits:
-        return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits) if self.has_trait(field.name)})
+        return Limits(
+            **{field.name: getattr(self, field.name) for field in fields(Limits) if self.has_trait(field.name)}
+        )
 
 
 class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
@@ -208,7 +214,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         with suppress(TimeoutError):
             async with asyncio.timeout(0.5):
                 await asyncio.wait({answered, self.relay.heard})
-                while not self._has_started():
+                while not self._has_started():  # noqa: ASYNC110 - an attribute that others set
                     await asyncio.sleep(0.01)
 
     def nudge(self) -> asyncio.Future[None]:
@@ -413,8 +419,8 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
             kernel.execution_state = state
 
     def _note_activity(self, kernel: Any) -> None:
-        """Setting a validated trait costs more than relaying a message, so busy kernels set theirs twenty times a second,
-        and before anyone is shown them."""
+        """Setting a validated trait costs more than relaying a message, so busy kernels set theirs twenty times a
+        second, and before anyone is shown them."""
         if not self._active:
             asyncio.get_running_loop().call_later(0.05, self._write_activity)
         self._active[kernel] = time.time()
@@ -486,8 +492,8 @@ class Relays:
             self.close(manager)
 
     def _sweep(self) -> None:
-        """Close the relays of kernels that are gone: the stock kernel manager tells nobody. A restart may take a kernel
-        off its manager's list for a moment, so it has to be missing twice."""
+        """Close the relays of kernels that are gone: the stock kernel manager tells nobody. A restart may take a
+        kernel off its manager's list for a moment, so it has to be missing twice."""
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -509,8 +515,8 @@ def is_managed(manager: Any) -> bool:
 
 
 def open_socket(manager: Any, channel: str, identity: bytes | None) -> zmq.Socket[bytes]:
-    """A socket of a kernel, through its manager's ``connect_*`` (provisioners, keys and remote addresses are its own), with
-    an unbounded receive queue: libzmq must not drop what the kernel sends."""
+    """A socket of a kernel, through its manager's ``connect_*`` (provisioners, keys and remote addresses are its
+    own), with an unbounded receive queue: libzmq must not drop what the kernel sends."""
     with unbounded_receive(manager.context):
         socket = take_socket(getattr(manager, f"connect_{channel}")(identity=identity))
     if socket.rcvhwm != 0:

@@ -1,8 +1,9 @@
 """One kernel's ZMQ sockets to many clients and back, in batches.
 
-A `KernelRelay` owns the one iopub subscription of a kernel. A `Session` owns a client's shell, control and stdin sockets and its
-outbox; it lives as long as the client may come back, however many WebSockets that takes. A `Channel` is one ZMQ socket
-on the loop. Kernel to client: Channel -> Session -> Outbox -> Connection; client to kernel: Connection -> Uplink.
+A `KernelRelay` owns the one iopub subscription of a kernel. A `Session` owns a client's shell, control and stdin
+sockets and its outbox; it lives as long as the client may come back, however many WebSockets that takes. A `Channel`
+is one ZMQ socket on the loop. Kernel to client: Channel -> Session -> Outbox -> Connection; client to kernel:
+Connection -> Uplink.
 
 This room knows no jupyter_server: sockets come from a callable, messages are bytes.
 """
@@ -63,8 +64,8 @@ def local_batch(channel: str, parts: list[bytes]) -> Batch:
 
 
 class Channel:
-    """One ZMQ socket on the loop. What it receives goes to ``on_batch``, and before that to ``on_faulty`` when messages
-    were refused; ``before`` and ``after`` frame each wake-up.
+    """One ZMQ socket on the loop. What it receives goes to ``on_batch``, and before that to ``on_faulty`` when
+    messages were refused; ``before`` and ``after`` frame each wake-up.
 
     Its descriptor is edge-triggered: every wake-up drains it to EAGAIN, or comes back in the next turn.
     """
@@ -144,7 +145,8 @@ class Ends(list[int]):
 class KernelRelay:
     """One kernel: its iopub subscription and its clients' sessions.
 
-    ``observers`` are called with each iopub batch, before the clients get it. ``on_rejected(channel, error)`` hears once of each cause for which messages were refused (`rejected` counts them all);
+    ``observers`` are called with each iopub batch, before the clients get it. ``on_rejected(channel, error)`` hears
+    once of each cause for which messages were refused (`rejected` counts them all);
     ``ports`` is whatever identifies where the kernel listens, to see whether it moved.
     """
 
@@ -266,8 +268,8 @@ class KernelRelay:
 class Session:
     """One client's side of a kernel: its shell, control and stdin sockets, its outbox, and the WebSocket it has now.
 
-    ``prepare(batch)`` may change what this client gets. It is called for batches that are `Batch.unusual`, and for each
-    one when ``prepare_all`` is set (rate limits); nobody else pays.
+    ``prepare(batch)`` may change what this client gets. It is called for batches that are `Batch.unusual`, and for
+    each one when ``prepare_all`` is set (rate limits); nobody else pays.
     """
 
     def __init__(self, relay: KernelRelay, session_id: str, identity: bytes) -> None:
@@ -339,9 +341,7 @@ class Session:
             self.relay.end_session(self)
             return
         self.detached_at = self._loop.time()
-        self._expiry = self._loop.call_later(
-            resume_time(self.relay.limits, close_code), self.relay.end_session, self
-        )
+        self._expiry = self._loop.call_later(resume_time(self.relay.limits, close_code), self.relay.end_session, self)
         self.relay.limit_detached()
 
     # -- kernel to client --

@@ -1,8 +1,8 @@
 """A WebSocket for Tornado whose bytes move through the compiled core.
 
 `WebSocketHandler` stands in for `tornado.websocket.WebSocketHandler`: same methods, same callbacks. Tornado does the
-handshake; then a `Connection` takes the socket over. It reads in bulk, flushes at most once per turn of the loop, and asks
-for write events only while bytes wait. With TLS the same parser and queue work on Tornado's stream instead.
+handshake; then a `Connection` takes the socket over. It reads in bulk, flushes at most once per turn of the loop,
+and asks for write events only while bytes wait. With TLS the same parser and queue work on Tornado's stream instead.
 
 This room knows no Jupyter.
 """
@@ -88,8 +88,9 @@ class Written:
 class WebSocketHandler(tornado.websocket.WebSocketHandler):
     """Use it instead of `tornado.websocket.WebSocketHandler`: same methods, same callbacks.
 
-    Differences: awaiting `write_message` waits until the transport has taken the bytes (not awaiting it leaves no task and no
-    "never retrieved"); clients that break RFC 6455 get the Close frame it asks for; ``TCP_NODELAY`` is on from the start.
+    Differences: awaiting `write_message` waits until the transport has taken the bytes (not awaiting it leaves no
+    task and no "never retrieved"); clients that break RFC 6455 get the Close frame it asks for; ``TCP_NODELAY`` is
+    on from the start.
     """
 
     def get_websocket_protocol(self) -> tornado.websocket.WebSocketProtocol | None:
@@ -99,7 +100,7 @@ class WebSocketHandler(tornado.websocket.WebSocketHandler):
 def connection_for(handler: tornado.websocket.WebSocketHandler) -> Connection | None:
     """The protocol object for a handler before its handshake, None for a version other than 13.
 
-    Give any Tornado handler fastwire's data path with ``handler.get_websocket_protocol = lambda: connection_for(handler)``.
+    To give any Tornado handler fastwire's data path, let its ``get_websocket_protocol`` return this.
     Source: `tornado.websocket.WebSocketHandler.get_websocket_protocol`.
     """
     if handler.request.headers.get("Sec-WebSocket-Version") != "13":
@@ -118,13 +119,12 @@ def connection_for(handler: tornado.websocket.WebSocketHandler) -> Connection | 
 class Connection(WebSocketProtocol13):
     """One client's socket after the handshake: `parser` for its bytes, `queue` for ours.
 
-    ``consumer``, when set, is called with the parser while data messages are pending and must take them (all, or up to the
-    next control frame); otherwise each goes to the handler's ``on_message``. ``on_progress`` is called after bytes went out.
+    ``consumer``, when set, is called with the parser while data messages are pending and must take them (all, or up
+    to the next control frame); otherwise each goes to the handler's ``on_message``. ``on_progress`` is called after
+    bytes went out.
     """
 
-    def __init__(
-        self, handler: tornado.websocket.WebSocketHandler, params: tornado.websocket._WebSocketParams
-    ) -> None:
+    def __init__(self, handler: tornado.websocket.WebSocketHandler, params: tornado.websocket._WebSocketParams) -> None:
         super().__init__(handler, False, params)
         self.queue = WriteQueue()
         self.consumer: Callable[[FrameParser], None] | None = None
@@ -242,7 +242,7 @@ class Connection(WebSocketProtocol13):
             self._hand_out()
         except FastwireError as error:
             self.fail(error)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the boundary to the application's code
             self.handler.log_exception(*sys.exc_info())
             self._abort()
 
@@ -544,6 +544,7 @@ def is_quiet(error: OSError) -> bool:
         errno.ENOTCONN,
         errno.ESHUTDOWN,
     )
+
 
 if sys.platform == "win32":
     raise ImportError("fastwire.websocket needs a POSIX system")

@@ -19,6 +19,7 @@ ROOMS = (
     "errors",
     "_core",
     "flow",
+    "turns",
     "outbox",
     "websocket",
     "relay",

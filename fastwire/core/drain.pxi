@@ -247,7 +247,8 @@ cdef class Batch:
             return blank_part()
         return None
 
-    cdef int add_zmq(self, Signer signer, bint permissive, fw_zmq_msg *frames, fw_span *spans, Py_ssize_t count) except -1:
+    cdef int add_zmq(self, Signer signer, bint permissive, fw_zmq_msg *frames, fw_span *spans,
+                     Py_ssize_t count) except -1:
         """Takes over the frames of one message that libzmq received."""
         cdef Py_ssize_t first = 0, i
         cdef Header header

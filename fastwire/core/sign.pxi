@@ -15,8 +15,8 @@ cdef enum:
     REPLAYED
 
 
-# The last ``limit`` digests: a ring in the order they came, and an open-addressed table into it. The first eight bytes of
-# a keyed digest stand for it: nobody without the key can make two that agree.
+# The last ``limit`` digests: a ring in the order they came, and an open-addressed table into it. The first eight
+# bytes of a keyed digest stand for it: nobody without the key can make two that agree.
 cdef struct History:
     uint64_t *ring
     uint32_t *table     # index into the ring plus one, 0 is free

@@ -193,14 +193,19 @@ cdef class Uplink:
         return taken
 
     def adopt(self, Uplink other not None):
-        self.waiting = other.waiting
-        self.waiting_bytes = other.waiting_bytes
-        self.waiting_messages = other.waiting_messages
-        self.sent = other.sent
-        self.touched = other.touched
-        other.waiting = [deque() for _ in CHANNELS]
+        if other is self:
+            return
+        for mine, theirs in zip(self.waiting, other.waiting):
+            mine.extendleft(reversed(theirs))
+            theirs.clear()
+        self.waiting_bytes += other.waiting_bytes
+        self.waiting_messages += other.waiting_messages
+        self.sent += other.sent
+        self.touched |= other.touched
         other.waiting_bytes = 0
         other.waiting_messages = 0
+        other.sent = 0
+        other.touched = 0
 
     cdef int readable(self) except -1:
         """Which of the sockets that were sent to have something to read: their descriptor may have lost its edge. So

@@ -1,0 +1,174 @@
+"""`fastwire.turns`: one epoll for many descriptors, and what is to be done once at a turn's end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastwire.turns import Turns
+
+
+def run(test: Callable[[Turns], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        await test(Turns.current())
+
+    asyncio.run(main())
+
+
+class Pipe:
+    """A pipe whose reading end notes what it read."""
+
+    def __init__(self, turns: Turns, log: list[Any], name: Any) -> None:
+        self.out, self.into = os.pipe()
+        self.turns, self.log, self.name = turns, log, name
+        turns.watch(self.out, self.read)
+
+    def read(self) -> None:
+        os.read(self.out, 100)
+        self.log.append(self.name)
+
+    def close(self) -> None:
+        self.turns.unwatch(self.out, self.read)
+        os.close(self.out)
+        os.close(self.into)
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_ready_descriptors_are_called_and_the_end_once() -> None:
+    async def body(turns: Turns) -> None:
+        log: list[Any] = []
+        pipes = [Pipe(turns, log, name) for name in range(3)]
+
+        def end() -> None:
+            log.append("end")
+
+        read = pipes[0].read
+        for pipe in pipes:
+            original = pipe.read
+
+            def both(original: Callable[[], None] = original) -> None:
+                original()
+                turns.at_end(end)
+
+            turns.unwatch(pipe.out, original)
+            pipe.read = both  # type: ignore[method-assign]
+            turns.watch(pipe.out, both)
+            os.write(pipe.into, b"x")
+        await settle()
+        assert sorted(log[:3]) == [0, 1, 2]
+        assert log[3:] == ["end"]
+        assert read is not pipes[0].read
+        for pipe in pipes:
+            pipe.close()
+
+    run(body)
+
+
+def test_a_callback_that_raises_keeps_nobody_from_its_turn() -> None:
+    async def body(turns: Turns) -> None:
+        log: list[Any] = []
+        problems: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+        bad, good = Pipe(turns, log, "bad"), Pipe(turns, log, "good")
+        turns.unwatch(bad.out, bad.read)
+
+        def fail() -> None:
+            os.read(bad.out, 1)
+            raise ValueError("no")
+
+        turns.watch(bad.out, fail)
+        for pipe in (bad, good):
+            os.write(pipe.into, b"x")
+        await settle()
+        assert log == ["good"]
+        assert [type(problem["exception"]) for problem in problems] == [ValueError]
+        turns.unwatch(bad.out, fail)
+        good.close()
+        os.close(bad.out)
+        os.close(bad.into)
+
+    run(body)
+
+
+def test_a_callback_may_unwatch_another_that_is_ready_in_the_same_turn() -> None:
+    async def body(turns: Turns) -> None:
+        log: list[Any] = []
+        pipes = [Pipe(turns, log, name) for name in "ab"]
+
+        def first_wins(me: Pipe, other: Pipe) -> Callable[[], None]:
+            def callback() -> None:
+                me.read()
+                turns.unwatch(other.out, callbacks[other])
+
+            return callback
+
+        callbacks = {pipes[0]: first_wins(*pipes), pipes[1]: first_wins(pipes[1], pipes[0])}
+        for pipe in pipes:
+            turns.unwatch(pipe.out, pipe.read)
+            turns.watch(pipe.out, callbacks[pipe])
+            os.write(pipe.into, b"x")
+        await settle()
+        assert len(log) == 1
+        winner = pipes["ab".index(log[0])]
+        turns.unwatch(winner.out, callbacks[winner])
+        for pipe in pipes:
+            os.close(pipe.out)
+            os.close(pipe.into)
+
+    run(body)
+
+
+def test_a_number_that_was_closed_and_given_to_another_is_left_alone() -> None:
+    async def body(turns: Turns) -> None:
+        log: list[Any] = []
+        gone = Pipe(turns, log, "gone")
+        number = gone.out
+        os.close(gone.out)
+        os.close(gone.into)
+        heir = Pipe(turns, log, "heir")
+        assert heir.out == number
+        turns.unwatch(number, gone.read)
+        os.write(heir.into, b"x")
+        await settle()
+        assert log == ["heir"]
+        heir.close()
+
+    run(body)
+
+
+def test_at_end_outside_a_turn_comes_with_the_loops_next() -> None:
+    async def body(turns: Turns) -> None:
+        log: list[str] = []
+
+        def end() -> None:
+            log.append("end")
+
+        turns.at_end(end)
+        turns.at_end(end)
+        assert log == []
+        await settle()
+        assert log == ["end"]
+
+    run(body)
+
+
+def test_without_epoll_the_loop_watches_each() -> None:
+    async def body(turns: Turns) -> None:
+        plain = Turns(asyncio.get_running_loop())
+        assert plain._epoll is not None
+        plain._epoll.close()
+        plain._epoll = None
+        log: list[Any] = []
+        pipe = Pipe(plain, log, "plain")
+        os.write(pipe.into, b"x")
+        await settle()
+        assert log == ["plain"]
+        pipe.close()
+
+    run(body)
