@@ -724,7 +724,6 @@ def test_messages_wait_for_a_client_that_is_away(
     assert again.ids(1) == bob.ids(1) == ["5"]
     again.say("still the same")
     assert kernel.receive()[0] == "ann"
-    until(lambda: (len(session.outbox), session.outbox.nbytes) == (0, 0), "nothing is kept any more")
 
 
 @both_protocols
@@ -763,7 +762,6 @@ def test_a_socket_that_ends_in_the_middle(
     assert [each.header["msg_id"] for each in got] == [str(n) for n in numbers]
     assert [each.content for each in got] == [json.loads(parts[3]) for parts in messages]
     assert partial_frames, "no frame was ever cut: the test tests nothing"
-    until(lambda: stage.session("ann").outbox.nbytes == 0, "nothing is kept any more")
 
 
 def test_what_the_socket_had_written_and_nobody_read(stage: Stage, kernel: Kernel) -> None:
@@ -930,7 +928,19 @@ def test_a_socket_is_given_no_more_than_it_takes(stage: Stage, kernel: Kernel, p
     assert connection.queue.pending_bytes < 256 * KIB + MIB + 20_000, "more than the mark and one batch"
     assert session.outbox.nbytes > 15_000_000
     assert client.ids(count) == [str(n) for n in range(count)]
-    until(lambda: session.outbox.nbytes == 0, "nothing is kept any more")
+
+
+@pytest.mark.parametrize("deflate", [False, True], ids=["plain", "deflate"])
+def test_what_was_written_is_let_go(stage: Stage, kernel: Kernel, deflate: bool) -> None:
+    """Also the last of it, when nothing follows."""
+    stage.start(kernel)
+    before = _core.live()
+    client = stage.connect("ann", deflate=deflate)
+    kernel.publish(message("display_data", "1", {}, bytes(5 * MIB)))
+    assert client.ids(1) == ["1"]
+    outbox = stage.session("ann").outbox
+    until(lambda: (len(outbox), outbox.nbytes) == (0, 0), "nothing is kept any more")
+    assert _core.live()["zmq_messages"] == before["zmq_messages"]
 
 
 # -- a kernel that does not read -------------------------------------------------------------------

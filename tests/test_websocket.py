@@ -295,7 +295,7 @@ class Site:
             client.drop()
         opened = [handler for handler in self.handlers if handler.get_status() == 101 and handler.expects_close]
         eventually(lambda: all(handler.closes for handler in opened), "on_close for every connection")
-        eventually(lambda: self.run(lambda: set(self.loop._selector.get_map()) == self.idle), "no reader left")
+        eventually(lambda: self.run(lambda: set(self.loop._selector.get_map()) <= self.idle), "no reader left")
         eventually(lambda: self.run(lambda: len(asyncio.all_tasks())) == 2, "no task left")  # _main and this
         self.handlers.clear()
         self.run(gc.collect)
@@ -2310,6 +2310,8 @@ def test_pausing_in_a_callback_holds(site: Site, where: str) -> None:
     assert handler.events == first
     site.run(handler.connection.resume_reading)
     eventually(lambda: handler.events == [*first, "two"])
+    site.turns()
+    site.run(handler.connection.resume_reading)
 
 
 @on_ours
@@ -2373,8 +2375,9 @@ def v1(channel: str, msg_type: str, msg_id: str, *buffers: bytes) -> bytes:
 @pytest.fixture
 def kernel(context: zmq.Context, site: Site) -> Iterator[tuple[zmq.Socket, _core.Uplink]]:
     """A kernel's shell socket, and an uplink to it."""
-    ours, theirs = zmq_pair(context)
-    yield ours, _core.Uplink(PROTOCOL_V1, _core.Signer(KEY), {"shell": theirs})
+    pairs = {channel: zmq_pair(context) for channel in ("shell", "control", "stdin")}
+    sockets = {channel: server for channel, (_, server) in pairs.items()}
+    yield pairs["shell"][0], _core.Uplink(PROTOCOL_V1, _core.Signer(KEY), sockets)
 
 
 @on("fastwire", "fastwire-tls", "fastwire-stream")

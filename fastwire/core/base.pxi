@@ -102,6 +102,66 @@ def live():
     }
 
 
+# -- counters, since the process began --
+
+# Of a message's channel; in the order of Uplink's sockets, then what only kernels send.
+cdef enum:
+    SHELL
+    CONTROL
+    STDIN
+    UPLINKS         # channels that take messages
+    IOPUB = 3
+    ELSEWHERE = 4
+    CHANNEL_COUNT = 5
+
+CHANNELS = ("shell", "control", "stdin", "iopub", "other")
+
+cdef struct Traffic:
+    uint64_t messages
+    uint64_t bytes
+
+cdef struct Counters:
+    Traffic from_kernels[CHANNEL_COUNT]
+    Traffic to_kernels[CHANNEL_COUNT]
+    Traffic from_clients
+    Traffic to_clients
+    uint64_t batches
+    uint64_t rejected
+    uint64_t waited         # messages a full kernel socket made wait
+    uint64_t flushes
+    uint64_t blocked
+    uint64_t no_buffers
+
+cdef Counters counted
+memset(&counted, 0, sizeof(counted))
+
+
+cdef inline void tally(Traffic *traffic, uint64_t nbytes) noexcept nogil:
+    traffic.messages += 1
+    traffic.bytes += nbytes
+
+
+def counters():
+    cdef int i
+    result = {}
+    for i in range(CHANNEL_COUNT):
+        result["from_kernels", CHANNELS[i], "messages"] = counted.from_kernels[i].messages
+        result["from_kernels", CHANNELS[i], "bytes"] = counted.from_kernels[i].bytes
+        result["to_kernels", CHANNELS[i], "messages"] = counted.to_kernels[i].messages
+        result["to_kernels", CHANNELS[i], "bytes"] = counted.to_kernels[i].bytes
+    result["from_clients", "", "messages"] = counted.from_clients.messages
+    result["from_clients", "", "bytes"] = counted.from_clients.bytes
+    result["to_clients", "", "messages"] = counted.to_clients.messages
+    result["to_clients", "", "bytes"] = counted.to_clients.bytes
+    result["batches", "", ""] = counted.batches
+    result["rejected", "", ""] = counted.rejected
+    result["waited", "", ""] = counted.waited
+    result["flushes", "", ""] = counted.flushes
+    result["blocked", "", ""] = counted.blocked
+    result["no_buffers", "", ""] = counted.no_buffers
+    return result
+
+
 # -- spans over Python's buffers --
 
 cdef inline int span_of(object obj, Py_buffer *held, fw_span *span) except -1:

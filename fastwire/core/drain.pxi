@@ -152,6 +152,7 @@ cdef class Store:
 @cython.final
 cdef class Batch:
     cdef readonly str channel
+    cdef int channel_number
     cdef Store store
     cdef Indexed *messages
     cdef Py_ssize_t count
@@ -213,6 +214,7 @@ cdef class Batch:
 
     cdef int reject(self, object error) except -1:
         self.rejected_count += 1
+        counted.rejected += 1
         return self.remember(error)
 
     cdef int remember(self, object error) except -1:
@@ -274,6 +276,7 @@ cdef class Batch:
                 message.parts[i - first] = fixed(self.store.hold(&frames[i]), spans[i].len)
         # The header moved: what was found in it moves along.
         self.rebase(message, &header, spans[first].ptr)
+        tally(&counted.from_kernels[self.channel_number], sum_of(message.parts, message.count))
         return self.index(message)
 
     cdef int rebase(self, Indexed *message, const Header *header, const void *before) noexcept:
@@ -295,6 +298,7 @@ cdef class Batch:
         error = self.judge(signer, permissive, views.spans, views.count, &first, &header)
         if error is not None:
             return self.reject(error)
+        tally(&counted.from_kernels[self.channel_number], sum_of(views.spans + first, views.count - first))
         return self.add_parts(frames[first:])
 
     cdef int add_parts(self, list parts) except -1:
@@ -393,6 +397,7 @@ cdef Batch new_batch(str channel):
         raise ValueError("a channel's name has at most 64 characters")
     batch = Batch.__new__(Batch)
     batch.channel = channel
+    batch.channel_number = CHANNELS.index(channel) if channel in CHANNELS else ELSEWHERE
     batch.store = Store.__new__(Store)
     return batch
 
@@ -629,6 +634,7 @@ def drain(socket, str channel, Signer signer not None, *, Py_ssize_t max_message
         try:
             if batch is None:
                 batch = new_batch(channel)
+                counted.batches += 1
             batch.add_zmq(signer, permissive, incoming, incoming_spans, count)
         finally:
             close_incoming(count)
@@ -651,6 +657,7 @@ cdef Batch drain_by_pyzmq(socket, str channel, Signer signer, Py_ssize_t max_mes
             return batch
         if batch is None:
             batch = new_batch(channel)
+            counted.batches += 1
         batch.add_python(signer, permissive, frames)
         if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
             batch.more = True

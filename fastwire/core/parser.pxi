@@ -409,6 +409,7 @@ cdef class FrameParser:
         event.opcode = opcode
         event.owned = True
         self.event_bytes += event.len
+        tally(&counted.from_clients, event.len)
         self.message = NULL
         self.message_length = 0
         self.message_room = 0
@@ -431,6 +432,8 @@ cdef class FrameParser:
         event.len = n
         event.opcode = opcode
         event.owned = copy
+        if opcode < CLOSE or opcode & RSV1_BIT:
+            tally(&counted.from_clients, n)
         self.event_bytes += n
         return 0
 

@@ -224,6 +224,8 @@ cdef class WriteQueue:
         span_of(payload, &held, &span)
         try:
             first = first_byte(opcode, span.len, True)
+            if opcode < CLOSE or opcode & RSV1_BIT:
+                counted.to_clients.messages += 1
             n = write_header(header, first, span.len)
             memcpy(self.reserve(n), header, n)
             self.append_span(payload, span)
@@ -234,6 +236,7 @@ cdef class WriteQueue:
     def extend(self, Frames frames not None):
         cdef Py_ssize_t i
         cdef Segment *segment
+        counted.to_clients.messages += frames.count
         for i in range(frames.segment_count):
             segment = &frames.segments[i]
             if segment.len <= SHARE_FROM:
@@ -257,14 +260,23 @@ cdef class WriteQueue:
         count = self.gather(pieces, limit, &given)
         sent = fw_sendmsg(fd, pieces, count)
         if sent < 0:
-            self.failed = errno
-            if self.failed == EAGAIN:
-                return BLOCKED
-            return NO_BUFFERS if self.failed in (ENOBUFS, ENOMEM) else DEAD
+            return self.judge_failure()
+        counted.flushes += 1
         self.advance(<uint64_t>sent)
         if <size_t>sent < given:
+            counted.blocked += 1
             return BLOCKED
         return DONE if self.queued == self.written else MORE
+
+    cdef int judge_failure(self) noexcept:
+        self.failed = errno
+        if self.failed == EAGAIN:
+            counted.blocked += 1
+            return BLOCKED
+        if self.failed in (ENOBUFS, ENOMEM):
+            counted.no_buffers += 1
+            return NO_BUFFERS
+        return DEAD
 
     cdef int gather(self, iovec *pieces, size_t limit, size_t *given) noexcept:
         """The next bytes to write, at most ``limit``, as pieces."""
@@ -286,6 +298,7 @@ cdef class WriteQueue:
 
     cdef void advance(self, uint64_t count) noexcept:
         self.written += count
+        counted.to_clients.bytes += count
         while self.next_write < self.last and self.entry(self.next_write).end <= self.written:
             self.next_write += 1
         if not self.acknowledging:

@@ -2,14 +2,6 @@
 
 from collections import deque
 
-cdef enum:
-    SHELL
-    CONTROL
-    STDIN
-    UPLINKS         # channels that take messages
-
-CHANNELS = ("shell", "control", "stdin")
-
 # What became of a message.
 cdef enum:
     SENT
@@ -50,8 +42,8 @@ cdef class Uplink:
     def __init__(self, protocol, Signer signer not None, dict sockets not None, *, allowed_message_types=frozenset()):
         self.protocol = protocol_of(protocol)
         self.signer = signer
-        self.sockets = [sockets[channel] for channel in CHANNELS]
-        self.waiting = [deque() for _ in CHANNELS]
+        self.sockets = [sockets[channel] for channel in CHANNELS[:UPLINKS]]
+        self.waiting = [deque() for _ in self.sockets]
         self.allowed = frozenset(allowed_message_types)
         self.notes = []
 
@@ -130,9 +122,11 @@ cdef class Uplink:
         """Signs the message and sends it, or lets it wait behind those that wait already."""
         cdef bytes signature = self.signer.hex_signature(self.message.parts.items)
         cdef Spans *parts = &self.message.parts
+        tally(&counted.to_kernels[target], sum_of(parts.items, <Py_ssize_t>parts.count))
         if not self.waiting[target] and self.send_spans(target, signature) == SENT:
             self.sent += 1
             return 0
+        counted.waited += 1
         frames = [DELIMITER, signature] + parts_list(parts)
         self.waiting[target].append(frames)
         self.waiting_messages += 1
