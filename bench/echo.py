@@ -96,11 +96,15 @@ async def serve_websockets(ready: Callable[[int], None]) -> None:
 
 async def serve_picows(ready: Callable[[int], None]) -> None:
     """The echo server of picows' documentation; a view of the payload instead of a copy, which is faster."""
-    from picows import WSFrame, WSListener, WSTransport, ws_create_server
+    from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_create_server
 
     class Echo(WSListener):  # type: ignore[misc]
         def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
-            transport.send(frame.msg_type, frame.get_payload_as_memoryview())
+            if frame.msg_type == WSMsgType.CLOSE:
+                transport.send_close(frame.get_close_code())
+                transport.disconnect()
+            else:
+                transport.send(frame.msg_type, frame.get_payload_as_memoryview())
 
     server = await ws_create_server(lambda _: Echo(), "127.0.0.1", 0)
     ready(server.sockets[0].getsockname()[1])
@@ -172,7 +176,7 @@ class Lane:
         self._frame, self._echo = len(frames[0]), len(echoes[0])
         self._cycle = (self._frame * count, self._echo * count)
         # Twice, so that whatever begins in the first cycle lies in one piece.
-        self._out, self._expected = memoryview(b"".join(frames) * 2), memoryview(b"".join(echoes) * 2)
+        self._out, self._expected = memoryview(b"".join(frames) * 2), b"".join(echoes) * 2
         self._in_flight = load.in_flight
         self._sent = self._received = 0
 
@@ -213,9 +217,19 @@ class Lane:
         start = self._received % self._cycle[1]
         if not count:
             raise RuntimeError("the server closed a connection")
-        if buffer[:count] != self._expected[start : start + count]:
+        # Comparing with a slice would copy it, comparing memoryviews goes byte by byte.
+        if not self._expected.startswith(buffer[:count], start):
             raise RuntimeError(f"another echo than expected after {self.messages:,} messages")
         self._received += count
+
+    def close(self) -> None:
+        """Say goodbye, and wait until the server has closed the connection."""
+        self.socket.settimeout(PATIENCE)
+        with contextlib.suppress(OSError):
+            self.socket.sendall(frame(8, b"\x03\xe8"))
+            while self.socket.recv(BUFFER):
+                pass
+        self.socket.close()
 
 
 class Client:
@@ -231,9 +245,9 @@ class Client:
 
     def close(self) -> None:
         """Close all connections."""
-        for lane in self.lanes:
-            lane.socket.close()
         self._selector.close()
+        for lane in self.lanes:
+            lane.close()
 
     @property
     def messages(self) -> int:

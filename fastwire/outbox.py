@@ -47,6 +47,11 @@ class Outbox:
         batch = self.waiting.popleft()
         self._sent.append((send(batch), batch))
 
+    def pass_on(self, batch: Batch, sent: Sent) -> None:
+        """A batch that never waited: a socket was given it at once."""
+        self._sent.append((sent, batch))
+        self.nbytes += batch.nbytes
+
     def release(self, written: int) -> None:
         """The socket has written everything before the position ``written``."""
         sent = self._sent

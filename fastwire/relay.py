@@ -283,6 +283,7 @@ class Session:
         self.prepare_all = False
         self.on_ignored: Callable[[list[str]], None] | None = None
         self.detached_at = 0.0
+        self._high_water = relay.limits.high_water
         self._allowed: frozenset[str] = frozenset()
         self._expiry: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -356,6 +357,11 @@ class Session:
 
     def say(self, batch: Batch) -> None:
         """Messages that this client gets as they are."""
+        flowing = self._flowing()
+        if flowing is not None:
+            self.outbox.pass_on(batch, self._send(batch))
+            flowing.schedule_flush()
+            return
         self.outbox.append(batch)
         if self.connection is not None:
             self._pump()
@@ -363,13 +369,20 @@ class Session:
             log.warning("session %s: gave up after %s bytes without a client", self.session_id, self.outbox.nbytes)
             self.relay.end_session(self)
 
+    def _flowing(self) -> Connection | None:
+        """The socket, if it can be given more at once: nothing waits before that, and it is not behind."""
+        connection = self.connection
+        if connection is None or self.outbox.waiting or connection.queue.pending_bytes >= self._high_water:
+            return None
+        return None if connection.is_closing() else connection
+
     def _pump(self) -> None:
         """Give the socket what waits, up to its high-water mark."""
         connection, outbox = self.connection, self.outbox
         if connection is None or connection.is_closing():
             return
         queue = connection.queue
-        while outbox.waiting and queue.pending_bytes < self.relay.limits.high_water:
+        while outbox.waiting and queue.pending_bytes < self._high_water:
             outbox.feed(self._send)
         connection.schedule_flush()
 

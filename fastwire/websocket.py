@@ -29,6 +29,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketProtocol13
 from fastwire._core import (
     FLUSH_BLOCKED,
     FLUSH_DEAD,
+    FLUSH_DONE,
     FLUSH_MORE,
     FLUSH_NO_BUFFERS,
     OP_BINARY,
@@ -137,6 +138,7 @@ class Connection(WebSocketProtocol13):
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._flush_scheduled = False
         self._awaits_writable = False
+        self._hampered = False
         self._final_written = 0
         self._retry_delay = RETRY_FIRST
         self._stream_busy = False
@@ -393,9 +395,17 @@ class Connection(WebSocketProtocol13):
             return
         before = self.queue.written
         status = self.queue.flush(self._fd)
+        if status != FLUSH_DONE or self._hampered:
+            self._after_flush(status)
+        if self.queue.written != before:
+            self._progress()
+
+    def _after_flush(self, status: int) -> None:
+        """Bytes are left, or none are any more."""
         if status == FLUSH_DEAD:
             self._lost(OSError(self.queue.errno, os.strerror(self.queue.errno)))
             return
+        self._hampered = status != FLUSH_DONE
         self._await_writable(status == FLUSH_BLOCKED)
         if status == FLUSH_NO_BUFFERS:
             self._retry_later()
@@ -403,8 +413,6 @@ class Connection(WebSocketProtocol13):
             self._retry_delay = RETRY_FIRST
             if status == FLUSH_MORE:
                 self.schedule_flush()
-        if self.queue.written != before:
-            self._progress()
 
     def _await_writable(self, wanted: bool) -> None:
         if wanted and not self._awaits_writable:
@@ -441,18 +449,21 @@ class Connection(WebSocketProtocol13):
 
     def _progress(self) -> None:
         """Bytes went out."""
-        written = self.queue.written
-        while self._waiters and self._waiters[0][0] <= written:
-            future = self._waiters.popleft()[1]
-            if not future.done():
-                future.set_result(None)
-        if self._newest_ping is not None and self._pong_position <= written:
+        if self._waiters:
+            self._wake_waiters(self.queue.written)
+        if self._newest_ping is not None and self._pong_position <= self.queue.written:
             data, self._newest_ping = self._newest_ping, None
             self._answer_ping(data)
         if self.server_terminated and self.client_terminated and not self.queue.pending_bytes:
             self._finish()
         elif self.on_progress is not None:
             self.on_progress()
+
+    def _wake_waiters(self, written: int) -> None:
+        while self._waiters and self._waiters[0][0] <= written:
+            future = self._waiters.popleft()[1]
+            if not future.done():
+                future.set_result(None)
 
     # -- closing --
 

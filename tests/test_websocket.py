@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -43,6 +44,7 @@ from tornado.netutil import bind_sockets, bind_unix_socket
 from tornado.websocket import WebSocketClosedError
 from wsclient import OP_CONTINUATION, PATIENCE, Client, close_frame
 
+import fastwire.turns
 import fastwire.websocket
 from fastwire import _core
 from fastwire._core import OP_BINARY, OP_CLOSE, OP_PING, OP_PONG, OP_TEXT, PROTOCOL_V1, RSV1
@@ -115,6 +117,7 @@ class Variant:
     tls: bool = False
     deflate: bool = False
     late: bool = False
+    epoll: bool = True
 
 
 TORNADO, FASTWIRE = tornado.websocket.WebSocketHandler, fastwire.websocket.WebSocketHandler
@@ -127,6 +130,7 @@ VARIANTS = {
     "fastwire-tls": Variant(FASTWIRE, tls=True),
     "fastwire-deflate": Variant(FASTWIRE, deflate=True),
     "fastwire-stream": Variant(FASTWIRE, late=True),
+    "fastwire-no-epoll": Variant(FASTWIRE, epoll=False),
 }
 OURS = [name for name, variant in VARIANTS.items() if variant.handler is FASTWIRE]
 
@@ -135,7 +139,7 @@ def on(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("site", names, indirect=True)
 
 
-on_socket = on("fastwire")  # the path where the core itself calls recv and sendmsg
+on_socket = on("fastwire", "fastwire-no-epoll")  # the path where the core itself calls recv and sendmsg
 on_ours = on(*OURS)
 
 
@@ -354,6 +358,8 @@ def site(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     variant = VARIANTS[request.param]
     if variant.late:
         monkeypatch.setattr(tornado.tcpserver, "IOStream", LateStream)
+    if not variant.epoll:
+        monkeypatch.setattr(fastwire.turns, "select", SimpleNamespace())
     site = Site(variant, request.getfixturevalue("certificate") if variant.tls else None)
     try:
         yield site
@@ -462,8 +468,11 @@ def fail_now() -> None:
 FAILURES = pytest.mark.parametrize("fail", [fail_now, fail_later])
 
 
+PROMPT = on(*(name for name in VARIANTS if not VARIANTS[name].late))  # late: the response is lost with the stream
+
+
 @FAILURES
-@on(*(name for name in VARIANTS if not VARIANTS[name].late))  # there the response is lost with the stream
+@PROMPT
 def test_open_that_raises(site: Site, fail: Callable[[], Any]) -> None:
     class Handler(site.Handler):
         expects_close = False
@@ -1201,7 +1210,7 @@ def test_awaiting_a_write_to_a_client_that_vanished(site: Site) -> None:
     eventually(lambda: handler.closes == [(None, None)])
 
 
-HALF_CLOSES = on("tornado", "tornado-deflate", "fastwire", "fastwire-deflate")  # TLS has no half-close
+HALF_CLOSES = on("tornado", "tornado-deflate", "fastwire", "fastwire-deflate", "fastwire-no-epoll")  # TLS has no half-close
 
 
 @HALF_CLOSES
@@ -1254,6 +1263,25 @@ def test_the_application_closes_the_stream_itself(site: Site) -> None:
     for other in others:
         other.send_message("hello")
         assert other.message() == "hello"
+    eventually(lambda: handler.closes == [(None, None)])
+
+
+@PROMPT
+@pytest.mark.parametrize("coroutine", [False, True])
+def test_the_application_closes_the_stream_in_open(site: Site, coroutine: bool) -> None:
+    class Handler(site.Handler):
+        def open(self) -> Any:
+            self.write_message("not for long")
+            return self.later() if coroutine else self.ws_connection.stream.close()
+
+        async def later(self) -> None:
+            await asyncio.sleep(0)
+            self.ws_connection.stream.close()
+            await asyncio.sleep(0)
+
+    client, handler = site.open(Handler)
+    while client._more():
+        pass
     eventually(lambda: handler.closes == [(None, None)])
 
 
@@ -1461,6 +1489,16 @@ def test_not_awaiting_leaves_nothing(site: Site) -> None:
 
 
 @on_ours
+def test_looking_is_not_awaiting(site: Site) -> None:
+    """Who only asks whether it is done is not told by the loop that he missed an exception."""
+    client, handler = site.open_narrow(site.Handler)
+    site.run(lambda: [handler.write_message(NOISE, binary=True).done() for _ in range(3)])
+    eventually(lambda: blocked(handler.connection))
+    client.reset()
+    eventually(lambda: handler.closes)
+
+
+@on_ours
 def test_a_wait_that_is_given_up(site: Site) -> None:
     """Cancelling the wait does not take the message back."""
     client, handler = site.open_narrow(site.Handler)
@@ -1560,7 +1598,7 @@ def test_what_was_lost_is_not_written(site: Site) -> None:
 
 # -- faults of the system --------------------------------------------------------------------------
 
-on_scripted = on("fastwire", "fastwire-deflate")
+on_scripted = on("fastwire", "fastwire-deflate", "fastwire-no-epoll")
 PASS = 1 << 40  # bytes: as much as the call would do
 
 
@@ -2206,16 +2244,23 @@ def test_the_loop_ends_with_connections_open(no_descriptor_leaks: None, site: Si
         client.send_message(text)
     eventually(lambda: [handler.events for handler in site.handlers].count([]) == 1)
     handlers = [*site.handlers]
-    problems = [*site.problems]
     site.stop()
     for client in clients.values():
         with contextlib.suppress(EOFError, ConnectionResetError):
             while client.frame():
                 pass
     assert [len(handler.closes) for handler in handlers] == [1] * 4
-    assert not problems
-    assert not site.problems
+    assert not site.problems or not site.fastwire  # Tornado stumbles over the cancelled futures of its writes
     assert not [log for log in site.take_logs() if "Uncaught exception" not in log]
+
+
+def test_loops_leave_no_descriptors(no_descriptor_leaks: None) -> None:
+    async def connect() -> None:
+        handler = SimpleNamespace()
+        Connection(handler, tornado.websocket._WebSocketParams())
+
+    for _ in range(5):
+        asyncio.run(connect())
 
 
 def test_a_stopped_server_keeps_its_connections(site: Site) -> None:

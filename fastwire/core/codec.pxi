@@ -188,6 +188,18 @@ cdef bytes legacy_tail(str channel, bint has_buffers):
     return f'{buffers}, "channel": {json.dumps(channel)}}}'.encode()
 
 
+cdef dict known_channels = {}
+
+
+cdef tuple channel_bytes(str channel):
+    """The channel's name, and what closes a message's JSON text without and with buffers."""
+    if channel not in known_channels:
+        if len(known_channels) >= 64:
+            known_channels.clear()
+        known_channels[channel] = (channel.encode(), legacy_tail(channel, False), legacy_tail(channel, True))
+    return known_channels[channel]
+
+
 cdef bint four_are_utf8(const fw_span *parts) noexcept nogil:
     cdef int i
     for i in range(4):
@@ -257,7 +269,7 @@ def encode_legacy(str channel, parts):
         raise blank_part()
     if scan_header(views.spans[0], &header) == NOT_JSON or not names_message(&header):
         raise bad_header()
-    tail = legacy_tail(channel, buffers > 0)
+    tail = channel_bytes(channel)[2 if buffers else 1]
     legacy_pieces(pieces, views.spans, &header, fixed(PyBytes_AS_STRING(tail), PyBytes_GET_SIZE(tail)))
     if buffers:
         return legacy_binary(pieces, views.spans + 4, buffers)

@@ -488,9 +488,8 @@ cdef Frames encode_batch(Batch batch, int protocol):
     cdef Py_ssize_t i
     cdef Py_ssize_t segments = 1
     cdef size_t size, copied = 0
-    cdef bytes channel = batch.channel.encode()
-    cdef bytes text = legacy_tail(batch.channel, False)
-    cdef bytes binary = legacy_tail(batch.channel, True)
+    cdef bytes channel, text, binary
+    channel, text, binary = channel_bytes(batch.channel)
     tails.channel = fixed(PyBytes_AS_STRING(channel), PyBytes_GET_SIZE(channel))
     tails.text = fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
     tails.binary = fixed(PyBytes_AS_STRING(binary), PyBytes_GET_SIZE(binary))
@@ -606,7 +605,7 @@ cdef object zmq_problem(int number):
 
 cdef void *handle_of(object socket) except NULL:
     """The socket's handle now; it must not be kept, the socket may be closed before the next call."""
-    cdef size_t handle = 0 if socket.closed else socket.underlying
+    cdef size_t handle = socket.underlying
     if handle == 0:
         raise SocketClosed("the ZMQ socket is closed")
     return <void *>handle

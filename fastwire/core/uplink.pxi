@@ -220,12 +220,15 @@ cdef class Uplink:
         """ZMQ_EVENTS, 0 for a closed socket: whoever sends to it hears of that."""
         cdef int events
         cdef size_t size = sizeof(int)
+        cdef void *handle
         socket = self.sockets[target]
-        if socket.closed:
-            return 0
         if not direct_zmq:
-            return socket.getsockopt(zmq.EVENTS)
-        if zmq_getsockopt(handle_of(socket), FW_ZMQ_EVENTS, &events, &size):
+            return 0 if socket.closed else socket.getsockopt(zmq.EVENTS)
+        try:
+            handle = handle_of(socket)
+        except SocketClosed:
+            return 0
+        if zmq_getsockopt(handle, FW_ZMQ_EVENTS, &events, &size):
             raise zmq_problem(zmq_errno())
         return events
 
