@@ -37,7 +37,7 @@ except ImportError as error:
     ) from error
 
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Activity, Batch, Signer
-from fastwire.errors import MessageError, SignatureError
+from fastwire.errors import FastwireError, MessageError, SignatureError
 from fastwire.flow import Limits
 from fastwire.relay import KernelRelay, Session, local_batch, take_socket
 from fastwire.websocket import Connection, connection_for
@@ -258,11 +258,10 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._close_future.set_result(None)
 
     def _detach(self) -> None:
-        session, self._session = self._session, None
-        if session is None or self._connection is None:
+        if self._session is None or self._connection is None:
             return
         has_id = bool(self.websocket_handler.get_argument("session_id", None))
-        session.detach(
+        self._session.detach(
             self._connection,
             close_code=self.websocket_handler.close_code,
             resumable=has_id and bool(self.multi_kernel_manager.buffer_offline_messages),
@@ -292,8 +291,11 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         """One message of the client; with fastwire's protocol object they arrive in the relay without this."""
         if not self._fast:
             super().handle_incoming_message(incoming_msg)
-        elif self._session is not None:
-            self._session.send(incoming_msg)
+        elif self._session is not None and self._connection is not None:
+            try:
+                self._session.send(incoming_msg)
+            except FastwireError as error:
+                self._connection.fail(error)
 
     def _warn_ignored(self, notes: list[str]) -> None:
         for note in notes:
@@ -304,7 +306,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     def _prepare(self, batch: Batch) -> Batch:
         """Rate limits, hidden tracebacks and protocol adaptation, for the messages they concern."""
         changes: dict[int, list[bytes] | None] = {}
-        if batch.foreign and self.subprotocol != PROTOCOL_V1:
+        if batch.foreign and self._session is not None and self._session.protocol != PROTOCOL_V1:
             changes |= {index: self._adapted(batch[index]) for index in batch.foreign}
         if batch.channel == "iopub":
             if batch.counts[ERROR] and not self.multi_kernel_manager.allow_tracebacks:

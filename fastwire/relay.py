@@ -40,6 +40,9 @@ __all__ = ["Channel", "KernelRelay", "Session", "local_batch", "take_socket"]
 
 log = logging.getLogger(__name__)
 
+#: Budgets of iopub that are read before a reply is passed on.
+IOPUB_ROUNDS = 32
+
 CLIENT_CHANNELS = ("shell", "control", "stdin")
 
 #: ``open_socket(channel, identity)`` connects a ZMQ socket to the kernel.
@@ -104,17 +107,17 @@ class Channel:
         if self._after is not None:
             self._after()
 
-    def drain(self) -> None:
-        """Receive everything that is there, up to the budget of one turn."""
+    def drain(self) -> bool:
+        """Receive everything that is there, up to the budget of one turn. Returns whether more is waiting."""
         if self._fd < 0:
-            return
+            return False
         try:
             batch = drain(self.socket, self.name, self._signer, permissive=self._permissive)
         except SocketClosed:
             self.close()
-            return
+            return False
         if batch is None:
-            return
+            return False
         if batch.more:
             self.budget_hits += 1
             asyncio.get_running_loop().call_soon(self._on_readable)
@@ -122,6 +125,7 @@ class Channel:
             self._on_faulty(batch)
         if len(batch):
             self._on_batch(batch)
+        return batch.more
 
     @property
     def closed(self) -> bool:
@@ -225,9 +229,12 @@ class KernelRelay:
             session.deliver(batch)
 
     def drain_iopub(self) -> None:
-        """Before a reply or a status of ours is passed on: what the kernel printed first must come first."""
+        """Before a reply or a status of ours is passed on: what the kernel printed first must come first. The bound is
+        for a kernel that prints faster than it can be read."""
         if self.iopub is not None:
-            self.iopub.drain()
+            for _ in range(IOPUB_ROUNDS):
+                if not self.iopub.drain():
+                    break
 
     # -- sessions --
 
@@ -269,7 +276,7 @@ class Session:
     """One client's side of a kernel: its shell, control and stdin sockets, its outbox, and the WebSocket it has now.
 
     ``prepare(batch)`` may change what this client gets. It is called for batches that are `Batch.unusual`, and for
-    each one when ``prepare_all`` is set (rate limits); nobody else pays.
+    each one when ``prepare_all`` is set (rate limits); nobody else pays. It holds until the next socket brings its own.
     """
 
     def __init__(self, relay: KernelRelay, session_id: str, identity: bytes) -> None:
@@ -337,7 +344,6 @@ class Session:
         connection.consumer = connection.on_progress = None
         self.outbox.rewind(connection.written)
         self.connection = None
-        self.prepare = None
         if not resumable:
             self.relay.end_session(self)
             return

@@ -1,0 +1,1 @@
+"""Hostile bytes for the core: docs/fuzzing.md."""

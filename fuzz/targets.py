@@ -1,0 +1,572 @@
+"""What the fuzzer calls: one function for each parser of the core, given any bytes.
+
+A target returns when all is well. It raises for an error that `_core.pyi` does not document, for an answer that is not
+the oracle's (tests/oracle.py), and `run` for an object of the core that outlives the input. All of it works with an ordinary
+build too: tests/test_fuzz.py.
+
+The first octet of most inputs chooses options, so that the fuzzer can. `data` is a view of exactly the input: what the core
+reads behind its end, a sanitizer sees.
+"""
+
+import gc
+import json
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from itertools import cycle
+from pathlib import Path
+
+import zmq
+
+from fastwire import _core
+from fastwire.errors import FrameError, MalformedMessage, MessageError
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import oracle
+
+Target = Callable[[memoryview], None]
+TARGETS: dict[str, Target] = {}
+
+KEY = b"a key"
+PROTOCOLS = (None, _core.PROTOCOL_V1)
+DEPTH = 1000  # of JSON, as _core.pyi has it
+
+
+def target(function: Target) -> Target:
+    TARGETS[function.__name__] = function
+    return function
+
+
+def prepared(name: str) -> Callable[[memoryview], None]:
+    """`run` for one target, in a Python whose json has no limits of its own."""
+    lift_limits()
+    return partial(run, name)
+
+
+def lift_limits() -> None:
+    """Nesting and long integers are refused by Python's json for reasons the core does not have."""
+    sys.setrecursionlimit(20_000)
+    sys.set_int_max_str_digits(0)
+
+
+def run(name: str, data: memoryview) -> None:
+    """One input through one target."""
+    before = _core.live()
+    TARGETS[name](data)
+    if _core.live() != before:
+        gc.collect()  # slow, and only cycles need it
+        assert _core.live() == before, f"left behind: {_core.live()}, before: {before}"
+
+
+# -- comparing -------------------------------------------------------------------------------------
+
+
+def attempt(function: Callable[..., object], *arguments: object) -> object:
+    """What it returns, or the class of the error that is documented."""
+    try:
+        return function(*arguments)
+    except MessageError as error:
+        return type(error)
+
+
+def is_deep(text: str) -> bool:
+    """Whether JSON is nested beyond `DEPTH`: the one thing the core refuses and Python does not."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest > DEPTH
+
+
+def agree(core: object, plain: object, text: str = "") -> None:
+    """The same answer, or ``text`` is the reason why there is none."""
+    if core is MalformedMessage and plain is not MalformedMessage and is_deep(text):
+        return
+    assert core == plain, f"the core says {core!r}, the oracle {plain!r}"
+
+
+# -- frames ----------------------------------------------------------------------------------------
+
+LIMITS = (10485760, 1000, 125, 0)
+
+
+@cache
+def connection() -> tuple[socket.socket, socket.socket]:
+    """``(the server's, the client's)``."""
+    server, client = socket.socketpair()
+    server.setblocking(False)
+    return server, client
+
+
+def received(parser: _core.FrameParser, chunk: memoryview) -> None:
+    server, client = connection()
+    client.sendall(chunk)
+    assert parser.receive(server.fileno()) == len(chunk)
+    assert parser.receive(server.fileno()) == -1
+
+
+def chunks(data: memoryview, size: int) -> Iterator[memoryview]:
+    """Pieces of ``size`` octets and of one, in turn."""
+    at = 0
+    for length in cycle((size, 1)):
+        if at >= len(data):
+            return
+        yield data[at : at + length]
+        at += length
+
+
+def taken(parser: _core.FrameParser | oracle.OracleParser) -> tuple[list[tuple[int, str | bytes]], type | None]:
+    """What comes out before the parser stops, and the error that stops it."""
+    items = []
+    try:
+        for item in parser:
+            items.append(item)  # noqa: PERF402 - they are kept when the error comes
+    except FrameError as error:
+        return items, type(error)
+    return items, None
+
+
+@target
+def frames(data: memoryview) -> None:
+    """A client's stream in chunks, through one parser and through a second that shares the read buffer."""
+    if len(data) < 2:
+        return
+    options, size = data[0], data[1] + 1
+    deflate, late, by_socket, limit = options & 1, options & 2, options & 4, LIMITS[options >> 3 & 3]
+    parsers = [_core.FrameParser(limit, deflate=bool(deflate)) for _ in range(2)]
+    seen: list[list[tuple[int, str | bytes]]] = [[], []]
+    with data[2:] as stream:
+        for chunk in chunks(stream, size):
+            for parser, items in zip(parsers, seen, strict=True):
+                received(parser, chunk) if by_socket else parser.feed(chunk)
+                if not late:
+                    items += taken(parser)[0]
+            chunk.release()  # fails if the core holds on to it
+        plain = oracle.OracleParser(limit, deflate=bool(deflate))
+        plain.feed(stream)
+        expected, error = taken(plain)
+    for parser, items in zip(parsers, seen, strict=True):
+        assert parser.pending == 0 or late
+        last, stopped = taken(parser)
+        agree((items + last, stopped), (expected, error))
+        assert taken(parser) == ([], error), "an error is said again"
+        assert parser.closed == plain.closed
+        assert parser.buffered_bytes <= len(data)
+    if plain.error:
+        plain.error.with_traceback(None)  # it holds this function's parsers
+
+
+@target
+def close(data: memoryview) -> None:
+    try:
+        plain: object = oracle.parse_close(data)
+    except FrameError as error:
+        plain = type(error)
+    try:
+        core: object = _core.parse_close(data)
+    except FrameError as error:
+        core = type(error)
+    agree(core, plain)
+    if isinstance(core, tuple):
+        agree(_core.close_payload(*core), oracle.close_payload(*core))
+
+
+# -- JSON and both protocols -----------------------------------------------------------------------
+
+
+@target
+def json_text(data: memoryview) -> None:
+    agree(attempt(_core.check_json, data), attempt(oracle.check_json, data), oracle.text_of(data))
+
+
+@target
+def header(data: memoryview) -> None:
+    agree(attempt(_core.header_fields, data), attempt(oracle.header_fields, data), oracle.text_of(data))
+
+
+@target
+def v1(data: memoryview) -> None:
+    core = attempt(_core.decode_v1, data)
+    agree(core, attempt(oracle.decode_v1, data))
+    if isinstance(core, tuple):
+        again = _core.encode_v1(*core)
+        agree(again, oracle.encode_v1(*core))
+        agree(_core.decode_v1(again), core)
+
+
+def text_frame(data: memoryview) -> str:
+    """Half a surrogate pair can be said: Python's callers may hold such a string."""
+    return bytes(data).decode("utf-8", "surrogatepass" if data[:1] == b" " else "replace")
+
+
+@target
+def legacy_text(data: memoryview) -> None:
+    try:
+        text = text_frame(data)
+    except UnicodeDecodeError:
+        return
+    agree(attempt(_core.decode_legacy, text), attempt(oracle.decode_legacy, text), text)
+
+
+def json_of(payload: str | memoryview) -> str:
+    """The JSON text of a client's message, "" where there is none."""
+    if isinstance(payload, str):
+        return payload
+    found = attempt(oracle.split_binary, bytes(payload))
+    return found[0] if isinstance(found, tuple) else ""
+
+
+@target
+def legacy_binary(data: memoryview) -> None:
+    agree(attempt(_core.decode_legacy, data), attempt(oracle.decode_legacy, data), json_of(data))
+
+
+# -- a kernel's messages ---------------------------------------------------------------------------
+
+# These octets are in no UTF-8, so in no JSON. One octet each: a mutation that moves it is still an input.
+FRAME, MESSAGE, LARGE = b"\xfe", b"\xff", b"\xfd"
+SIGN_HERE = b"S"
+LARGER = b"x" * 9000  # than what the core copies
+
+channels = ("iopub", "shell", "é\u20ac", "")
+
+
+def multipart(data: memoryview, key: bytes) -> list[list[bytes]]:
+    """The multipart messages an input spells, at most 40."""
+    texts = bytes(data).split(MESSAGE)[:40] if data else []
+    return [signed([frame.replace(LARGE, LARGER, 2) for frame in text.split(FRAME)], key) for text in texts]
+
+
+def signed(multipart: list[bytes], key: bytes) -> list[bytes]:
+    """`SIGN_HERE` becomes the signature of the parts behind it."""
+    if SIGN_HERE not in multipart[:-4]:
+        return multipart
+    at = multipart.index(SIGN_HERE)
+    return [*multipart[:at], oracle.Signer(key).sign(multipart[at + 1 :]), *multipart[at + 1 :]]
+
+
+def loads(text: str) -> object:
+    """The value of JSON, NaN as something that is equal to itself; the text of what is not JSON (nobody reads what a kernel
+    sends behind its header)."""
+    try:
+        return json.loads(text, parse_constant=lambda name: ("constant", name))
+    except (ValueError, RecursionError):
+        return None
+
+
+def check_legacy(channel: str, parts: Sequence[bytes]) -> bytes:
+    """The frame of a message in the default protocol, held against the oracle as JSON: the core keeps spellings."""
+    core, plain = (module.encode_legacy(channel, parts) for module in (_core, oracle))
+    assert type(core) is type(plain)
+    if isinstance(core, str):
+        agree(loads(core), loads(plain))
+    else:
+        (core_text, core_buffers), (plain_text, plain_buffers) = map(oracle.split_binary, (core, plain))
+        agree((loads(core_text), core_buffers), (loads(plain_text), plain_buffers))
+    return oracle.server_frame(core)
+
+
+def check_batch(batch: _core.Batch, messages: list[list[bytes]]) -> None:
+    """All that a batch says of itself follows from its messages."""
+    agree([batch[i] for i in range(len(batch))], messages)
+    types = [oracle.header_fields(parts[0])[1] for parts in messages]
+    agree([batch.msg_type(i) for i in range(len(batch))], types)
+    classes = [oracle.message_class(msg_type) for msg_type in types]
+    agree([batch.message_class(i) for i in range(len(batch))], classes)
+    agree(batch.counts, tuple(map(classes.count, _core.MESSAGE_CLASSES)))
+    agree(batch.nbytes, sum(len(part) for parts in messages for part in parts))
+    agree(batch.foreign, [i for i, parts in enumerate(messages) if oracle.is_foreign(parts[0])])
+
+
+def check_frames(batch: _core.Batch, messages: list[list[bytes]]) -> list[tuple[_core.Frames, bytes]]:
+    """Its frames in both protocols, and what must be in them."""
+    v1_frames = [oracle.server_frame(oracle.encode_v1(batch.channel, parts)) for parts in messages]
+    legacy_frames = [check_legacy(batch.channel, parts) for parts in messages]
+    results = []
+    for protocol, each in zip(PROTOCOLS, (legacy_frames, v1_frames), strict=True):
+        encoded = batch.frames(protocol)
+        agree((len(encoded), encoded.nbytes), (len(each), sum(map(len, each))))
+        if each:
+            first = len(each[0])
+            agree([encoded.complete_before(n) for n in (0, first - 1, first)], [0, 0, 1])
+        results.append((encoded, b"".join(each)))
+    return results
+
+
+def written(encoded: _core.Frames) -> bytes:
+    """Its bytes as a queue gives them away, in pieces."""
+    queue = _core.WriteQueue()
+    queue.extend(encoded)
+    return b"".join(iter(partial(queue.take, 5000), b""))
+
+
+def check_encoded(results: list[tuple[_core.Frames, bytes]]) -> None:
+    for encoded, expected in results:
+        agree(bytes(encoded), expected)
+        agree(written(encoded), expected)
+
+
+Judged = tuple[list[list[bytes]], int, list[type]]
+
+
+def judged(messages: Sequence[Sequence[bytes]], signer: oracle.Signer, *, permissive: bool) -> Judged:
+    """By the oracle: the parts of the good ones, how many are refused, and the classes of all errors."""
+    verdicts = [oracle.judge(frames, signer, permissive=permissive) for frames in messages]
+    accepted = [parts for parts, _ in verdicts if parts is not None]
+    errors = [type(error) for _, remarks in verdicts for error in remarks]
+    return accepted, len(verdicts) - len(accepted), errors
+
+
+def check_replaced(batch: _core.Batch, messages: list[list[bytes]], index: int, parts: list[bytes] | None) -> None:
+    """One message changed, or left out."""
+    expected: object = [*messages[:index], *([] if parts is None else [parts]), *messages[index + 1 :]]
+    if parts is not None and attempt(oracle.encode_legacy, "", parts) is MalformedMessage:
+        expected = MalformedMessage
+    other = attempt(batch.replaced, {index: parts})
+    if expected is MalformedMessage or other is MalformedMessage:
+        agree(other, expected, oracle.text_of(parts[0]) if parts else "")
+        return
+    check_batch(other, expected)
+    results = check_frames(other, expected)
+    del other
+    check_encoded(results)
+
+
+def is_too_deep(messages: list[list[bytes]]) -> bool:
+    """Perhaps there is a header that only the oracle reads: all that follows would differ."""
+    return any(frame.count(b"[") + frame.count(b"{") > DEPTH for frames in messages for frame in frames)
+
+
+@target
+def split(data: memoryview) -> None:
+    for each in multipart(data, b""):
+        agree(attempt(_core.split_identities, each), attempt(oracle.split_identities, each))
+        views = list(map(memoryview, each))
+        agree(attempt(_core.split_identities, views), attempt(oracle.split_identities, each))
+
+
+@target
+def batch(data: memoryview) -> None:
+    """Multipart messages that Python holds: judged, indexed, changed, and encoded in both protocols."""
+    if len(data) < 2:
+        return
+    options, choice = data[0], data[1]
+    key, permissive, channel = KEY if options & 1 else b"", bool(options & 2), channels[options >> 2 & 3]
+    messages = multipart(data[2:], key)
+    if is_too_deep(messages):
+        return
+    _core.force_portable(bool(options & 16))
+    made = _core.batch_of(channel, messages, _core.Signer(key), permissive=permissive)
+    accepted, refused, errors = judged(messages, oracle.Signer(key), permissive=permissive)
+    agree((made.rejected_count, list(map(type, made.rejected))), (refused, errors[:16]))
+    check_batch(made, accepted)
+    results = check_frames(made, accepted)
+    if accepted:
+        index, parts = choice % len(accepted), messages[choice >> 4 & 7 if choice >> 4 & 7 < len(messages) else 0]
+        check_replaced(made, accepted, index, None if choice & 128 else parts[2:])
+    del made
+    check_encoded(results)  # they need no batch
+    _core.force_portable(False)
+
+
+# -- the same, through ZMQ -------------------------------------------------------------------------
+
+
+@cache
+def zmq_pair(name: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    """``(the kernel's, the server's)``, over inproc, where what was sent has arrived."""
+    ends = zmq_context().socket(zmq.PAIR), zmq_context().socket(zmq.PAIR)
+    for end in ends:
+        end.setsockopt(zmq.LINGER, 0)
+        end.setsockopt(zmq.SNDHWM, 0)
+        end.setsockopt(zmq.RCVHWM, 0)
+    ends[0].bind(f"inproc://{name}")
+    ends[1].connect(f"inproc://{name}")
+    return ends
+
+
+@cache
+def zmq_context() -> zmq.Context[zmq.Socket[bytes]]:
+    return zmq.Context(io_threads=0)
+
+
+def let_go() -> None:
+    """Close what targets keep from one input to the next."""
+    for end in connection():
+        end.close()
+    zmq_context().destroy(linger=0)
+    for kept in (connection, zmq_context, zmq_pair):
+        kept.cache_clear()
+
+
+@target
+def drain(data: memoryview) -> None:
+    """Multipart messages that libzmq holds, in batches that a budget ends."""
+    if not data:
+        return
+    options = data[0]
+    key, permissive, budget = KEY if options & 1 else b"", bool(options & 2), options >> 4 or 100
+    messages = multipart(data[1:], key)
+    if is_too_deep(messages):
+        return
+    kernel, server = zmq_pair("drain")
+    for each in messages:
+        kernel.send_multipart(each)
+    _core.use_pyzmq(bool(options & 4))
+    receive = partial(_core.drain, server, "iopub", _core.Signer(key), max_messages=budget, permissive=permissive)
+    batches = list(iter(receive, None))
+    _core.use_pyzmq(False)
+    accepted, refused, errors = judged(messages, oracle.Signer(key), permissive=permissive)
+    agree(sum(map(len, batches)), len(accepted))
+    agree(sum(each.rejected_count for each in batches), refused)
+    if len(batches) == 1:
+        agree(list(map(type, batches[0].rejected)), errors[:16])
+    assert all(each.more for each in batches[:-1])
+    check_drained(batches, accepted)
+
+
+def check_drained(batches: list[_core.Batch], messages: list[list[bytes]]) -> None:
+    results = []
+    while batches:
+        made = batches.pop(0)
+        mine, messages = messages[: len(made)], messages[len(made) :]
+        check_batch(made, mine)
+        results += check_frames(made, mine)
+        del made
+    check_encoded(results)
+
+
+# -- activity --------------------------------------------------------------------------------------
+
+UNTRACKED = ("kernel_info_request", "kernel_info_reply", "status", "stream", "comm_info_request", "")
+STATES = ("starting", "busy", "idle", "restarting")
+
+
+def value_of(part: bytes, name: str) -> object:
+    value = oracle.loads(oracle.text_of(part))
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def observed(messages: list[list[bytes]], state: str) -> tuple[bool, str]:
+    """By the rules of jupyter_server; a status that says nothing changes nothing."""
+    active = False
+    for parts in messages:
+        own, parent = oracle.header_fields(parts[0])[1], value_of(parts[1], "msg_type")
+        active = active or own not in UNTRACKED or parent not in UNTRACKED or state == "busy"
+        said = value_of(parts[3], "execution_state") if own == "status" else None
+        if not isinstance(said, str):
+            continue
+        if parent not in UNTRACKED:
+            state = said
+        elif state == "starting" and said != "starting":
+            state = "idle"
+    return active, state
+
+
+@target
+def activity(data: memoryview) -> None:
+    if not data:
+        return
+    state = STATES[data[0] & 3]
+    messages = multipart(data[1:], b"")
+    made = _core.batch_of("iopub", messages, _core.Signer(b""))
+    core = _core.Activity(UNTRACKED).observe(made, state)
+    plain = attempt(observed, [made[i] for i in range(len(made))], state)
+    if plain is not MalformedMessage and not is_too_deep(messages):  # else nobody says what it should be
+        agree(core, plain)
+
+
+# -- client to kernel ------------------------------------------------------------------------------
+
+ALLOWED = frozenset({"execute_request", "input_reply", "\u00e9"})
+
+
+def due(payload: str | memoryview, protocol: str | None, allowed: frozenset[str]) -> object:
+    """``(channel, parts)`` of what a kernel is to get, None for what is ignored, or the error."""
+    decoded = attempt(oracle.decode_v1 if protocol else oracle.decode_legacy, payload)
+    if not isinstance(decoded, tuple):
+        return decoded
+    channel, parts = decoded
+    if channel not in oracle.CHANNELS:
+        return None
+    if not allowed:
+        return decoded
+    msg_type = attempt(value_of, parts[0], "msg_type")
+    if not isinstance(msg_type, str):
+        return MalformedMessage
+    return decoded if msg_type in allowed else None
+
+
+def client_frame(payload: str | memoryview) -> bytes:
+    """Masked with zeros."""
+    head = bytearray(oracle.server_frame(payload))
+    size = len(head) - len(payload.encode() if isinstance(payload, str) else payload)
+    head[1] |= 0x80
+    return bytes(head[:size] + bytes(4) + head[size:])
+
+
+def relayed(uplink: _core.Uplink, payload: str | memoryview) -> int:
+    """From a parser's buffer."""
+    parser = _core.FrameParser()
+    parser.feed(client_frame(payload))
+    return uplink.relay(parser)
+
+
+def arrived(ends: dict[str, tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]) -> list[tuple[str, list[bytes]]]:
+    messages = []
+    for channel, (kernel, _) in ends.items():
+        while kernel.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            messages.append((channel, kernel.recv_multipart()))
+    return messages
+
+
+@target
+def uplink(data: memoryview) -> None:
+    """A client's message, decoded and sent to a socket of its kernel."""
+    if not data:
+        return
+    options = data[0]
+    protocol, allowed = PROTOCOLS[options & 1], ALLOWED if options & 2 else frozenset()
+    try:
+        payload = data[1:] if options & 16 else text_frame(data[1:])
+        sendable = isinstance(payload, memoryview) or payload.encode() is not None
+    except UnicodeDecodeError:
+        return
+    except UnicodeEncodeError:
+        sendable = False
+    ends = {channel: zmq_pair(channel) for channel in oracle.CHANNELS}
+    _core.use_pyzmq(bool(options & 8))
+    link = _core.Uplink(
+        protocol,
+        _core.Signer(KEY),
+        {channel: server for channel, (_, server) in ends.items()},
+        allowed_message_types=allowed,
+    )
+    opcode = _core.OP_BINARY if options & 16 else _core.OP_TEXT
+    if options & 4 and sendable:
+        outcome = attempt(relayed, link, payload)
+    else:
+        outcome = attempt(link.send, opcode, payload)
+    _core.use_pyzmq(False)
+    check_sent(link, outcome, arrived(ends), due(payload, protocol, allowed), json_of(payload))
+
+
+def check_sent(
+    link: _core.Uplink, outcome: object, messages: list[tuple[str, list[bytes]]], expected: object, text: str
+) -> None:
+    agree(link.sent, len(messages))
+    assert (link.waiting_messages, link.waiting_bytes) == (0, 0)
+    if link.ignored:
+        # What is not for a kernel is not read to its end: there may be something wrong with it too.
+        assert outcome == 0
+        assert messages == []
+        assert not isinstance(expected, tuple)
+    elif outcome is MalformedMessage:
+        agree(messages, [])
+        agree(outcome, expected, text)
+    else:
+        channel, parts = expected
+        agree((outcome, messages), (0, [(channel, [oracle.DELIMITER, oracle.Signer(KEY).sign(parts), *parts])]))
