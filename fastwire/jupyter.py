@@ -21,6 +21,7 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import zmq
 from tornado.web import HTTPError
@@ -158,7 +159,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     def _open_relay(self) -> None:
         if self.kernel_id in self.multi_kernel_manager:
             self.multi_kernel_manager.ports_changed(self.kernel_id)
-        self.relay.open(list(self.kernel_manager.ports))
+        relays.open(self.kernel_manager)
 
     def _attach(self, connection: Connection) -> None:
         session = self.relay.session(self.session.session, self.session.bsession)
@@ -186,7 +187,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             if not answered.done():
                 answered.set_result(None)
 
-        channels = [relay.channel(name, None, on_answer) for name in ("shell", "control")]
+        # One that signs wrongly answers too; what it says will be refused, and its users are told.
+        channels = [relay.channel(name, None, on_answer, on_faulty=on_answer) for name in ("shell", "control")]
         try:
             while self._can_prove() and not (answered.done() and relay.heard.done() and self._has_started()):
                 for channel in channels:
@@ -388,8 +390,7 @@ def tell_rejected(manager: Any, channel: str, error: MessageError) -> None:
         return
     text = f"Jupyter Server refuses messages of this kernel on {channel}: {error}\n"
     message = manager.session.msg("stream", content={"name": "stderr", "text": text})
-    for session in relays.of(manager).sessions.values():
-        session.say(local_batch("iopub", parts_of(manager.session, message)))
+    relays.of(manager).announce(local_batch("iopub", parts_of(manager.session, message)))
 
 
 class FastwireMappingKernelManager(AsyncMappingKernelManager):
@@ -408,9 +409,8 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         kernel: Any = self._kernels[kernel_id]
         kernel.reason = ""
         kernel.last_activity = utcnow()
-        relay = relays.of(kernel)
-        relay.observers[:] = [partial(self._record, kernel, Activity(self.untracked_message_types))]
-        relay.open(list(kernel.ports))
+        relays.of(kernel).observers[:] = [partial(self._record, kernel, Activity(self.untracked_message_types))]
+        relays.open(kernel)
 
     def _record(self, kernel: Any, activity: Activity, batch: Batch) -> None:
         before = kernel.execution_state
@@ -458,6 +458,8 @@ class Relays:
 
     def __init__(self) -> None:
         self._relays: dict[Any, KernelRelay] = {}
+        #: What runs each kernel: jupyter_client makes a new provisioner for every start.
+        self._processes: WeakKeyDictionary[KernelRelay, Any] = WeakKeyDictionary()
         self._missing: set[Any] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -475,6 +477,15 @@ class Relays:
             )
             self._sweep()
         return self._relays[manager]
+
+    def open(self, manager: Any) -> None:
+        """Subscribe to the kernel; anew when it moved, with doubt when it was started again since."""
+        relay = self.of(manager)
+        relay.open(list(manager.ports))
+        process = manager.provisioner
+        if self._processes.get(relay) is not process:
+            self._processes[relay] = process
+            relay.doubt()
 
     def unobserve(self, manager: Any) -> None:
         if manager in self._relays:

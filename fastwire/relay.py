@@ -20,6 +20,7 @@ from zmq.eventloop.zmqstream import ZMQStream
 
 from fastwire._core import (
     OP_BINARY,
+    OP_TEXT,
     PROTOCOL_V1,
     Batch,
     FrameParser,
@@ -129,7 +130,8 @@ class Channel:
 
     @property
     def closed(self) -> bool:
-        return self._fd < 0
+        """Also when the socket was closed under it (``context.destroy``)."""
+        return self._fd < 0 or self.socket.closed
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -150,7 +152,7 @@ class KernelRelay:
     """One kernel: its iopub subscription and its clients' sessions.
 
     ``observers`` are called with each iopub batch, before the clients get it. ``on_rejected(channel, error)`` hears
-    once of each cause for which messages were refused (`rejected` counts them all);
+    once of each kind of error for which messages were refused (`rejected` counts them all);
     ``ports`` is whatever identifies where the kernel listens, to see whether it moved.
     """
 
@@ -171,7 +173,8 @@ class KernelRelay:
         self._open_socket = open_socket
         self._permissive = permissive
         self._on_rejected = on_rejected
-        self._causes: set[tuple[str, type[MessageError]]] = set()
+        self._causes: set[type[MessageError]] = set()
+        self._announced: list[Batch] = []
         self.rejected = 0
         self.iopub: Channel | None = None
         #: Resolves when iopub was heard for the first time: the subscription is proven.
@@ -182,8 +185,9 @@ class KernelRelay:
     def open(self, ports: object = None) -> None:
         """Subscribe to the kernel, once. When ``ports`` are not those of last time, every socket is made anew."""
         if self.iopub is not None and self.ports != ports:
+            self.drain_iopub()
             self._close_iopub()
-            for session in self.sessions.values():
+            for session in list(self.sessions.values()):
                 session.reopen()
         if self.iopub is None or self.iopub.closed:
             self.ports = ports
@@ -196,16 +200,23 @@ class KernelRelay:
         identity: bytes | None,
         on_batch: Callable[[Batch], None],
         *,
+        on_faulty: Callable[[Batch], None] | None = None,
         before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
     ) -> Channel:
         """A socket of this kernel on the loop."""
+
+        def refused(batch: Batch) -> None:
+            self._reject(batch)
+            if on_faulty is not None:
+                on_faulty(batch)
+
         return Channel(
             name,
             self._open_socket(name, identity),
             self.signer,
             on_batch,
-            on_faulty=self._reject,
+            on_faulty=refused,
             before=before,
             after=after,
             permissive=self._permissive,
@@ -214,11 +225,13 @@ class KernelRelay:
     def _reject(self, batch: Batch) -> None:
         self.rejected += batch.rejected_count
         for error in batch.rejected:
-            cause = (batch.channel, type(error))
-            if cause not in self._causes:
-                self._causes.add(cause)
+            if type(error) not in self._causes:
+                self._causes.add(type(error))
                 if self._on_rejected is not None:
                     self._on_rejected(batch.channel, error)
+        if batch.rejected_count and not self.heard.done():
+            # Nothing better will come to prove the subscription with.
+            self.heard.set_result(None)
 
     def _on_iopub(self, batch: Batch) -> None:
         if not self.heard.done():
@@ -227,6 +240,17 @@ class KernelRelay:
             observe(batch)
         for session in list(self.sessions.values()):
             session.deliver(batch)
+
+    def doubt(self) -> None:
+        """The kernel was started anew: its subscription has to be proven again."""
+        if self.heard.done():
+            self.heard = asyncio.get_running_loop().create_future()
+
+    def announce(self, batch: Batch) -> None:
+        """Say something to every session, also to those that come later."""
+        self._announced.append(batch)
+        for session in self.sessions.values():
+            session.say(batch)
 
     def drain_iopub(self) -> None:
         """Before a reply or a status of ours is passed on: what the kernel printed first must come first. The bound is
@@ -241,7 +265,9 @@ class KernelRelay:
     def session(self, session_id: str, identity: bytes) -> Session:
         """The session of that id, made when there is none."""
         if session_id not in self.sessions:
-            self.sessions[session_id] = Session(self, session_id, identity)
+            self.sessions[session_id] = session = Session(self, session_id, identity)
+            for batch in self._announced:
+                session.say(batch)
         return self.sessions[session_id]
 
     def end_session(self, session: Session) -> None:
@@ -252,7 +278,7 @@ class KernelRelay:
     def limit_detached(self) -> None:
         detached = [session for session in self.sessions.values() if session.connection is None]
         detached.sort(key=lambda session: session.detached_at)
-        for session in detached[: -self.limits.detached_sessions]:
+        for session in detached[: max(len(detached) - self.limits.detached_sessions, 0)]:
             self.end_session(session)
 
     def _close_iopub(self) -> None:
@@ -295,6 +321,7 @@ class Session:
         self._expiry: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._paused = False
+        self._closed = False
         self._channels: list[Channel] = []
         self._open_channels()
 
@@ -312,10 +339,15 @@ class Session:
         return Uplink(self.protocol, self.relay.signer, sockets, allowed_message_types=self._allowed)
 
     def reopen(self) -> None:
-        """The kernel listens elsewhere now."""
+        """The kernel listens elsewhere now: its last words from the old sockets, what waits for it to the new ones."""
         for channel in self._channels:
+            while channel.drain():
+                pass
             channel.close()
+        waiting = self._uplink
         self._open_channels()
+        self._uplink.adopt(waiting)
+        self._settle(self._uplink.retry())
 
     # -- the client's WebSocket --
 
@@ -331,9 +363,13 @@ class Session:
         self._allowed = allowed_message_types
         self._paused = False
         waiting = self._uplink
-        self._uplink = self._new_uplink()
-        self._uplink.adopt(waiting)
+        if any(channel.closed for channel in self._channels):
+            self.reopen()
+        else:
+            self._uplink = self._new_uplink()
+            self._uplink.adopt(waiting)
         connection.consumer = self._consume
+        connection.receiver = self.send
         connection.on_progress = self._on_progress
         self._pump()
 
@@ -341,9 +377,11 @@ class Session:
         """The socket is gone. Nothing when another one has taken its place already."""
         if connection is not self.connection:
             return
-        connection.consumer = connection.on_progress = None
-        self.outbox.rewind(connection.written)
+        connection.consumer = connection.receiver = connection.on_progress = None
         self.connection = None
+        if self._closed:
+            return
+        self.outbox.rewind(connection.written)
         if not resumable:
             self.relay.end_session(self)
             return
@@ -356,10 +394,19 @@ class Session:
     def deliver(self, batch: Batch) -> None:
         """Messages of the kernel for this client, in order."""
         if self.prepare is not None and (self.prepare_all or batch.unusual):
-            batch = self.prepare(batch)
-            if not len(batch):
+            try:
+                batch = self.prepare(batch)
+            except Exception as error:  # noqa: BLE001 - the boundary to a policy; other clients have theirs
+                self._give_up(error)
                 return
-        self.say(batch)
+        if len(batch):
+            self.say(batch)
+
+    def _give_up(self, error: Exception) -> None:
+        """This client's policy or sockets failed: what it would be sent is not known to be right."""
+        log.error("session %s: %s", self.session_id, error, exc_info=error)
+        if self.connection is not None:
+            self.connection.close(1011, "the server could not handle a message of the kernel")
 
     def say(self, batch: Batch) -> None:
         """Messages that this client gets as they are."""
@@ -421,19 +468,29 @@ class Session:
     # -- client to kernel --
 
     def _consume(self, parser: FrameParser) -> None:
-        self._after_send(self._uplink.relay(parser))
+        try:
+            readable = self._uplink.relay(parser)
+        except MessageError:
+            # The messages before it went out, and their answers may be there.
+            self._settle(self._uplink.retry())
+            raise
+        self._settle(readable)
 
     def send(self, message: str | bytes) -> None:
         """One message of the client that is in Python's hands already."""
-        opcode = OP_BINARY if isinstance(message, bytes) else 1
-        self._after_send(self._uplink.send(opcode, message))
+        self._settle(self._uplink.send(OP_BINARY if isinstance(message, bytes) else OP_TEXT, message))
 
     def _after_wake_up(self) -> None:
-        """A socket of ours woke up: it may have room again."""
+        """A socket of ours woke up: it may have room again, or be gone."""
         if self._uplink.waiting_messages:
-            self._after_send(self._uplink.retry())
+            try:
+                self._settle(self._uplink.retry())
+            except SocketClosed as error:
+                if self.connection is not None:
+                    self.connection.fail(error)
 
-    def _after_send(self, readable: int) -> None:
+    def _settle(self, readable: int) -> None:
+        """After sending: read what has come meanwhile, send what waited and has room now, until neither is left."""
         while readable:
             # Sending took the edge of these descriptors with it, as receiving takes that of a socket with room again.
             self.relay.drain_iopub()
@@ -458,6 +515,7 @@ class Session:
     # -- the end --
 
     def close(self) -> None:
+        self._closed = True
         if self._expiry is not None:
             self._expiry.cancel()
         for channel in self._channels:

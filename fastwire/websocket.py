@@ -121,14 +121,16 @@ class Connection(WebSocketProtocol13):
     """One client's socket after the handshake: `parser` for its bytes, `queue` for ours.
 
     ``consumer``, when set, is called with the parser while data messages are pending and must take them (all, or up
-    to the next control frame); otherwise each goes to the handler's ``on_message``. ``on_progress`` is called after
-    bytes went out.
+    to the next control frame). What it leaves, compressed messages, goes to ``receiver``, and without one to the
+    handler's ``on_message``. Either may raise a `FastwireError` to fail the connection with its close code.
+    ``on_progress`` is called after bytes went out.
     """
 
     def __init__(self, handler: tornado.websocket.WebSocketHandler, params: tornado.websocket._WebSocketParams) -> None:
         super().__init__(handler, False, params)
         self.queue = WriteQueue()
         self.consumer: Callable[[FrameParser], None] | None = None
+        self.receiver: Callable[[str | bytes], None] | None = None
         self.on_progress: Callable[[], None] | None = None
         self.no_buffers = 0
         self._loop = asyncio.get_running_loop()
@@ -284,6 +286,9 @@ class Connection(WebSocketProtocol13):
             payload = self._decompress(opcode & ~RSV1, cast(bytes, payload))
             opcode &= ~RSV1
         if opcode in (OP_TEXT, OP_BINARY):
+            if self.receiver is not None:
+                self.receiver(payload)
+                return None
             return cast("asyncio.Future[None] | None", self._run_callback(self.handler.on_message, payload))
         control = cast(bytes, payload)
         if opcode == OP_PING:

@@ -32,9 +32,7 @@ def header(msg_type: str = "stream", msg_id: str = "id-1", **fields: object) -> 
     return json.dumps({**base, **fields}).encode()
 
 
-def message(
-    msg_type: str = "stream", msg_id: str = "id-1", content: object = None, *buffers: bytes
-) -> list[bytes]:
+def message(msg_type: str = "stream", msg_id: str = "id-1", content: object = None, *buffers: bytes) -> list[bytes]:
     """The parts of one message."""
     return [header(msg_type, msg_id), b"{}", b"{}", json.dumps(content or {}).encode(), *buffers]
 
@@ -146,9 +144,7 @@ class Speller:
             case dict():
                 return self.mapping(list(value.items()))
             case list():
-                return self.joined(
-                    "[", [self.space() + self.value(item) + self.space() for item in value], "]"
-                )
+                return self.joined("[", [self.space() + self.value(item) + self.space() for item in value], "]")
             case _:
                 return json.dumps(value)
 
@@ -294,9 +290,7 @@ def zmq_pair(
     return ends
 
 
-def drain_all(
-    sock: zmq.Socket, channel: str, signer: _core.Signer, count: int, **budget: int
-) -> list[_core.Batch]:
+def drain_all(sock: zmq.Socket, channel: str, signer: _core.Signer, count: int, **budget: int) -> list[_core.Batch]:
     """Batches until ``count`` messages have been taken or refused."""
     batches, seen = [], 0
     while seen < count:

@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import json
 import os
+import signal
 import sys
 import uuid
 from pathlib import Path
@@ -79,15 +80,19 @@ class Kernel:
             self.execute(header, content["code"])
             reply["execution_count"] = 1
         elif msg_type == "kernel_info_request":
-            reply["protocol_version"] = "4.1" if ODD == "old" else "5.3"
-            reply["language_info"] = {"name": "odd"}
+            reply |= self.info()
         elif msg_type == "shutdown_request":
             self.alive = False
         self.say(socket, identity, msg_type.replace("_request", "_reply"), header, reply)
         self.publish("status", header, {"execution_state": "idle"})
 
+    def info(self) -> dict:
+        if ODD in ("versionless", "old"):  # without a version in the header, this is read as protocol 4
+            return {"protocol_version": [4, 1] if ODD == "old" else [5, 3], "language": "odd"}
+        return {"protocol_version": "5.3", "language_info": {"name": "odd"}}
+
     def execute(self, parent: bytes, code: str) -> None:
-        old = ODD == "old" or ODD == "versionless"
+        old = ODD in ("versionless", "old")
         forged = ODD == "sometimes" and "forge" in code
         self.publish("stream", parent, {"name": "stdout", "data" if old else "text": code + "\n"}, forged=forged)
         if ODD == "not-json":
@@ -97,6 +102,7 @@ class Kernel:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # servers interrupt a kernel before they end it
     kernel = Kernel(json.loads(Path(sys.argv[sys.argv.index("-f") + 1]).read_text()))
     kernel.serve()
     kernel.context.destroy(linger=1000)

@@ -52,9 +52,7 @@ def status(state: str, parent_type: str | None) -> list[bytes]:
 
 
 types = st.sampled_from([*UNTRACKED, "execute_request", "execute_reply", "comm_msg", "status", "stream", ""])
-parents = st.sampled_from([None, {}, {"msg_type": None}, {"msg_type": 5}]) | types.map(
-    lambda name: {"msg_type": name}
-)
+parents = st.sampled_from([None, {}, {"msg_type": None}, {"msg_type": 5}]) | types.map(lambda name: {"msg_type": name})
 contents = st.sampled_from(STATES).map(lambda state: {"execution_state": state, "x": {"execution_state": 1}})
 
 
@@ -86,6 +84,15 @@ def test_nobody_uses_a_kernel_that_answers_what_is_untracked() -> None:
     assert by_core(messages, "starting") == (False, "idle")
 
 
+def test_parents_of_one_length_are_told_apart() -> None:
+    names = ("kernel_info_question"[:19], "kernel_info_request")
+    assert [name in UNTRACKED for name in names] == [False, True]
+    assert len(names[0]) == len(names[1])
+    for first, second in (names, names[::-1]):
+        messages = [status("busy", first), status("restarting", second)]
+        assert by_core(messages, "idle") == by_jupyter_server(messages, "idle")
+
+
 def test_keys_and_values_are_unescaped_and_the_last_one_wins() -> None:
     parent = b'{"msg_type": "comm_open", "msg\\u005ftype": "kernel_info_\\u0072equest"}'
     content = b'{"execution_state": "busy", "execution\\u005fstate": "\\u0069dle"}'
@@ -94,9 +101,7 @@ def test_keys_and_values_are_unescaped_and_the_last_one_wins() -> None:
         assert by_core(messages, state) == by_jupyter_server(messages, state)
 
 
-@pytest.mark.parametrize(
-    "content", [b"[]", b"{}", b'{"execution_state": 1}', b'{"execution_state": null}', b"x"]
-)
+@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"execution_state": 1}', b'{"execution_state": null}', b"x"])
 def test_a_status_that_says_nothing_changes_nothing(content: bytes) -> None:
     message = [builders.header("status"), b'{"msg_type": "execute_request"}', b"{}", content]
     assert by_core([message], "busy") == (True, "busy")

@@ -43,9 +43,7 @@ def refused(function: Callable[..., object], *arguments: object) -> bool:
 
 # -- identities ------------------------------------------------------------------------------------
 
-frames = st.lists(
-    st.sampled_from([oracle.DELIMITER, b"", b"<IDS|MSG", b"<IDS|MSG> ", b"id", b"{}"]), max_size=10
-)
+frames = st.lists(st.sampled_from([oracle.DELIMITER, b"", b"<IDS|MSG", b"<IDS|MSG> ", b"id", b"{}"]), max_size=10)
 
 
 @given(frames)
@@ -207,9 +205,7 @@ def test_legacy_is_jupyter_servers_as_json(channel: str, parts: list[bytes]) -> 
 
 def test_legacy_dates_keep_their_spelling() -> None:
     parts = builders.message()
-    core, server = (
-        json.loads(f("iopub", parts)) for f in (_core.encode_legacy, lambda c, p: reserialized(p, c))
-    )
+    core, server = (json.loads(f("iopub", parts)) for f in (_core.encode_legacy, lambda c, p: reserialized(p, c)))
     assert core["header"]["date"] == "2024-05-06T07:08:09.123456Z"
     assert core == server
 
@@ -380,9 +376,7 @@ LEGACY_CASES = {
     "doubled channel": spelled({}, '"channel": "control"'),
     "doubled channel, the last one null": spelled({"channel": '"control"'}, '"channel": null'),
     "doubled content, the last one null": spelled({}, '"content": null'),
-    "escaped keys": spelled(
-        {"header": None, "content": None}, '"\\u0068eader": {"x": 1}', '"conten\\u0074": {"y": 2}'
-    ),
+    "escaped keys": spelled({"header": None, "content": None}, '"\\u0068eader": {"x": 1}', '"conten\\u0074": {"y": 2}'),
     "an escaped key doubles": spelled({}, '"chan\\u006eel": "stdin"'),
     "keys nearly right": spelled({}, '"Header": 1, "header\\u0000": 1, "header ": 1, "headers": 1, "": 1'),
     "keys inside others": spelled({"metadata": '{"channel": "stdin", "header": 1}'}),

@@ -91,9 +91,7 @@ def judged(
     return accepted, len(verdicts) - len(accepted), errors
 
 
-def assert_judged(
-    batches: Sequence[_core.Batch], expected: tuple[list[list[bytes]], int, list[type]]
-) -> None:
+def assert_judged(batches: Sequence[_core.Batch], expected: tuple[list[list[bytes]], int, list[type]]) -> None:
     accepted, refused, errors = expected
     assert builders.all_parts(batches) == accepted
     assert sum(batch.rejected_count for batch in batches) == refused
@@ -135,9 +133,7 @@ def kernel_messages(draw: st.DrawFn) -> list[list[bytes]]:
     plain, messages = oracle.Signer(builders.KEY), []
     for i, kind in enumerate(draw(st.lists(kinds, max_size=24))):
         msg_type = draw(st.sampled_from(TYPES))
-        parts = builders.message(
-            msg_type, f"id-{i}", {"a": draw(st.text(max_size=5))}, *draw(builders.buffers)
-        )
+        parts = builders.message(msg_type, f"id-{i}", {"a": draw(st.text(max_size=5))}, *draw(builders.buffers))
         if kind == "any header":
             parts[0] = draw(builders.headers())
         elif kind in HEADERS:
@@ -158,9 +154,7 @@ def test_batch_of_judges_as_the_oracle(messages: list[list[bytes]], permissive: 
 
 @every_kind_of_socket
 @inproc_and_tcp
-def test_drain_judges_as_the_oracle(
-    context: zmq.Context, transport: bool, kinds: tuple[int, int], tcp: bool
-) -> None:
+def test_drain_judges_as_the_oracle(context: zmq.Context, transport: bool, kinds: tuple[int, int], tcp: bool) -> None:
     kernel, server = builders.zmq_pair(context, *kinds, tcp=tcp)
 
     @given(kernel_messages())
@@ -326,17 +320,13 @@ def test_no_frames_are_never_complete() -> None:
 
 @pytest.mark.parametrize("place", range(7))
 @inproc_and_tcp
-def test_parts_of_every_size_in_every_place(
-    context: zmq.Context, transport: bool, tcp: bool, place: int
-) -> None:
+def test_parts_of_every_size_in_every_place(context: zmq.Context, transport: bool, tcp: bool, place: int) -> None:
     kernel, server = builders.zmq_pair(context, tcp=tcp)
     messages = []
     for i, size in enumerate(SIZES):
         parts = builders.message("stream", f"id-{i}", {}, b"", b"b", b"c")
         text = b'"' + b"x" * (size - 2) + b'"' if size > 1 else b"1"
-        parts[place] = (
-            builders.header("stream", "i" * size) if place == 0 else text if place < 4 else bytes(size)
-        )
+        parts[place] = builders.header("stream", "i" * size) if place == 0 else text if place < 4 else bytes(size)
         messages.append(parts)
     signer, multipart = signed(messages)
     for frames in multipart:
@@ -351,8 +341,7 @@ def test_parts_of_every_size_in_every_place(
 def test_messages_of_megabytes(context: zmq.Context, transport: bool, kinds: tuple[int, int]) -> None:
     kernel, server = builders.zmq_pair(context, *kinds, tcp=True)
     messages = [
-        builders.message("display_data", f"id-{n}", {"a": "é" * n}, bytes(n), b"x" * n)
-        for n in (1, 5_000_000, 3)
+        builders.message("display_data", f"id-{n}", {"a": "é" * n}, bytes(n), b"x" * n) for n in (1, 5_000_000, 3)
     ]
     signer, multipart = signed(messages)
     for frames in multipart:

@@ -38,9 +38,7 @@ def events_of(parser: _core.FrameParser | oracle.OracleParser) -> tuple[list, ty
     return events, None
 
 
-def collected(
-    parser: _core.FrameParser | oracle.OracleParser, chunks: Iterable[bytes]
-) -> tuple[list, type | None]:
+def collected(parser: _core.FrameParser | oracle.OracleParser, chunks: Iterable[bytes]) -> tuple[list, type | None]:
     """As `events_of`, taking events after each chunk, as a server does."""
     events: list = []
     for chunk in chunks:
@@ -175,10 +173,7 @@ ERRORS = {
 }
 BAD_CODES = (0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535)
 GOOD_CODES = (*range(1000, 1004), *range(1007, 1015), 3000, 3999, 4000, 4999)
-ERRORS |= {
-    f"close code {code}": (client_frame(OP_CLOSE, struct.pack(">H", code)), ProtocolError)
-    for code in BAD_CODES
-}
+ERRORS |= {f"close code {code}": (client_frame(OP_CLOSE, struct.pack(">H", code)), ProtocolError) for code in BAD_CODES}
 
 
 @pytest.mark.parametrize("stream", CASES.values(), ids=CASES)
@@ -200,9 +195,7 @@ def test_errors(stream: bytes, error: type[FrameError], portable: bool) -> None:
 
 
 @pytest.mark.parametrize(("stream", "error"), ERRORS.values(), ids=ERRORS)
-def test_an_error_is_raised_again_and_nothing_is_parsed_after_it(
-    stream: bytes, error: type[FrameError]
-) -> None:
+def test_an_error_is_raised_again_and_nothing_is_parsed_after_it(stream: bytes, error: type[FrameError]) -> None:
     parser = _core.FrameParser(MAX_SIZE)
     parser.feed(HELLO + stream + PADDING)
     assert next(parser) == (OP_TEXT, "hello")
@@ -269,9 +262,7 @@ def fragmented(draw: st.DrawFn) -> bytes:
     frames = []
     for i, chunk in enumerate(chunks):
         opcode = OP_CONTINUATION if i else OP_TEXT if text else OP_BINARY
-        frames += [
-            client_frame(opcode, chunk, fin=chunk is chunks[-1] or i == len(chunks) - 1, mask=draw(masks))
-        ]
+        frames += [client_frame(opcode, chunk, fin=chunk is chunks[-1] or i == len(chunks) - 1, mask=draw(masks))]
         frames += draw(controls()) if i < len(chunks) - 1 else []
     return b"".join(frames)
 
@@ -368,9 +359,7 @@ def test_the_oracle_of_text_is_pythons_decoder_but_for_surrogates() -> None:
             decoder.decode(bad)
         except UnicodeDecodeError:
             accepted = False
-        assert accepted == (
-            first_bad_octet(bad) is None or (bad[:1] == b"\xed" and bad[1] in range(0xA0, 0xC0))
-        )
+        assert accepted == (first_bad_octet(bad) is None or (bad[:1] == b"\xed" and bad[1] in range(0xA0, 0xC0)))
 
 
 def core_first_bad_octet(data: bytes, length: int) -> int | None:
@@ -387,13 +376,9 @@ def core_first_bad_octet(data: bytes, length: int) -> int | None:
 
 
 LEADS = [bytes([first]) for first in range(0x80, 0x100)]
-PAIRS = [
-    bytes(pair) for pair in product((0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF4), range(0x7E, 0xC2))
-]
+PAIRS = [bytes(pair) for pair in product((0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF4), range(0x7E, 0xC2))]
 TAILS = [
-    lead + bytes([octet])
-    for lead in (b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98")
-    for octet in (0x7F, 0x80, 0xBF, 0xC0)
+    lead + bytes([octet]) for lead in (b"\xc3", b"\xe2\x82", b"\xf0\x9f\x98") for octet in (0x7F, 0x80, 0xBF, 0xC0)
 ]
 
 
@@ -515,9 +500,7 @@ def test_rsv1_stands_on_the_first_frame_of_a_message_only(stream: bytes) -> None
 
 
 def test_the_limit_holds_for_compressed_octets() -> None:
-    stream = client_frame(OP_BINARY, bytes(MAX_SIZE), rsv=0x40, fin=False) + client_frame(
-        OP_CONTINUATION, b"x"
-    )
+    stream = client_frame(OP_BINARY, bytes(MAX_SIZE), rsv=0x40, fin=False) + client_frame(OP_CONTINUATION, b"x")
     assert_agree([stream], deflate=True)
     assert collected(_core.FrameParser(MAX_SIZE, deflate=True), [stream])[1] is MessageTooBig
 
@@ -565,9 +548,7 @@ def test_what_is_fed_is_copied_and_left_alone(kind: type) -> None:
 def test_a_parser_is_dropped_with_messages_in_it() -> None:
     """The leak check of conftest looks at what is left."""
     parser = _core.FrameParser()
-    parser.feed(
-        HELLO * 100 + client_frame(OP_BINARY, bytes(100_000)) + client_frame(OP_BINARY, bytes(100_000))[:-1]
-    )
+    parser.feed(HELLO * 100 + client_frame(OP_BINARY, bytes(100_000)) + client_frame(OP_BINARY, bytes(100_000))[:-1])
     assert parser.pending == 101
     assert sum(_core.live().values()) > 0
 
@@ -645,9 +626,7 @@ def test_receive_end_of_stream_as_scripted() -> None:
         max_size=40,
     ),
 )
-def test_parsers_share_one_read_buffer(
-    streams: list[bytes], turns: list[tuple[int, str | int | None, bool]]
-) -> None:
+def test_parsers_share_one_read_buffer(streams: list[bytes], turns: list[tuple[int, str | int | None, bool]]) -> None:
     """Reads in any order, messages taken late: nobody's octets end up with another."""
     pairs = [socket.socketpair() for _ in streams]
     parsers = [_core.FrameParser() for _ in streams]
@@ -729,9 +708,7 @@ def test_close_without_a_code() -> None:
 
 @given(
     st.binary(max_size=125)
-    | st.builds(
-        lambda code, rest: struct.pack(">H", code) + rest, st.integers(900, 5100), st.binary(max_size=10)
-    )
+    | st.builds(lambda code, rest: struct.pack(">H", code) + rest, st.integers(900, 5100), st.binary(max_size=10))
 )
 def test_parse_close_against_the_oracle(payload: bytes) -> None:
     outcomes = []

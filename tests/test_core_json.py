@@ -60,9 +60,7 @@ def test_every_short_structure() -> None:
 
 def test_every_short_object() -> None:
     bodies = (
-        "".join(chars)
-        for length in range(5)
-        for chars in product(["", '"a"', ":", ",", "1", " "], repeat=length)
+        "".join(chars) for length in range(5) for chars in product(["", '"a"', ":", ",", "1", " "], repeat=length)
     )
     for body in set(bodies):
         assert_same(f"{{{body}}}".encode())
@@ -80,6 +78,14 @@ def test_every_octet_alone_in_a_string_and_behind_a_text() -> None:
             b"[1" + byte + b"2]",
         ):
             assert_same(text)
+
+
+def test_every_octet_everywhere_in_a_long_string(portable: bool) -> None:
+    """Vector code looks at eight octets or more at once."""
+    for octet, place in product(range(256), range(1, 40)):
+        text = bytearray(b'"' + b"x" * 39 + b'"')
+        text[place] = octet
+        assert_same(bytes(text))
 
 
 def test_every_octet_in_a_unicode_escape() -> None:

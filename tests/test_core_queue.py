@@ -51,9 +51,7 @@ def is_exported(data: bytearray) -> bool:
 def batch_frames(*sizes: int, protocol: str | None = _core.PROTOCOL_V1) -> _core.Frames:
     """Frames of messages with a buffer of each size."""
     signer = _core.Signer(b"")
-    parts = [
-        builders.message("stream", f"id-{i}", {"i": i}, bytes([i % 256]) * n) for i, n in enumerate(sizes)
-    ]
+    parts = [builders.message("stream", f"id-{i}", {"i": i}, bytes([i % 256]) * n) for i, n in enumerate(sizes)]
     return _core.batch_of("iopub", [builders.wire(signer, each) for each in parts], signer).frames(protocol)
 
 
@@ -299,9 +297,7 @@ def test_a_compressed_frame() -> None:
     assert queue.take(99) == b"\xc1\x02\xaa\x00"
 
 
-@pytest.mark.parametrize(
-    ("opcode", "payload"), [(3, b""), (11, b""), (OP_PING, bytes(126)), (OP_TEXT, "\ud800")]
-)
+@pytest.mark.parametrize(("opcode", "payload"), [(3, b""), (11, b""), (OP_PING, bytes(126)), (OP_TEXT, "\ud800")])
 def test_a_frame_that_may_not_be_leaves_nothing_behind(opcode: int, payload: str | bytes) -> None:
     queue = WriteQueue()
     queue.append(b"before")
@@ -339,6 +335,16 @@ def test_many_small_appends_and_takes() -> None:
         assert queue.take(limit) == model.write(limit)
     assert queue.take(1 << 30) == model.write(1 << 30)
     assert queue.held_buffers == 0
+
+
+def test_an_emptied_block_is_let_go_when_the_next_one_begins() -> None:
+    queue, before = WriteQueue(), _core.live()["blocks"]
+    for size in (3000, 9000, 3000, 9000, 3000):
+        queue.append(bytes(size))
+        queue.take(3000)
+    assert queue.take(1 << 20) == bytes(12_000)
+    del queue
+    assert _core.live()["blocks"] == before
 
 
 # -- frames shared by many queues ------------------------------------------------------------------

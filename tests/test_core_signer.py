@@ -14,9 +14,7 @@ from jupyter_client.session import Session
 from fastwire import _core
 from fastwire.errors import DuplicateSignature, InvalidSignature, MalformedMessage
 
-SCHEMES = [
-    f"hmac-{name}" for name in ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "blake2b", "sha3_256")
-]
+SCHEMES = [f"hmac-{name}" for name in ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "blake2b", "sha3_256")]
 BLOCK_EDGES = (0, 1, 54, 55, 56, 57, 63, 64, 65, 119, 120, 127, 128, 129, 183, 184, 192, 256, 4096)
 KEY_LENGTHS = (1, 20, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 1000)
 PARTS = [b"{}", b"[]", b"1", b"2"]
@@ -237,9 +235,7 @@ def test_a_long_history_stays_exact() -> None:
             with pytest.raises(DuplicateSignature):
                 core.verify(core.sign(parts), parts)
     assert outcome(core, core.sign(numbered(2 * size - 1)), numbered(2 * size - 1)) is None
-    assert (
-        outcome(core, core.sign(numbered(2 * size)), numbered(2 * size)) is None
-    )  # the last one pushed it out
+    assert outcome(core, core.sign(numbered(2 * size)), numbered(2 * size)) is None  # the last one pushed it out
 
 
 def test_no_history_refuses_nothing() -> None:

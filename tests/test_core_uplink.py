@@ -44,9 +44,7 @@ class Kernel:
 @pytest.fixture
 def kernel(context: zmq.Context, transport: bool) -> Kernel:
     pairs = {channel: builders.zmq_pair(context) for channel in oracle.CHANNELS}
-    return Kernel(
-        {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
-    )
+    return Kernel({name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()})
 
 
 @pytest.fixture
@@ -63,9 +61,7 @@ def narrow(context: zmq.Context, transport: bool) -> Kernel:
     router.bind("inproc://narrow")
     dealer.connect("inproc://narrow")
     pairs["shell"] = router, dealer
-    return Kernel(
-        {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
-    )
+    return Kernel({name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()})
 
 
 def parser_of(*frames: bytes) -> _core.FrameParser:
@@ -82,9 +78,7 @@ def expected(payload: str | bytes, protocol: str | None) -> tuple[str, list[byte
 
 def numbered(count: int, protocol: str | None, channel: str = "shell", first: int = 0) -> list[str | bytes]:
     numbers = range(first, first + count)
-    return [
-        client_message(message("execute_request", f"id-{i}", {"i": i}), channel, protocol) for i in numbers
-    ]
+    return [client_message(message("execute_request", f"id-{i}", {"i": i}), channel, protocol) for i in numbers]
 
 
 def ids(messages: list[list[bytes]]) -> list[int]:
@@ -205,9 +199,7 @@ def test_a_legacy_message_without_a_channel_goes_to_the_shell(kernel: Kernel) ->
 
 def test_an_escaped_channel(kernel: Kernel) -> None:
     uplink = kernel.uplink(None)
-    text = numbered(1, None)[0].replace(
-        '"channel": "shell"', '"channel": "shell", "ch\\u0061nnel": "co\\u006etrol"'
-    )
+    text = numbered(1, None)[0].replace('"channel": "shell"', '"channel": "shell", "ch\\u0061nnel": "co\\u006etrol"')
     uplink.relay(parser_of(data_frame(text)))
     assert len(kernel.received("control", 1)) == 1
     assert kernel.silent()
@@ -279,9 +271,7 @@ MALFORMED = {
 @pytest.mark.parametrize(
     ("protocol", "bad"), [(protocol, bad) for protocol, payloads in MALFORMED.items() for bad in payloads]
 )
-def test_a_malformed_message_does_not_stop_the_others(
-    kernel: Kernel, protocol: str | None, bad: str | bytes
-) -> None:
+def test_a_malformed_message_does_not_stop_the_others(kernel: Kernel, protocol: str | None, bad: str | bytes) -> None:
     payloads = numbered(4, protocol)
     parser = parser_of(*map(data_frame, (*payloads[:2], bad, payloads[2], bad, bad, payloads[3])))
     uplink = kernel.uplink(protocol)
@@ -472,9 +462,7 @@ def test_a_full_shell_does_not_hold_up_the_others(narrow: Kernel, protocol: str 
 
 
 def test_any_schedule_of_a_narrow_socket(narrow: Kernel) -> None:
-    steps = st.lists(
-        st.tuples(st.sampled_from(["relay", "retry", "read", "send"]), st.integers(1, 6)), max_size=25
-    )
+    steps = st.lists(st.tuples(st.sampled_from(["relay", "retry", "read", "send"]), st.integers(1, 6)), max_size=25)
 
     @given(steps, st.sampled_from(PROTOCOLS))
     def run(schedule: list[tuple[str, int]], protocol: str | None) -> None:
@@ -523,9 +511,7 @@ def test_messages_wait_for_a_kernel_that_is_not_there_yet(
 
 def test_large_messages_wait_whole(narrow: Kernel) -> None:
     uplink = narrow.uplink(PROTOCOL_V1)
-    payloads = [
-        oracle.encode_v1("shell", message("comm_msg", f"{i}", {}, bytes([i]) * 300_000)) for i in range(8)
-    ]
+    payloads = [oracle.encode_v1("shell", message("comm_msg", f"{i}", {}, bytes([i]) * 300_000)) for i in range(8)]
     uplink.relay(parser_of(*map(data_frame, payloads)))
     assert uplink.waiting_bytes > 300_000 * uplink.waiting_messages > 0
     received = []
@@ -597,9 +583,7 @@ def replied(kernel: Kernel, channel: str) -> None:
 
 @both_protocols
 @pytest.mark.parametrize(("channel", "bit"), [("shell", 1), ("control", 2), ("stdin", 4)])
-def test_a_socket_with_something_to_read_is_named(
-    kernel: Kernel, protocol: str | None, channel: str, bit: int
-) -> None:
+def test_a_socket_with_something_to_read_is_named(kernel: Kernel, protocol: str | None, channel: str, bit: int) -> None:
     uplink = kernel.uplink(protocol)
     replied(kernel, channel)
     assert uplink.relay(parser_of(*map(data_frame, numbered(3, protocol, channel)))) == bit

@@ -72,8 +72,8 @@ class Kernel:
             zmq.SNDHWM: room,
             zmq.RCVHWM: room,
             zmq.LINGER: 0,
-            zmq.RCVTIMEO: builders.PATIENCE_MS,
-            zmq.SNDTIMEO: builders.PATIENCE_MS,
+            zmq.RCVTIMEO: int(1000 * PATIENCE),
+            zmq.SNDTIMEO: int(1000 * PATIENCE),
         }.items():
             sock.setsockopt(option, value)
         if kind == zmq.XPUB:
@@ -919,10 +919,8 @@ def test_a_socket_is_given_no_more_than_it_takes(stage: Stage, kernel: Kernel, p
     client = stage.connect("ann", protocol, receive_buffer=32 * KIB)
     other = stage.connect("bob", protocol)
     count = 2000
-    publisher = threading.Thread(target=lambda: kernel.publish(*stream(*range(count), size=10_000)))
-    publisher.start()
+    kernel.publish(*stream(*range(count), size=10_000))
     assert other.ids(count) == [str(n) for n in range(count)], "one slow client holds nobody up"
-    publisher.join()
     session = stage.session("ann")
     connection = session.connection
     assert connection.queue.pending_bytes < 256 * KIB + MIB + 20_000, "more than the mark and one batch"
@@ -981,8 +979,9 @@ def test_a_client_is_not_read_while_too_much_waits(
     texts = [rng.randbytes(5000).hex() for _ in range(400)]  # 4 MB that do not compress well
 
     def say_all() -> None:
-        for number, text in enumerate(texts):
-            client.say(str(number), text=text)
+        with contextlib.suppress(OSError):  # the test has failed
+            for number, text in enumerate(texts):
+                client.say(str(number), text=text)
 
     sender = threading.Thread(target=say_all)
     sender.start()

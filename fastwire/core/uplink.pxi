@@ -126,6 +126,8 @@ cdef class Uplink:
         if not self.waiting[target] and self.send_spans(target, signature) == SENT:
             self.sent += 1
             return 0
+        if self.sockets[target].closed:
+            raise SocketClosed("the ZMQ socket is closed")
         counted.waited += 1
         frames = [DELIMITER, signature] + parts_list(parts)
         self.waiting[target].append(frames)
@@ -175,6 +177,8 @@ cdef class Uplink:
         """The number of messages that a socket has taken now."""
         cdef int taken = 0
         queue = self.waiting[target]
+        if queue and self.sockets[target].closed:
+            raise SocketClosed("the ZMQ socket is closed")
         while queue:
             frames = queue[0]
             if self.send_frames(target, frames) == FULL:

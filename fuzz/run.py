@@ -1,0 +1,165 @@
+"""Fuzz the core: ``python -m fuzz.run --seconds 60``, or ``make fuzz SECONDS=60``.
+
+The time is split over the targets. What libFuzzer finds stays in build/fuzz/corpus and is where the next run begins;
+``--minimise`` puts the smallest part of it that reaches as much into fuzz/corpus. docs/fuzzing.md has more.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuzz import build, seeds
+from fuzz.targets import TARGETS
+
+CORPUS = build.ROOT / "fuzz" / "corpus"
+FOUND = build.FOLDER / "corpus"
+CRASHES = build.FOLDER / "crashes"
+WORDS = build.ROOT / "fuzz" / "words.dict"
+
+LIMITS = (
+    "-timeout=20",  # seconds for one input
+    "-rss_limit_mb=1024",
+    "-malloc_limit_mb=64",  # at once: no length that is only declared may cost that much
+    "-max_len=4096",
+)
+
+
+@dataclass
+class Result:
+    target: str
+    executions: int = 0
+    per_second: int = 0
+    edges_before: int = 0  # what the corpus of the start reached
+    edges: int = 0
+    corpus: int = 0
+    crash: Path | None = None
+    failed: bool = False
+
+    def row(self) -> str:
+        grown = f"+{self.edges - self.edges_before}"
+        state = "CRASH" if self.crash else "FAILED" if self.failed else "-"
+        numbers = f"{self.executions:>10,} {self.per_second:>8,} {self.edges:>6} {grown:>5} {self.corpus:>7}"
+        return f"{self.target:<14} {numbers}  {state}"
+
+
+HEADING = f"{'target':<14} {'executions':>10} {'exec/s':>8} {'edges':>6} {'new':>5} {'corpus':>7}  crashes"
+
+
+def read(target: str, output: str, status: int) -> Result:
+    """libFuzzer's words as numbers."""
+    covered = re.findall(r"cov: (\d+) ft: \d+ corp: (\d+)", output)
+    begun = re.search(r"INITED cov: (\d+)", output)
+    executions = re.search(r"stat::number_of_executed_units: (\d+)", output)
+    per_second = re.search(r"stat::average_exec_per_sec: +(\d+)", output)
+    crash = re.search(r"Test unit written to (.+)", output)
+    result = Result(target, crash=Path(crash[1]) if crash else None, failed=status != 0)
+    if executions and per_second:
+        result.executions, result.per_second = int(executions[1]), int(per_second[1])
+    if covered and begun:
+        result.edges_before = int(begun[1])
+        result.edges, result.corpus = map(int, covered[-1])
+    return result
+
+
+def libfuzzer(target: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [build.DRIVER, *arguments],
+        env=build.environment(target),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+
+
+def folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def fuzz(target: str, seconds: int) -> Result:
+    ended = libfuzzer(
+        target,
+        f"-max_total_time={seconds}",
+        "-print_final_stats=1",
+        f"-dict={WORDS}",
+        f"-artifact_prefix={folder(CRASHES)}/{target}-",
+        *LIMITS,
+        folder(FOUND / target),  # the first one is written to
+        folder(CORPUS / target),
+    )
+    result = read(target, ended.stdout, ended.returncode)
+    print(result.row(), flush=True)
+    if result.failed:
+        print("\n".join(line for line in ended.stdout.splitlines() if "cov: " not in line), file=sys.stderr)
+    return result
+
+
+def fuzz_all(targets: Sequence[str], seconds: int) -> int:
+    """The exit code."""
+    print(HEADING, flush=True)
+    share, extra = divmod(seconds, len(targets))
+    results = [fuzz(target, max(share + (i < extra), 1)) for i, target in enumerate(targets)]
+    for result in results:
+        if result.crash:
+            print(f"\nreproduce: python -m fuzz.run --target {result.target} --repro {result.crash}")
+    return any(result.failed for result in results)
+
+
+def reproduce(target: str, file: Path) -> int:
+    ended = libfuzzer(target, file)
+    print(ended.stdout)
+    return ended.returncode
+
+
+def minimise(target: str) -> None:
+    """fuzz/corpus becomes the fewest inputs that reach the edges which seeds, corpus and findings reach together."""
+    kept, new = CORPUS / target, folder(build.FOLDER / "minimised" / target)
+    shutil.rmtree(new)
+    written = folder(build.FOLDER / "seeds" / target)
+    for i, seed in enumerate(seeds.of(target)):
+        (written / str(i)).write_bytes(seed)
+    ended = libfuzzer(
+        target, "-set_cover_merge=1", *LIMITS, folder(new), folder(kept), written, folder(FOUND / target)
+    )
+    if ended.returncode:
+        sys.exit(ended.stdout)
+    shutil.rmtree(kept)
+    shutil.copytree(new, kept)
+    sizes = [file.stat().st_size for file in kept.iterdir()]
+    print(f"{target:<14} {len(sizes):>4} files, {sum(sizes):>7,} bytes", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m fuzz.run", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--seconds", type=int, default=60, help="for all targets together (default: %(default)s)")
+    parser.add_argument("--target", choices=TARGETS, help="only this one")
+    parser.add_argument("--repro", type=Path, metavar="FILE", help="one input through --target, with the sanitizers")
+    parser.add_argument("--minimise", action="store_true", help="rewrite fuzz/corpus instead")
+    options = parser.parse_args()
+    if options.repro and not options.target:
+        parser.error("--repro needs --target")
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    targets = [options.target] if options.target else list(TARGETS)
+    build.build()
+    if options.repro:
+        return reproduce(options.target, options.repro)
+    if options.minimise:
+        for target in targets:
+            minimise(target)
+        return 0
+    return fuzz_all(targets, options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,798 @@
+"""Real kernels through the real server, as Jupyter's clients meet them, in both protocols."""
+
+import json
+import re
+import signal
+import struct
+import uuid
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import wsclient
+from server import (
+    JUPYTER,
+    PATIENCE,
+    PROTOCOLS,
+    TOKEN,
+    Answer,
+    Client,
+    Closed,
+    Message,
+    Raw,
+    Server,
+    serving,
+    until,
+)
+from websockets.exceptions import InvalidStatus
+from wsclient import close_frame
+
+from fastwire._core import OP_CLOSE, PROTOCOL_V1
+
+both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+
+#: Quicker at noticing that a kernel died, and at giving up on one that does not answer.
+QUICK = ("--KernelRestarter.time_to_dead=0.2", "--MappingKernelManager.kernel_info_timeout=15")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server"), *QUICK) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def kernel(server: Server) -> Iterator[str]:
+    """An ipykernel for tests that leave it as it is."""
+    with server.kernel() as kernel:
+        yield kernel
+
+
+@pytest.fixture
+def light(server: Server) -> Iterator[str]:
+    """A kernel that starts fast, floods and computes nothing."""
+    with server.kernel("light") as kernel:
+        yield kernel
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose user has asked for much, by the names of jupyter_server and by those of fastwire."""
+    types = ["execute_request", "kernel_info_request", "interrupt_request", "shutdown_request"]
+    options = (
+        "--ZMQChannelsWebsocketConnection.iopub_msg_rate_limit=20",
+        "--FastwireWebsocketConnection.rate_limit_window=2",
+        f"--MappingKernelManager.allowed_message_types={types}",
+        "--MappingKernelManager.allow_tracebacks=False",
+        "--MappingKernelManager.traceback_replacement_message=not shown",
+        "--Fastwire.accept_invalid_signatures=True",
+        "--KernelRestarter.restart_limit=0",
+        "--ServerApp.websocket_compression_options={}",
+    )
+    with serving(tmp_path_factory.mktemp("strict"), *QUICK, *options) as running:
+        yield running
+
+
+def numbers(messages: list[Message]) -> list[int]:
+    """The numbers that were printed, one to a line."""
+    text = "".join(m.content["text"] for m in messages if m.type == "stream" and m.content["name"] == "stdout")
+    return [int(line.split()[0]) for line in text.splitlines()]
+
+
+def flushed(count: int) -> str:
+    """A cell that prints numbers, each in a message of its own."""
+    return f"for i in range({count}): print(i, flush=True)"
+
+
+# -- a cell ----------------------------------------------------------------------------------------
+
+
+@both_protocols
+def test_a_result(server: Server, kernel: str, protocol: str | None) -> None:
+    with Client(server, kernel, protocol) as client:
+        answer = client.run("6 * 7")
+    assert answer.result == "42"
+    assert answer.reply["status"] == "ok"
+    iopub = [message for message in answer.messages if message.channel == "iopub"]
+    assert [m.type for m in iopub] == ["status", "execute_input", "execute_result", "status"]
+    assert answer.states == ["busy", "idle"]
+    (reply,) = answer.of("execute_reply")
+    assert reply.channel == "shell"
+    assert reply.parent_header["session"] == client.session_id
+
+
+@both_protocols
+def test_an_error(server: Server, kernel: str, protocol: str | None) -> None:
+    with Client(server, kernel, protocol) as client:
+        answer = client.run("1 / 0")
+        (error,) = answer.of("error")
+        assert error.content["ename"] == "ZeroDivisionError"
+        assert any("1 / 0" in line or "ZeroDivisionError" in line for line in error.content["traceback"])
+        assert answer.reply["status"] == "error"
+        assert client.run("'it goes on'").result == "'it goes on'"
+
+
+@both_protocols
+def test_unicode(server: Server, kernel: str, protocol: str | None) -> None:
+    text = "é\u2028\u2029😀 \x1b[31m\t\\\" \u0000 \u202e ﷽ 한"
+    code = f"print({text!r}, end='')  # {text}".replace("\0", "").replace("\u2028", "").replace("\u2029", "")
+    with Client(server, kernel, protocol) as client:
+        answer = client.run(code)
+        assert answer.text() == text
+        (echo,) = answer.of("execute_input")
+        assert echo.content["code"] == code
+        assert client.run("'\\ud800'").result == "'\\ud800'"
+
+
+@both_protocols
+def test_five_megabytes(server: Server, kernel: str, protocol: str | None) -> None:
+    with Client(server, kernel, protocol) as client:
+        answer = client.run("print('é' + 'x' * 5_000_000)\n'y' * 5_000_000")
+    assert answer.text() == "é" + "x" * 5_000_000 + "\n"
+    assert answer.result == repr("y" * 5_000_000)
+
+
+ECHO = """
+def opened(comm, message):
+    @comm.on_msg
+    def answer(message):
+        given = [bytes(buffer) for buffer in message["buffers"]]
+        comm.send({"sizes": [len(each) for each in given]}, buffers=[each[::-1] for each in given])
+
+get_ipython().kernel.comm_manager.register_target("echo", opened)
+"""
+
+
+@both_protocols
+def test_buffers_both_ways(server: Server, kernel: str, protocol: str | None) -> None:
+    buffers = [b"", b"\x00\xff\x80{}", bytes(range(256)) * 4000]
+    with Client(server, kernel, protocol) as client:
+        assert client.run(ECHO).reply["status"] == "ok"
+        comm = uuid.uuid4().hex
+        client.send("comm_open", {"comm_id": comm, "target_name": "echo", "data": {}})
+        for given in (buffers, [], buffers[::-1]):
+            client.send("comm_msg", {"comm_id": comm, "data": {}}, buffers=given)
+            answer = client.expect("comm_msg")
+            assert answer.content == {"comm_id": comm, "data": {"sizes": [len(each) for each in given]}}
+            assert answer.buffers == [each[::-1] for each in given]
+
+
+@both_protocols
+def test_input(server: Server, kernel: str, protocol: str | None) -> None:
+    with Client(server, kernel, protocol) as client, Client(server, kernel, protocol) as other:
+        cell = client.execute("name = input('who? '); print('hello', name)", allow_stdin=True)
+        request = client.expect("input_request")
+        assert request.channel == "stdin"
+        assert request.content == {"prompt": "who? ", "password": False}
+        assert request.parent == cell
+        client.send("input_reply", {"value": "Zoë"}, channel="stdin")
+        assert client.collect(cell).text() == "hello Zoë\n"
+        other.collect(other.execute("0"))
+        assert not [m for m in other.log if m.type == "input_request"], "it is for who asked"
+
+
+@both_protocols
+def test_interrupt(server: Server, kernel: str, protocol: str | None) -> None:
+    with Client(server, kernel, protocol) as client:
+        cell = client.execute("import time\nprint('begun', flush=True)\ntime.sleep(600)")
+        client.expect("stream")
+        server.interrupt(kernel)
+        answer = client.collect(cell)
+        assert answer.reply["ename"] == "KeyboardInterrupt"
+        assert client.run("6 * 7").result == "42"
+
+
+@both_protocols
+def test_interrupt_by_message(server: Server, light: str, protocol: str | None) -> None:
+    with Client(server, light, protocol) as client:
+        cell = client.execute("sleep 600")
+        client.expect("execute_input")
+        interrupt = client.send("interrupt_request", {}, channel="control")
+        assert client.collect(cell).reply["ename"] == "KeyboardInterrupt"
+        (reply,) = [message for message in client.log if message.type == "interrupt_reply"]
+        assert (reply.parent, reply.channel) == (interrupt, "control")
+
+
+# -- much output -----------------------------------------------------------------------------------
+
+
+@both_protocols
+def test_thirty_thousand_lines(server: Server, kernel: str, protocol: str | None) -> None:
+    with Client(server, kernel, protocol) as client:
+        answer = client.run("for i in range(30_000): print(i)")
+    assert numbers(answer.messages) == [*range(30_000)]
+
+
+@both_protocols
+def test_three_thousand_flushed_prints(server: Server, kernel: str, protocol: str | None) -> None:
+    with Client(server, kernel, protocol) as client:
+        answer = client.run(flushed(3000))
+    assert numbers(answer.messages) == [*range(3000)]
+    assert len(answer.of("stream")) >= 3000 / 2, "they came one by one"
+    assert answer.text("stderr") == ""
+
+
+@both_protocols
+def test_a_slow_reader(server: Server, light: str, protocol: str | None) -> None:
+    """20 MB while a client does not read: another gets them meanwhile, and it gets all of them later."""
+    with Client(server, light, protocol, how=Raw) as slow, Client(server, light, protocol) as other:
+        flood = other.execute("flood 20000 1000")
+        assert numbers(other.collect(flood).messages) == [*range(20_000)]
+        got = [slow.receive()]
+        while not (got[-1].type == "status" and got[-1].content["execution_state"] == "idle" and got[-1].parent == flood):
+            got.append(slow.receive())
+        assert numbers(got) == [*range(20_000)]
+        assert slow.run("1").result == "4"
+
+
+@both_protocols
+def test_a_client_faster_than_its_kernel(server: Server, light: str, protocol: str | None) -> None:
+    """More messages than ZeroMQ and TCP hold, while the kernel is busy; control passes them."""
+    count = 8000
+    with Client(server, light, protocol) as client:
+        client.execute("sleep 600")
+        client.expect("execute_input")
+        sent = [client.send("comm_msg", {"comm_id": "none", "data": "x" * 1000}) for _ in range(count)]
+        last = client.execute("1")
+        client.send("interrupt_request", {}, channel="control")
+        client.collect(last)
+    wanted = set(sent)
+    busy = [m.parent for m in client.log if m.type == "status" and m.content["execution_state"] == "busy"]
+    assert [parent for parent in busy if parent in wanted] == sent
+
+
+# -- several clients -------------------------------------------------------------------------------
+
+
+def test_two_clients_see_the_same(server: Server, kernel: str) -> None:
+    """One speaks v1, the other does not; replies are for who asked."""
+    with Client(server, kernel, PROTOCOL_V1) as one, Client(server, kernel, None) as two:
+        first = one.run("print('one'); display({'a': 1}); 1 / 0")
+        second = two.run("print('two')\n2")
+        until_seen(one, second.messages[-1])
+        for client, other in ((one, two), (two, one)):
+            shared = [m for m in client.log if m.channel == "iopub" and m.parent in asked_by(first, second)]
+            theirs = [m for m in other.log if m.channel == "iopub" and m.parent in asked_by(first, second)]
+            assert shared == theirs
+        assert [m.parent for m in one.log if m.type == "execute_reply"] == [first.messages[0].parent]
+        assert [m.parent for m in two.log if m.type == "execute_reply"] == [second.messages[0].parent]
+
+
+def asked_by(*answers: Answer) -> set[str | None]:
+    return {answer.messages[0].parent for answer in answers}
+
+
+def until_seen(client: Client, last: Message) -> None:
+    """Receive up to the idle status of another client's request."""
+    if not any(is_idle(message, last.parent) for message in client.log):
+        client.receive_until(lambda message: is_idle(message, last.parent))
+
+
+def is_idle(message: Message, parent: str | None) -> bool:
+    return message.type == "status" and message.content["execution_state"] == "idle" and message.parent == parent
+
+
+def test_a_client_that_disappears(server: Server, kernel: str) -> None:
+    with Client(server, kernel) as stays:
+        gone = Client(server, kernel, how=Raw)
+        cell = stays.execute(flushed(2000))
+        gone.receive_until(lambda message: message.type == "stream")
+        gone.socket.reset()
+        assert numbers(stays.collect(cell).messages) == [*range(2000)]
+        server.until_model(kernel, connections=1)
+    server.until_model(kernel, connections=0)
+
+
+GARBAGE = {
+    "legacy": (None, [b"\xff" * 40, "no JSON", "[]", '{"header": 1}', '{"header": {}, "content": {}}', b""]),
+    "v1": (PROTOCOL_V1, ["text", b"", b"\xff" * 40, struct.pack("<3Q", 2, 24, 7), bytes(64)]),
+}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "garbage"), [(protocol, each) for protocol, all_of_it in GARBAGE.values() for each in all_of_it]
+)
+def test_garbage_is_one_clients_problem(
+    server: Server, light: str, protocol: str | None, garbage: str | bytes
+) -> None:
+    with Client(server, light, protocol) as good, Client(server, light, protocol, how=Raw) as bad:
+        before = len(server.log)
+        bad.socket.send(garbage)
+        assert bad.closed().code == 1007
+        assert good.run("1").result == "4"
+        assert "Traceback" not in server.log[before:]
+
+
+def test_frames_that_are_none(server: Server, light: str) -> None:
+    with Client(server, light) as good, Client(server, light, how=Raw) as bad:
+        bad.socket.client.send(b"\x82\x01x")  # a client has to mask
+        assert bad.closed().code == 1002
+        assert good.run("1").result == "4"
+
+
+def test_a_missing_channel_means_shell(server: Server, kernel: str) -> None:
+    with Client(server, kernel) as client:
+        missing = {"header": {"msg_id": "m1", "msg_type": "kernel_info_request", "session": "s", "username": ""}}
+        missing |= {"parent_header": {}, "metadata": {}, "content": {}}
+        client.socket.send(json.dumps(missing))
+        assert client.collect("m1").reply["status"] == "ok"
+        assert client.collect(client.send("kernel_info_request", {}, channel=None)).reply["status"] == "ok"
+
+
+@both_protocols
+def test_an_unknown_channel_is_ignored(server: Server, kernel: str, protocol: str | None) -> None:
+    name = f"nowhere-{uuid.uuid4().hex}"
+    with Client(server, kernel, protocol) as client:
+        ignored = client.send("kernel_info_request", {}, channel=name)
+        assert client.run("1").result == "1"
+    assert not [message for message in client.log if message.parent == ignored]
+    (line,) = server.logged(name)
+    assert line.startswith("[W ")
+
+
+# -- who may not come in ---------------------------------------------------------------------------
+
+
+def refusal(server: Server, kernel: str, **options: object) -> int:
+    with pytest.raises(InvalidStatus) as refused:
+        Client(server, kernel, **options)
+    return refused.value.response.status_code
+
+
+def test_a_wrong_token(server: Server, light: str) -> None:
+    assert refusal(server, light, token="wrong") == 403
+    assert refusal(server, light, token=None) == 403
+    with Client(server, light, token=None, headers={"Authorization": f"Bearer {TOKEN}"}) as client:
+        assert client.run("1").result == "4"
+
+
+def test_a_wrong_origin(server: Server, light: str) -> None:
+    assert refusal(server, light, token=None, headers={"Origin": "http://evil.example"}) == 403
+    cookie_of_a_browser = {"Origin": server.root, "Authorization": f"token {TOKEN}"}
+    with Client(server, light, token=None, headers=cookie_of_a_browser) as client:
+        assert client.run("1").result == "4"
+
+
+def test_an_unknown_kernel(server: Server) -> None:
+    assert refusal(server, str(uuid.uuid4())) == 404
+    assert refusal(server, "no-kernel") == 404
+
+
+def test_a_subprotocol_nobody_knows(server: Server, light: str) -> None:
+    """A client that asks for it gets the default protocol and no subprotocol, as with Jupyter Server."""
+    path = f"/api/kernels/{light}/channels?token={TOKEN}"
+    fields = {"Host": f"127.0.0.1:{server.port}", "Sec-WebSocket-Protocol": "v9.kernel.example"}
+    with wsclient.Client(("127.0.0.1", server.port), path, headers=fields) as client:
+        assert client.handshake.accepted
+        assert "sec-websocket-protocol" not in client.handshake.headers
+
+
+# -- coming back -----------------------------------------------------------------------------------
+
+
+@both_protocols
+@pytest.mark.parametrize("changes", [False, True], ids=["same", "other"])
+def test_coming_back_after_a_close_frame(server: Server, kernel: str, protocol: str | None, changes: bool) -> None:
+    """Everything up to the server's Close frame was given to the first socket; the second gets the rest: each line
+    exactly once, in order, in either protocol. Another client never sees a line twice."""
+    count = 1500
+    with Client(server, kernel, protocol) as other:
+        first = Client(server, kernel, protocol, how=Raw)
+        cell = first.execute(flushed(count))
+        first.receive_until(lambda message: message.type == "stream")
+        first.socket.client.send(close_frame(1000))
+        assert first.closed().code == 1000
+        first.socket.close()
+        assert 0 < len(numbers(first.log)) < count, "it left in the middle"
+        until_seen(other, Message("", {}, {"msg_id": cell}, {}, {}))
+        follows = PROTOCOL_V1 if (protocol is None) is changes else None
+        with Client(server, kernel, follows, first.session_id) as second:
+            second.receive_until(lambda message: is_idle(message, cell))
+            again = second.run("1")
+    assert numbers(first.log + second.log) == [*range(count)]
+    assert [m.type for m in first.log + second.log].count("execute_reply") == 2, "the cell's and the last one's"
+    assert again.result == "1"
+    assert numbers(other.log) == [*range(count)]
+
+
+@both_protocols
+def test_coming_back_after_tcp_broke(server: Server, kernel: str, protocol: str | None) -> None:
+    """It stopped reading, then its machine vanished with bytes on their way. Nothing may be lost; what was on its way may
+    come twice (it is the server that cannot know), once more and in order."""
+    count = 1500
+    with Client(server, kernel, protocol) as other:
+        first = Client(server, kernel, protocol, how=Raw)
+        cell = first.execute(flushed(count))
+        for _ in range(100):
+            first.receive()
+        until_seen(other, Message("", {}, {"msg_id": cell}, {}, {}))
+        first.socket.reset()
+        with Client(server, kernel, protocol, first.session_id) as second:
+            second.receive_until(lambda message: is_idle(message, cell))
+    before, after = numbers(first.log), numbers(second.log)
+    assert before == [*range(len(before))]
+    assert after == [*range(after[0], count)]
+    assert after[0] <= len(before), f"{after[0] - len(before)} lines lost"
+    assert numbers(other.log) == [*range(count)]
+
+
+def test_who_comes_anew_gets_nothing_of_the_past(server: Server, kernel: str) -> None:
+    with Client(server, kernel) as other:
+        left = Client(server, kernel)
+        left.socket.close()
+        cell = other.execute("print('the past')")
+        other.collect(cell)
+        with Client(server, kernel) as fresh:
+            fresh.run("1")
+    assert not [message for message in fresh.log if message.parent == cell]
+
+
+def test_without_a_session_id_nothing_is_kept(server: Server, kernel: str) -> None:
+    with Client(server, kernel) as other:
+        before = server.outside.num_fds()
+        first = Client(server, kernel, session_id=None)
+        assert first.run("1").result == "1"
+        first.socket.close()
+        until(lambda: server.outside.num_fds() <= before, "its sockets are closed")
+        cell = other.execute("print('the past')")
+        other.collect(cell)
+        with Client(server, kernel, session_id=None) as second:
+            assert second.run("2").result == "2"
+    assert not [message for message in second.log if message.parent == cell]
+
+
+def test_the_same_session_again_takes_the_place_of_the_first(server: Server, kernel: str) -> None:
+    session_id = uuid.uuid4().hex
+    with Client(server, kernel, None, session_id) as first:
+        cell = first.execute("x = input('? ')\nx", allow_stdin=True)
+        first.expect("input_request")
+        with Client(server, kernel, PROTOCOL_V1, session_id) as second:
+            assert first.closed().code in (1000, 1005), "nothing was wrong with it"
+            second.send("input_reply", {"value": "from the second"}, channel="stdin")
+            second.expect("execute_reply")
+            assert [m.content["data"]["text/plain"] for m in second.log if m.type == "execute_result"] == [
+                "'from the second'"
+            ]
+            server.until_model(kernel, connections=1)
+            assert second.run("1").result == "1"
+    assert cell not in {message.parent for message in first.log if message.type == "execute_result"}
+    assert server.logged(f"Replacing stale connection: {kernel}:{session_id}")
+
+
+# -- what the kernel's model says ------------------------------------------------------------------
+
+
+def test_connections(server: Server, light: str) -> None:
+    assert server.model(light)["connections"] == 0
+    one = Client(server, light)
+    server.until_model(light, connections=1)
+    two = Client(server, light, PROTOCOL_V1, how=Raw)
+    server.until_model(light, connections=2)
+    one.socket.close()
+    server.until_model(light, connections=1)
+    two.socket.reset()
+    server.until_model(light, connections=0)
+    with Client(server, light, None, one.session_id):
+        server.until_model(light, connections=1)
+    server.until_model(light, connections=0)
+
+
+def test_execution_state(server: Server, light: str) -> None:
+    """It is true whether or not somebody is there to see it."""
+    client = Client(server, light)
+    client.run("1")
+    server.until_model(light, execution_state="idle")
+    client.execute("sleep 600")
+    server.until_model(light, execution_state="busy")
+    seen = server.model(light)["last_activity"]
+    client.socket.close()
+    server.until_model(light, connections=0, execution_state="busy")
+    server.interrupt(light)
+    server.until_model(light, execution_state="idle")
+    assert server.model(light)["last_activity"] > seen
+
+
+def test_one_iopub_subscription_however_many_clients(server: Server, light: str) -> None:
+    port = server.connection_info(light)["iopub_port"]
+    clients: list[Client] = []
+    for count in (1, 2, 5):
+        while len(clients) < count:
+            clients.append(Client(server, light))
+            clients[-1].run("1")
+        assert server.connections_to(port) == 1
+    for client in clients:
+        client.socket.close()
+
+
+# -- restarts, deaths and the end ------------------------------------------------------------------
+
+
+@both_protocols
+def test_a_restart(server: Server, protocol: str | None) -> None:
+    with server.kernel() as kernel, Client(server, kernel, protocol) as client:
+        client.run("x = 1")
+        server.restart(kernel)
+        assert client.run("'x' in globals()").result == "False"
+        said = [m.parent_header.get("msg_type") for m in client.log if m.type == "status"]
+        assert "shutdown_request" in said, "the old kernel's end is seen"
+        sessions = list(dict.fromkeys(message.header["session"] for message in client.log))
+        assert len(sessions) == 2, "one for each kernel process"
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new session", "same session"])
+def test_a_client_that_comes_right_after_a_restart(server: Server, light: str, known: bool) -> None:
+    """As JupyterLab does. This kernel answers as soon as it listens: the subscription has to be proven anew."""
+    client = Client(server, light)
+    client.run("1")
+    for _ in range(4):
+        client.socket.close()
+        server.restart(light)
+        client = Client(server, light, None, client.session_id if known else "")
+        reply = client.execute("1")
+        client.receive_until(lambda message, cell=reply: message.parent == cell and message.type == "execute_reply")
+        assert client.collect(reply).result == "4"
+    client.socket.close()
+
+
+@both_protocols
+def test_a_kernel_that_is_killed(server: Server, protocol: str | None) -> None:
+    with server.kernel() as kernel, Client(server, kernel, protocol) as client:
+        client.run("x = 1")
+        server.kernel_process(kernel).kill()
+        status = client.state("restarting")
+        assert status.channel == "iopub"
+        assert client.run("'x' in globals()").result == "False"
+        server.until_model(kernel, execution_state="idle", connections=1)
+
+
+@both_protocols
+def test_a_kernel_that_dies_for_good(strict: Server, protocol: str | None) -> None:
+    """Its restarts are used up."""
+    kernel = strict.start_kernel("light")
+    with Client(strict, kernel, protocol) as client:
+        client.run("1")
+        strict.kernel_process(kernel).kill()
+        client.state("dead")
+    until(lambda: strict.rest("GET", f"/api/kernels/{kernel}")[0] == 404, "the server has forgotten it")
+
+
+@both_protocols
+def test_a_kernel_that_is_deleted(server: Server, protocol: str | None) -> None:
+    kernel = server.start_kernel("light")
+    with Client(server, kernel, protocol) as client, Client(server, kernel, protocol, how=Raw) as other:
+        client.run("1")
+        server.end_kernel(kernel)
+        assert client.closed().code == 1011
+        assert other.closed().code == 1011
+        assert refusal(server, kernel) == 404
+
+
+def test_no_descriptor_is_left_behind(server: Server) -> None:
+    def one_life_each(count: int) -> None:
+        kernels = [server.start_kernel("light") for _ in range(count)]
+        for number, kernel in enumerate(kernels):
+            with Client(server, kernel) as client, Client(server, kernel, PROTOCOL_V1, how=Raw) as other:
+                client.run("1")
+                if number % 2:
+                    other.socket.reset()
+        for kernel in kernels:
+            server.end_kernel(kernel)
+
+    one_life_each(1)
+    until(lambda: not server.outside.children(), "all kernels are gone") if not kernels_of(server) else None
+    before = server.outside.num_fds()
+    one_life_each(20)
+    until(lambda: server.outside.num_fds() <= before, f"{before} descriptors again")
+
+
+def kernels_of(server: Server) -> list[str]:
+    _, models = server.rest("GET", "/api/kernels")
+    return [model["id"] for model in models]
+
+
+# -- kernels that are not as they should be --------------------------------------------------------
+
+
+@both_protocols
+def test_a_kernel_that_signs_wrongly(server: Server, light: str, protocol: str | None) -> None:
+    """Its user is told once, the log has one line, others work on."""
+    with server.kernel("odd-wrong-key") as kernel:
+        with Client(server, kernel, protocol) as client:
+            client.execute("1")
+            notice = client.expect("stream")
+            assert notice.content["name"] == "stderr"
+            assert "signature" in notice.content["text"]
+            with Client(server, light, protocol) as other:
+                assert other.run("1").result == "4"
+            client.execute("2")
+        assert len(client.log) == 1
+        assert len(server.logged(f"messages of kernel {kernel}")) == 1
+
+
+@both_protocols
+def test_one_message_that_is_signed_wrongly(server: Server, protocol: str | None) -> None:
+    with server.kernel("odd-sometimes") as kernel, Client(server, kernel, protocol) as client:
+        assert client.run("one").text() == "one\n"
+        for _ in range(3):
+            answer = client.run("forge")
+            assert answer.result == "'forge'"
+            assert answer.text() == ""
+        assert client.run("two").text() == "two\n"
+        (notice,) = [m for m in client.log if m.type == "stream" and m.content["name"] == "stderr"]
+        assert "signature" in notice.content["text"]
+        assert len(server.logged(f"messages of kernel {kernel}")) == 1
+
+
+@both_protocols
+def test_invalid_signatures_can_be_accepted(strict: Server, protocol: str | None) -> None:
+    with strict.kernel("odd-wrong-key") as kernel, Client(strict, kernel, protocol) as client:
+        assert client.run("one").text() == "one\n"
+        assert client.run("two").result == "'two'"
+        assert strict.logged(f"kernel {kernel}"), "with a warning"
+
+
+@pytest.mark.parametrize("way", ["versionless", "old"])
+def test_a_kernel_of_protocol_4(server: Server, way: str) -> None:
+    """In the default protocol its messages are adapted; in v1 they are not touched, as with Jupyter Server."""
+    with server.kernel(f"odd-{way}") as kernel:
+        with Client(server, kernel) as client:
+            answer = client.run("one")
+            assert answer.text() == "one\n"
+            assert answer.result == "'one'"
+            assert {message.header["version"] for message in answer.messages} == {"5.0"}
+        with Client(server, kernel, PROTOCOL_V1) as client:
+            answer = client.run("two")
+            assert [message.content["data"] for message in answer.of("stream")] == ["two\n"]
+            assert len(answer.of("pyout")) == 1
+
+
+# -- what a user has asked for ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strict_kernel(strict: Server) -> Iterator[str]:
+    with strict.kernel() as kernel:
+        yield kernel
+
+
+@both_protocols
+def test_a_rate_limit(strict: Server, strict_kernel: str, protocol: str | None) -> None:
+    """Named by jupyter_server's class and by fastwire's. What is no output passes, and the next cell begins anew."""
+    with Client(strict, strict_kernel, protocol) as client:
+        answer = client.run(flushed(2000))
+        got = numbers(answer.messages)
+        assert 20 <= len(got) < 1000
+        assert got == sorted(set(got))
+        (notice,) = [m for m in answer.of("stream") if m.content["name"] == "stderr"]
+        assert "IOPub message rate exceeded" in notice.content["text"]
+        assert "iopub_msg_rate_limit=20.0" in notice.content["text"]
+        assert "rate_limit_window=2.0" in notice.content["text"]
+        assert answer.states == ["busy", "idle"]
+        before = answer.messages[: answer.messages.index(notice)]
+        assert numbers(before) == [*range(len(numbers(before)))], "up to the notice nothing is missing"
+        assert len(numbers(before)) == 40, "20 a second for 2 seconds, less what is no stream"
+        assert client.run("print('ok')").text() == "ok\n"
+
+
+@both_protocols
+def test_hidden_tracebacks(strict: Server, strict_kernel: str, protocol: str | None) -> None:
+    with Client(strict, strict_kernel, protocol) as client:
+        answer = client.run("secret = 1 / 0")
+    (error,) = answer.of("error")
+    assert error.content["ename"] == "ExecutionError"
+    assert error.content["evalue"] == "Execution error"
+    assert error.content["traceback"] == ["not shown"]
+
+
+@both_protocols
+def test_hidden_tracebacks_of_the_time_between(strict: Server, strict_kernel: str, protocol: str | None) -> None:
+    """The client was away when the cell failed."""
+    first = Client(strict, strict_kernel, protocol)
+    cell = first.execute("x = input()\nsecret = 1 / 0", allow_stdin=True)
+    request = first.execute("0")
+    first.socket.close()
+    strict.until_model(strict_kernel, connections=0)
+    assert request
+    with Client(strict, strict_kernel, protocol, first.session_id) as second:
+        second.send("input_reply", {"value": ""}, channel="stdin")
+        error = second.expect("error")
+    assert error.parent == cell
+    assert error.content["traceback"] == ["not shown"]
+
+
+@both_protocols
+def test_message_types_that_are_not_allowed(strict: Server, strict_kernel: str, protocol: str | None) -> None:
+    with Client(strict, strict_kernel, protocol) as client:
+        refused = client.send("complete_request", {"code": "pri", "cursor_pos": 3})
+        doubled = client.send("history_request", {"hist_access_type": "tail", "n": 1})
+        assert client.run("1").result == "1"
+    assert not [message for message in client.log if message.parent in (refused, doubled)]
+    assert strict.logged("complete_request")
+
+
+@both_protocols
+def test_a_client_that_compresses(strict: Server, protocol: str | None) -> None:
+    with strict.kernel("light") as kernel:
+        with Client(strict, kernel, protocol, headers={"deflate": "yes"}) as client:
+            assert client.run("big 100000").result == "x" * 100_000
+            (shown,) = client.run("buffers 3 1000").of("display_data")
+            assert shown.buffers == [bytes((n + k) % 256 for k in range(1000)) for n in range(3)]
+
+
+@both_protocols
+def test_garbage_of_a_client_that_compresses(strict: Server, protocol: str | None) -> None:
+    with (
+        strict.kernel("light") as kernel,
+        Client(strict, kernel, protocol) as good,
+        Client(strict, kernel, protocol, headers={"deflate": "yes"}) as bad,
+    ):
+        before = len(strict.log)
+        bad.socket.send(b"\xff" * 40)
+        assert bad.closed().code == 1007
+        assert good.run("1").result == "4"
+        assert "Traceback" not in strict.log[before:]
+
+
+# -- the server's end, and another server ----------------------------------------------------------
+
+
+def ended(server: Server) -> int:
+    """Ask it to end; its exit code."""
+    kernels = server.outside.children(recursive=True)
+    server.process.send_signal(signal.SIGTERM)
+    code = server.process.wait(timeout=PATIENCE)
+    assert psutil.wait_procs(kernels, timeout=PATIENCE)[1] == [], "kernels that outlive it"
+    return code
+
+
+def test_the_server_ends_with_clients_connected(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with serving(tmp_path_factory.mktemp("ending")) as server:
+        kernels = [server.start_kernel("light") for _ in range(2)]
+        clients = [
+            Client(server, kernel, protocol, how=Raw) for kernel in kernels for protocol in PROTOCOLS.values()
+        ]
+        away = Client(server, kernels[0])
+        away.socket.close()
+        for client in clients:
+            client.run("1")
+        clients[0].execute("flood 50000 100")
+        clients[0].expect("stream")
+        clients[2].execute("sleep 600")
+        clients[2].expect("execute_input")
+        assert ended(server) == 0
+        for client in clients:
+            assert client.closed().code in (None, 1001, 1011)
+            client.socket.close()
+        assert "Traceback" not in server.log
+        assert "[E " not in server.log
+
+
+def test_jupyter_server_itself(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The connection class alone, with jupyter_server's own kernel manager: that one subscribes for itself too."""
+    with serving(tmp_path_factory.mktemp("jupyter"), *QUICK, how=JUPYTER) as server:
+        deleted = server.start_kernel("light")
+        watcher = Client(server, deleted)
+        watcher.run("1")
+        server.end_kernel(deleted)
+        kernel = server.start_kernel()
+        port = server.connection_info(kernel)["iopub_port"]
+        clients = [Client(server, kernel, protocol) for protocol in (*PROTOCOLS.values(), None, None, None)]
+        for client in clients[:2]:
+            answer = client.run(flushed(3000))
+            assert numbers(answer.messages) == [*range(3000)]
+            assert client.run("1 / 0").reply["ename"] == "ZeroDivisionError"
+        assert server.connections_to(port) == 2, "the clients' and the manager's, whatever the number of clients"
+        server.until_model(kernel, connections=5, execution_state="idle")
+        server.kernel_process(kernel).kill()
+        clients[0].state("restarting")
+        assert clients[0].run("6 * 7").result == "42"
+        assert watcher.closed().code == 1011
+        code = ended(server)
+        assert code == 0
+        for client in clients:
+            with pytest.raises(Closed):
+                client.receive_until(lambda _: False)
+            client.socket.close()
+        watcher.socket.close()
+        lines = [line for line in server.log.splitlines() if re.search(r"Traceback|\[E ", line)]
+        assert lines == []
