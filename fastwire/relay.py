@@ -229,8 +229,8 @@ class KernelRelay:
                 self._causes.add(type(error))
                 if self._on_rejected is not None:
                     self._on_rejected(batch.channel, error)
-        if batch.rejected_count and not self.heard.done():
-            # Nothing better will come to prove the subscription with.
+        if batch.channel == "iopub" and not self.heard.done():
+            # A message that is refused proves the subscription as well as any.
             self.heard.set_result(None)
 
     def _on_iopub(self, batch: Batch) -> None:

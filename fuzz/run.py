@@ -22,6 +22,7 @@ CRASHES = build.FOLDER / "crashes"
 WORDS = build.ROOT / "fuzz" / "words.dict"
 
 LIMITS = (
+    "-print_funcs=0",  # each new one would be looked up by a symbolizer
     "-timeout=20",  # seconds for one input
     "-rss_limit_mb=1024",
     "-malloc_limit_mb=64",  # at once: no length that is only declared may cost that much

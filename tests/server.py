@@ -6,18 +6,18 @@ kernel. Nothing here waits longer than `PATIENCE`, and no duration is part of a 
 
 import json
 import os
-import re
+import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from urllib.error import HTTPError
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
 import builders
@@ -280,10 +280,10 @@ class Answer:
 
 
 class Closed(Exception):
-    """The server ended the connection; ``code`` is None when it did without a Close frame."""
+    """The server ended the connection; ``code`` is None when it did without a Close frame, 1005 for one without a code."""
 
-    def __init__(self, code: int | None, reason: str = "") -> None:
-        super().__init__(code, reason)
+    def __init__(self, code: int | None) -> None:
+        super().__init__(code)
         self.code = code
 
 
@@ -291,29 +291,30 @@ class Usual:
     """A socket of the `websockets` package."""
 
     def __init__(self, server: Server, path: str, protocol: str | None, headers: dict[str, str]) -> None:
-        self.socket = websockets.sync.client.connect(
-            f"ws{server.root.removeprefix('http')}{path}",
-            subprotocols=[protocol] if protocol else None,
-            additional_headers=headers,
-            compression="deflate" if headers.pop("deflate", None) else None,
-            max_size=None,
-            ping_interval=None,
-            open_timeout=PATIENCE,
-            close_timeout=PATIENCE,
+        deflate = headers.pop("deflate", None)
+        self.stack = ExitStack()
+        self.socket = self.stack.enter_context(
+            websockets.sync.client.connect(
+                f"ws{server.root.removeprefix('http')}{path}",
+                sock=socket.create_connection(("127.0.0.1", server.port), PATIENCE),
+                subprotocols=[protocol] if protocol else None,
+                additional_headers=headers,
+                compression="deflate" if deflate else None,
+                max_size=None,
+                ping_interval=None,
+                open_timeout=PATIENCE,
+                close_timeout=PATIENCE,
+            )
         )
+        self.send = self.socket.send
+        self.close = self.stack.close
         assert self.socket.subprotocol == protocol
-
-    def send(self, message: str | bytes) -> None:
-        self.socket.send(message)
 
     def receive(self) -> str | bytes:
         try:
             return self.socket.recv(timeout=PATIENCE)
         except ConnectionClosed as end:
-            raise Closed(end.rcvd.code if end.rcvd else None, end.rcvd.reason if end.rcvd else "") from end
-
-    def close(self) -> None:
-        self.socket.close()
+            raise Closed(end.rcvd.code if end.rcvd else None) from end
 
 
 class Raw:
@@ -335,7 +336,7 @@ class Raw:
             except (EOFError, ConnectionResetError):
                 raise Closed(None) from None
             if opcode == OP_CLOSE:
-                raise Closed(*wsclient.parsed_close(payload))
+                raise Closed(wsclient.parsed_close(payload)[0] or 1005)
             if opcode < OP_CLOSE:
                 return payload.decode() if opcode == 1 else payload
             assert opcode != OP_PING, "not within a test's time"
@@ -443,11 +444,3 @@ def ends_with(message: Message) -> set[str]:
     if message.type.endswith("_reply"):
         return {"reply"}
     return {"idle"} & {message.content.get("execution_state")} if message.type == "status" else set()
-
-
-def lines(text: str) -> list[str]:
-    return re.findall(r"[^\n]+", text)
-
-
-__all__ = [name for name in globals() if not name.startswith("_")]
-_ = urlsplit

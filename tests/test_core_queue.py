@@ -338,11 +338,14 @@ def test_many_small_appends_and_takes() -> None:
 
 
 def test_an_emptied_block_is_let_go_when_the_next_one_begins() -> None:
+    """It is empty, has no room for the next data, and a large buffer keeps the queue from being idle."""
     queue, before = WriteQueue(), _core.live()["blocks"]
-    for size in (3000, 9000, 3000, 9000, 3000):
-        queue.append(bytes(size))
-        queue.take(3000)
-    assert queue.take(1 << 20) == bytes(12_000)
+    for _ in range(5):
+        queue.append(bytes(3000))
+        queue.append(bytes(9000))
+        queue.take(queue.pending_bytes - 9000)
+        queue.append(bytes(2000))
+    assert queue.take(1 << 20) == bytes(11_000)
     del queue
     assert _core.live()["blocks"] == before
 

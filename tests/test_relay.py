@@ -165,6 +165,7 @@ class Handler(WebSocketHandler):
             session.detach(session.connection, close_code=None, resumable=True)
         self.session = session
         session.prepare = self.stage.prepare.get(session_id)
+        session.prepare_all = session.prepare is not None
         session.on_ignored = self.stage.ignored.extend
         session.attach(self.connection, self.selected_subprotocol, self.stage.allowed)
         self.stage.opened.append(self)
@@ -764,19 +765,6 @@ def test_a_socket_that_ends_in_the_middle(
     assert partial_frames, "no frame was ever cut: the test tests nothing"
 
 
-def test_what_the_socket_had_written_and_nobody_read(stage: Stage, kernel: Kernel) -> None:
-    """TCP broke with messages in its buffers: the client never had them."""
-    stage.start(kernel)
-    client = stage.connect("ann")
-    kernel.publish(*stream(*range(20)))
-    connection = stage.session("ann").connection
-    until(lambda: stage.run(lambda: connection.queue.written and not connection.queue.pending_bytes), "written")
-    leave(stage, client, "reset")
-    again = stage.connect("ann")
-    kernel.publish(*stream(20))
-    assert again.ids(21) == [str(n) for n in range(21)]
-
-
 def test_a_second_socket_takes_the_place_of_the_first(stage: Stage, kernel: Kernel) -> None:
     stage.start(kernel)
     first = stage.connect("ann")
@@ -1047,7 +1035,10 @@ def test_a_hook_changes_what_one_client_gets(stage: Stage, kernel: Kernel) -> No
     assert ann.ids(1) == ["7"], "what the server says does not"
 
 
-def test_a_hook_that_fails_is_one_clients_problem(stage: Stage, kernel: Kernel) -> None:
+def test_a_hook_that_fails_is_one_clients_problem(
+    stage: Stage, kernel: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)  # a record would keep the traceback, and that the batch
     stage.start(kernel)
 
     def fail(batch: Batch) -> Batch:
@@ -1243,7 +1234,8 @@ def test_sockets_that_are_closed_while_messages_wait(stage: Stage, context: zmq.
     kernel.close()
 
 
-def test_a_session_can_be_resumed_after_its_sockets_were_closed(stage: Stage, kernel: Kernel) -> None:
+def test_a_session_can_be_resumed_after_its_sockets_were_closed(stage: Stage, context: zmq.Context) -> None:
+    kernel = Kernel(context, tcp=True)  # a ROUTER learns of an inproc peer's end only when it is used
     relay = stage.start(kernel)
     client = stage.connect("ann")
     stage.introduce(client)
@@ -1264,3 +1256,4 @@ def test_a_session_can_be_resumed_after_its_sockets_were_closed(stage: Stage, ke
     again = stage.connect("ann")
     again.say("once more")
     assert kernel.receive()[0] == "ann"
+    kernel.close()
