@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -277,31 +277,38 @@ class Kernel:
         assert self.socket.poll(5000)
         time.sleep(0.01)
 
+    def close(self) -> None:
+        """Close both ends."""
+        self._sender.close(0)
+        self.socket.close(0)
+
 
 @pytest.fixture
-def kernel() -> Iterator[Callable[[str], Kernel]]:
-    """Makes a `Kernel` for a case."""
+def kernel(name: str) -> Iterator[Kernel]:
+    """A `Kernel` for a case."""
     with zmq.Context() as context:
-        yield lambda name: Kernel(context, name)
-        context.destroy(linger=0)
+        kernel = Kernel(context, name)
+        yield kernel
+        kernel.close()
 
 
-def test_receive(race: Racer, kernel: Callable[[str], Kernel]) -> None:
-    source, signer = kernel("stream"), make_signer()
+@pytest.mark.parametrize("name", ["stream"])
+def test_receive(race: Racer, kernel: Kernel) -> None:
+    signer = make_signer()
 
     def stock() -> int:
         """It does not verify."""
-        receive = source.socket.recv_multipart
+        receive = kernel.socket.recv_multipart
         return len([receive() for _ in range(MESSAGES)])
 
     def fastwire() -> int:
         count = 0
         while count < MESSAGES:
-            batch = _core.drain(source.socket, CHANNEL, signer)
+            batch = _core.drain(kernel.socket, CHANNEL, signer)
             count += len(batch) if batch is not None else 0
         return count
 
-    assert race(f"receive {MESSAGES} messages of 7 frames", stock, fastwire, target=10, setup=source.fill) == MESSAGES
+    assert race(f"receive {MESSAGES} messages of 7 frames", stock, fastwire, target=10, setup=kernel.fill) == MESSAGES
 
 
 class Client:
@@ -336,19 +343,17 @@ def client() -> Iterator[Client]:
 
 @pytest.mark.parametrize("protocol", [None, _core.PROTOCOL_V1], ids=["legacy", "v1"])
 @pytest.mark.parametrize("name", ["status", "stream"])
-def test_from_kernel_to_client(
-    race: Racer, kernel: Callable[[str], Kernel], client: Client, name: str, protocol: str | None
-) -> None:
+def test_from_kernel_to_client(race: Racer, kernel: Kernel, client: Client, name: str, protocol: str | None) -> None:
     """The whole way of a batch: receive, verify, encode, frame, write. The stock code without Tornado and asyncio."""
-    source, session, signer, queue = kernel(name), make_session(), make_signer(), _core.WriteQueue()
+    session, signer, queue = make_session(), make_signer(), _core.WriteQueue()
 
     def setup() -> None:
         client.empty()
-        source.fill()
+        kernel.fill()
 
     def stock() -> None:
         for _ in range(MESSAGES):
-            _, wire = session.feed_identities(source.socket.recv_multipart())
+            _, wire = session.feed_identities(kernel.socket.recv_multipart())
             if protocol is None:
                 payload = reserialize(None, session.deserialize(wire), CHANNEL).encode()  # type: ignore[arg-type]
                 opcode = _core.OP_TEXT
@@ -359,7 +364,7 @@ def test_from_kernel_to_client(
     def fastwire() -> None:
         count = 0
         while count < MESSAGES:
-            batch = _core.drain(source.socket, CHANNEL, signer)
+            batch = _core.drain(kernel.socket, CHANNEL, signer)
             if batch is not None:
                 queue.extend(batch.frames(protocol))
                 queue.flush(client.socket.fileno())

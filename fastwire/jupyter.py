@@ -385,7 +385,7 @@ def parts_of(session: Any, message: dict[str, Any]) -> list[bytes]:
 
 def tell_rejected(manager: Any, channel: str, error: MessageError) -> None:
     """Messages of a kernel are being refused: say why in the log, and to its users when it is about signatures."""
-    manager.log.warning("Refusing messages of kernel %s on %s: %s", manager.kernel_id, channel, error)
+    manager.log.warning("Refusing messages of kernel %s on %s: %s", manager.kernel_id, channel, str(error))
     if not isinstance(error, SignatureError):
         return
     text = f"Jupyter Server refuses messages of this kernel on {channel}: {error}\n"

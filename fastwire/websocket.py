@@ -498,7 +498,7 @@ class Connection(WebSocketProtocol13):
 
     def fail(self, error: FastwireError) -> None:
         """The peer sent what it must not: say so with a Close frame, then close (RFC 6455 section 7.1.7)."""
-        log.warning("WebSocket client %s: %s; closing with %s", self._peer(), error, error.close_code)
+        log.warning("WebSocket client %s: %s; closing with %s", self._peer(), str(error), error.close_code)
         self._lingering = True
         self.close(error.close_code, str(error))
         self.client_terminated = True
@@ -523,7 +523,7 @@ class Connection(WebSocketProtocol13):
         if self._ended.done():
             return
         if isinstance(error, OSError) and not is_quiet(error):
-            log.warning("WebSocket client %s: %s", self._peer(), error)
+            log.warning("WebSocket client %s: %s", self._peer(), str(error))
         self.client_terminated = self.server_terminated = True
         self._ended.set_result(None)
         self.pause_reading()
