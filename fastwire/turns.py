@@ -14,13 +14,11 @@ import asyncio
 import select
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from weakref import WeakKeyDictionary
+from typing import Any
 
 __all__ = ["Turns"]
 
 Callback = Callable[[], None]
-
-_of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
 
 
 class Turns:
@@ -32,23 +30,27 @@ class Turns:
         self._at_end: dict[Callback, None] = {}
         self._in_turn = False
         self._end_scheduled = False
-        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._has_epoll = hasattr(select, "epoll")
+        self._epoll: select.epoll | None = None
 
     @classmethod
     def current(cls) -> Turns:
-        loop = asyncio.get_running_loop()
-        if loop not in _of_loop:
-            _of_loop[loop] = cls(loop)
-        return _of_loop[loop]
+        loop: Any = asyncio.get_running_loop()
+        # An attribute and not a table of loops: the two refer to each other and go together.
+        if not hasattr(loop, "_fastwire_turns"):
+            loop._fastwire_turns = cls(loop)
+        turns: Turns = loop._fastwire_turns
+        return turns
 
     # -- descriptors --
 
     def watch(self, fd: int, callback: Callback) -> None:
         """Call ``callback`` in each turn in which ``fd`` is readable."""
-        if self._epoll is None:
+        if not self._has_epoll:
             self._loop.add_reader(fd, callback)
             return
-        if not self._readers:
+        if self._epoll is None:
+            self._epoll = select.epoll()
             self._loop.add_reader(self._epoll.fileno(), self._turn)
         self._readers[fd] = callback
         self._epoll.register(fd, select.EPOLLIN)
@@ -56,21 +58,24 @@ class Turns:
     def unwatch(self, fd: int, callback: Callback) -> None:
         """No more of ``callback``. Call it before ``fd`` is closed; should that have happened already, somebody
         else's descriptor of the same number is left alone."""
-        if self._epoll is None:
+        if not self._has_epoll:
             self._loop.remove_reader(fd)
             return
-        if self._readers.get(fd) != callback:
+        if self._epoll is None or self._readers.get(fd) != callback:
             return
         del self._readers[fd]
         with suppress(OSError):
             self._epoll.unregister(fd)
         if not self._readers:
             self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+            self._epoll = None
 
     # -- turns --
 
     def _turn(self) -> None:
-        assert self._epoll is not None
+        if self._epoll is None:
+            return
         readers = self._readers
         self._in_turn = True
         # A callback may unwatch a descriptor that is ready too.

@@ -145,6 +145,9 @@ class Connection(WebSocketProtocol13):
         self._retry_delay = RETRY_FIRST
         self._stream_busy = False
         self._reading = False
+        self._opened = False
+        self._paused = False
+        self._stream_reading = False
         self._callback: asyncio.Future[None] | None = None
         self._pong_position = 0
         self._newest_ping: bytes | None = None
@@ -170,15 +173,18 @@ class Connection(WebSocketProtocol13):
     async def _receive_frame_loop(self) -> None:
         """Tornado awaits this when ``open`` has returned; it lasts as long as the connection."""
         try:
+            if self._fd >= 0 and self.stream.closed():
+                self._abort()
             if not self._ended.done():
                 await self._start_reading()
-            await self._ended
+            await asyncio.shield(self._ended)
             if self._callback is not None:
                 await self._callback
         finally:
             self.handler.on_ws_connection_close(self.close_code, self.close_reason)
 
     async def _start_reading(self) -> None:
+        self._opened = True
         early = self.stream._read_buffer_size
         if early:
             self.parser.feed(await self.stream.read_bytes(early))
@@ -187,24 +193,34 @@ class Connection(WebSocketProtocol13):
             self.stream._close_callback = self._abort
         if early:
             self._process()
-        if self._callback is None:
-            self.resume_reading()
+        self._read_on()
 
     # -- reading --
 
     def pause_reading(self) -> None:
         """Leave the peer's bytes where they are; its TCP will slow it down."""
+        self._paused = True
+        self._stop_reading()
+
+    def resume_reading(self) -> None:
+        self._paused = False
+        if self._opened and self._callback is None and not self._ended.done():
+            self._process()
+            self._read_on()
+
+    def _stop_reading(self) -> None:
         if self._reading and self._fd >= 0:
             self._turns.unwatch(self._fd, self._on_readable)
         self._reading = False
 
-    def resume_reading(self) -> None:
-        if self._reading or self._ended.done():
+    def _read_on(self) -> None:
+        paused = self._paused and not self._lingering
+        if paused or self._callback is not None or self._reading or self._ended.done():
             return
         self._reading = True
         if self._fd >= 0:
             self._turns.watch(self._fd, self._on_readable)
-        elif not self.stream.reading():
+        elif not self._stream_reading:
             self._read_stream()
 
     def _on_readable(self) -> None:
@@ -224,11 +240,15 @@ class Connection(WebSocketProtocol13):
         except StreamClosedError as error:
             self._lost(error.real_error)
             return
+        self._stream_reading = True
         cast("asyncio.Future[bytes]", future).add_done_callback(self._on_stream_read)
 
     def _on_stream_read(self, future: asyncio.Future[bytes]) -> None:
+        self._stream_reading = False
         if future.cancelled() or future.exception() is not None:
             self._lost(self.stream.error)
+            return
+        if self._lingering and self._fd >= 0:
             return
         self.parser.feed(future.result())
         self._process()
@@ -239,7 +259,7 @@ class Connection(WebSocketProtocol13):
 
     def _process(self) -> None:
         """Hand out what the parser has, in order, until it is empty or a coroutine must finish first."""
-        if self._callback is not None or self._lingering:
+        if self._callback is not None or self._lingering or (self._paused and self._fd < 0):
             self._discard_if_lingering()
             return
         try:
@@ -270,14 +290,13 @@ class Connection(WebSocketProtocol13):
     def _wait_for(self, done: asyncio.Future[None]) -> None:
         """A callback is a coroutine: the next message waits for it, as with Tornado."""
         self._callback = done
-        self.pause_reading()
+        self._stop_reading()
 
         def resume(_: asyncio.Future[None]) -> None:
             self._callback = None
             if not self._ended.done():
                 self._process()
-            if self._callback is None:
-                self.resume_reading()
+            self._read_on()
 
         done.add_done_callback(resume)
 
@@ -372,10 +391,11 @@ class Connection(WebSocketProtocol13):
     def wait_written(self, position: int) -> asyncio.Future[None]:
         """Resolves when the transport has taken everything before ``position``; WebSocketClosedError if never."""
         future: asyncio.Future[None] = self._loop.create_future()
-        if self.queue.written >= position and not self._ended.done():
+        if self.written >= position:
             future.set_result(None)
         elif self._ended.done():
             future.set_exception(WebSocketClosedError())
+            future.exception()
         else:
             self._waiters.append((position, future))
         return future
@@ -459,7 +479,7 @@ class Connection(WebSocketProtocol13):
         if self._newest_ping is not None and self._pong_position <= self.queue.written:
             data, self._newest_ping = self._newest_ping, None
             self._answer_ping(data)
-        if self.server_terminated and self.client_terminated and not self.queue.pending_bytes:
+        if self.server_terminated and self.client_terminated and not self.queue.pending_bytes and not self._stream_busy:
             self._finish()
         elif self.on_progress is not None:
             self.on_progress()
@@ -491,7 +511,7 @@ class Connection(WebSocketProtocol13):
         self.client_terminated = True
         code, reason = parse_close(payload)
         self.close_code, self.close_reason = code, reason or None
-        if self.server_terminated and not self.queue.pending_bytes:
+        if self.server_terminated and not self.queue.pending_bytes and not self._stream_busy:
             self._finish()
         else:
             self.close(code)
@@ -508,12 +528,23 @@ class Connection(WebSocketProtocol13):
     def _finish(self) -> None:
         """Everything is said. After a failure the peer may still be sending, and closing on unread bytes would
         reset the connection and lose our Close frame: end our side; the peer ends its own, or the timer does."""
-        if self._lingering and self._fd >= 0 and not self._ended.done():
-            with contextlib.suppress(OSError):
-                self.stream.socket.shutdown(socket.SHUT_WR)
-            self.resume_reading()
+        if self._lingering and not self._ended.done():
+            self._end_our_side()
+            self._read_on()
         else:
             self._lost(None)
+
+    def _end_our_side(self) -> None:
+        sock: Any = self.stream.socket
+        if self._fd < 0:  # what comes now is thrown away, so Tornado's stream is not needed to understand it
+            self._reading = False
+            self.stream.io_loop.remove_handler(self.stream.fileno())
+            self._fd = sock.fileno()
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(self.stream, SSLIOStream):
+                sock.unwrap()
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_WR)
 
     def _peer(self) -> str:
         return str(getattr(getattr(self.handler, "request", None), "remote_ip", None) or "unknown")
@@ -526,7 +557,7 @@ class Connection(WebSocketProtocol13):
             log.warning("WebSocket client %s: %s", self._peer(), str(error))
         self.client_terminated = self.server_terminated = True
         self._ended.set_result(None)
-        self.pause_reading()
+        self._stop_reading()
         if self._fd >= 0:
             self._await_writable(False)
         self._fd = -1
@@ -535,6 +566,7 @@ class Connection(WebSocketProtocol13):
         for _, future in self._waiters:
             if not future.done():
                 future.set_exception(WebSocketClosedError())
+                future.exception()
         self._waiters.clear()
         if self._close_timer is not None:
             self._close_timer.cancel()
@@ -544,7 +576,10 @@ class Connection(WebSocketProtocol13):
         self.stream.close()
 
     def _abort(self) -> None:
-        if self.stream is not None:
+        stream: IOStream | None = self.stream
+        if stream is None:  # the handshake failed
+            cast("tornado.websocket.WebSocketHandler", self.handler).set_status(400)
+        else:
             self._lost(None)
 
     def is_closing(self) -> bool:

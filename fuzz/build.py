@@ -76,14 +76,18 @@ def build() -> Path:
     return DRIVER
 
 
+def options(variable: str, ours: str) -> str:
+    """With those of the user, who wins."""
+    return ":".join(filter(None, [ours, os.environ.get(variable)]))
+
+
 def environment(target: str) -> dict[str, str]:
     """What the program needs to know."""
     return os.environ | {
         "FASTWIRE_FUZZ_PYTHON": sys.executable,
         "FASTWIRE_FUZZ_TARGET": target,
         "PYTHONPATH": f"{PACKAGE}{os.pathsep}{ROOT}",
-        # Python's own allocator would hide overruns, and Python leaks at its end.
-        "PYTHONMALLOC": "malloc",
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",  # Python's own allocator would hide overruns
+        "ASAN_OPTIONS": options("ASAN_OPTIONS", "detect_leaks=1:allocator_may_return_null=1"),
+        "UBSAN_OPTIONS": options("UBSAN_OPTIONS", "halt_on_error=1:print_stacktrace=1"),
     }

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from fastwire.turns import Turns
 
@@ -158,12 +161,20 @@ def test_at_end_outside_a_turn_comes_with_the_loops_next() -> None:
     run(body)
 
 
-def test_without_epoll_the_loop_watches_each() -> None:
+def test_loops_leave_no_descriptors() -> None:
     async def body(turns: Turns) -> None:
-        plain = Turns(asyncio.get_running_loop())
-        assert plain._epoll is not None
-        plain._epoll.close()
-        plain._epoll = None
+        Pipe(turns, [], "a").close()
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(20):
+        run(body)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_without_epoll_the_loop_watches_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastwire.turns.select", object())
+
+    async def body(plain: Turns) -> None:
         log: list[Any] = []
         pipe = Pipe(plain, log, "plain")
         os.write(pipe.into, b"x")
