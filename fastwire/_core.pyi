@@ -42,14 +42,12 @@ def live() -> dict[str, int]:
     """
 
 def counters() -> dict[tuple[str, str, str], int]:
-    """What went through since the process began, by ``(what, channel, unit)``; channel and unit are "" where there
-    is none.
+    """What went through since the process began, by ``(what, channel, unit)``; "" where there is no channel or unit.
 
-    ``from_kernels`` and ``to_kernels``: "messages" and "bytes" by channel ("shell", "control", "stdin", "iopub", "other");
-    ``from_clients`` and ``to_clients``: data messages queued, payload bytes in, wire bytes out; ``batches`` drained;
-    messages ``rejected``;
-    ``waited``: messages that a full kernel socket made wait; ``flushes`` that wrote, were ``blocked``, had
-    ``no_buffers``.
+    ``from_kernels`` and ``to_kernels``: "messages" and "bytes" by channel ("shell", "control", "stdin", "iopub",
+    "other"). ``from_clients`` and ``to_clients``: data messages, payload bytes in, wire bytes out. ``batches`` drained;
+    messages ``rejected``; ``waited``: messages that a full kernel socket made wait; ``flushes`` that wrote, were
+    ``blocked``, had ``no_buffers``.
     """
 
 # -- sign ------------------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def fragmented(draw: st.DrawFn) -> bytes:
     frames = []
     for i, chunk in enumerate(chunks):
         opcode = OP_CONTINUATION if i else OP_TEXT if text else OP_BINARY
-        frames += [client_frame(opcode, chunk, fin=chunk is chunks[-1] or i == len(chunks) - 1, mask=draw(masks))]
+        frames += [client_frame(opcode, chunk, fin=i == len(chunks) - 1, mask=draw(masks))]
         frames += draw(controls()) if i < len(chunks) - 1 else []
     return b"".join(frames)
 

@@ -688,9 +688,9 @@ def test_a_rate_limit(strict: Server, strict_kernel: str, protocol: str | None) 
         assert "iopub_msg_rate_limit=20.0" in notice.content["text"]
         assert "rate_limit_window=2.0" in notice.content["text"]
         assert answer.states == ["busy", "idle"]
-        before = answer.messages[: answer.messages.index(notice)]
-        assert numbers(before) == [*range(len(numbers(before)))], "up to the notice nothing is missing"
-        assert len(numbers(before)) == 40, "20 a second for 2 seconds, less what is no stream"
+        before = numbers(answer.messages[: answer.messages.index(notice)])
+        assert before == [*range(len(before))], "up to the notice nothing is missing"
+        assert 30 <= len(before) <= 50, "20 a second for 2 seconds"
         assert client.run("print('ok')").text() == "ok\n"
 
 

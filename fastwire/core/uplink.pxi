@@ -122,17 +122,19 @@ cdef class Uplink:
         """Signs the message and sends it, or lets it wait behind those that wait already."""
         cdef bytes signature = self.signer.hex_signature(self.message.parts.items)
         cdef Spans *parts = &self.message.parts
-        tally(&counted.to_kernels[target], sum_of(parts.items, <Py_ssize_t>parts.count))
+        cdef size_t nbytes = sum_of(parts.items, <Py_ssize_t>parts.count)
         if not self.waiting[target] and self.send_spans(target, signature) == SENT:
             self.sent += 1
+            tally(&counted.to_kernels[target], nbytes)
             return 0
         if self.sockets[target].closed:
             raise SocketClosed("the ZMQ socket is closed")
         counted.waited += 1
+        tally(&counted.to_kernels[target], nbytes)
         frames = [DELIMITER, signature] + parts_list(parts)
         self.waiting[target].append(frames)
         self.waiting_messages += 1
-        self.waiting_bytes += sum_of(parts.items, <Py_ssize_t>parts.count)
+        self.waiting_bytes += nbytes
         return 0
 
     cdef int send_spans(self, int target, bytes signature) except -1:
