@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -24,7 +24,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import zmq
-from tornado.web import HTTPError
 
 try:
     from jupyter_server._tz import utcnow
@@ -106,6 +105,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._fast = False
+        self._connecting = False
         self._session: Session | None = None
         self._connection: Connection | None = None
         if self._json_session:
@@ -138,6 +138,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         Source: `ZMQChannelsWebsocketConnection.connect`.
         """
         connection = self.websocket_handler.ws_connection
+        self._connecting = True
         if not isinstance(connection, Connection) or self.session.adapt_version not in NOT_ADAPTED:
             await (super().connect() or asyncio.sleep(0))
             return
@@ -147,19 +148,17 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self.multi_kernel_manager.add_restart_callback(self.kernel_id, self.on_restart_failed, "dead")
         self._open_sockets.add(self)
         try:
-            self._open_relay()
+            relays.open(self.kernel_manager)
             await self.nudge()
-        except HTTPError as error:
-            self.log.error("Error opening kernel sockets: %s", error)
-            self.websocket_handler.close(1011, "the kernel cannot be reached")
-            return
-        if not connection.is_closing():
-            self._attach(connection)
-
-    def _open_relay(self) -> None:
-        if self.kernel_id in self.multi_kernel_manager:
-            self.multi_kernel_manager.ports_changed(self.kernel_id)
-        relays.open(self.kernel_manager)
+            if not connection.is_closing():
+                self._attach(connection)
+        except BaseException as error:
+            # Tornado says nothing more about a connection whose `open` did not return.
+            self.disconnect()
+            if not isinstance(error, Exception):
+                raise
+            self.log.error("Kernel %s cannot be reached: %s", self.kernel_id, error)
+            connection.close(1011, "the kernel cannot be reached")
 
     def _attach(self, connection: Connection) -> None:
         session = self.relay.session(self.session.session, self.session.bsession)
@@ -188,7 +187,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
                 answered.set_result(None)
 
         # One that signs wrongly answers too; what it says will be refused, and its users are told.
-        channels = [relay.channel(name, None, on_answer, on_faulty=on_answer) for name in ("shell", "control")]
+        channels = relay.channels(("shell", "control"), None, on_answer, on_faulty=on_answer)
         try:
             while self._can_prove() and not (answered.done() and relay.heard.done() and self._has_started()):
                 for channel in channels:
@@ -202,7 +201,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     def _can_prove(self) -> bool:
         return (
             self.kernel_id in self.multi_kernel_manager
-            and list(self.kernel_manager.ports) == self.relay.ports
+            and endpoint(self.kernel_manager) == self.relay.endpoint
             and not self.relay.heard.cancelled()
             and self.websocket_handler.ws_connection is not None
             and not self.websocket_handler.ws_connection.is_closing()
@@ -242,16 +241,17 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
         Source: `ZMQChannelsWebsocketConnection.disconnect`.
         """
-        if not self._fast:
-            super().disconnect()
-            return
         if self._close_future.done():
             return
+        if self._connecting and not self._fast:
+            super().disconnect()
+            return
         manager = self.multi_kernel_manager
-        manager.notify_disconnect(self.kernel_id)
+        if self._connecting:  # or it was never counted
+            manager.notify_disconnect(self.kernel_id)
         if self._open_sessions.get(self.session_key) is self.websocket_handler:
             self._open_sessions.pop(self.session_key)
-        if self.kernel_id in manager:
+        if self._connecting and self.kernel_id in manager:
             manager.remove_restart_callback(self.kernel_id, self.on_kernel_restarted)
             manager.remove_restart_callback(self.kernel_id, self.on_restart_failed, "dead")
         self._forget_kernel_info()
@@ -309,18 +309,27 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         """Rate limits, hidden tracebacks and protocol adaptation, for the messages they concern."""
         changes: dict[int, list[bytes] | None] = {}
         if batch.foreign and self._session is not None and self._session.protocol != PROTOCOL_V1:
-            changes |= {index: self._adapted(batch[index]) for index in batch.foreign}
+            changes |= {index: self._changed(self._adapted, batch[index]) for index in batch.foreign}
         if batch.channel == "iopub":
             if batch.counts[ERROR] and not self.multi_kernel_manager.allow_tracebacks:
                 errors = [i for i in range(len(batch)) if batch.message_class(i) == "error"]
-                changes |= {index: self._redacted(batch[index]) for index in errors}
+                changes |= {index: self._changed(self._redacted, batch[index]) for index in errors}
             if self.limit_rate:
-                changes |= dict.fromkeys(i for i in range(len(batch)) if self._is_limited(batch[i]))
+                limited = (i for i in range(len(batch)) if not self._changed(self._limited, batch[i]))
+                changes |= dict.fromkeys(limited)
         return batch.replaced(changes) if changes else batch
 
-    def _is_limited(self, parts: list[bytes]) -> bool:
+    def _changed(self, change: Callable[[list[bytes]], list[bytes] | None], parts: list[bytes]) -> list[bytes] | None:
+        """One message as this client may have it. One that cannot be read is left out, as jupyter_server does."""
+        try:
+            return change(parts)
+        except Exception as error:  # noqa: BLE001 - whatever a kernel may have put there
+            self.log.warning("Left out a malformed message of kernel %s: %r", self.kernel_id, error)
+            return None
+
+    def _limited(self, parts: list[bytes]) -> list[bytes] | None:
         unread = {"header": None, "parent_header": None, "content": None}
-        return bool(self._limit_rate("iopub", unread, parts))
+        return None if self._limit_rate("iopub", unread, parts) else parts
 
     def _redacted(self, parts: list[bytes]) -> list[bytes]:
         """Source: `ZMQChannelsWebsocketConnection._on_error`."""
@@ -328,18 +337,13 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         content |= {
             "ename": "ExecutionError",
             "evalue": "Execution error",
-            "traceback": [self.kernel_manager.traceback_replacement_message],
+            "traceback": [self.multi_kernel_manager.traceback_replacement_message],
         }
         return [*parts[:3], self.session.pack(content), *parts[4:]]
 
     def _adapted(self, parts: list[bytes]) -> list[bytes] | None:
-        """The message as jupyter_client reads one of another protocol version; None when it cannot."""
-        try:
-            message = self._reader.deserialize([b"", *parts])
-        except Exception:
-            self.log.warning("A message of kernel %s could not be adapted", self.kernel_id, exc_info=True)
-            return None
-        return parts_of(self.session, message)
+        """The message as jupyter_client reads one of another protocol version."""
+        return parts_of(self.session, self._reader.deserialize([b"", *parts]))
 
     @property
     def _reader(self) -> Any:
@@ -361,26 +365,35 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             return
         self.log.warning(error_message)
         content = {"text": error_message + "\n", "name": "stderr"}
-        self._say(self.session.msg("stream", content=content, parent=parent_header))
+        message = self.session.msg("stream", content=content, parent=parent_header)
+        # Not before the messages of the batch that is being judged.
+        asyncio.get_running_loop().call_soon(self._say, message)
 
     def _send_status_message(self, status: str) -> None:
         """Source: `ZMQChannelsWebsocketConnection._send_status_message`: what the kernel said before comes before."""
         if not self._fast:
             super()._send_status_message(status)
             return
-        self.relay.drain_iopub()
-        self._say(self.session.msg("status", {"execution_state": status}))
-
-    def on_kernel_restarted(self) -> None:
-        super().on_kernel_restarted()
-        if self._fast and self.kernel_id in self.multi_kernel_manager:
-            self._open_relay()
+        if self._session is not None:
+            self._session.relay.drain_iopub()
+            self._say(self.session.msg("status", {"execution_state": status}))
 
 
 def parts_of(session: Any, message: dict[str, Any]) -> list[bytes]:
     """A message as jupyter_client's `Session` builds it, as parts."""
     parts = [session.pack(message[key]) for key in ("header", "parent_header", "metadata", "content")]
     return parts + [bytes(buffer) for buffer in message.get("buffers", ())]
+
+
+def endpoint(manager: Any) -> object:
+    """Where a kernel listens and how it proves itself: when any of it changes, every socket is made anew."""
+    curve = getattr(manager, "curve_publickey", None)
+    return (manager.transport, manager.ip, *manager.ports, manager.session.key, manager.session.signature_scheme, curve)
+
+
+def signer_of(manager: Any) -> Signer:
+    session = manager.session
+    return Signer(session.key, session.signature_scheme, history_size=session.digest_history_size)
 
 
 def tell_rejected(manager: Any, channel: str, error: MessageError) -> None:
@@ -441,6 +454,10 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         self._write_activity()
         await super().cull_kernel_if_idle(kernel_id)
 
+    def _handle_kernel_died(self, kernel_id: str) -> None:
+        """After the clients' own callbacks for the same event: they are to hear "dead" before their relay closes."""
+        asyncio.get_running_loop().call_soon(super()._handle_kernel_died, kernel_id)
+
     def stop_watching_activity(self, kernel_id: str) -> None:
         kernel: Any = self._kernels[kernel_id]
         relays.unobserve(kernel)
@@ -467,23 +484,22 @@ class Relays:
         """The kernel's relay; made at the first call."""
         if manager not in self._relays:
             settings = Fastwire(config=manager.config)
-            session = manager.session
             self._relays[manager] = KernelRelay(
                 partial(open_socket, manager),
-                Signer(session.key, session.signature_scheme, history_size=session.digest_history_size),
+                signer_of(manager),
                 limits=settings.limits(),
                 permissive=settings.accept_invalid_signatures,
                 on_rejected=partial(tell_rejected, manager),
             )
-            self._sweep()
+            self._sweep_later()
         return self._relays[manager]
 
     def open(self, manager: Any) -> None:
         """Subscribe to the kernel; anew when it moved, with doubt when it was started again since."""
         relay = self.of(manager)
-        relay.open(list(manager.ports))
-        process = manager.provisioner
-        if self._processes.get(relay) is not process:
+        relay.open(endpoint(manager), signer_of(manager))
+        process = (manager.provisioner, getattr(manager.provisioner, "pid", None))
+        if self._processes.get(relay) != process:
             self._processes[relay] = process
             relay.doubt()
 
@@ -507,14 +523,15 @@ class Relays:
     def _sweep(self) -> None:
         """Close the relays of kernels that are gone: the stock kernel manager tells nobody. A restart may take a
         kernel off its manager's list for a moment, so it has to be missing twice."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            self._sweeper = None
+        self._sweeper = None
         missing = {manager for manager in self._relays if not is_managed(manager)}
         for manager in missing & self._missing:
             self.close(manager)
         self._missing = missing
-        if self._relays:
+        self._sweep_later()
+
+    def _sweep_later(self) -> None:
+        if self._relays and self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL, self._sweep)
 
 

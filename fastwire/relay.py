@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import zmq
 from zmq.eventloop.zmqstream import ZMQStream
@@ -88,7 +88,7 @@ class Channel:
     ) -> None:
         self.name = name
         self.socket = socket
-        self.budget_hits = 0
+        self._comes_back = False
         self._signer = signer.fork()
         self._on_batch = on_batch
         self._on_faulty = on_faulty
@@ -108,6 +108,10 @@ class Channel:
         if self._after is not None:
             self._after()
 
+    def _come_back(self) -> None:
+        self._comes_back = False
+        self._on_readable()
+
     def drain(self) -> bool:
         """Receive everything that is there, up to the budget of one turn. Returns whether more is waiting."""
         if self._fd < 0:
@@ -119,9 +123,9 @@ class Channel:
             return False
         if batch is None:
             return False
-        if batch.more:
-            self.budget_hits += 1
-            asyncio.get_running_loop().call_soon(self._on_readable)
+        if batch.more and not self._comes_back:
+            self._comes_back = True
+            asyncio.get_running_loop().call_soon(self._come_back)
         if batch.faulty and self._on_faulty is not None:
             self._on_faulty(batch)
         if len(batch):
@@ -152,8 +156,7 @@ class KernelRelay:
     """One kernel: its iopub subscription and its clients' sessions.
 
     ``observers`` are called with each iopub batch, before the clients get it. ``on_rejected(channel, error)`` hears
-    once of each kind of error for which messages were refused (`rejected` counts them all);
-    ``ports`` is whatever identifies where the kernel listens, to see whether it moved.
+    once of each kind of error for which messages were refused.
     """
 
     def __init__(
@@ -169,7 +172,7 @@ class KernelRelay:
         self.signer = signer
         self.sessions: dict[str, Session] = {}
         self.observers: list[Callable[[Batch], None]] = []
-        self.ports: object = None
+        self.endpoint: object = None
         self._open_socket = open_socket
         self._permissive = permissive
         self._on_rejected = on_rejected
@@ -182,17 +185,21 @@ class KernelRelay:
 
     # -- sockets --
 
-    def open(self, ports: object = None) -> None:
-        """Subscribe to the kernel, once. When ``ports`` are not those of last time, every socket is made anew."""
-        if self.iopub is not None and self.ports != ports:
+    def open(self, endpoint: object = None, signer: Signer | None = None) -> None:
+        """Subscribe to the kernel, once. ``endpoint`` is whatever tells where it listens: when that is not what it was
+        last time, every socket is made anew, with a new ``signer`` if one is given."""
+        moved = self.iopub is not None and self.endpoint != endpoint
+        if moved:
             self.drain_iopub()
             self._close_iopub()
-            for session in list(self.sessions.values()):
-                session.reopen()
+            self.signer = signer or self.signer
         if self.iopub is None or self.iopub.closed:
-            self.ports = ports
+            self.endpoint = endpoint
             self.heard = asyncio.get_running_loop().create_future()
             self.iopub = self.channel("iopub", None, self._on_iopub)
+        if moved:
+            for session in list(self.sessions.values()):
+                session.reopen()
 
     def channel(
         self,
@@ -222,6 +229,29 @@ class KernelRelay:
             permissive=self._permissive,
         )
 
+    def channels(
+        self,
+        names: Iterable[str],
+        identity: bytes | None,
+        on_batch: Callable[[Batch], None],
+        *,
+        on_faulty: Callable[[Batch], None] | None = None,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> list[Channel]:
+        """All of them or, when one cannot be opened, none."""
+        opened: list[Channel] = []
+        try:
+            opened.extend(
+                self.channel(name, identity, on_batch, on_faulty=on_faulty, before=before, after=after)
+                for name in names
+            )
+        except BaseException:
+            for channel in opened:
+                channel.close()
+            raise
+        return opened
+
     def _reject(self, batch: Batch) -> None:
         self.rejected += batch.rejected_count
         for error in batch.rejected:
@@ -249,7 +279,7 @@ class KernelRelay:
     def announce(self, batch: Batch) -> None:
         """Say something to every session, also to those that come later."""
         self._announced.append(batch)
-        for session in self.sessions.values():
+        for session in list(self.sessions.values()):
             session.say(batch)
 
     def drain_iopub(self) -> None:
@@ -326,12 +356,9 @@ class Session:
         self._open_channels()
 
     def _open_channels(self) -> None:
-        self._channels = [
-            self.relay.channel(
-                name, self.identity, self.deliver, before=self.relay.drain_iopub, after=self._after_wake_up
-            )
-            for name in CLIENT_CHANNELS
-        ]
+        self._channels = self.relay.channels(
+            CLIENT_CHANNELS, self.identity, self.deliver, before=self.relay.drain_iopub, after=self._after_wake_up
+        )
         self._uplink = self._new_uplink()
 
     def _new_uplink(self) -> Uplink:

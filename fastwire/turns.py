@@ -46,24 +46,24 @@ class Turns:
 
     def watch(self, fd: int, callback: Callback) -> None:
         """Call ``callback`` in each turn in which ``fd`` is readable."""
+        self._readers[fd] = callback
         if not self._has_epoll:
             self._loop.add_reader(fd, callback)
             return
         if self._epoll is None:
             self._epoll = select.epoll()
             self._loop.add_reader(self._epoll.fileno(), self._turn)
-        self._readers[fd] = callback
         self._epoll.register(fd, select.EPOLLIN)
 
     def unwatch(self, fd: int, callback: Callback) -> None:
         """No more of ``callback``. Call it before ``fd`` is closed; should that have happened already, somebody
         else's descriptor of the same number is left alone."""
-        if not self._has_epoll:
-            self._loop.remove_reader(fd)
-            return
-        if self._epoll is None or self._readers.get(fd) != callback:
+        if self._readers.get(fd) != callback:
             return
         del self._readers[fd]
+        if self._epoll is None:
+            self._loop.remove_reader(fd)
+            return
         with suppress(OSError):
             self._epoll.unregister(fd)
         if not self._readers:
@@ -79,8 +79,10 @@ class Turns:
         readers = self._readers
         self._in_turn = True
         # A callback may unwatch a descriptor that is ready too.
-        self._call_all(readers[fd] for fd, _ in self._epoll.poll(0) if fd in readers)
-        self._in_turn = False
+        try:
+            self._call_all(readers[fd] for fd, _ in self._epoll.poll(0) if fd in readers)
+        finally:
+            self._in_turn = False
         if self._at_end:
             self._end()
 

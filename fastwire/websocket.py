@@ -146,6 +146,7 @@ class Connection(WebSocketProtocol13):
         self._stream_busy = False
         self._reading = False
         self._opened = False
+        self._processing = False
         self._paused = False
         self._stream_reading = False
         self._callback: asyncio.Future[None] | None = None
@@ -158,6 +159,8 @@ class Connection(WebSocketProtocol13):
 
     def start_pinging(self) -> None:
         """Tornado calls this when the stream is detached and before ``open``: from here the socket is ours."""
+        if self.stream is None:
+            raise ValueError("the client left before the handshake")
         self.parser = FrameParser(self.params.max_message_size, deflate=self._decompressor is not None)
         self.stream.set_nodelay(True)
         if self._can_take_socket():
@@ -259,9 +262,10 @@ class Connection(WebSocketProtocol13):
 
     def _process(self) -> None:
         """Hand out what the parser has, in order, until it is empty or a coroutine must finish first."""
-        if self._callback is not None or self._lingering or (self._paused and self._fd < 0):
+        if self._processing or self._callback is not None or self._lingering or (self._paused and self._fd < 0):
             self._discard_if_lingering()
             return
+        self._processing = True
         try:
             self._hand_out()
         except FastwireError as error:
@@ -269,6 +273,8 @@ class Connection(WebSocketProtocol13):
         except Exception:  # noqa: BLE001 - the boundary to the application's code
             self.handler.log_exception(*sys.exc_info())
             self._abort()
+        finally:
+            self._processing = False
 
     def _hand_out(self) -> None:
         if self.consumer is not None:
@@ -373,6 +379,10 @@ class Connection(WebSocketProtocol13):
 
     def write_ping(self, data: bytes) -> None:
         self._write_control(OP_PING, data)
+        if self._paused:
+            # Its pong would wait where we do not read: a client that is held back is not a client that is gone.
+            self._received_pong = True
+            self._run_callback(self.handler.on_pong, data)
 
     def _write_control(self, opcode: int, data: bytes) -> int:
         position = self.queue.append_frame(opcode, data)

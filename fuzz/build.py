@@ -17,7 +17,9 @@ PACKAGE = FOLDER / "lib"  # a fastwire of our own: the one in the source tree st
 DRIVER = FOLDER / f"driver-{sys.implementation.cache_tag}"
 SOURCE = ROOT / "fuzz" / "driver.c"
 SANITIZERS = "address,undefined"
-MISSING = "clang and its libFuzzer are needed; on Debian: apt-get install clang libclang-rt-dev (or -14-dev, as clang's)"
+MISSING = (
+    "clang and its libFuzzer are needed; on Debian: apt-get install clang libclang-rt-dev (or -14-dev, as clang's)"
+)
 
 
 def clang() -> str:

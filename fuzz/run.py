@@ -40,11 +40,12 @@ class Result:
     edges: int = 0
     corpus: int = 0
     crash: Path | None = None
+    leak: bool = False
     failed: bool = False
 
     def row(self) -> str:
         grown = f"+{self.edges - self.edges_before}"
-        state = "CRASH" if self.crash else "FAILED" if self.failed else "-"
+        state = "CRASH" if self.crash else "LEAK" if self.leak else "FAILED" if self.failed else "-"
         numbers = f"{self.executions:>10,} {self.per_second:>8,} {self.edges:>6} {grown:>5} {self.corpus:>7}"
         return f"{self.target:<14} {numbers}  {state}"
 
@@ -58,8 +59,10 @@ def read(target: str, output: str, status: int) -> Result:
     begun = re.search(r"INITED cov: (\d+)", output)
     executions = re.search(r"stat::number_of_executed_units: (\d+)", output)
     per_second = re.search(r"stat::average_exec_per_sec: +(\d+)", output)
-    crash = re.search(r"Test unit written to (.+)", output)
-    result = Result(target, crash=Path(crash[1]) if crash else None, failed=status != 0)
+    # Found at the end: there is no input to show, only where the memory came from.
+    leak = "ERROR: LeakSanitizer" in output
+    crash = None if leak else re.search(r"Test unit written to (.+)", output)
+    result = Result(target, crash=Path(crash[1]) if crash else None, leak=leak, failed=status != 0)
     if executions and per_second:
         result.executions, result.per_second = int(executions[1]), int(per_second[1])
     if covered and begun:
@@ -85,6 +88,15 @@ def folder(path: Path) -> Path:
     return path
 
 
+def seeded(target: str) -> Path:
+    """A folder with the seeds."""
+    written = build.FOLDER / "seeds" / target
+    shutil.rmtree(written, ignore_errors=True)
+    for i, seed in enumerate(seeds.of(target)):
+        (folder(written) / str(i)).write_bytes(seed)
+    return written
+
+
 def fuzz(target: str, seconds: int) -> Result:
     ended = libfuzzer(
         target,
@@ -95,6 +107,7 @@ def fuzz(target: str, seconds: int) -> Result:
         *LIMITS,
         folder(FOUND / target),  # the first one is written to
         folder(CORPUS / target),
+        seeded(target),
     )
     result = read(target, ended.stdout, ended.returncode)
     print(result.row(), flush=True)
@@ -111,6 +124,8 @@ def fuzz_all(targets: Sequence[str], seconds: int) -> int:
     for result in results:
         if result.crash:
             print(f"\nreproduce: python -m fuzz.run --target {result.target} --repro {result.crash}")
+        elif result.failed:
+            print(f"\nagain: python -m fuzz.run --target {result.target} --seconds {share}")
     return any(result.failed for result in results)
 
 
@@ -124,11 +139,15 @@ def minimise(target: str) -> None:
     """fuzz/corpus becomes the fewest inputs that reach the edges which seeds, corpus and findings reach together."""
     kept, new = CORPUS / target, folder(build.FOLDER / "minimised" / target)
     shutil.rmtree(new)
-    written = folder(build.FOLDER / "seeds" / target)
-    for i, seed in enumerate(seeds.of(target)):
-        (written / str(i)).write_bytes(seed)
     ended = libfuzzer(
-        target, "-set_cover_merge=1", *LIMITS, folder(new), folder(kept), written, folder(FOUND / target)
+        target,
+        "-set_cover_merge=1",
+        "-use_counters=0",
+        *LIMITS,
+        folder(new),
+        folder(kept),
+        seeded(target),
+        folder(FOUND / target),
     )
     if ended.returncode:
         sys.exit(ended.stdout)

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable
-from itertools import product
+from itertools import cycle, product
 
-from fuzz.targets import FRAME, LARGE, MESSAGE, SIGN_HERE, oracle
+from fuzz.targets import FRAME, LARGE, MEDIUM, MESSAGE, SIGN_HERE, oracle
 
 CELL = {"msg_id": "9a1f_1", "msg_type": "execute_request", "username": "ann", "session": "9a1f", "version": "5.3"}
 
@@ -43,6 +43,16 @@ def kernels() -> list[list[bytes]]:
 
 def clients() -> list[list[bytes]]:
     return [message(*item) for item in CLIENTS.items()] + [message("comm_msg", {}, b"\x80buffer", b"")]
+
+
+#: Around the edges of UTF-8: the first and the last character of each length and the neighbours of surrogates; then octets
+#: that go beyond, are too long, halves of pairs, or cut short.
+UTF8 = [
+    *(char.encode() for char in "\x7f\x80\u07ff\u0800\uffff\ud7ff\ue000\U00010000\U0010ffff"),
+    *(b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80", b"\xff", b"\x80", b"\xbf"),
+    *(b"\xc0\x80", b"\xc1\xbf", b"\xe0\x9f\xbf", b"\xf0\x8f\xbf\xbf", b"\xed\xa0\x80", b"\xed\xbf\xbf"),
+    *(b"\xc2", b"\xc2\x7f", b"\xc2\xc0", b"\xe2\x82", b"\xe2\x82(", b"\xf0\x9f\x98", b"\xf0\x9f\x98("),
+]
 
 
 # -- client to kernel ------------------------------------------------------------------------------
@@ -103,12 +113,17 @@ STREAMS = [
 
 def frames() -> list[bytes]:
     """Behind the options (deflate, late, by socket, limit) and the size of the chunks."""
-    return [bytes([options, size]) + each for each in STREAMS for options in (0, 1, 2, 4, 8, 16, 24) for size in (0, 5, 255)]
+    ways = [bytes(way) for way in product((0, 1, 2, 4, 8, 16, 24), (0, 5, 255))]
+    texts = [frame(0x81, b"a" + octets) + frame(0x01, octets) for octets in UTF8]
+    return [
+        *(way + stream for stream in STREAMS for way in ways),
+        *(bytes([0, size]) + text for text in texts for size in (0, 255)),
+    ]
 
 
 def close() -> list[bytes]:
     codes = (0, 999, 1000, 1003, 1004, 1005, 1007, 1014, 1015, 2999, 3000, 4999, 5000, 65535)
-    return [b"", b"\x03", *(code.to_bytes(2) + reason for code in codes for reason in (b"", b"bye \xc3\xa9", b"\xc3"))]
+    return [b"", b"\x03", *(code.to_bytes(2) + reason for code in codes for reason in (b"", b"bye", *UTF8))]
 
 
 # -- JSON ------------------------------------------------------------------------------------------
@@ -116,7 +131,7 @@ def close() -> list[bytes]:
 TEXTS = [
     b'{"a": [1, -0.5e+7, true, false, null, NaN, Infinity, -Infinity, "\\u00e9\\n\\/\\"", {}], "b": {"c": []}}',
     b" [ ] ",
-    "\"é\u20ac\U0001f600 and more than eight octets\"".encode(),
+    '"é\u20ac\U0001f600 and more than eight octets"'.encode(),
     b"[" * 1000 + b"]" * 1000,
     b'{"":' * 1001,
     b'"\\ud83d\\ude00\\ud800"',
@@ -127,11 +142,13 @@ TEXTS = [
 
 
 def json_text() -> list[bytes]:
-    return TEXTS + [parts[i] for parts in kernels() for i in (0, 3)]
+    return TEXTS + [b'"%b"' % octets for octets in UTF8] + [parts[i] for parts in kernels() for i in (0, 3)]
 
 
 def header() -> list[bytes]:
-    spelled = b'{"msg_type": 7, "msg\\u005ftype": "a\\u0062\xff", "\\u006dsg_id":"", "version":"5", "x": [{"msg_id": 1}]}'
+    spelled = (
+        b'{"msg_type": 7, "msg\\u005ftype": "a\\u0062\xff", "\\u006dsg_id":"", "version":"5", "x": [{"msg_id": 1}]}'
+    )
     return [parts[0] for parts in kernels()] + [spelled, b"{}", *TEXTS]
 
 
@@ -146,7 +163,7 @@ def multiparts() -> list[bytes]:
     good = [wire(parts) for parts in kernels()]
     parts = kernels()[1]
     foreign = [parts[0].replace(b'"5.3"', version) for version in (b'"4.1"', b"null", b'"5"', b'"\\u0035.3"')]
-    large = [parts[0].replace(b"9a1f_1", LARGE), parts[1], b"{}", b'"' + LARGE + b'"', LARGE, b"small", LARGE * 2]
+    large = [parts[0].replace(b"9a1f_1", LARGE), parts[1], b"{}", b'"' + LARGE + b'"', LARGE + b"x", MEDIUM, LARGE * 2]
     bad_text = [each.replace(b"ann", b"\xc3\xe2\x82\xf0") for each in parts]
     return [
         *good,
@@ -154,6 +171,7 @@ def multiparts() -> list[bytes]:
         MESSAGE.join([good[0], good[0], wire(parts, b"forged"), wire(parts, b"")]),
         MESSAGE.join(wire([each, *parts[1:]]) for each in foreign),
         wire(large),
+        wire([*parts, *[MEDIUM * 2] * 12]),
         wire(bad_text),
         MESSAGE.join([wire(large), wire(bad_text), wire([*parts, *(b"%d" % i for i in range(40))])]),
         MESSAGE.join([wire(parts[:3]), b"", oracle.DELIMITER, wire([b"", *parts[1:]]), wire([*parts[:3], b" "])]),
@@ -163,13 +181,14 @@ def multiparts() -> list[bytes]:
 
 def batch() -> list[bytes]:
     """Behind the options (key, permissive, channel, portable) and what is replaced."""
-    options = (0x00, 0x01, 0x03, 0x05, 0x09, 0x1D)
-    return [bytes(head) + each for each in multiparts() for head in product(options, (0x00, 0x80, 0x11))]
+    options = cycle((0x00, 0x01, 0x03, 0x05, 0x09, 0x1D))
+    return [bytes([next(options), change]) + each for each in multiparts() for change in (0x00, 0x80, 0x11)]
 
 
 def drain() -> list[bytes]:
     """Behind the options: key, permissive, pyzmq, budget."""
-    return [bytes([options]) + each for each in multiparts() for options in (0, 1, 3, 5, 0x11, 0x24)]
+    options = cycle((0, 1, 3, 5, 0x11, 0x24))
+    return [bytes([next(options)]) + each for each in multiparts() * 3]
 
 
 def activity() -> list[bytes]:

@@ -1,11 +1,11 @@
 """What the fuzzer calls: one function for each parser of the core, given any bytes.
 
-A target returns when all is well. It raises for an error that `_core.pyi` does not document, for an answer that is not
-the oracle's (tests/oracle.py), and `run` for an object of the core that outlives the input. All of it works with an ordinary
-build too: tests/test_fuzz.py.
+A target returns when all is well. It raises for an error that `_core.pyi` does not document and for an answer that is
+not the oracle's (tests/oracle.py); `run` does for an object of the core that outlives the input. All of it works with
+an ordinary build too: tests/test_fuzz.py.
 
-The first octet of most inputs chooses options, so that the fuzzer can. `data` is a view of exactly the input: what the core
-reads behind its end, a sanitizer sees.
+The first octet of most inputs chooses options. `data` is a view of exactly the input, so a sanitizer sees what the core
+reads behind its end.
 """
 
 import gc
@@ -145,7 +145,7 @@ def frames(data: memoryview) -> None:
             for parser, items in zip(parsers, seen, strict=True):
                 received(parser, chunk) if by_socket else parser.feed(chunk)
                 if not late:
-                    items += taken(parser)[0]
+                    items.extend(taken(parser)[0])
             chunk.release()  # fails if the core holds on to it
         plain = oracle.OracleParser(limit, deflate=bool(deflate))
         plain.feed(stream)
@@ -228,9 +228,10 @@ def legacy_binary(data: memoryview) -> None:
 # -- a kernel's messages ---------------------------------------------------------------------------
 
 # These octets are in no UTF-8, so in no JSON. One octet each: a mutation that moves it is still an input.
-FRAME, MESSAGE, LARGE = b"\xfe", b"\xff", b"\xfd"
+FRAME, MESSAGE = b"\xfe", b"\xff"
+MEDIUM, LARGE = b"\xfc", b"\xfd"  # stand for so many octets; with one more, `LARGE` is not copied by the core
+SIZES = {MEDIUM: 3000, LARGE: 8192}
 SIGN_HERE = b"S"
-LARGER = b"x" * 9000  # than what the core copies
 
 channels = ("iopub", "shell", "é\u20ac", "")
 
@@ -238,7 +239,13 @@ channels = ("iopub", "shell", "é\u20ac", "")
 def multipart(data: memoryview, key: bytes) -> list[list[bytes]]:
     """The multipart messages an input spells, at most 20."""
     texts = bytes(data).split(MESSAGE)[:20] if data else []
-    return [signed([frame.replace(LARGE, LARGER, 2) for frame in text.split(FRAME)], key) for text in texts]
+    return [signed(list(map(grown, text.split(FRAME))), key) for text in texts]
+
+
+def grown(frame: bytes) -> bytes:
+    for mark, size in SIZES.items():
+        frame = frame.replace(mark, b"x" * size, 4)
+    return frame
 
 
 def signed(multipart: list[bytes], key: bytes) -> list[bytes]:
@@ -250,8 +257,8 @@ def signed(multipart: list[bytes], key: bytes) -> list[bytes]:
 
 
 def loads(text: str) -> object:
-    """The value of JSON, NaN as something that is equal to itself; the text of what is not JSON (nobody reads what a kernel
-    sends behind its header)."""
+    """The value of JSON, NaN as something that is equal to itself. None for what is no JSON: nobody reads what a kernel
+    sends behind its header."""
     try:
         return json.loads(text, parse_constant=lambda name: ("constant", name))
     except (ValueError, RecursionError):
@@ -447,6 +454,8 @@ def check_drained(batches: list[_core.Batch], messages: list[list[bytes]]) -> No
         mine, messages = messages[: len(made)], messages[len(made) :]
         check_batch(made, mine)
         results += check_frames(made, mine)
+        if len(mine) > 1:
+            check_replaced(made, mine, 0, None)
         del made
     check_encoded(results)
 
@@ -558,17 +567,13 @@ def uplink(data: memoryview) -> None:
         allowed_message_types=allowed,
     )
     opcode = _core.OP_BINARY if options & 16 else _core.OP_TEXT
-    if options & 4 and sendable:
-        outcome = attempt(relayed, link, payload)
-    else:
-        outcome = attempt(link.send, opcode, payload)
+    by_parser = options & 4 and sendable
+    outcome = attempt(relayed, link, payload) if by_parser else attempt(link.send, opcode, payload)
     _core.use_pyzmq(False)
     check_sent(link, outcome, arrived(ends), due(payload, protocol, allowed))
 
 
-def check_sent(
-    link: _core.Uplink, outcome: object, messages: list[tuple[str, list[bytes]]], expected: object
-) -> None:
+def check_sent(link: _core.Uplink, outcome: object, messages: list[tuple[str, list[bytes]]], expected: object) -> None:
     agree(link.sent, len(messages))
     assert (link.waiting_messages, link.waiting_bytes) == (0, 0)
     if link.ignored:

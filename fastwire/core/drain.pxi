@@ -627,6 +627,7 @@ def drain(socket, str channel, Signer signer not None, *, Py_ssize_t max_message
             # What was received is not lost for it; the next drain says it again.
             if batch is None:
                 raise
+            batch.more = True
             return batch
         if count == 0:
             return batch
@@ -653,6 +654,7 @@ cdef Batch drain_by_pyzmq(socket, str channel, Signer signer, Py_ssize_t max_mes
         except zmq.ZMQError as error:
             if batch is None:
                 raise zmq_problem(error.errno) from None
+            batch.more = True
             return batch
         if batch is None:
             batch = new_batch(channel)

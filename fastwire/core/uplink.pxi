@@ -9,13 +9,15 @@ cdef enum:
 
 
 cdef int channel_index(fw_span channel, bint quoted) noexcept nogil:
-    """SHELL, CONTROL, STDIN, or -1."""
+    """SHELL, CONTROL, STDIN, or -1. Only the default protocol quotes and escapes it."""
     if channel.ptr == NULL:
         return SHELL
     if quoted:
         if not is_string(channel):
             return -1
         channel = inside(channel)
+    elif memchr(channel.ptr, 92, channel.len) != NULL:
+        return -1
     if spells(channel, b"shell", 5):
         return SHELL
     if spells(channel, b"control", 7):
@@ -141,21 +143,22 @@ cdef class Uplink:
         cdef Spans *parts = &self.message.parts
         cdef void *handle
         cdef size_t i
-        cdef int flags
+        cdef int flags, result = SENT
         if not direct_zmq:
             return self.send_frames(target, [DELIMITER, signature] + parts_list(parts))
         self.touched |= 1 << target
         handle = handle_of(self.sockets[target])
         if send_part(handle, b"<IDS|MSG>", 9, FW_ZMQ_SNDMORE) == FULL:
             return FULL
+        # A peer that goes away in the middle takes the begun message with it. libzmq drops its other parts too, and must
+        # be given them to know where the next message begins; then this one is sent again as a whole.
         if send_part(handle, PyBytes_AS_STRING(signature), PyBytes_GET_SIZE(signature), FW_ZMQ_SNDMORE) == FULL:
-            return FULL
+            result = FULL
         for i in range(parts.count):
             flags = FW_ZMQ_SNDMORE if i + 1 < parts.count else 0
-            # A peer that goes away in the middle takes the begun message with it; it is sent again as a whole.
             if send_part(handle, parts.items[i].ptr, parts.items[i].len, flags) == FULL:
-                return FULL
-        return SENT
+                result = FULL
+        return result
 
     cdef int send_frames(self, int target, list frames) except -1:
         self.touched |= 1 << target
