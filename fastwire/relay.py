@@ -88,6 +88,7 @@ class Channel:
     ) -> None:
         self.name = name
         self.socket = socket
+        self.budget_hits = 0
         self._comes_back = False
         self._signer = signer.fork()
         self._on_batch = on_batch
@@ -108,6 +109,12 @@ class Channel:
         if self._after is not None:
             self._after()
 
+    def _come_back_later(self) -> None:
+        self.budget_hits += 1
+        if not self._comes_back:
+            self._comes_back = True
+            asyncio.get_running_loop().call_soon(self._come_back)
+
     def _come_back(self) -> None:
         self._comes_back = False
         self._on_readable()
@@ -123,9 +130,8 @@ class Channel:
             return False
         if batch is None:
             return False
-        if batch.more and not self._comes_back:
-            self._comes_back = True
-            asyncio.get_running_loop().call_soon(self._come_back)
+        if batch.more:
+            self._come_back_later()
         if batch.faulty and self._on_faulty is not None:
             self._on_faulty(batch)
         if len(batch):

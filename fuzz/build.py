@@ -23,8 +23,9 @@ MISSING = (
 
 
 def clang() -> str:
-    """The compiler, or the end of the program."""
-    found = shutil.which(os.environ.get("CC") or "clang")
+    """The compiler, or the end of the program. CC may name one of several; gcc has no libFuzzer."""
+    wanted = os.environ.get("CC", "")
+    found = shutil.which(wanted if "clang" in wanted else "clang")
     if found is None:
         sys.exit(MISSING)
     return found

@@ -130,7 +130,7 @@ def fuzz_all(targets: Sequence[str], seconds: int) -> int:
 
 
 def reproduce(target: str, file: Path) -> int:
-    ended = libfuzzer(target, file)
+    ended = libfuzzer(target, *LIMITS, file)
     print(ended.stdout)
     return ended.returncode
 

@@ -45,8 +45,8 @@ def clients() -> list[list[bytes]]:
     return [message(*item) for item in CLIENTS.items()] + [message("comm_msg", {}, b"\x80buffer", b"")]
 
 
-#: Around the edges of UTF-8: the first and the last character of each length and the neighbours of surrogates; then octets
-#: that go beyond, are too long, halves of pairs, or cut short.
+#: Around the edges of UTF-8: the first and last character of each length and the neighbours of surrogates; then what
+#: goes beyond, is too long, half of a pair, or cut short.
 UTF8 = [
     *(char.encode() for char in "\x7f\x80\u07ff\u0800\uffff\ud7ff\ue000\U00010000\U0010ffff"),
     *(b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80", b"\xff", b"\x80", b"\xbf"),

@@ -1,4 +1,5 @@
-"""A small kernel that is right but for one thing, which ``FASTWIRE_ODD`` names: ``python odd_kernel.py -f connection.json``.
+"""A small kernel that is right but for one thing, which ``FASTWIRE_ODD`` names: ``python odd_kernel.py -f
+connection.json``.
 
 =================  =================================================================================
 ``wrong-key``       it signs with a key of its own

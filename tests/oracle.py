@@ -270,9 +270,7 @@ def judge(
     return parts, remarks
 
 
-def forgery(
-    signature: bytes, parts: Sequence[bytes], signer: Signer, *, permissive: bool
-) -> list[InvalidSignature]:
+def forgery(signature: bytes, parts: Sequence[bytes], signer: Signer, *, permissive: bool) -> list[InvalidSignature]:
     try:
         signer.verify(signature, parts)
     except InvalidSignature as error:

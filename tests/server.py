@@ -1,7 +1,7 @@
 """A server in a process of its own, its kernels, and Jupyter clients for them in both protocols.
 
-`serving` runs ``python -m fastwire.serve``, or jupyter_server itself, in directories of its own; a `Client` is one WebSocket of one
-kernel. Nothing here waits longer than `PATIENCE`, and no duration is part of a test's result.
+`serving` runs ``python -m fastwire.serve``, or jupyter_server itself, in directories of its own; a `Client` is one
+WebSocket of one kernel. Nothing here waits longer than `PATIENCE`, and no duration is part of a test's result.
 """
 
 import json
@@ -280,7 +280,8 @@ class Answer:
 
 
 class Closed(Exception):
-    """The server ended the connection; ``code`` is None when it did without a Close frame, 1005 for one without a code."""
+    """The server ended the connection; ``code`` is None when it did without a Close frame, 1005 for one without a
+    code."""
 
     def __init__(self, code: int | None) -> None:
         super().__init__(code)

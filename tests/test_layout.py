@@ -57,9 +57,7 @@ def imported(source: str) -> Iterator[str]:
             case ast.ImportFrom(module=module, names=names, level=level):
                 base = ".".join(filter(None, ["fastwire" if level else "", module]))
                 yield from ([f"fastwire.{a.name}" for a in names] if base == "fastwire" else [base])
-            case ast.Call(
-                func=ast.Name(id=name) | ast.Attribute(attr=name), args=[ast.Constant(str(module)), *_]
-            ):
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=[ast.Constant(str(module)), *_]):
                 if name in {"import_module", "__import__"}:
                     yield f"fastwire{module}" if module.startswith(".") else module
 
@@ -167,9 +165,7 @@ def test_the_core_names_only_errors(path: Path) -> None:
 
 def test_importing_fastwire_brings_neither_server_nor_loop() -> None:
     code = "import sys, fastwire; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     modules = set(result.stdout.split())
     assert "fastwire" in modules
     assert not modules & {"jupyter_client", "jupyter_core", "jupyter_server", "tornado"}
@@ -205,9 +201,7 @@ def requirements() -> tuple[set[str], set[str]]:
 
 def reasons() -> dict[str, str]:
     """Of CONTRIBUTING.md: the last column of each row that starts with a name in backticks."""
-    rows = re.findall(
-        r"^\| `([\w-]+)` \|.*\| *([^|]*?) *\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
-    )
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| *([^|]*?) *\|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     return {distribution(name): reason for name, reason in rows}
 
 

@@ -1,4 +1,5 @@
-"""The outbox against a list: whatever sockets take and lose, a session's messages come in order and none is missing."""
+"""The outbox against a list: whatever sockets take and lose, a session's messages come in order and none is
+missing."""
 
 import builders
 from hypothesis import strategies as st
@@ -9,6 +10,8 @@ from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.outbox import Outbox, Sent
 
 SIGNER = _core.Signer(b"")
+
+counts, lengths = st.integers(1, 4), st.sampled_from((0, 1, 100, 9000))
 
 
 def batch_of(*numbers: int, size: int = 0) -> Batch:
@@ -54,7 +57,8 @@ class Socket:
 
 
 class Outboxes(RuleBasedStateMachine):
-    """``model`` is a list of the numbers that nobody has been given to their end, ``given`` of those that somebody has."""
+    """``model`` is a list of the numbers that nobody has been given to their end, ``given`` of those that somebody
+    has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,16 +73,22 @@ class Outboxes(RuleBasedStateMachine):
     def connect(self, protocol: str | None) -> None:
         self.socket = Socket(protocol)
 
-    @rule(count=st.integers(1, 4), size=st.sampled_from((0, 1, 100, 9000)))
-    def append(self, count: int, size: int) -> None:
+    def new_batch(self, count: int, size: int) -> Batch:
         batch = batch_of(*range(self.count, self.count + count), size=size)
         for i in range(count):
             self.bytes[self.count + i] = sum(map(len, batch[i]))
         self.count += count
-        if self.outbox.waiting or self.count % 2:
-            self.outbox.append(batch)
-        else:
-            self.outbox.pass_on(batch, self.socket.send(batch))
+        return batch
+
+    @rule(count=counts, size=lengths)
+    def append(self, count: int, size: int) -> None:
+        self.outbox.append(self.new_batch(count, size))
+
+    @precondition(lambda self: not self.outbox.waiting)
+    @rule(count=counts, size=lengths)
+    def pass_on(self, count: int, size: int) -> None:
+        batch = self.new_batch(count, size)
+        self.outbox.pass_on(batch, self.socket.send(batch))
 
     @precondition(lambda self: self.outbox.waiting)
     @rule()

@@ -72,9 +72,7 @@ def test_no_environments(tmp_path: Path, module: str) -> None:
 
 
 def test_no_headers(tmp_path: Path) -> None:
-    path = pretend(
-        tmp_path, "sitecustomize", f"import sysconfig\nsysconfig.get_path = lambda name: {str(tmp_path)!r}"
-    )
+    path = pretend(tmp_path, "sitecustomize", f"import sysconfig\nsysconfig.get_path = lambda name: {str(tmp_path)!r}")
     assert_missing(preflight(PYTHONPATH=path), f"no {tmp_path}/Python.h")
 
 

@@ -1,7 +1,7 @@
 """The relay between real ZMQ sockets and real WebSockets, without Jupyter Server.
 
-The relay and its Tornado server run on a loop in a thread of their own; kernel and clients are blocking sockets of the test's
-thread. Over inproc what a kernel has sent has arrived.
+The relay and its Tornado server run on a loop in a thread of their own; kernel and clients are blocking sockets of
+the test's thread. Over inproc what a kernel has sent has arrived.
 """
 
 import asyncio
@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
-import builders
 import oracle
 import pytest
 import tornado.web
@@ -30,8 +30,8 @@ from tornado.netutil import bind_sockets
 from wsclient import PATIENCE, close_frame
 
 from fastwire import _core
-from fastwire._core import OP_CLOSE, OP_TEXT, PROTOCOL_V1, Batch
-from fastwire.errors import DuplicateSignature, InvalidSignature, MalformedMessage, SignatureError
+from fastwire._core import PROTOCOL_V1, Batch
+from fastwire.errors import DuplicateSignature, InvalidSignature, MalformedMessage
 from fastwire.flow import Limits
 from fastwire.relay import Channel, KernelRelay, Session, local_batch
 from fastwire.websocket import Connection, WebSocketHandler
@@ -54,7 +54,8 @@ def until(reached: Callable[[], object], what: str) -> None:
 
 
 class Kernel:
-    """The kernel's end: routers, and a publisher that knows its subscribers. ``narrow``: its shell takes two messages."""
+    """The kernel's end: routers, and a publisher that knows its subscribers. ``narrow``: its shell takes two
+    messages."""
 
     def __init__(self, context: zmq.Context, *, tcp: bool = False, narrow: bool = False) -> None:
         self.context = context
@@ -78,6 +79,8 @@ class Kernel:
             sock.setsockopt(option, value)
         if kind == zmq.XPUB:
             sock.setsockopt(zmq.XPUB_VERBOSER, 1)
+        else:
+            sock.setsockopt(zmq.ROUTER_HANDOVER, 1)  # as ipykernel does
         if tcp:
             port = sock.bind_to_random_port("tcp://127.0.0.1")
             self.addresses[name] = f"tcp://127.0.0.1:{port}"
@@ -156,9 +159,9 @@ class Handler(WebSocketHandler):
 
     def open(self, session_id: str) -> None:
         self.connection: Connection = self.ws_connection
-        if self.stage.send_buffer:
+        if session_id in self.stage.send_buffers:
             sock = self.connection.stream.socket
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.stage.send_buffer)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.stage.send_buffers[session_id])
         session = self.stage.relay.session(session_id, session_id.encode())
         if session.connection is not None:
             session.connection.close()
@@ -252,7 +255,7 @@ class Stage:
         self.prepare: dict[str, Callable[[Batch], Batch]] = {}
         self.ignored: list[str] = []
         self.allowed: frozenset[str] = frozenset()
-        self.send_buffer: int | None = None
+        self.send_buffers: dict[str, int] = {}
         self.opened: list[Handler] = []
         self.closed: list[Handler] = []
         self.clients: list[Client] = []
@@ -409,10 +412,13 @@ class Stage:
             client.drop()
         if hasattr(self, "relay"):
             self.run(self.relay.close)
+            del self.relay  # it keeps what it has announced
         for channel in self.channels:
             self.run(channel.close)
         for sock in self.sockets:
             sock.close()
+        self.opened.clear()
+        self.closed.clear()
         self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(PATIENCE)
         logging.getLogger().removeHandler(self.logs)
@@ -468,18 +474,16 @@ def test_a_channel_lets_others_go_on_between_its_budgets(stage: Stage, kernel: K
     ids = [_core.header_fields(batch[i][0])[0] for batch in batches for i in range(len(batch))]
     assert ids == [str(n) for n in range(5 * BUDGET)]
     assert max(map(len, batches)) <= BUDGET
-    assert channel.budget_hits >= 4
+    assert len(batches) >= 5
     places = [i for i, event in enumerate(events) if event != "tick"]
-    assert all(later - earlier > 1 for earlier, later in zip(places, places[1:], strict=False)), "nobody else had a turn"
+    assert all(later - earlier > 1 for earlier, later in pairwise(places)), "nobody else had a turn"
     events.clear()
 
 
 def test_before_runs_first_on_each_wake_up(stage: Stage, kernel: Kernel, transport: bool) -> None:
     events: list[str] = []
     stage.kernel = kernel
-    stage.run(
-        partial(stage.channel, "iopub", lambda _: events.append("batch"), before=lambda: events.append("before"))
-    )
+    stage.run(partial(stage.channel, "iopub", lambda _: events.append("batch"), before=lambda: events.append("before")))
     kernel.joined()
     kernel.publish(*stream(0))
     until(lambda: "batch" in events, "the message")
@@ -629,14 +633,26 @@ def test_a_message_of_the_server_itself(stage: Stage, kernel: Kernel) -> None:
     assert bob.ids(1) == ["1"]
 
 
+def test_what_is_announced_reaches_those_who_come_later(stage: Stage, kernel: Kernel) -> None:
+    """Once each, whoever comes back included."""
+    relay = stage.start(kernel)
+    ann = stage.connect("ann")
+    stage.run(relay.announce, local_batch("iopub", message("stream", "notice")))
+    assert ann.ids(1) == ["notice"]
+    bob = stage.connect("bob", PROTOCOL_V1)
+    assert bob.ids(1) == ["notice"]
+    leave(stage, bob, "close")
+    again = stage.connect("bob")
+    kernel.publish(*stream(1))
+    assert again.ids(1) == ann.ids(1) == ["1"]
+
+
 # -- what is no message ----------------------------------------------------------------------------
 
 
 @both_protocols
 @pytest.mark.parametrize("deflate", [False, True], ids=["plain", "deflate"])
-def test_garbage_closes_only_who_sent_it(
-    stage: Stage, kernel: Kernel, protocol: str | None, deflate: bool
-) -> None:
+def test_garbage_closes_only_who_sent_it(stage: Stage, kernel: Kernel, protocol: str | None, deflate: bool) -> None:
     stage.start(kernel)
     ann, bob = stage.connect("ann", protocol, deflate=deflate), stage.connect("bob")
     ann.say("first")
@@ -647,6 +663,7 @@ def test_garbage_closes_only_who_sent_it(
     kernel.publish(*stream(1))
     assert bob.ids(1) == ["1"]
     assert all("1007" in line for line in stage.take_logs())
+    ann.drop()
     stage.wait_detached("ann")
 
 
@@ -733,13 +750,13 @@ def test_messages_wait_for_a_client_that_is_away(
 def test_a_socket_that_ends_in_the_middle(
     stage: Stage, kernel: Kernel, protocol: str | None, deflate: bool, seed: int
 ) -> None:
-    """Several sockets in a row end wherever TCP stood. Each client had read all that was written to it, so together they
-    must have every message exactly once, in order."""
+    """Several sockets in a row end wherever TCP stood. Each client had read all that was written to it, so together
+    they must have every message exactly once, in order."""
     rng = random.Random(seed)
     count = 1500
     numbers = [*range(count)]
     messages = [stream(n, size=rng.choice((0, 50, 3000, 9000, 40_000)))[0] for n in numbers]
-    stage.send_buffer = 8 * KIB
+    stage.send_buffers["ann"] = 8 * KIB
     stage.start(kernel, high_water=64 * KIB)
     client = stage.connect("ann", protocol, deflate=deflate, receive_buffer=8 * KIB)
     if deflate:  # or nothing would fill the socket
@@ -756,13 +773,28 @@ def test_a_socket_that_ends_in_the_middle(
             partial_frames += bool(client._buffer)
             client.reset()
         until(lambda gone=connection: stage.session("ann").connection is not gone, "the end is seen")
-        client = stage.connect(
-            "ann", rng.choice((None, PROTOCOL_V1)), deflate=deflate, receive_buffer=8 * KIB
-        )
+        client = stage.connect("ann", rng.choice((None, PROTOCOL_V1)), deflate=deflate, receive_buffer=8 * KIB)
     got += [client.next() for _ in range(count - len(got))]
     assert [each.header["msg_id"] for each in got] == [str(n) for n in numbers]
     assert [each.content for each in got] == [json.loads(parts[3]) for parts in messages]
     assert partial_frames, "no frame was ever cut: the test tests nothing"
+
+
+@pytest.mark.xfail(reason="what TCP took counts as given: nobody uses the queue's acknowledgements yet")
+def test_what_the_socket_had_written_and_nobody_read(stage: Stage, kernel: Kernel) -> None:
+    """TCP broke with messages in its buffers: the client never had them."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    kernel.publish(*stream(*range(20)))
+    connection = stage.session("ann").connection
+    until(lambda: stage.run(lambda: connection.queue.written and not connection.queue.pending_bytes), "written")
+    leave(stage, client, "reset")
+    again = stage.connect("ann")
+    kernel.publish(*stream(20))
+    got = again.ids(1)
+    while got[-1] != "20":
+        got += again.ids(1)
+    assert got == [str(n) for n in range(21)]
 
 
 def test_a_second_socket_takes_the_place_of_the_first(stage: Stage, kernel: Kernel) -> None:
@@ -902,9 +934,9 @@ def test_a_session_that_was_resumed_does_not_expire(stage: Stage, kernel: Kernel
 @both_protocols
 def test_a_socket_is_given_no_more_than_it_takes(stage: Stage, kernel: Kernel, protocol: str | None) -> None:
     """20 MB for a client that does not read: they wait in the outbox, and all come when it reads."""
-    stage.send_buffer = 32 * KIB
+    stage.send_buffers["ann"] = 256 * KIB
     stage.start(kernel, high_water=256 * KIB)
-    client = stage.connect("ann", protocol, receive_buffer=32 * KIB)
+    client = stage.connect("ann", protocol, receive_buffer=256 * KIB)
     other = stage.connect("bob", protocol)
     count = 2000
     kernel.publish(*stream(*range(count), size=10_000))
@@ -994,9 +1026,7 @@ def test_a_client_is_not_read_while_too_much_waits(
 
 
 @both_protocols
-def test_a_client_that_compresses(
-    stage: Stage, kernel: Kernel, protocol: str | None, transport: bool
-) -> None:
+def test_a_client_that_compresses(stage: Stage, kernel: Kernel, protocol: str | None, transport: bool) -> None:
     stage.start(kernel)
     client, plain = stage.connect("ann", protocol, deflate=True), stage.connect("bob", protocol)
     client.say("asked", "comm_msg", "shell", "é" * 10_000, b"\x00\xff")
@@ -1033,6 +1063,25 @@ def test_a_hook_changes_what_one_client_gets(stage: Stage, kernel: Kernel) -> No
     assert ann.next().content == {"seen": True}, "replies pass the hook too"
     stage.run(lambda: stage.session("ann").say(local_batch("iopub", stream(7)[0])))
     assert ann.ids(1) == ["7"], "what the server says does not"
+
+
+def test_a_hook_is_asked_only_about_what_is_unusual(stage: Stage, kernel: Kernel) -> None:
+    """Errors, and messages of another protocol; unless it wants to see all. Its clients pay for no others."""
+    stage.start(kernel)
+    asked: list[str] = []
+
+    def note(batch: Batch) -> Batch:
+        asked.extend(_core.header_fields(batch[i][0])[0] for i in range(len(batch)))
+        return batch
+
+    stage.prepare["ann"] = note
+    client = stage.connect("ann")
+    stage.session("ann").prepare_all = False
+    unversioned = [json.dumps({"msg_id": "foreign", "msg_type": "stream"}).encode(), *stream(0)[0][1:]]
+    for parts in (*stream(1), message("error", "error"), *stream(2), unversioned, *stream(3)):
+        kernel.publish(parts)
+        client.next()
+    assert asked == ["error", "foreign"]
 
 
 def test_a_hook_that_fails_is_one_clients_problem(
@@ -1125,10 +1174,33 @@ def test_the_last_words_of_a_kernel_that_moved(stage: Stage, kernel: Kernel, mov
     assert got == ["1", "reply", "2"]
 
 
-def test_a_client_that_was_held_back_by_a_kernel_that_moved(
-    stage: Stage, context: zmq.Context, moved: Kernel
+def test_what_waited_goes_to_where_the_kernel_is_now(
+    stage: Stage, context: zmq.Context, moved: Kernel, transport: bool
 ) -> None:
-    """What waited is for the old process; the client must be read again."""
+    """Also that of a client that is away; what libzmq had taken already went with the old process."""
+    kernel = Kernel(context, narrow=True)
+    stage.start(kernel)
+    ann, bob = stage.connect("ann"), stage.connect("bob")
+    for number in range(30):
+        ann.say(f"ann-{number}")
+        bob.say(f"bob-{number}")
+    for client in ann, bob:
+        client.say("control", channel="control")
+    kernel.ids(2, "control")
+    waiting = {name: stage.session(name)._uplink.waiting_messages for name in ("ann", "bob")}
+    assert min(waiting.values()) > 20
+    leave(stage, bob, "drop")
+    move(stage, moved)
+    got = moved.ids(sum(waiting.values()))
+    for name, count in waiting.items():
+        assert [each for each in got if each.startswith(name)] == [f"{name}-{n}" for n in range(30 - count, 30)]
+    ann.say("next")
+    assert moved.ids(1) == ["next"]
+    kernel.close()
+
+
+def test_a_client_that_was_held_back_by_a_kernel_that_moved(stage: Stage, context: zmq.Context, moved: Kernel) -> None:
+    """It must be read again when what waited has gone."""
     kernel = Kernel(context, narrow=True)
     stage.start(kernel, uplink_limit=10_000)
     client = stage.connect("ann")
@@ -1160,6 +1232,10 @@ def test_heard_tells_that_the_subscription_works(stage: Stage, kernel: Kernel, m
     assert not relay.heard.done(), "the new subscription is not proven"
     moved.publish(*stream(1))
     until(relay.heard.done, "it was heard")
+    stage.run(relay.doubt)
+    assert not relay.heard.done(), "nor is the old one after a restart"
+    moved.sockets["iopub"].send_multipart([b"no message"])
+    until(relay.heard.done, "one that is refused proves as much")
 
 
 def test_the_end_of_a_kernel(stage: Stage, kernel: Kernel, transport: bool) -> None:
@@ -1247,14 +1323,12 @@ def test_a_session_can_be_resumed_after_its_sockets_were_closed(stage: Stage, co
     stage.run(close_all)
     client.say("asked")
     assert client.close_frame()[0] == 1011
-    client.send(close_frame(1011))
+    client.drop()
     stage.wait_detached("ann")
     stage.run(relay.drain_iopub)
     stage.take_logs()
     stage.run(relay.open, "first ports")
     kernel.joined()
-    # A ROUTER learns that a peer is gone when it is used, and ignores a second one of the same identity until then.
-    assert not kernel.sockets["shell"].poll(300)
     again = stage.connect("ann")
     again.say("once more")
     assert kernel.receive()[0] == "ann"

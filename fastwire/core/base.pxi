@@ -184,6 +184,7 @@ cdef inline void release(Py_buffer *held) noexcept:
 cdef enum:
     FEW = 8
 
+
 @cython.final
 @cython.freelist(8)
 cdef class Views:
@@ -268,6 +269,7 @@ def _find_libzmq():
     except ImportError:
         return False
     return bool(fw_zmq_find(os.fsencode(_zmq.__file__)))
+
 
 cdef bint libzmq_found = _find_libzmq()
 direct_zmq = libzmq_found

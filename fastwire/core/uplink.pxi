@@ -150,8 +150,8 @@ cdef class Uplink:
         handle = handle_of(self.sockets[target])
         if send_part(handle, b"<IDS|MSG>", 9, FW_ZMQ_SNDMORE) == FULL:
             return FULL
-        # A peer that goes away in the middle takes the begun message with it. libzmq drops its other parts too, and must
-        # be given them to know where the next message begins; then this one is sent again as a whole.
+        # A peer that goes away in the middle takes the begun message with it. libzmq drops its other parts too, and
+        # must be given them to know where the next message begins; then this one is sent again as a whole.
         if send_part(handle, PyBytes_AS_STRING(signature), PyBytes_GET_SIZE(signature), FW_ZMQ_SNDMORE) == FULL:
             result = FULL
         for i in range(parts.count):
