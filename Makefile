@@ -15,11 +15,11 @@ COMPILE := $(RUN) setup.py --quiet build_ext --inplace --force
 TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs examples fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test lint format bench load sanitize coverage fuzz nightly dist clean
+.PHONY: help install serve test lint format bench bench-check load sanitize coverage fuzz nightly dist clean
 .NOTPARALLEL:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 install: $(STAMP) ## .venv with all a developer needs; quick when nothing changed
 
@@ -49,6 +49,9 @@ format: install ## rewrite Python files to the style
 
 bench: install ## time the core's functions
 	$(RUN) -m pytest bench $(ARGS)
+
+bench-check: install ## is a new run slower than a saved one? make bench-check ARGS="before.json after.json"
+	$(RUN) -m bench.compare $(ARGS)
 
 load: install ## many kernels and clients against a server: make load ARGS="--help"
 	$(RUN) -m bench.load $(ARGS)

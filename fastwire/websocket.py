@@ -298,8 +298,13 @@ class Connection(WebSocketProtocol13):
         self._callback = done
         self._stop_reading()
 
-        def resume(_: asyncio.Future[None]) -> None:
+        def resume(done: asyncio.Future[None]) -> None:
             self._callback = None
+            # Tornado 6.5 hands out the coroutine's own future; later ones have logged its exception and aborted.
+            error = None if done.cancelled() else done.exception()
+            if error is not None:
+                self.handler.log_exception(type(error), error, error.__traceback__)
+                self._abort()
             if not self._ended.done():
                 self._process()
             self._read_on()

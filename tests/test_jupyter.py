@@ -389,10 +389,10 @@ def test_coming_back_after_a_close_frame(server: Server, kernel: str, protocol: 
         with Client(server, kernel, follows, first.session_id) as second:
             second.receive_until(lambda message: is_idle(message, cell))
             again = second.run("1")
-    assert numbers(first.log + second.log) == [*range(count)]
     assert [m.type for m in first.log + second.log].count("execute_reply") == 2, "the cell's and the last one's"
     assert again.result == "1"
-    assert numbers(other.log) == [*range(count)]
+    assert numbers(other.log) == [*range(count)], "who stayed"
+    assert numbers(first.log + second.log) == [*range(count)], "who came back"
 
 
 @both_protocols
