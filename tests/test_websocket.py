@@ -2515,6 +2515,27 @@ def test_what_a_consumer_refuses_closes_the_connection(site: Site, kernel: tuple
     assert handler.closes[0][0] == 1007
 
 
+@on_ours
+def test_what_comes_behind_a_refused_message_is_not_kept(site: Site) -> None:
+    """The frames are in order, so the parser would take them; nobody would ever take them from it."""
+
+    def refuse(parser: _core.FrameParser) -> None:
+        if parser.pending:
+            raise MalformedMessage("as the test wants it")
+
+    class Handler(site.Handler):
+        def open(self) -> None:
+            self.connection.consumer = refuse
+
+    client, handler = site.open(Handler)
+    client.send(client_frame(OP_TEXT, "refused"))
+    frames = client_frame(OP_BINARY, bytes(1000)) * 1000
+    for _ in range(12):  # more than the buffers of both sockets hold
+        client.send(frames)
+    assert handler.connection.parser.buffered_bytes <= MB
+    assert_failed(site, client, 1007)
+
+
 @on("fastwire-deflate")
 def test_a_receiver_takes_what_a_consumer_leaves(site: Site, kernel: tuple[zmq.Socket, _core.Uplink]) -> None:
     """A consumer does not decompress; plain messages among the compressed ones go by it all the same, in order."""

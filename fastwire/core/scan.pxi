@@ -299,6 +299,9 @@ cdef inline bint is_blank(fw_span text) noexcept nogil:
 
 cdef object unescaped(fw_span string):
     """The str of a JSON string, quotes included. Bytes that are not UTF-8 become U+FFFD."""
+    cdef fw_span text = inside(string)
+    if memchr(text.ptr, 92, text.len) == NULL:
+        return PyUnicode_DecodeUTF8(<const char *>text.ptr, <Py_ssize_t>text.len, b"replace")
     return json.loads(span_bytes(string).decode("utf-8", "replace"))
 
 
