@@ -71,6 +71,7 @@ class Client:
         tls: ssl.SSLContext | None = None,
         early: Sequence[str | bytes] = (),
         then_half_close: bool = False,
+        wait: bool = True,
         receive_buffer: int | None = None,
     ) -> None:
         self.sock = self._connected(address, receive_buffer)
@@ -86,6 +87,8 @@ class Client:
             self.send(self.handshake.request + b"".join(self.frames_of(message) for message in early))
             if then_half_close:
                 self.half_close()
+            if not wait:
+                return
             self.handshake.read(self._read_until(b"\r\n\r\n"))
         except BaseException:
             self.drop()
