@@ -1352,7 +1352,6 @@ def test_a_unix_domain_socket(site: Site) -> None:
     with TemporaryDirectory() as short:  # pytest's own paths are too long for some systems
         site.listen(echo_of(site), "/", {}, [bind_unix_socket(f"{short}/s")])
         client = site.connect()
-    client = site.connect()
     client.send_message("hello")
     assert client.message() == "hello"
     site.run(site.handler.set_nodelay, True)
@@ -2242,7 +2241,8 @@ def test_two_hundred_connections_leave_nothing_open(site: Site) -> None:
     eventually(lambda: site.handler.closes)
     descriptors = process.num_fds()
     for i in range(200):
-            client.send_message("hello")
+        client = site.connect()
+        client.send_message("hello")
         assert client.message() == "hello"
         match i % 5:
             case 0:
