@@ -159,7 +159,10 @@ class Connection(WebSocketProtocol13):
 
     def start_pinging(self) -> None:
         """Tornado calls this when the stream is detached and before ``open``: from here the socket is ours."""
-        if self.stream is None:
+        stream: IOStream | None = self.stream
+        if stream is None or stream.closed():
+            self.client_terminated = self.server_terminated = True
+            self._ended.set_result(None)
             raise ValueError("the client left before the handshake")
         self.parser = FrameParser(self.params.max_message_size, deflate=self._decompressor is not None)
         self.stream.set_nodelay(True)
@@ -533,6 +536,8 @@ class Connection(WebSocketProtocol13):
 
     def fail(self, error: FastwireError) -> None:
         """The peer sent what it must not: say so with a Close frame, then close (RFC 6455 section 7.1.7)."""
+        if self._lingering or self._ended.done():
+            return
         log.warning("WebSocket client %s: %s; closing with %s", self._peer(), str(error), error.close_code)
         self._lingering = True
         self.close(error.close_code, str(error))
@@ -592,6 +597,8 @@ class Connection(WebSocketProtocol13):
 
     def _abort(self) -> None:
         stream: IOStream | None = self.stream
+        if self._ended.done():
+            return
         if stream is None:  # the handshake failed
             cast("tornado.websocket.WebSocketHandler", self.handler).set_status(400)
         else:
