@@ -1,5 +1,6 @@
 """Real kernels through the real server, as Jupyter's clients meet them, in both protocols."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -24,10 +25,13 @@ from server import (
     serving,
     until,
 )
+from traitlets.config import Config
 from websockets.exceptions import InvalidStatus
 from wsclient import close_frame
 
 from fastwire._core import PROTOCOL_V1
+from fastwire.flow import Limits
+from fastwire.jupyter import Fastwire
 
 both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
@@ -787,6 +791,13 @@ def test_garbage_of_a_client_that_compresses(strict: Server, protocol: str | Non
         assert "Traceback" not in strict.log[before:]
 
 
+def test_every_setting_reaches_the_relay() -> None:
+    for field in dataclasses.fields(Limits):
+        if Fastwire.class_traits(config=True).get(field.name):
+            settings = Fastwire(config=Config({"Fastwire": {field.name: 7}}))
+            assert settings.limits() == dataclasses.replace(Limits(), **{field.name: 7})
+
+
 # -- the server's end, and another server ----------------------------------------------------------
 
 
@@ -820,8 +831,10 @@ def test_the_server_ends_with_clients_connected(tmp_path_factory: pytest.TempPat
 
 
 def test_jupyter_server_itself(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The connection class alone, with jupyter_server's own kernel manager: that one subscribes for itself too."""
-    with serving(tmp_path_factory.mktemp("jupyter"), *QUICK, how=JUPYTER) as server:
+    """The connection class alone, with jupyter_server's own kernel manager: that one subscribes for itself too.
+    Nobody wants messages to be kept for who is away."""
+    forgetful = "--MappingKernelManager.buffer_offline_messages=False"
+    with serving(tmp_path_factory.mktemp("jupyter"), *QUICK, forgetful, how=JUPYTER) as server:
         deleted = server.start_kernel("light")
         watcher = Client(server, deleted)
         watcher.run("1")
@@ -834,11 +847,18 @@ def test_jupyter_server_itself(tmp_path_factory: pytest.TempPathFactory) -> None
             answer = client.run(flushed(3000))
             assert numbers(answer.messages) == [*range(3000)]
             assert client.run("1 / 0").reply["ename"] == "ZeroDivisionError"
+        last_session = clients[-1].session_id
         assert server.connections_to(port) == 2, "the clients' and the manager's, whatever the number of clients"
         server.until_model(kernel, connections=5, execution_state="idle")
+        clients.pop().socket.close()
+        server.until_model(kernel, connections=4)
+        away = clients[1].run("'the past'")
+        clients.append(Client(server, kernel, None, last_session))
+        clients[-1].run("1")
+        assert not [message for message in clients[-1].log if message.parent == away.messages[0].parent]
         server.kernel_process(kernel).kill()
         clients[0].state("restarting")
-        assert clients[0].run("6 * 7").result == "42"
+        assert knows_x(clients[0]) == "False"
         assert watcher.closed().code == 1011
         code = ended(server)
         assert code == 0

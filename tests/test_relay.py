@@ -6,6 +6,7 @@ the test's thread. Over inproc what a kernel has sent has arrived.
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import random
@@ -57,9 +58,10 @@ class Kernel:
     """The kernel's end: routers, and a publisher that knows its subscribers. ``narrow``: its shell takes two
     messages."""
 
-    def __init__(self, context: zmq.Context, *, tcp: bool = False, narrow: bool = False) -> None:
+    def __init__(self, context: zmq.Context, *, tcp: bool = False, narrow: bool = False, key: bytes = KEY) -> None:
         self.context = context
-        self.signer = oracle.Signer(KEY)
+        self.key = key
+        self.signer = oracle.Signer(key)
         self.addresses: dict[str, str] = {}
         self.narrow = narrow
         kinds = dict.fromkeys(CHANNELS, zmq.ROUTER) | {"iopub": zmq.XPUB}
@@ -121,7 +123,7 @@ class Kernel:
     def receive(self, channel: str = "shell") -> tuple[str, list[bytes]]:
         """``(from whom, parts)`` of the next message, its signature checked."""
         (identity,), signature, parts = _core.split_identities(self.sockets[channel].recv_multipart())
-        oracle.Signer(KEY).verify(signature, parts)
+        oracle.Signer(self.key).verify(signature, parts)
         return identity.decode(), parts
 
     def ids(self, count: int, channel: str = "shell") -> list[str]:
@@ -1211,6 +1213,53 @@ def test_a_client_that_was_held_back_by_a_kernel_that_moved(stage: Stage, contex
     client.say("after", channel="control")
     assert moved.ids(1, "control") == ["after"]
     kernel.close()
+
+
+def test_a_kernel_that_comes_back_with_another_key(stage: Stage, context: zmq.Context, transport: bool) -> None:
+    """It verifies what waited for it, too."""
+    old, new = Kernel(context, narrow=True), Kernel(context, key=b"another key")
+    stage.start(old)
+    client = stage.connect("ann")
+    for number in range(10):
+        client.say(str(number))
+    client.say("control", channel="control")
+    assert old.ids(1, "control") == ["control"]
+    waiting = stage.session("ann")._uplink.waiting_messages
+    assert waiting > 5
+    stage.kernel = new
+    stage.run(stage.relay.open, "other ports", _core.Signer(b"another key"))
+    new.joined()
+    new.publish(*stream(1))
+    assert client.ids(1) == ["1"]
+    client.say("next")
+    assert new.ids(waiting + 1) == [*map(str, range(10 - waiting, 10)), "next"]
+    old.close()
+    new.close()
+
+
+def test_a_kernel_that_cannot_be_reached_leaves_nothing_open(stage: Stage, kernel: Kernel) -> None:
+    """The third of a session's sockets cannot be made."""
+    relay = stage.start(kernel)
+    before = len(stage.sockets)
+
+    def fail_at_the_third(channel: str, identity: bytes | None) -> zmq.Socket:
+        if channel == "stdin":
+            raise zmq.ZMQError(errno.EMFILE)
+        return Stage.open_socket(stage, channel, identity)
+
+    def try_it() -> None:
+        relay._open_socket = fail_at_the_third
+        with pytest.raises(zmq.ZMQError):
+            relay.session("ann", b"ann")
+        relay._open_socket = stage.open_socket
+
+    stage.run(try_it)
+    assert len(stage.sockets) == before + 2
+    assert all(sock.closed for sock in stage.sockets[before:])
+    assert not relay.sessions
+    client = stage.connect("ann")
+    kernel.publish(*stream(1))
+    assert client.ids(1) == ["1"]
 
 
 def test_opening_with_the_same_ports_changes_nothing(stage: Stage, kernel: Kernel) -> None:

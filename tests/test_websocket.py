@@ -354,6 +354,8 @@ def contexts(certificate: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 @pytest.fixture(params=VARIANTS)
 def site(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     variant = VARIANTS[request.param]
+    # What should end by itself must not end by this timer; tests of the timer set it to their own.
+    monkeypatch.setattr(fastwire.websocket, "CLOSE_TIMEOUT", 1000.0)
     if variant.late:
         monkeypatch.setattr(tornado.tcpserver, "IOStream", LateStream)
     if not variant.epoll:
@@ -2059,6 +2061,33 @@ def test_a_broken_frame_waits_for_the_message_before_it(site: Site) -> None:
     assert not handler.connection.is_closing()
     site.run(gate.set)
     assert client.message() == "answer"
+    assert_failed(site, client, 1002)
+
+
+@on_ours
+def test_a_broken_frame_while_paused(site: Site) -> None:
+    """What follows the failure is read in order to be thrown away, however much reading was to wait."""
+
+    class Handler(site.Handler):
+        def on_message(self, message: str) -> None:
+            super().on_message(message)
+            self.connection.pause_reading()
+
+    client, handler = site.open(Handler)
+    client.send(client.frames_of("pause"), b"\xff" * 20)
+    eventually(lambda: handler.events)
+    site.turns()
+    if site.variant.tls or site.variant.late:  # there a pause holds also what was read
+        site.run(handler.connection.resume_reading)
+    assert_failed(site, client, 1002)
+
+
+@on("fastwire-tls")
+def test_a_broken_client_gets_the_end_of_tls_too(site: Site) -> None:
+    """A close_notify: without it a careful client has to take the end for an attack."""
+    client, _ = site.open(site.Handler)
+    client.sock.suppress_ragged_eofs = False
+    client.send(b"\xff" * 20)
     assert_failed(site, client, 1002)
 
 
