@@ -382,7 +382,7 @@ class Uplink:
         """Send again what waits; the result is that of `relay`."""
     def adopt(self, other: Uplink) -> None:
         """Take over what waits in another uplink, before what waits here, and its count of `sent`: the client has a
-        new socket. The other is empty afterwards."""
+        new socket, or the kernel a new key (what waits is signed anew). The other is empty afterwards."""
     @property
     def waiting_bytes(self) -> int: ...
     @property

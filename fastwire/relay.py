@@ -103,6 +103,8 @@ class Channel:
         asyncio.get_running_loop().call_soon(self._on_readable)
 
     def _on_readable(self) -> None:
+        if self._fd < 0:  # closed since the loop was told to call this
+            return
         if self._before is not None:
             self._before()
         self.drain()

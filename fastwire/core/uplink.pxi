@@ -199,6 +199,9 @@ cdef class Uplink:
         if other is self:
             return
         for mine, theirs in zip(self.waiting, other.waiting):
+            if self.signer is not other.signer:  # a kernel that came back may have another key
+                for frames in theirs:
+                    frames[1] = self.signer.sign(frames[2:])
             mine.extendleft(reversed(theirs))
             theirs.clear()
         self.waiting_bytes += other.waiting_bytes
