@@ -46,8 +46,18 @@ def counters() -> dict[tuple[str, str, str], int]:
 
     ``from_kernels`` and ``to_kernels``: "messages" and "bytes" by channel ("shell", "control", "stdin", "iopub",
     "other"). ``from_clients`` and ``to_clients``: data messages, payload bytes in, wire bytes out. ``batches`` drained;
-    messages ``rejected``; ``waited``: messages that a full kernel socket made wait; ``flushes`` that wrote, were
-    ``blocked``, had ``no_buffers``.
+    messages ``rejected``; ``invalid_signatures`` (also of messages that pass with ``permissive``) and
+    ``replayed_signatures``; ``budget_hits``: drains that left messages for the next turn; ``waited``: messages that a
+    full kernel socket made wait; ``flushes`` that wrote, were ``blocked``, had ``no_buffers``.
+    """
+
+def histograms() -> dict[str, tuple[tuple[float, ...], tuple[int, ...], float]]:
+    """Distributions since the process began: ``(upper bounds, observations in each bucket, their sum)``; the last
+    bucket is for what is above the last bound.
+
+    ``time_to_flush``: seconds of each message from its batch's first receipt to the write that took its last byte.
+    ``messages_per_flush`` and ``batches_per_flush``: what was wholly written by one write, where there was any.
+    All are of messages queued as `Frames`.
     """
 
 # -- sign ------------------------------------------------------------------------------------------
@@ -259,6 +269,9 @@ class WriteQueue:
     @property
     def held_buffers(self) -> int:
         """Large buffers, frames and blocks still referenced."""
+    @property
+    def time_to_flush(self) -> tuple[int, float]:
+        """``(messages, seconds)``: the part of this queue in `histograms`; their quotient is the mean."""
     @property
     def queued(self) -> int: ...
     @property

@@ -21,6 +21,7 @@ from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import json
 import os
@@ -37,6 +38,7 @@ from fastwire.errors import (
 )
 
 include "core/base.pxi"
+include "core/histogram.pxi"
 include "core/sign.pxi"
 include "core/scan.pxi"
 include "core/codec.pxi"

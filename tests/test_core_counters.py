@@ -31,7 +31,8 @@ def test_the_counters_have_these_names() -> None:
     names = {(what, channel, unit) for what in ("from_kernels", "to_kernels") for channel in CHANNELS
              for unit in ("messages", "bytes")}  # fmt: skip
     names |= {(what, "", unit) for what in ("from_clients", "to_clients") for unit in ("messages", "bytes")}
-    names |= {(what, "", "") for what in ("batches", "rejected", "waited", "flushes", "blocked", "no_buffers")}
+    names |= {(what, "", "") for what in ("batches", "budget_hits", "waited", "flushes", "blocked", "no_buffers")}
+    names |= {(what, "", "") for what in ("rejected", "invalid_signatures", "replayed_signatures")}
     assert _core.counters().keys() == names
 
 
@@ -49,8 +50,28 @@ def test_from_kernels(context: zmq.Context, transport: bool, channel: str) -> No
         ("from_kernels", name, "bytes"): sum(map(size, messages)),
         ("batches", "", ""): 1,
         ("rejected", "", ""): 2,
+        ("replayed_signatures", "", ""): 1,
     }
     assert grown(lambda: _core.drain(server, channel, signer)) == {}
+
+
+@pytest.mark.parametrize("permissive", [False, True])
+def test_signature_failures_count_also_where_the_message_passes(permissive: bool) -> None:
+    stranger = _core.Signer(b"another key")
+    frames = builders.wire(stranger, message())
+    counts = grown(lambda: _core.batch_of("shell", [frames], builders.signers()[0], permissive=permissive))
+    assert counts["invalid_signatures", "", ""] == 1
+    assert (("rejected", "", "") in counts) is not permissive
+
+
+def test_a_drain_that_leaves_messages_is_a_budget_hit(context: zmq.Context, transport: bool) -> None:
+    kernel, server = builders.zmq_pair(context)
+    signer, plain = builders.signers()
+    for number in "abc":
+        kernel.send_multipart([b"client", *builders.wire(plain, message(msg_id=number))])
+    first = grown(lambda: _core.drain(server, "iopub", signer, max_messages=2))
+    assert first["budget_hits", "", ""] == 1
+    assert ("budget_hits", "", "") not in grown(lambda: _core.drain(server, "iopub", signer, max_messages=2))
 
 
 def test_encoding_and_replacing_count_nothing() -> None:

@@ -127,7 +127,10 @@ cdef struct Counters:
     Traffic to_clients
     uint64_t batches
     uint64_t rejected
-    uint64_t waited         # messages a full kernel socket made wait
+    uint64_t invalid_signatures     # also of messages that pass all the same
+    uint64_t replayed_signatures
+    uint64_t budget_hits            # drains that ended with messages still there
+    uint64_t waited                 # messages a full kernel socket made wait
     uint64_t flushes
     uint64_t blocked
     uint64_t no_buffers
@@ -155,6 +158,9 @@ def counters():
     result["to_clients", "", "bytes"] = counted.to_clients.bytes
     result["batches", "", ""] = counted.batches
     result["rejected", "", ""] = counted.rejected
+    result["invalid_signatures", "", ""] = counted.invalid_signatures
+    result["replayed_signatures", "", ""] = counted.replayed_signatures
+    result["budget_hits", "", ""] = counted.budget_hits
     result["waited", "", ""] = counted.waited
     result["flushes", "", ""] = counted.flushes
     result["blocked", "", ""] = counted.blocked

@@ -160,6 +160,7 @@ cdef class Batch:
     cdef readonly size_t nbytes
     cdef Py_ssize_t by_class[CLASSES]
     cdef readonly bint more
+    cdef uint64_t received          # when, in ns
     cdef list reasons
     cdef readonly Py_ssize_t rejected_count
     cdef Py_ssize_t foreign_count
@@ -239,6 +240,10 @@ cdef class Batch:
             return need_four(max(count - first[0], 0))
         verdict = signer.judge(frames[i + 1], frames + first[0])
         if verdict != TRUSTED:
+            if verdict == REPLAYED:
+                counted.replayed_signatures += 1
+            else:
+                counted.invalid_signatures += 1
             error = signature_error(verdict, frames[i + 1].len)
             if not permissive or verdict == REPLAYED:
                 return error
@@ -369,6 +374,7 @@ cdef class Batch:
         cdef Indexed *message
         cdef Py_ssize_t i
         other.more = self.more
+        other.received = self.received
         other.store.keep(self.store)
         for i in range(self.count):
             if i not in changes:
@@ -399,6 +405,7 @@ cdef Batch new_batch(str channel):
     batch.channel = channel
     batch.channel_number = CHANNELS.index(channel) if channel in CHANNELS else ELSEWHERE
     batch.store = Store.__new__(Store)
+    batch.received = nanoseconds()
     return batch
 
 
@@ -509,6 +516,7 @@ cdef Frames encode_batch(Batch batch, int protocol):
         if protocol == LEGACY:
             copied -= large_bytes(&m.header.msg_id, 1, &segments) + large_bytes(&m.header.msg_type, 1, &segments)
     frames.count = batch.count
+    frames.received = batch.received
     frames.block = <char *>malloc(copied + 1)
     frames.segments = <Segment *>malloc((segments + 1) * sizeof(Segment))
     if frames.block == NULL or frames.segments == NULL:
@@ -639,6 +647,7 @@ def drain(socket, str channel, Signer signer not None, *, Py_ssize_t max_message
         finally:
             close_incoming(count)
         if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
+            counted.budget_hits += 1
             batch.more = True
             return batch
 
@@ -661,6 +670,7 @@ cdef Batch drain_by_pyzmq(socket, str channel, Signer signer, Py_ssize_t max_mes
             counted.batches += 1
         batch.add_python(signer, permissive, frames)
         if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
+            counted.budget_hits += 1
             batch.more = True
             return batch
 

@@ -32,6 +32,7 @@ cdef class Frames:
     cdef Py_ssize_t segment_count
     cdef uint64_t *ends         # of each frame, in bytes from the first
     cdef Py_ssize_t count
+    cdef uint64_t received      # when the batch was, in ns
     cdef readonly size_t nbytes
     cdef object owner       # keeps the large parts alive; None when everything is in the block
 
@@ -79,6 +80,12 @@ cdef struct Block:
     size_t used
     uint32_t entries    # that lie in it
 
+# Of frames in a queue, for the time they take.
+cdef struct Stamp:
+    uint64_t end        # position behind their last byte
+    uint64_t received
+    uint64_t messages
+
 cdef struct Entry:
     const char *ptr
     size_t len
@@ -101,6 +108,12 @@ cdef class WriteQueue:
     cdef size_t next_write      # oldest entry with bytes to write
     cdef size_t last            # behind the newest; the three only grow
     cdef Block *block           # that small data is copied into
+    cdef Stamp *stamps          # a ring, of frames that are not wholly written
+    cdef size_t stamp_room
+    cdef size_t first_stamp
+    cdef size_t last_stamp
+    cdef uint64_t timed_messages
+    cdef uint64_t timed_ns
     cdef readonly uint64_t queued
     cdef readonly uint64_t written
     cdef uint64_t acked
@@ -113,6 +126,7 @@ cdef class WriteQueue:
     def __dealloc__(self):
         self.release_all()
         free(self.entries)
+        free(self.stamps)
 
     # -- in --
 
@@ -245,7 +259,33 @@ cdef class WriteQueue:
                 self.add(segment.ptr, segment.len, <void *>frames, OF_OBJECT)
                 Py_INCREF(frames)
                 alive.buffers += 1
+        if frames.count:
+            self.stamp(frames)
         return self.queued
+
+    cdef int stamp(self, Frames frames) except -1:
+        cdef Stamp *stamp
+        if self.last_stamp - self.first_stamp == self.stamp_room:
+            self.more_stamps()
+        stamp = &self.stamps[self.last_stamp & (self.stamp_room - 1)]
+        stamp.end = self.queued
+        stamp.received = frames.received
+        stamp.messages = frames.count
+        self.last_stamp += 1
+        return 0
+
+    cdef int more_stamps(self) except -1:
+        cdef size_t room = self.stamp_room * 2 if self.stamp_room else 4
+        cdef Stamp *stamps = <Stamp *>malloc(room * sizeof(Stamp))
+        cdef size_t i
+        if stamps == NULL:
+            raise MemoryError
+        for i in range(self.first_stamp, self.last_stamp):
+            stamps[i & (room - 1)] = self.stamps[i & (self.stamp_room - 1)]
+        free(self.stamps)
+        self.stamps = stamps
+        self.stamp_room = room
+        return 0
 
     # -- out --
 
@@ -301,9 +341,32 @@ cdef class WriteQueue:
         counted.to_clients.bytes += count
         while self.next_write < self.last and self.entry(self.next_write).end <= self.written:
             self.next_write += 1
+        if self.first_stamp < self.last_stamp:
+            self.time_written()
         if not self.acknowledging:
             self.acked = self.written
             self.release_passed()
+
+    cdef void time_written(self) noexcept:
+        """Note how long what is wholly written now took since it was received."""
+        cdef uint64_t now, took, messages = 0, batches = 0
+        cdef Stamp *stamp
+        while self.first_stamp < self.last_stamp:
+            stamp = &self.stamps[self.first_stamp & (self.stamp_room - 1)]
+            if stamp.end > self.written:
+                break
+            if batches == 0:
+                now = nanoseconds()
+            took = now - stamp.received
+            observe(&time_to_flush, took, stamp.messages)
+            self.timed_ns += took * stamp.messages
+            messages += stamp.messages
+            batches += 1
+            self.first_stamp += 1
+        if batches:
+            self.timed_messages += messages
+            observe(&messages_per_flush, messages, 1)
+            observe(&batches_per_flush, batches, 1)
 
     def take(self, size_t limit):
         cdef iovec pieces[FW_MAX_IOVECS]
@@ -369,6 +432,7 @@ cdef class WriteQueue:
             self.let_go(self.entry(self.first))
             self.first += 1
         self.next_write = self.last
+        self.first_stamp = self.last_stamp
         if self.block != NULL:
             self.free_block(self.block)
             self.block = NULL
@@ -399,3 +463,7 @@ cdef class WriteQueue:
     @property
     def held_buffers(self):
         return self.last - self.first
+
+    @property
+    def time_to_flush(self):
+        return self.timed_messages, self.timed_ns / 1e9
