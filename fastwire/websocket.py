@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import tornado.escape
+import tornado.httputil
 import tornado.websocket
 from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 from tornado.websocket import WebSocketClosedError, WebSocketProtocol13
@@ -45,6 +46,7 @@ from fastwire._core import (
     parse_close,
 )
 from fastwire.errors import FastwireError, FrameError, InvalidPayload, MessageTooBig
+from fastwire.handshake import agree_on_deflate, problem
 from fastwire.turns import Turns
 
 __all__ = ["Connection", "WebSocketClosedError", "WebSocketHandler", "connection_for"]
@@ -59,6 +61,9 @@ RETRY_FIRST, RETRY_LAST = 0.001, 0.050
 
 #: Bytes handed to Tornado's stream at a time; it is asked for more when these are gone.
 STREAM_CHUNK = 256 * 1024
+
+#: Bytes of pongs that may wait for a client that does not read: several times what one read of pings asks for.
+PONGS_WAITING = 1024 * 1024
 
 
 class Written:
@@ -105,6 +110,7 @@ def connection_for(handler: tornado.websocket.WebSocketHandler) -> Connection | 
     Source: `tornado.websocket.WebSocketHandler.get_websocket_protocol`.
     """
     if handler.request.headers.get("Sec-WebSocket-Version") != "13":
+        handler.set_header("Upgrade", "websocket")  # a 426 has to name it (RFC 9110 section 15.5.22)
         return None
     return Connection(
         handler,
@@ -151,9 +157,24 @@ class Connection(WebSocketProtocol13):
         self._stream_reading = False
         self._callback: asyncio.Future[None] | None = None
         self._pong_position = 0
+        self._pong_bytes = 0
         self._newest_ping: bytes | None = None
-        self._lingering = False
+        self._failed = False
         self._close_timer: asyncio.TimerHandle | None = None
+
+    # -- the handshake --
+
+    def _handle_websocket_headers(self, handler: tornado.websocket.WebSocketHandler) -> None:
+        """Tornado answers a ValueError with 400."""
+        super()._handle_websocket_headers(handler)
+        request = handler.request
+        if why := problem(request.version, request.headers.get_list("Sec-WebSocket-Key")):
+            raise ValueError(why)
+        self._deflate = agree_on_deflate(request.headers.get("Sec-WebSocket-Extensions", ""))
+
+    def _parse_extensions_header(self, headers: tornado.httputil.HTTPHeaders) -> list[tuple[str, dict[str, Any]]]:
+        """Tornado agrees to what stands here."""
+        return [] if self._deflate is None else [("permessage-deflate", self._deflate)]
 
     # -- taking over from Tornado --
 
@@ -220,7 +241,7 @@ class Connection(WebSocketProtocol13):
         self._reading = False
 
     def _read_on(self) -> None:
-        paused = self._paused and not self._lingering
+        paused = self._paused and not self._failed
         if paused or self._callback is not None or self._reading or self._ended.done():
             return
         self._reading = True
@@ -236,9 +257,18 @@ class Connection(WebSocketProtocol13):
             self._lost(error)
             return
         if received == 0:
-            self._lost(None)
+            self._on_end_of_stream()
         elif received > 0:
             self._process()
+
+    def _on_end_of_stream(self) -> None:
+        """The peer sends no more, but it may still be reading what we owe it."""
+        if not self.queue.pending_bytes:
+            self._lost(None)
+            return
+        self._stop_reading()
+        self.client_terminated = self.server_terminated = True
+        self._limit_closing()
 
     def _read_stream(self) -> None:
         try:
@@ -254,7 +284,7 @@ class Connection(WebSocketProtocol13):
         if future.cancelled() or future.exception() is not None:
             self._lost(self.stream.error)
             return
-        if self._lingering and self._fd >= 0:
+        if self._ended.done():
             return
         self.parser.feed(future.result())
         self._process()
@@ -265,8 +295,8 @@ class Connection(WebSocketProtocol13):
 
     def _process(self) -> None:
         """Hand out what the parser has, in order, until it is empty or a coroutine must finish first."""
-        if self._processing or self._callback is not None or self._lingering or (self._paused and self._fd < 0):
-            self._discard_if_lingering()
+        if self._processing or self._callback is not None or self._failed or (self._paused and self._fd < 0):
+            self._discard_if_failed()
             return
         self._processing = True
         try:
@@ -292,8 +322,8 @@ class Connection(WebSocketProtocol13):
             if self.consumer is not None:
                 self.consumer(self.parser)
 
-    def _discard_if_lingering(self) -> None:
-        if self._lingering:
+    def _discard_if_failed(self) -> None:
+        if self._failed:
             self.parser = FrameParser(0)
 
     def _wait_for(self, done: asyncio.Future[None]) -> None:
@@ -398,12 +428,15 @@ class Connection(WebSocketProtocol13):
         return position
 
     def _answer_ping(self, data: bytes) -> None:
-        """At most one pong waits to be written; it answers the newest ping (RFC 6455 section 5.5.3)."""
+        """Every ping has its pong; while `PONGS_WAITING` bytes wait, the newest alone (RFC 6455 section 5.5.3)."""
         if self.server_terminated:
             return
-        if self._pong_position > self.queue.written:
+        if self._pong_position <= self.queue.written:
+            self._pong_bytes = 0
+        if self._pong_bytes >= PONGS_WAITING:
             self._newest_ping = data
         else:
+            self._pong_bytes += 2 + len(data)
             self._pong_position = self._write_control(OP_PONG, data)
 
     def wait_written(self, position: int) -> asyncio.Future[None]:
@@ -522,6 +555,9 @@ class Connection(WebSocketProtocol13):
                 code = 1000
             self._write_control(OP_CLOSE, close_payload(code, reason or ""))
             self.server_terminated = True
+        self._limit_closing()
+
+    def _limit_closing(self) -> None:
         if self._close_timer is None:
             self._close_timer = self._loop.call_later(CLOSE_TIMEOUT, self._abort)
 
@@ -536,35 +572,25 @@ class Connection(WebSocketProtocol13):
 
     def fail(self, error: FastwireError) -> None:
         """The peer sent what it must not: say so with a Close frame, then close (RFC 6455 section 7.1.7)."""
-        if self._lingering or self._ended.done():
+        if self._failed or self._ended.done():
             return
         log.warning("WebSocket client %s: %s; closing with %s", self._peer(), str(error), error.close_code)
-        self._lingering = True
+        self._failed = True
         self.close(error.close_code, str(error))
         self.client_terminated = True
         if not isinstance(error, FrameError):
             self.close_code = error.close_code
 
     def _finish(self) -> None:
-        """Everything is said. After a failure the peer may still be sending, and closing on unread bytes would
-        reset the connection and lose our Close frame: end our side; the peer ends its own, or the timer does."""
-        if self._lingering and not self._ended.done():
-            self._end_our_side()
-            self._read_on()
-        else:
-            self._lost(None)
-
-    def _end_our_side(self) -> None:
-        sock: Any = self.stream.socket
+        """Everything is said."""
+        stream = self.stream
+        if stream.closed():
+            self._lost(stream.error)
+            return
         if self._fd < 0:  # what comes now is thrown away, so Tornado's stream is not needed to understand it
-            self._reading = False
-            self.stream.io_loop.remove_handler(self.stream.fileno())
-            self._fd = sock.fileno()
-        with contextlib.suppress(OSError, ValueError):
-            if isinstance(self.stream, SSLIOStream):
-                sock.unwrap()
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(sock, socket.SHUT_WR)
+            stream.io_loop.remove_handler(stream.fileno())
+        self._over()
+        Farewell(stream, self._turns)
 
     def _peer(self) -> str:
         return str(getattr(getattr(self.handler, "request", None), "remote_ip", None) or "unknown")
@@ -575,6 +601,11 @@ class Connection(WebSocketProtocol13):
             return
         if isinstance(error, OSError) and not is_quiet(error):
             log.warning("WebSocket client %s: %s", self._peer(), str(error))
+        self._over()
+        self.stream.close()
+
+    def _over(self) -> None:
+        """Nothing is read or written any more, and whoever waits learns it."""
         self.client_terminated = self.server_terminated = True
         self._ended.set_result(None)
         self._stop_reading()
@@ -593,7 +624,6 @@ class Connection(WebSocketProtocol13):
         if self._ping_coroutine is not None:
             self._ping_coroutine.cancel()
             self._ping_coroutine = None
-        self.stream.close()
 
     def _abort(self) -> None:
         stream: IOStream | None = self.stream
@@ -606,6 +636,47 @@ class Connection(WebSocketProtocol13):
 
     def is_closing(self) -> bool:
         return self.client_terminated or self.server_terminated or self.stream.closed()
+
+
+class Farewell:
+    """The end of TCP as RFC 6455 section 7.1.1 has it: we end our side, then read until the peer has ended its own.
+
+    Closing on unread bytes would reset the connection, and a reset may take our Close frame with it.
+    """
+
+    _unread = bytearray(64 * 1024)
+
+    def __init__(self, stream: IOStream, turns: Turns) -> None:
+        self._stream = stream
+        self._turns = turns
+        self._fd = stream.socket.fileno()
+        self._end_our_side()
+        self._turns.watch(self._fd, self._on_readable)
+        self._timer = asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self._end)
+
+    def _end_our_side(self) -> None:
+        sock: Any = self._stream.socket
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(self._stream, SSLIOStream):
+                sock.unwrap()
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_WR)
+
+    def _on_readable(self) -> None:
+        try:
+            # That of the class: the bytes of TLS need not be understood either.
+            if socket.socket.recv_into(self._stream.socket, self._unread):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._end()
+
+    def _end(self) -> None:
+        self._timer.cancel()
+        self._turns.unwatch(self._fd, self._on_readable)
+        self._stream.close()
 
 
 def is_quiet(error: OSError) -> bool:

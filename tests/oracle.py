@@ -358,13 +358,16 @@ class OracleParser:
             return None
         first, second = self.data[:2]
         size = {126: 2, 127: 8}.get(second & 0x7F, 0)
-        if len(self.data) < 2 + size:
+        known = self.data[2 : 2 + size]
+        least, most = (int.from_bytes(known.ljust(size, end)) if size else second & 0x7F for end in (b"\0", b"\xff"))
+        self.check_length(first & 0x0F, size, least, most)
+        if len(known) < size:
             return None
-        length = int.from_bytes(self.data[2 : 2 + size]) if size else second & 0x7F
-        self.check_length(first & 0x0F, size, length)
-        start = 2 + size + 4
+        length, start = least, 2 + size + 4
         payload = unmask(self.data[start : start + length], self.data[2 + size : start])
         self.check_text(first, payload)
+        if first & 0x0F == OP_CLOSE:
+            self.check_close(payload, length)
         if len(self.data) < start + length:
             return None
         self.data = self.data[start + length :]
@@ -387,11 +390,20 @@ class OracleParser:
         if self.data[0] & 0x0F in CONTROL and second & 0x7F > 125:
             raise ProtocolError("a control frame longer than 125")
 
-    def check_length(self, opcode: int, size: int, length: int) -> None:
-        if length >> 63 or (size and length < {2: 126, 8: 1 << 16}[size]):
+    def check_length(self, opcode: int, size: int, least: int, most: int) -> None:
+        """What the octets that are there say it will be at least and at most."""
+        if least >> 63 or (size and most < {2: 126, 8: 1 << 16}[size]):
             raise ProtocolError("not the shortest form of a length")
-        if opcode not in CONTROL and len(self.message) + length > self.max_message_size:
+        if opcode not in CONTROL and len(self.message) + least > self.max_message_size:
             raise MessageTooBig("message")
+
+    def check_close(self, payload: bytes, length: int) -> None:
+        """The octets that are there of a Close frame's payload."""
+        if len(payload) == length or length == 1:
+            parse_close(payload.ljust(length, b"?"))
+        elif len(payload) >= 2:
+            parse_close(payload[:2])
+            check_utf8(payload[2:])
 
     def check_text(self, first: int, payload: bytes) -> None:
         opcode = first & ~0x80 if first & 0x0F else self.opcode
@@ -399,9 +411,7 @@ class OracleParser:
             check_utf8(self.message + payload)
 
     def join(self, first: int, opcode: int, payload: bytes) -> tuple[int, str | bytes] | None:
-        if opcode == OP_CLOSE:
-            parse_close(payload)
-            self.closed = True
+        self.closed = opcode == OP_CLOSE
         if opcode in CONTROL:
             return opcode, payload
         if opcode != OP_CONTINUATION:

@@ -194,6 +194,28 @@ def test_errors(stream: bytes, error: type[FrameError], portable: bool) -> None:
         assert_agree([whole[i : i + 1] for i in range(len(whole))])
 
 
+@pytest.mark.parametrize(
+    ("stream", "octets"),
+    [
+        (client_frame(OP_BINARY, length=1 << 63), 3),
+        (client_frame(OP_BINARY, length=1 << 62), 3),
+        (client_frame(OP_BINARY, length=1 << 24), 7),
+        (client_frame(OP_BINARY, bytes(125), length_size=2), 4),
+        (client_frame(OP_BINARY, bytes(300), length_size=8), 8),
+        (client_frame(OP_CLOSE, b"\x03"), 2),
+        (client_frame(OP_CLOSE, b"\x03\xeebye"), 8),
+        (client_frame(OP_CLOSE, b"\x03\xe8\xed\xa0\x80"), 10),
+    ],
+)
+def test_errors_show_with_the_octet_that_is_one(stream: bytes, octets: int) -> None:
+    parser = _core.FrameParser(MAX_SIZE)
+    parser.feed(stream[: octets - 1])
+    assert list(parser) == []
+    parser.feed(stream[octets - 1 : octets])
+    with pytest.raises(FrameError):
+        next(parser)
+
+
 @pytest.mark.parametrize(("stream", "error"), ERRORS.values(), ids=ERRORS)
 def test_an_error_is_raised_again_and_nothing_is_parsed_after_it(stream: bytes, error: type[FrameError]) -> None:
     parser = _core.FrameParser(MAX_SIZE)

@@ -21,6 +21,7 @@ ROOMS = (
     "flow",
     "turns",
     "outbox",
+    "handshake",
     "websocket",
     "relay",
     "metrics",

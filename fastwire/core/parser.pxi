@@ -35,16 +35,18 @@ cdef bint is_close_code(int code) noexcept nogil:
     )
 
 
-cdef const char *close_problem(const uint8_t *p, size_t length, int *error) noexcept nogil:
-    """What is wrong with a Close payload, or NULL."""
+cdef const char *close_problem(const uint8_t *p, size_t got, size_t length, int *error) noexcept nogil:
+    """What the first ``got`` bytes of a Close payload show to be wrong with it, or NULL."""
+    cdef fw_utf8 reason
     error[0] = BAD_FRAME
-    if length == 0:
-        return NULL
     if length == 1:
         return "a Close frame has a code of two bytes or nothing"
+    if got < 2:
+        return NULL
     if not is_close_code((p[0] << 8) | p[1]):
         return "a Close frame has a code that must not be sent"
-    if not fw_utf8_valid(p + 2, length - 2):
+    reason.missing = 0
+    if not fw_utf8_feed(&reason, p + 2, got - 2) or (got == length and reason.missing):
         error[0] = BAD_TEXT
         return "a Close frame's reason is not UTF-8"
     return NULL
@@ -62,7 +64,7 @@ def parse_close(payload):
     cdef int error
     span_of(payload, &held, &span)
     try:
-        problem = close_problem(<const uint8_t *>span.ptr, span.len, &error)
+        problem = close_problem(<const uint8_t *>span.ptr, span.len, span.len, &error)
         if problem != NULL:
             raise frame_error(error, problem)
         if span.len == 0:
@@ -267,7 +269,7 @@ cdef class FrameParser:
                     return p
             if self.head_length >= 2:
                 need = self.length_bytes()
-                if self.head_length == 2 + need and self.judge_length(need):
+                if self.head_length <= 2 + need and self.judge_length(need):
                     return p
                 if self.head_length == 6 + need:
                     memcpy(self.key, &self.head[2 + need], 4)
@@ -310,20 +312,34 @@ cdef class FrameParser:
     cdef int judge_second(self) noexcept:
         if not self.head[1] & MASK_BIT:
             return self.fail(BAD_FRAME, "a client's frame is not masked")
-        if self.opcode >= CLOSE and (self.head[1] & 0x7F) > MAX_CONTROL:
+        cdef int length = self.head[1] & 0x7F
+        cdef int error
+        cdef const char *problem
+        if self.opcode >= CLOSE and length > MAX_CONTROL:
             return self.fail(BAD_FRAME, "a control frame is longer than 125 bytes")
+        if self.opcode == CLOSE:
+            problem = close_problem(self.head, 0, length, &error)
+            if problem != NULL:
+                return self.fail(error, problem)
         return 0
 
     cdef int judge_length(self, int need) noexcept:
+        """With each octet of the length: what it will be at least and at most."""
         cdef uint64_t length = self.head[1] & 0x7F
+        cdef uint64_t to_come = 0
         cdef int i
         if need:
             length = 0
             for i in range(need):
-                length = (length << 8) | self.head[2 + i]
+                length <<= 8
+                to_come <<= 8
+                if i < self.head_length - 2:
+                    length |= self.head[2 + i]
+                else:
+                    to_come |= 0xFF
             if length >> 63:
                 return self.fail(BAD_FRAME, "the length has its highest bit set")
-            if length < (126 if need == 2 else 65536):
+            if length + to_come < (126 if need == 2 else 65536):
                 return self.fail(BAD_FRAME, "the length is not in its shortest form")
         self.frame_length = length
         if self.opcode < CLOSE and (
@@ -351,17 +367,18 @@ cdef class FrameParser:
     cdef int control_bytes(self, uint8_t *p, size_t n) noexcept:
         cdef int error
         cdef const char *problem
+        cdef size_t got = <size_t>self.frame_got + n
         cdef bint whole = n == self.frame_length
         if not whole:
             memcpy(&self.control[self.frame_got], p, n)
-            if self.frame_got + n < self.frame_length:
-                return 0
             p = self.control
         if self.opcode == CLOSE:
-            problem = close_problem(p, <size_t>self.frame_length, &error)
+            problem = close_problem(p, got, <size_t>self.frame_length, &error)
             if problem != NULL:
                 return self.fail(error, problem)
-            self.saw_close = True
+        if got < self.frame_length:
+            return 0
+        self.saw_close = self.opcode == CLOSE
         return self.emit(self.opcode, <char *>p, <size_t>self.frame_length, not whole)
 
     cdef int data_bytes(self, uint8_t *p, size_t n) noexcept:
