@@ -22,6 +22,9 @@ class Limits:
     #: where it can still be re-encoded for the next socket of the session.
     high_water: int = 1 * MIB
 
+    #: A client for which messages have waited so long is called slow.
+    slow_after: float = 1.0
+
     #: What a client may have waiting for a kernel that does not take it; at the bound its socket is not read any
     #: more.
     uplink_limit: int = 8 * MIB

@@ -490,6 +490,7 @@ class Relays:
                 limits=settings.limits(),
                 permissive=settings.accept_invalid_signatures,
                 on_rejected=partial(tell_rejected, manager),
+                name=manager.kernel_id,
             )
             self._sweep_later()
         return self._relays[manager]

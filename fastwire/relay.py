@@ -14,6 +14,8 @@ import asyncio
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from weakref import WeakSet
 
 import zmq
 from zmq.eventloop.zmqstream import ZMQStream
@@ -32,12 +34,13 @@ from fastwire._core import (
     encode_v1,
 )
 from fastwire.errors import MessageError, SocketClosed
+from fastwire.events import note
 from fastwire.flow import Limits, resume_time
 from fastwire.outbox import Outbox, Sent
 from fastwire.turns import Turns
 from fastwire.websocket import Connection
 
-__all__ = ["Channel", "KernelRelay", "Session", "local_batch", "take_socket"]
+__all__ = ["Channel", "KernelRelay", "Session", "Traffic", "local_batch", "open_relays", "take_socket"]
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,14 @@ def local_batch(channel: str, parts: list[bytes]) -> Batch:
     return batch_of(channel, [[b"<IDS|MSG>", b"", *parts]], Signer(b""))
 
 
+@dataclass
+class Traffic:
+    """Messages of a kernel, and the bytes of their parts."""
+
+    messages: int = 0
+    nbytes: int = 0
+
+
 class Channel:
     """One ZMQ socket on the loop. What it receives goes to ``on_batch``, and before that to ``on_faulty`` when
     messages were refused; ``before`` and ``after`` frame each wake-up.
@@ -89,6 +100,7 @@ class Channel:
         self.name = name
         self.socket = socket
         self.budget_hits = 0
+        self.traffic = Traffic()
         self._comes_back = False
         self._signer = signer.fork()
         self._on_batch = on_batch
@@ -137,6 +149,8 @@ class Channel:
         if batch.faulty and self._on_faulty is not None:
             self._on_faulty(batch)
         if len(batch):
+            self.traffic.messages += len(batch)
+            self.traffic.nbytes += batch.nbytes
             self._on_batch(batch)
         return batch.more
 
@@ -164,7 +178,7 @@ class KernelRelay:
     """One kernel: its iopub subscription and its clients' sessions.
 
     ``observers`` are called with each iopub batch, before the clients get it. ``on_rejected(channel, error)`` hears
-    once of each kind of error for which messages were refused.
+    once of each kind of error for which messages were refused. ``name`` is what people call the kernel.
     """
 
     def __init__(
@@ -175,7 +189,10 @@ class KernelRelay:
         limits: Limits | None = None,
         permissive: bool = False,
         on_rejected: Callable[[str, MessageError], None] | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
+        self.traffic = Traffic()
         self.limits = limits or Limits()
         self.signer = signer
         self.sessions: dict[str, Session] = {}
@@ -201,6 +218,7 @@ class KernelRelay:
             self.drain_iopub()
             self._close_iopub()
             self.signer = signer or self.signer
+        open_relays.add(self)
         if self.iopub is None or self.iopub.closed:
             self.endpoint = endpoint
             self.heard = asyncio.get_running_loop().create_future()
@@ -226,7 +244,7 @@ class KernelRelay:
             if on_faulty is not None:
                 on_faulty(batch)
 
-        return Channel(
+        channel = Channel(
             name,
             self._open_socket(name, identity),
             self.signer,
@@ -236,6 +254,8 @@ class KernelRelay:
             after=after,
             permissive=self._permissive,
         )
+        channel.traffic = self.traffic
+        return channel
 
     def channels(
         self,
@@ -262,6 +282,8 @@ class KernelRelay:
 
     def _reject(self, batch: Batch) -> None:
         self.rejected += batch.rejected_count
+        if batch.rejected_count:
+            note("refused", f"messages on {batch.channel} are refused: {batch.rejected[0]}", kernel=self.name)
         for error in batch.rejected:
             if type(error) not in self._causes:
                 self._causes.add(type(error))
@@ -326,6 +348,7 @@ class KernelRelay:
 
     def close(self) -> None:
         """The kernel is gone: clients are told and every socket is closed."""
+        open_relays.discard(self)
         for session in list(self.sessions.values()):
             connection = session.connection
             self.end_session(session)
@@ -334,6 +357,10 @@ class KernelRelay:
         self._close_iopub()
         if not self.heard.done():
             self.heard.cancel()
+
+
+#: Those that may have sockets now, for metrics.
+open_relays: WeakSet[KernelRelay] = WeakSet()
 
 
 class Session:
@@ -354,6 +381,8 @@ class Session:
         self.prepare_all = False
         self.on_ignored: Callable[[list[str]], None] | None = None
         self.detached_at = 0.0
+        self._lag = ""  # "slow", "resuming", or neither
+        self._lag_timer: asyncio.TimerHandle | None = None
         self._high_water = relay.limits.high_water
         self._allowed: frozenset[str] = frozenset()
         self._expiry: asyncio.TimerHandle | None = None
@@ -384,6 +413,28 @@ class Session:
         self._uplink.adopt(waiting)
         self._settle(self._uplink.retry())
 
+    # -- for whoever runs the server --
+
+    @property
+    def label(self) -> str:
+        """Enough of the id to tell clients apart."""
+        return self.session_id[:8]
+
+    @property
+    def state(self) -> str:
+        """One of "away", "paused", "slow", "resuming" or "fine"."""
+        if self.connection is None:
+            return "away"
+        return "paused" if self._paused else self._lag or "fine"
+
+    @property
+    def uplink(self) -> Uplink:
+        """What goes to the kernel."""
+        return self._uplink
+
+    def _note(self, kind: str, text: str) -> None:
+        note(kind, text, kernel=self.relay.name, client=self.label)
+
     # -- the client's WebSocket --
 
     def attach(
@@ -393,6 +444,7 @@ class Session:
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
+            self._note("resume", f"came back; {len(self.outbox)} messages had been kept for it")
         self.connection = connection
         self.protocol = protocol
         self._allowed = allowed_message_types
@@ -406,6 +458,9 @@ class Session:
         connection.consumer = self._consume
         connection.receiver = self.send
         connection.on_progress = self._on_progress
+        connection.label = (self.relay.name, self.label)
+        self._caught_up()
+        self._lag = "resuming" if self.outbox.waiting else ""
         self._pump()
 
     def detach(self, connection: Connection, *, close_code: int | None, resumable: bool) -> None:
@@ -414,6 +469,7 @@ class Session:
             return
         connection.consumer = connection.receiver = connection.on_progress = None
         self.connection = None
+        self._caught_up()
         if self._closed:
             return
         self.outbox.rewind(connection.written)
@@ -452,6 +508,8 @@ class Session:
             return
         self.outbox.append(batch)
         if self.connection is not None:
+            if self._lag_timer is None and not self._lag:
+                self._lag_timer = self._loop.call_later(self.relay.limits.slow_after, self._is_slow)
             self._pump()
         elif self.outbox.nbytes > self.relay.limits.client_memory_limit:
             log.warning("session %s: gave up after %s bytes without a client", self.session_id, self.outbox.nbytes)
@@ -499,6 +557,20 @@ class Session:
         self.outbox.release(self.connection.queue.written)
         if self.outbox.waiting:
             self._pump()
+        elif self._lag or self._lag_timer:
+            self._caught_up()
+
+    def _is_slow(self) -> None:
+        self._lag_timer = None
+        if self.connection is not None:
+            self._lag = "slow"
+            self._note("slow", f"takes messages slower than they come; {self.outbox.nbytes:,} bytes wait for it")
+
+    def _caught_up(self) -> None:
+        self._lag = ""
+        if self._lag_timer is not None:
+            self._lag_timer.cancel()
+            self._lag_timer = None
 
     # -- client to kernel --
 
@@ -543,6 +615,8 @@ class Session:
         if over != self._paused and self.connection is not None:
             self._paused = over
             if over:
+                waiting = self._uplink.waiting_bytes
+                self._note("paused", f"is not read, because {waiting:,} bytes of it wait for the kernel")
                 self.connection.pause_reading()
             else:
                 self.connection.resume_reading()
@@ -553,8 +627,10 @@ class Session:
         self._closed = True
         if self._expiry is not None:
             self._expiry.cancel()
+        self._caught_up()
         for channel in self._channels:
             channel.close()
         lost = self.outbox.clear()
         if lost:
             log.info("session %s ended with %s messages undelivered", self.session_id, lost)
+            self._note("expired", f"its session ended; {lost} messages were not delivered")

@@ -47,6 +47,7 @@ from fastwire._core import (
 )
 from fastwire.errors import FastwireError, FrameError, InvalidPayload, MessageTooBig
 from fastwire.handshake import agree_on_deflate, problem
+from fastwire.events import note
 from fastwire.turns import Turns
 
 __all__ = ["Connection", "WebSocketClosedError", "WebSocketHandler", "connection_for"]
@@ -139,6 +140,8 @@ class Connection(WebSocketProtocol13):
         self.receiver: Callable[[str | bytes], None] | None = None
         self.on_progress: Callable[[], None] | None = None
         self.no_buffers = 0
+        #: What this connection's events are about: a kernel and its client, where there are such.
+        self.label = ("", "")
         self._loop = asyncio.get_running_loop()
         self._turns = Turns.current()
         self._ended: asyncio.Future[None] = self._loop.create_future()
@@ -500,6 +503,10 @@ class Connection(WebSocketProtocol13):
     def _retry_later(self) -> None:
         """The system is short of buffers. The socket still counts as writable: waiting for that would spin."""
         self.no_buffers += 1
+        if self._retry_delay == RETRY_FIRST:
+            kernel, client = self.label
+            text = f"the system had no buffers ({errno.errorcode[self.queue.errno]}); the bytes are kept and sent later"
+            note("no_buffers", text, kernel=kernel, client=client or self._peer())
         self._flush_scheduled = True
         self._loop.call_later(self._retry_delay, self.flush)
         self._retry_delay = min(2 * self._retry_delay, RETRY_LAST)

@@ -19,6 +19,7 @@ ROOMS = (
     "errors",
     "_core",
     "flow",
+    "events",
     "turns",
     "outbox",
     "handshake",
@@ -35,6 +36,7 @@ STRANGERS = {
     "errors": {"asyncio", "tornado", "zmq"},
     "_core": {"asyncio", "tornado", "logging"},
     "flow": {"asyncio", "socket", "time", "tornado", "zmq"},
+    "events": {"asyncio", "tornado", "zmq"},
     "websocket": {"jupyter_client", "jupyter_core", "jupyter_server"},
     "relay": {"jupyter_server"},
 }

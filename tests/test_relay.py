@@ -30,11 +30,11 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from wsclient import PATIENCE, close_frame
 
-from fastwire import _core
+from fastwire import _core, events
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.errors import DuplicateSignature, InvalidSignature, MalformedMessage
 from fastwire.flow import Limits
-from fastwire.relay import Channel, KernelRelay, Session, local_batch
+from fastwire.relay import Channel, KernelRelay, Session, local_batch, open_relays
 from fastwire.websocket import Connection, WebSocketHandler
 
 KIB, MIB = 1024, 1024 * 1024
@@ -299,6 +299,7 @@ class Stage:
                 limits=limits,
                 permissive=permissive,
                 on_rejected=lambda channel, error: self.rejected.append((channel, error)),
+                name="the kernel",
             )
             self.relay.open("first ports")
 
@@ -1382,3 +1383,119 @@ def test_a_session_can_be_resumed_after_its_sockets_were_closed(stage: Stage, co
     again.say("once more")
     assert kernel.receive()[0] == "ann"
     kernel.close()
+
+
+# -- what whoever runs the server is told ----------------------------------------------------------
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> events.Log:
+    """The events of this test."""
+    log = events.Log()
+    monkeypatch.setattr("fastwire.relay.note", log.note)
+    monkeypatch.setattr("fastwire.websocket.note", log.note)
+    return log
+
+
+def event(log: events.Log, kind: str) -> events.Event:
+    """The one event of a kind; it is about Ann."""
+    (found,) = [event for event in log.recent() if event.kind == kind]
+    assert (found.kernel, found.client, found.times) == ("the kernel", "ann", 1)
+    assert log.counts[kind] == 1
+    return found
+
+
+def test_a_slow_client_is_told_of_until_it_has_caught_up(stage: Stage, kernel: Kernel, noted: events.Log) -> None:
+    stage.send_buffers["ann"] = 64 * KIB
+    stage.start(kernel, high_water=64 * KIB, slow_after=0.01)
+    client = stage.connect("ann", receive_buffer=8 * KIB)
+    session = stage.session("ann")
+    assert session.state == "fine"
+    kernel.publish(*stream(*range(200), size=10_000))
+    until(lambda: session.state == "slow", "it is called slow")
+    assert "bytes wait" in event(noted, "slow").text
+    assert client.ids(200) == [str(n) for n in range(200)]
+    until(lambda: session.state == "fine", "it has caught up")
+    assert noted.counts.total() == 1
+
+
+def test_a_client_that_comes_back_is_resuming_until_it_has_everything(
+    stage: Stage, kernel: Kernel, noted: events.Log
+) -> None:
+    stage.send_buffers["ann"] = 64 * KIB
+    stage.start(kernel, high_water=64 * KIB)
+    leave(stage, stage.connect("ann"), "reset")
+    session = stage.session("ann")
+    assert session.state == "away"
+    kernel.publish(*stream(*range(200), size=10_000))
+    until(lambda: len(session.outbox) == 200, "messages wait")
+    client = stage.connect("ann", receive_buffer=8 * KIB)
+    assert session.state == "resuming"
+    assert "200 messages" in event(noted, "resume").text
+    assert client.ids(200) == [str(n) for n in range(200)]
+    until(lambda: session.state == "fine", "it has caught up")
+    assert noted.counts.total() == 1
+
+
+def test_a_client_that_is_held_back_is_paused(stage: Stage, context: zmq.Context, noted: events.Log) -> None:
+    kernel = Kernel(context, narrow=True)
+    stage.start(kernel, uplink_limit=1000)
+    client = stage.connect("ann")
+    session = stage.session("ann")
+    said = 0
+    while session.state != "paused":
+        client.say(str(said), text="x" * 100)
+        said += 1
+        stage.turns()
+    assert "wait for the kernel" in event(noted, "paused").text
+    assert kernel.ids(said) == [str(n) for n in range(said)]
+    until(lambda: session.state == "fine", "it is read again")
+    kernel.close()
+
+
+def test_messages_that_nobody_got_are_told_of(stage: Stage, kernel: Kernel, noted: events.Log) -> None:
+    stage.start(kernel)
+    ann, bob = stage.connect("ann"), stage.connect("bob")
+    leave(stage, ann, "reset")
+    kernel.publish(*stream(1, 2, 3))
+    assert bob.ids(3) == ["1", "2", "3"]
+    stage.run(stage.relay.end_session, stage.session("ann"))
+    assert "3 messages" in event(noted, "expired").text
+
+
+def test_a_system_without_buffers_is_told_of_once(stage: Stage, kernel: Kernel, noted: events.Log) -> None:
+    stage.start(kernel)
+    client = stage.connect("ann")
+    with stage.frozen():
+        _core.script_syscalls([("sendmsg", "ENOBUFS")] * 3)
+        kernel.publish(*stream(1))
+    assert client.ids(1) == ["1"]
+    assert "ENOBUFS" in event(noted, "no_buffers").text
+    assert stage.session("ann").connection.no_buffers == 3
+
+
+def test_refused_messages_are_told_of(stage: Stage, kernel: Kernel, noted: events.Log) -> None:
+    stage.start(kernel)
+    client = stage.connect("ann")
+    for _ in range(2):
+        kernel.sockets["iopub"].send_multipart([b"no delimiter"])
+        kernel.publish(*stream(1))
+    assert client.ids(1) == ["1"]
+    (refused,) = noted.recent()
+    assert (refused.kind, refused.kernel, refused.client) == ("refused", "the kernel", "")
+    assert "iopub" in refused.text
+
+
+def test_what_a_kernel_said_is_counted(stage: Stage, kernel: Kernel) -> None:
+    relay = stage.start(kernel)
+    assert relay in open_relays
+    client = stage.connect("ann")
+    stage.introduce(client)
+    kernel.publish(*stream(1, 2))
+    reply = message("execute_reply", "reply")
+    kernel.reply("ann", reply)
+    client.ids(3)
+    assert relay.traffic.messages == 3
+    assert relay.traffic.nbytes == sum(map(len, [*stream(1)[0], *stream(2)[0], *reply]))
+    stage.run(relay.close)
+    assert relay not in open_relays
