@@ -46,8 +46,8 @@ from fastwire._core import (
     parse_close,
 )
 from fastwire.errors import FastwireError, FrameError, InvalidPayload, MessageTooBig
-from fastwire.handshake import agree_on_deflate, problem
 from fastwire.events import note
+from fastwire.handshake import agree_on_deflate, problem
 from fastwire.turns import Turns
 
 __all__ = ["Connection", "WebSocketClosedError", "WebSocketHandler", "connection_for"]
