@@ -3,7 +3,9 @@
 Sizes are in bytes. ``parts`` are a Jupyter message's frames after the signature: header, parent_header,
 metadata, content, then any number of buffers (jupyter_client docs, "The wire protocol").
 Every error is one of `fastwire.errors`; nothing else is raised for bad input.
-No asyncio, no tornado, no logging; not thread-safe beyond what the GIL gives: one loop, one thread.
+No asyncio, no tornado, no logging; not thread-safe beyond what the GIL gives: an object belongs to one loop's thread.
+Where Python code runs in the middle of a call (hashlib, a finalizer), and other threads with it, objects of other loops go
+on undisturbed; a parser or uplink that is in use refuses with RuntimeError.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -115,7 +117,7 @@ def decode_v1(payload: Buffer) -> tuple[str, list[bytes]]:
     """``(channel, parts)`` of a message of `PROTOCOL_V1`.
 
     Source: `deserialize_msg_from_ws_v1`. Raises MalformedMessage for text (str), offsets that run backwards, into
-    the offsets or out of the payload, a channel that is not UTF-8, fewer than four parts.
+    the offsets or out of the payload, more than 65,536 of them, a channel that is not UTF-8, fewer than four parts.
     """
 
 def encode_legacy(channel: str, parts: Sequence[Buffer]) -> str | bytes:
@@ -141,7 +143,7 @@ def decode_legacy(payload: str | Buffer) -> tuple[str, list[bytes]]:
     Accepts RFC 8259 plus NaN, Infinity and -Infinity, nesting to 1,000.
     Source: `ZMQChannelsWebsocketConnection.handle_incoming_message`, `deserialize_binary_message`.
     Raises MalformedMessage for anything else: not JSON, not an object, header (an object), parent_header or metadata
-    missing, offsets that run backwards, into the offsets or out of the payload.
+    missing, offsets that run backwards, into the offsets or out of the payload, more than 65,536 of them.
     """
 
 def check_json(text: Buffer) -> None:
@@ -397,7 +399,8 @@ class Uplink:
         """Take over what waits in another uplink, before what waits here, and its count of `sent`: the client has a
         new socket, or the kernel a new key (what waits is signed anew). The other is empty afterwards."""
     @property
-    def waiting_bytes(self) -> int: ...
+    def waiting_bytes(self) -> int:
+        """With 64 for each part: a message of many empty buffers is not free."""
     @property
     def waiting_messages(self) -> int: ...
     @property

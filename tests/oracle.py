@@ -28,6 +28,7 @@ CHANNELS = ("shell", "control", "stdin")
 OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG = 0, 1, 2, 8, 9, 10
 CONTROL = (OP_CLOSE, OP_PING, OP_PONG)
 RSV1 = 0x40
+MAX_OFFSETS = 65536  # of a client's message
 
 
 # -- sign ------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def decode_v1(payload: bytes) -> tuple[str, list[bytes]]:
         raise MalformedMessage("text")
     data = bytes(payload)
     count = int.from_bytes(data[:8], "little")
-    if 8 * (count + 1) > len(data):
+    if 8 * (count + 1) > len(data) or count > MAX_OFFSETS:
         raise MalformedMessage("an offset table longer than the payload")
     pieces = cut(data, 8 * (count + 1), struct.unpack_from(f"<{count}Q", data, 8))
     require_four(pieces[1:])
@@ -163,6 +164,8 @@ def split_binary(data: bytes) -> tuple[str, list[bytes]]:
 def decode_legacy(payload: str | bytes) -> tuple[str, list[bytes]]:
     binary = not isinstance(payload, str)
     text, buffers = split_binary(bytes(payload)) if binary else (payload, [])
+    if len(buffers) >= MAX_OFFSETS:
+        raise MalformedMessage("too many buffers")
     value = loads(text)
     if not isinstance(value, dict) or not isinstance(value.get("header"), dict):
         raise MalformedMessage("no object with a header")

@@ -101,6 +101,12 @@ def test_v1_with_thousands_of_buffers_and_large_ones() -> None:
         assert _core.decode_v1(payload) == ("iopub", parts)
 
 
+def test_v1_of_more_parts_than_a_client_may_send() -> None:
+    parts = [b"{}"] * 4 + [b""] * (oracle.MAX_OFFSETS - 6)
+    assert _core.decode_v1(_core.encode_v1("shell", parts)) == ("shell", parts)
+    assert refused(_core.decode_v1, _core.encode_v1("shell", [*parts, b""]))
+
+
 def v1(offsets: list[int], body: bytes, count: int | None = None) -> bytes:
     return struct.pack(f"<{len(offsets) + 1}Q", len(offsets) if count is None else count, *offsets) + body
 
@@ -304,6 +310,13 @@ def test_legacy_with_thousands_of_buffers_and_large_ones() -> None:
     for buffers in ([b"b%d" % i for i in range(5000)], [bytes(3_000_000), b"", b"x" * 70_000]):
         parts = builders.message("stream", "id-1", {}, *buffers)
         assert deserialize_binary_message(_core.encode_legacy("iopub", parts))["buffers"] == buffers
+
+
+def test_legacy_of_more_buffers_than_a_client_may_send() -> None:
+    text = json.dumps(PLAIN).encode()
+    blobs = [text, *[b""] * (oracle.MAX_OFFSETS - 1)]
+    assert _core.decode_legacy(oracle.binary_message(blobs))[1][4:] == blobs[1:]
+    assert refused(_core.decode_legacy, oracle.binary_message([*blobs, b""]))
 
 
 def test_legacy_holds_no_more_than_its_offsets_can_say() -> None:

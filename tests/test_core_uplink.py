@@ -521,6 +521,13 @@ def test_large_messages_wait_whole(narrow: Kernel) -> None:
     assert received == [expected(payload, PROTOCOL_V1)[1] for payload in payloads]
 
 
+def test_empty_buffers_that_wait_are_counted(narrow: Kernel) -> None:
+    uplink = narrow.uplink(PROTOCOL_V1)
+    payload = client_message([*message("comm_msg"), *[b""] * 10_000], "shell", PROTOCOL_V1)
+    uplink.relay(parser_of(*map(data_frame, [payload] * 20)))
+    assert uplink.waiting_bytes > 10_000 * 40 * uplink.waiting_messages > 0
+
+
 def test_an_uplink_is_dropped_with_messages_waiting(narrow: Kernel) -> None:
     uplink = narrow.uplink(None)
     uplink.relay(parser_of(*map(data_frame, numbered(10, None))))

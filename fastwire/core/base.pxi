@@ -206,7 +206,8 @@ cdef class Views:
 
     def __cinit__(self, parts):
         cdef Py_ssize_t i
-        self.parts = PySequence_Fast(parts, "parts must be a sequence of buffers")
+        # A tuple: hashlib lets other threads run, and the caller's list may be theirs.
+        self.parts = tuple(PySequence_Fast(parts, "parts must be a sequence of buffers"))
         self.count = len(self.parts)
         if self.count <= FEW:
             self.spans = self.few_spans

@@ -8,6 +8,7 @@ cdef enum:
     V1
     LEGACY
     PIECES = 13     # of a message's JSON text: seven fixed ones around six values
+    MAX_OFFSETS = 65536     # of a client's message: each part costs far more than the few bytes that declare it
 
 
 cdef int protocol_of(object protocol) except -1:
@@ -111,6 +112,8 @@ cdef const char *v1_split(fw_span payload, fw_span *channel, Spans *parts) noexc
         return "it has fewer than six offsets (a channel and four parts)"
     if count > payload.len // 8 - 1:
         return "it declares more offsets than it has bytes for"
+    if count > MAX_OFFSETS:
+        return "it has more than 65,536 offsets"
     begin = load_le64(p + 8)
     if begin < 8 * (count + 1):
         return "its channel begins inside the offsets"
@@ -390,6 +393,8 @@ cdef const char *legacy_split(fw_span payload, Message *message) noexcept nogil:
     count = load_be32(p)
     if count < 1 or count > payload.len // 4 - 1:
         return "it declares more blobs than it has bytes for, or none"
+    if count > MAX_OFFSETS:
+        return "it has more than 65,536 offsets"
     begin = load_be32(p + 4)
     if begin < 4 * (count + 1):
         return "its JSON text begins inside the offsets"

@@ -545,16 +545,39 @@ cdef Frames encode_batch(Batch batch, int protocol):
 
 # -- receiving --
 
-# The frames of the message that is being received; one drain at a time, so one place for all sockets.
-cdef fw_zmq_msg *incoming = NULL
-cdef fw_span *incoming_spans = NULL
-cdef Py_ssize_t incoming_room = 0
+cdef enum:
+    SPARE_ROOM = 1024
+
+# The frames of the message that is being received.
+cdef struct Incoming:
+    fw_zmq_msg *frames
+    fw_span *spans
+    Py_ssize_t room
+
+# Room that the last drain left for the next. Each takes it for itself: Python code runs while messages are judged
+# (hashlib's, a finalizer), and with it other threads, which may drain too.
+cdef Incoming spare
+memset(&spare, 0, sizeof(spare))
 
 
-cdef int more_incoming(Py_ssize_t count) except -1:
+cdef Incoming take_spare() noexcept:
+    cdef Incoming mine = spare
+    memset(&spare, 0, sizeof(spare))
+    return mine
+
+
+cdef void give_back(Incoming *mine) noexcept:
+    """What one message of a million frames needed is not kept."""
+    if spare.frames == NULL and mine.room <= SPARE_ROOM:
+        memcpy(&spare, mine, sizeof(spare))
+        return
+    free(mine.frames)
+    free(mine.spans)
+
+
+cdef int more_room(Incoming *incoming, Py_ssize_t count) except -1:
     """Room for more frames than ``count``; those that are there move along."""
-    global incoming, incoming_spans, incoming_room
-    cdef Py_ssize_t room = incoming_room * 2 if incoming_room else 32
+    cdef Py_ssize_t room = incoming.room * 2 if incoming.room else 32
     cdef fw_zmq_msg *frames
     cdef fw_span *spans
     cdef Py_ssize_t i
@@ -566,43 +589,45 @@ cdef int more_incoming(Py_ssize_t count) except -1:
         raise MemoryError
     for i in range(count):
         zmq_msg_init(&frames[i])
-        zmq_msg_move(&frames[i], &incoming[i])
-    free(incoming)
-    free(incoming_spans)
-    incoming = frames
-    incoming_spans = spans
-    incoming_room = room
+        zmq_msg_move(&frames[i], &incoming.frames[i])
+    free(incoming.frames)
+    free(incoming.spans)
+    incoming.frames = frames
+    incoming.spans = spans
+    incoming.room = room
     return 0
 
 
-cdef Py_ssize_t receive_message(void *handle) except -1:
+cdef Py_ssize_t receive_message(void *handle, Incoming *incoming) except -1:
     """The number of frames received into ``incoming``, 0 when no message is there."""
     cdef Py_ssize_t count = 0, i
+    cdef fw_zmq_msg *frame
     cdef int problem
     while True:
-        if count == incoming_room:
-            more_incoming(count)
-        zmq_msg_init(&incoming[count])
-        while zmq_msg_recv(&incoming[count], handle, FW_ZMQ_DONTWAIT) < 0:
+        if count == incoming.room:
+            more_room(incoming, count)
+        zmq_msg_init(&incoming.frames[count])
+        while zmq_msg_recv(&incoming.frames[count], handle, FW_ZMQ_DONTWAIT) < 0:
             problem = zmq_errno()
             if problem == EINTR:
                 continue
-            close_incoming(count + 1)
+            close_frames(incoming, count + 1)
             if problem == EAGAIN:
                 return 0
             raise zmq_problem(problem)
         count += 1
-        if not zmq_msg_more(&incoming[count - 1]):
+        if not zmq_msg_more(&incoming.frames[count - 1]):
             break
     for i in range(count):
-        incoming_spans[i] = fixed(<const char *>zmq_msg_data(&incoming[i]), zmq_msg_size(&incoming[i]))
+        frame = &incoming.frames[i]
+        incoming.spans[i] = fixed(<const char *>zmq_msg_data(frame), zmq_msg_size(frame))
     return count
 
 
-cdef void close_incoming(Py_ssize_t count) noexcept:
+cdef void close_frames(Incoming *incoming, Py_ssize_t count) noexcept:
     cdef Py_ssize_t i
     for i in range(count):
-        zmq_msg_close(&incoming[i])
+        zmq_msg_close(&incoming.frames[i])
 
 
 cdef object zmq_problem(int number):
@@ -622,15 +647,23 @@ cdef void *handle_of(object socket) except NULL:
 def drain(socket, str channel, Signer signer not None, *, Py_ssize_t max_messages=DRAIN_MESSAGES,
           size_t max_bytes=DRAIN_BYTES, bint permissive=False):
     # The GIL stays: a drain is over in microseconds, taking the GIL back from a busy thread can take milliseconds.
-    cdef void *handle
-    cdef Batch batch = None
-    cdef Py_ssize_t count
+    cdef Incoming incoming
     if not direct_zmq:
         return drain_by_pyzmq(socket, channel, signer, max_messages, max_bytes, permissive)
-    handle = handle_of(socket)
+    incoming = take_spare()
+    try:
+        return drain_directly(socket, channel, signer, max_messages, max_bytes, permissive, &incoming)
+    finally:
+        give_back(&incoming)
+
+
+cdef Batch drain_directly(socket, str channel, Signer signer, Py_ssize_t max_messages, size_t max_bytes,
+                          bint permissive, Incoming *incoming):
+    cdef Batch batch = None
+    cdef Py_ssize_t count
     while True:
         try:
-            count = receive_message(handle)
+            count = receive_message(handle_of(socket), incoming)
         except (SocketClosed, zmq.ZMQError):
             # What was received is not lost for it; the next drain says it again.
             if batch is None:
@@ -643,9 +676,9 @@ def drain(socket, str channel, Signer signer not None, *, Py_ssize_t max_message
             if batch is None:
                 batch = new_batch(channel)
                 counted.batches += 1
-            batch.add_zmq(signer, permissive, incoming, incoming_spans, count)
+            batch.add_zmq(signer, permissive, incoming.frames, incoming.spans, count)
         finally:
-            close_incoming(count)
+            close_frames(incoming, count)
         if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
             counted.budget_hits += 1
             batch.more = True

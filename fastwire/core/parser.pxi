@@ -127,6 +127,7 @@ cdef struct Event:
     bint owned
 
 # One read buffer serves all parsers. The parser whose messages lie in it, if any (borrowed: it clears this itself).
+# One whose messages are being sent keeps the buffer until they are: Python code may run meanwhile, and other threads.
 cdef char *read_buffer = NULL
 cdef PyObject *read_buffer_owner = NULL
 
@@ -162,6 +163,9 @@ cdef class FrameParser:
     cdef const char *problem
     cdef bint saw_close
 
+    cdef bint lent              # its messages are being sent by an Uplink
+    cdef char *kept_buffer      # the read buffer, when another parser needed one meanwhile
+
     def __init__(self, uint64_t max_message_size=10485760, *, bint deflate=False):
         self.max_message_size = max_message_size
         self.deflate = deflate
@@ -174,6 +178,7 @@ cdef class FrameParser:
         for i in range(self.head_event, self.event_count):
             self.drop(&self.events[i])
         free(self.events)
+        free(self.kept_buffer)
         if self.message != NULL:
             alive.blocks -= 1
             free(self.message)
@@ -209,13 +214,39 @@ cdef class FrameParser:
     cdef int claim_read_buffer(self) except -1:
         """Makes the buffer free: messages in it that nobody took yet move into memory of their own."""
         global read_buffer, read_buffer_owner
+        cdef FrameParser owner
+        self.check_not_lent()
+        if read_buffer_owner != NULL:
+            owner = <FrameParser>read_buffer_owner
+            if owner.lent:
+                owner.kept_buffer = read_buffer
+                read_buffer = NULL
+            else:
+                owner.own_events()
+            read_buffer_owner = NULL
         if read_buffer == NULL:
             read_buffer = <char *>malloc(READ_SIZE)
             if read_buffer == NULL:
                 raise MemoryError
-        if read_buffer_owner != NULL:
-            (<FrameParser>read_buffer_owner).own_events()
-            read_buffer_owner = NULL
+        return 0
+
+    cdef int check_not_lent(self) except -1:
+        if self.lent:
+            raise RuntimeError("this parser's messages are being sent: use it from one thread, not from within a call")
+        return 0
+
+    cdef int lend(self) except -1:
+        """Until `take_back` the events stay where they are."""
+        self.check_not_lent()
+        self.lent = True
+        return 0
+
+    cdef int take_back(self) except -1:
+        self.lent = False
+        if self.kept_buffer != NULL:
+            self.own_events()
+            free(self.kept_buffer)
+            self.kept_buffer = NULL
         return 0
 
     cdef int own_events(self) except -1:
@@ -503,6 +534,7 @@ cdef class FrameParser:
 
     def __next__(self):
         cdef Event *event = self.peek()
+        self.check_not_lent()
         if event == NULL:
             if self.error:
                 self.raise_error()

@@ -8,6 +8,18 @@ cdef enum:
     FULL
 
 
+cdef enum:
+    FRAME_COST = 64     # of a Python object that holds a frame: a million empty ones are not free
+
+
+cdef size_t cost_of(list frames) except? 0:
+    """What the parts of a message that waits take, in bytes; its signature may be made anew."""
+    cdef size_t total = 0
+    for frame in frames[2:]:
+        total += FRAME_COST + len(frame)
+    return total
+
+
 cdef int channel_index(fw_span channel, bint quoted) noexcept nogil:
     """SHELL, CONTROL, STDIN, or -1. Only the default protocol quotes and escapes it."""
     if channel.ptr == NULL:
@@ -38,7 +50,8 @@ cdef class Uplink:
     cdef readonly uint64_t sent
     cdef object allowed
     cdef list notes
-    cdef Message message
+    cdef Message message        # that is being sent
+    cdef bint sending
     cdef int touched            # bit per socket that was sent to since `readable` looked at it
 
     def __init__(self, protocol, Signer signer not None, dict sockets not None, *, allowed_message_types=frozenset()):
@@ -54,14 +67,19 @@ cdef class Uplink:
 
     def relay(self, FrameParser parser not None):
         cdef Event *event
-        while True:
-            event = parser.peek()
-            if event == NULL or event.opcode >= CLOSE:
-                return self.readable()
-            try:
-                self.pass_on(event.opcode, fixed(event.ptr, event.len))
-            finally:
-                parser.took()
+        parser.lend()
+        try:
+            while True:
+                event = parser.peek()
+                if event == NULL or event.opcode >= CLOSE:
+                    break
+                try:
+                    self.pass_on(event.opcode, fixed(event.ptr, event.len))
+                finally:
+                    parser.took()
+        finally:
+            parser.take_back()
+        return self.readable()
 
     def send(self, int opcode, payload):
         cdef Py_buffer held
@@ -78,6 +96,16 @@ cdef class Uplink:
         return self.readable()
 
     cdef int pass_on(self, int opcode, fw_span payload) except -1:
+        # Python code may run in between, and other threads: hashlib's, pyzmq's, a finalizer.
+        if self.sending:
+            raise RuntimeError("this uplink is sending: use it from one thread, not from within a call")
+        self.sending = True
+        try:
+            return self.decode_and_send(opcode, payload)
+        finally:
+            self.sending = False
+
+    cdef int decode_and_send(self, int opcode, fw_span payload) except -1:
         cdef const char *problem
         cdef int target
         cdef bytes text
@@ -136,7 +164,7 @@ cdef class Uplink:
         frames = [DELIMITER, signature] + parts_list(parts)
         self.waiting[target].append(frames)
         self.waiting_messages += 1
-        self.waiting_bytes += nbytes
+        self.waiting_bytes += cost_of(frames)
         return 0
 
     cdef int send_spans(self, int target, bytes signature) except -1:
@@ -192,7 +220,7 @@ cdef class Uplink:
             taken += 1
             self.sent += 1
             self.waiting_messages -= 1
-            self.waiting_bytes -= sum(len(frame) for frame in frames[2:])
+            self.waiting_bytes -= cost_of(frames)
         return taken
 
     def adopt(self, Uplink other not None):

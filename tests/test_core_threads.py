@@ -1,0 +1,173 @@
+"""The core while Python code runs in the middle of a call: hashlib lets other threads run, and so does a finalizer."""
+
+import hmac
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import builders
+import oracle
+import pytest
+import zmq
+from builders import client_message, data_frame, message
+
+from fastwire import _core
+from fastwire._core import OP_TEXT
+
+SCHEME = "hmac-sha512"  # by hashlib, so in Python
+
+Meanwhile = Callable[[Callable[[], Any]], None]
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
+    """Run something once in the middle of the next signature, as another thread might."""
+    actions: list[Callable[[], Any]] = []
+    copy = hmac.HMAC.copy
+
+    def interrupted(keyed: hmac.HMAC) -> hmac.HMAC:
+        if actions:
+            actions.pop()()
+        return copy(keyed)
+
+    monkeypatch.setattr(hmac.HMAC, "copy", interrupted)
+    return actions.append
+
+
+@pytest.fixture
+def ends(context: zmq.Context) -> tuple[zmq.Socket, zmq.Socket]:
+    """``(the kernel's, the server's)``."""
+    return builders.zmq_pair(context)
+
+
+def uplink_to(server: zmq.Socket) -> _core.Uplink:
+    return _core.Uplink(None, _core.Signer(builders.KEY, SCHEME), dict.fromkeys(oracle.CHANNELS, server))
+
+
+def cells(count: int) -> list[str]:
+    return [client_message(message("execute_request", content={"code": str(i) * 50}), "shell", None) for i in range(count)]
+
+
+def expected(text: str) -> list[bytes]:
+    return builders.wire(oracle.Signer(builders.KEY, SCHEME), oracle.decode_legacy(text)[1])
+
+
+def received(kernel: zmq.Socket, count: int) -> list[list[bytes]]:
+    return [kernel.recv_multipart()[1:] for _ in range(count)]
+
+
+def test_another_parser_reads_while_messages_are_sent(
+    ends: tuple[zmq.Socket, zmq.Socket], meanwhile: Meanwhile
+) -> None:
+    """All parsers share one read buffer; what lies in it stays there until it was sent."""
+    kernel, server = ends
+    texts = cells(3)
+    parser, other = _core.FrameParser(), _core.FrameParser()
+    pong = builders.client_frame(_core.OP_PONG, b"kept")
+    parser.feed(b"".join(map(data_frame, texts[:2])) + pong + data_frame(texts[2]))
+    meanwhile(lambda: other.feed(data_frame("x" * 5000)))
+    uplink_to(server).relay(parser)
+    assert received(kernel, 2) == [expected(text) for text in texts[:2]]
+    other.feed(data_frame("y" * 5000))
+    assert next(parser) == (_core.OP_PONG, b"kept")
+    assert next(parser) == (OP_TEXT, texts[2])
+    assert [item[1][:1] for item in other] == ["x", "y"]
+
+
+def test_a_parser_whose_messages_are_sent_is_not_for_others(
+    ends: tuple[zmq.Socket, zmq.Socket], meanwhile: Meanwhile
+) -> None:
+    kernel, server = ends
+    (text,) = cells(1)
+    parser = _core.FrameParser()
+    parser.feed(data_frame(text))
+    uplink = uplink_to(server)
+
+    def interfere() -> None:
+        for use in (lambda: parser.feed(b"x"), lambda: next(parser), lambda: uplink_to(server).relay(parser)):
+            with pytest.raises(RuntimeError, match="one thread"):
+                use()
+
+    meanwhile(interfere)
+    uplink.relay(parser)
+    assert received(kernel, 1) == [expected(text)]
+    assert parser.pending == 0
+
+
+def test_an_uplink_that_sends_is_not_for_others(ends: tuple[zmq.Socket, zmq.Socket], meanwhile: Meanwhile) -> None:
+    kernel, server = ends
+    first, second = cells(2)
+    uplink = uplink_to(server)
+
+    def interfere() -> None:
+        with pytest.raises(RuntimeError, match="one thread"):
+            uplink.send(OP_TEXT, second)
+
+    meanwhile(interfere)
+    uplink.send(OP_TEXT, first)
+    uplink.send(OP_TEXT, second)
+    assert received(kernel, 2) == [expected(first), expected(second)]
+
+
+def test_another_socket_is_drained_while_a_message_is_judged(
+    context: zmq.Context, transport: bool, meanwhile: Meanwhile
+) -> None:
+    pairs = [builders.zmq_pair(context) for _ in range(2)]
+    sent = [[message("stream", content={"text": f"{i}{j}" * 50}) for j in range(3)] for i in range(2)]
+    for (kernel, server), messages in zip(pairs, sent, strict=True):
+        for parts in messages:
+            kernel.send_multipart([b"client", *builders.wire(oracle.Signer(builders.KEY, SCHEME), parts)])
+        assert server.poll(builders.PATIENCE_MS)
+    others: list[_core.Batch] = []
+    signer = _core.Signer(builders.KEY, SCHEME)
+    meanwhile(lambda: others.append(_core.drain(pairs[1][1], "iopub", signer.fork())))
+    batch = _core.drain(pairs[0][1], "iopub", signer.fork())
+    assert [[each[i] for i in range(len(each))] for each in (batch, *others)] == sent
+
+
+def test_a_message_of_many_frames_leaves_no_memory_behind(ends: tuple[zmq.Socket, zmq.Socket]) -> None:
+    kernel, server = ends
+    parts = [*message("comm_msg"), *[b""] * 100_000]
+    kernel.send_multipart([b"client", *builders.wire(oracle.Signer(builders.KEY), parts)])
+    assert server.poll(builders.PATIENCE_MS)
+    batch = _core.drain(server, "iopub", _core.Signer(builders.KEY))
+    assert batch[0] == parts
+
+
+def test_the_callers_list_changes_while_it_is_signed(meanwhile: Meanwhile) -> None:
+    parts = [bytes([i]) * 3000 for i in range(4)]
+    wanted = oracle.Signer(builders.KEY, SCHEME).sign(parts)
+    meanwhile(parts.clear)
+    assert _core.Signer(builders.KEY, SCHEME).sign(parts) == wanted
+    assert parts == []
+
+
+def test_threads_with_a_loop_each(context: zmq.Context) -> None:
+    """Two servers in one process: their parsers share the read buffer, their drains the list of frames."""
+    count = 150
+    failures: list[object] = []
+
+    def serve(kernel: zmq.Socket, server: zmq.Socket, mark: str) -> None:
+        signer = oracle.Signer(builders.KEY, SCHEME)
+        code = mark * 20_000  # over 2,047 bytes hashlib lets others run
+        uplink, parser = uplink_to(server), _core.FrameParser()
+        own = _core.Signer(builders.KEY, SCHEME)
+        for i in range(count):
+            cell = client_message(message("execute_request", content={"code": code, "number": i}), "shell", None)
+            parser.feed(data_frame(cell))
+            uplink.relay(parser)
+            got = kernel.recv_multipart()
+            if got[1:] != expected(cell):
+                failures.append((mark, "to the kernel", i))
+            parts = message("stream", content={"text": code, "number": i})
+            kernel.send_multipart([got[0], *builders.wire(signer, parts)])
+            if not server.poll(builders.PATIENCE_MS) or _core.drain(server, "shell", own)[0] != parts:
+                failures.append((mark, "from the kernel", i))
+
+    pairs = [builders.zmq_pair(context) for _ in range(2)]
+    threads = [threading.Thread(target=serve, args=(*pair, mark)) for pair, mark in zip(pairs, "ab", strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
