@@ -4,8 +4,8 @@ Sizes are in bytes. ``parts`` are a Jupyter message's frames after the signature
 metadata, content, then any number of buffers (jupyter_client docs, "The wire protocol").
 Every error is one of `fastwire.errors`; nothing else is raised for bad input.
 No asyncio, no tornado, no logging; not thread-safe beyond what the GIL gives: an object belongs to one loop's thread.
-Where Python code runs in the middle of a call (hashlib, a finalizer), and other threads with it, objects of other loops go
-on undisturbed; a parser or uplink that is in use refuses with RuntimeError.
+Where Python code runs in the middle of a call (hashlib, a finalizer), and other threads with it, objects of other
+loops go on undisturbed; a parser or uplink that is in use refuses with RuntimeError.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -45,7 +45,8 @@ def uplink_to(server: zmq.Socket) -> _core.Uplink:
 
 
 def cells(count: int) -> list[str]:
-    return [client_message(message("execute_request", content={"code": str(i) * 50}), "shell", None) for i in range(count)]
+    messages = [message("execute_request", content={"code": str(i) * 50}) for i in range(count)]
+    return [client_message(parts, "shell", None) for parts in messages]
 
 
 def expected(text: str) -> list[bytes]:
