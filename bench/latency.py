@@ -70,7 +70,7 @@ async def open_socket(server: Server, options: argparse.Namespace, protocol: str
     kernel_id = await asyncio.to_thread(server.start_kernel, options.kernel)
     session = f"latency-{os.urandom(8).hex()}"
     maker = RequestMaker(protocol, options.code, session)
-    request, accept = upgrade(server.url, server.token, kernel_id, session, protocol)
+    request, accept = upgrade(server.url, server.authorization, kernel_id, session, protocol)
     socket = LatencySocket(protocol, request, accept, maker)
     await connect(socket, server.url)
     for _ in range(WARM_UP_REQUESTS):

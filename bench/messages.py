@@ -44,8 +44,8 @@ class RequestMaker:
     request's number in 12 digits. Whoever searches for `prefix` in a message finds its parent.
     """
 
-    def __init__(self, protocol: str, code: str, session: str) -> None:
-        self.prefix = f"{str(uuid.uuid4())[:PREFIX_LENGTH]}".encode()
+    def __init__(self, protocol: str, code: str, session: str, prefix: bytes = b"") -> None:
+        self.prefix = prefix or f"{str(uuid.uuid4())[:PREFIX_LENGTH]}".encode()
         placeholder = "#" * DIGITS
         payload = _request(protocol, self.prefix.decode() + placeholder, code, session)
         opcode = 1 if protocol == LEGACY else 2

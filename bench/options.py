@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench import report
 from bench.messages import PROTOCOLS
@@ -13,24 +13,26 @@ from bench.targets import TARGETS, Server, is_available, launch, running
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 RUNNING = "running"
-Run = dict[str, Any]
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every benchmark."""
     add = parser.add_argument
-    add("--targets", help=f"comma-separated, of {', '.join(TARGETS)} (default: all; '' for none but --url)")
+    add(
+        "--target",
+        action="append",
+        help=f"a server to start, or several by commas: {', '.join(TARGETS)} (default: all, or the one of --url)",
+    )
     add("--protocol", choices=[*PROTOCOLS, "both"], help="WebSocket protocol (default: both)")
     add("--repeat", type=int, default=3, help="runs per target, interleaved A B A B (default 3)")
     add("--json", type=Path, help="write settings, environment and every run here")
     add("--kernel-hwm", type=int, help="the light kernel's iopub SNDHWM in messages, 0 for no limit")
     add("--server-option", action="append", default=[], help="one more argument for every server")
     add("--log", type=Path, help="keep each run's server log in this directory")
-    add("--url", help="also measure a server that runs already (needs the kernelspec, see the README)")
+    add("--url", help="measure a server that runs already (for light kernels it needs the kernelspec, see the README)")
     add("--token", default="", help="its token")
     add("--pid", type=int, help="its process id, for CPU and memory")
     add("--smoke", action="store_true", help="a few seconds; checks what arrives, never how fast")
@@ -43,9 +45,8 @@ def stop_on_sigterm() -> None:
 
 def targets(options: argparse.Namespace) -> list[str]:
     """The names to run. Exits where one cannot be started here."""
-    default = "fastwire" if options.smoke else ",".join(TARGETS)
-    chosen = default if options.targets is None else options.targets
-    names = [name for name in chosen.split(",") if name]
+    chosen = options.target or _default_targets(options)
+    names = [name for each in chosen for name in each.split(",")]
     for name in names:
         if name not in TARGETS:
             sys.exit(f"unknown target {name!r}; there are {', '.join(TARGETS)}")
@@ -53,22 +54,20 @@ def targets(options: argparse.Namespace) -> list[str]:
             sys.exit(f"target {name!r} cannot be started: its module is not installed in {sys.executable}")
     if options.url:
         names.append(RUNNING)
-    return names or sys.exit("no target")
+    return names
+
+
+def _default_targets(options: argparse.Namespace) -> list[str]:
+    """Where none is named."""
+    if options.url:
+        return []
+    return ["fastwire"] if options.smoke else list(TARGETS)
 
 
 def protocols(options: argparse.Namespace) -> list[str]:
     """The WebSocket protocols to run."""
     chosen: str | None = options.protocol
     return list(PROTOCOLS) if chosen in {None, "both"} else [str(chosen)]
-
-
-def attempt(run_once: Callable[[], Run], runs: list[Run], failures: list[str]) -> None:
-    """Add a run to *runs*, or to *failures* why there is none; the other runs go on."""
-    try:
-        runs.append(run_once())
-    except (OSError, RuntimeError) as error:
-        failures.append(str(error))
-        report.progress(f"FAILED {error}")
 
 
 def finish(faults: list[str]) -> int:

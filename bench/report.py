@@ -99,13 +99,30 @@ def write_json(path: Path | None, name: str, settings: dict[str, Any], runs: lis
         return
     shown = {key: value for key, value in settings.items() if key != "token"}
     document = {"benchmark": name, "settings": shown, "environment": environment(), "runs": runs}
-    path.write_text(json.dumps(document, indent=1, default=str) + "\n")
-    progress(f"wrote {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In one step, so that an interrupt leaves the last complete file.
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(_no_nan(document), indent=1, default=str) + "\n")
+    unfinished.replace(path)
 
 
-def progress(line: str, end: str = "\n") -> None:
-    """A line on stderr; on a terminal it overwrites one that was given with ``end=""``."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
-    else:
-        print(line, file=sys.stderr, flush=True)
+def _no_nan(value: Any) -> Any:
+    """NaN, which JSON does not know, as null."""
+    match value:
+        case dict():
+            return {key: _no_nan(each) for key, each in value.items()}
+        case list():
+            return [_no_nan(each) for each in value]
+        case float() if math.isnan(value):
+            return None
+    return value
+
+
+def minutes(seconds: float) -> str:
+    """About how long that is."""
+    return f"about {seconds / 60:.0f} minutes" if seconds > 100 else f"about {seconds:.0f} seconds"
+
+
+def progress(line: str) -> None:
+    """A line on stderr, where it is in nobody's way."""
+    print(line, file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 A `Target` says how to start one; `launch` starts it isolated from the user's Jupyter
 configuration and gives a `Server`, through which kernels are started and what the
-process used is read. To add a target, write a function from `Launch` to a command and
+process used is read. To add a target, write a function from `Launch` to its arguments and
 put it into `TARGETS`. A server that runs already is a `Server` too (`running`).
 """
 
@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 15.0
 REQUEST_TIMEOUT = 60.0
+#: What every server that speaks the API answers, a gateway too.
+PROBE = "/api/kernelspecs"
 
 #: What is counted in a server's log after it has stopped, in lines.
 ERROR_PATTERNS = {
@@ -58,7 +60,16 @@ class Launch:
     options: tuple[str, ...]  # more arguments, from --server-option
 
 
-Command = Callable[[Launch], list[str]]
+@dataclass(frozen=True)
+class Target:
+    """A kind of server that can be started."""
+
+    module: str  # that must be installed
+    arguments: Callable[[Launch], list[str]]
+
+    def command(self, launch: Launch) -> list[str]:
+        """The process to start."""
+        return [sys.executable, "-m", self.module, *self.arguments(launch), *launch.options]
 
 
 def _server_app(launch: Launch) -> list[str]:
@@ -73,33 +84,31 @@ def _server_app(launch: Launch) -> list[str]:
         f"--IdentityProvider.token={launch.token}",
         # fastwire.serve would enable it, and its memory is not what is compared.
         "--ServerApp.jpserver_extensions=jupyterlab=False",
-        *launch.options,
     ]
 
 
-def jupyter_server_command(launch: Launch) -> list[str]:
-    """Stock jupyter_server; its rate limits stay at their defaults."""
-    return [sys.executable, "-m", "jupyter_server", *_server_app(launch)]
+def _kernel_gateway(launch: Launch) -> list[str]:
+    """The gateway has options of its own."""
+    return [
+        "--KernelGatewayApp.ip=127.0.0.1",
+        f"--KernelGatewayApp.port={launch.port}",
+        "--KernelGatewayApp.port_retries=0",
+        f"--KernelGatewayApp.auth_token={launch.token}",
+    ]
 
 
-def fastwire_command(launch: Launch) -> list[str]:
-    """fastwire, standalone."""
-    return [sys.executable, "-m", "fastwire.serve", *_server_app(launch)]
-
-
-TARGETS: dict[str, Command] = {
-    "jupyter_server": jupyter_server_command,
-    "fastwire": fastwire_command,
+#: Every server with its own defaults, rate limits included. The last one is compared with the others.
+TARGETS = {
+    "jupyter_server": Target("jupyter_server", _server_app),
+    "kernel_gateway": Target("kernel_gateway", _kernel_gateway),
+    "fastwire": Target("fastwire.serve", _server_app),
 }
-_MODULES = {"jupyter_server": "jupyter_server", "fastwire": "fastwire.serve"}
 
 
 def is_available(name: str) -> bool:
     """Whether target *name* can be started here."""
-    if name not in _MODULES:
-        return name in TARGETS
     with contextlib.suppress(ImportError):
-        return importlib.util.find_spec(_MODULES[name]) is not None
+        return importlib.util.find_spec(TARGETS[name].module) is not None
     return False
 
 
@@ -162,12 +171,19 @@ class Server:
     log: Path | None = None
     kernels: list[str] = field(default_factory=list)
     errors: dict[str, int] = field(default_factory=dict)  # of the whole log, once it has stopped
+    scheme: str = "token"
+
+    @property
+    def authorization(self) -> str:
+        """The value of the header, for REST and WebSocket."""
+        return f"{self.scheme} {self.token}"
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """One REST call (blocking); the decoded answer. Raises OSError on any failure."""
         parts = urlsplit(self.url)
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=REQUEST_TIMEOUT)
-        headers = {"Authorization": f"token {self.token}", "Content-Type": "application/json"}
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname or "", parts.port, timeout=REQUEST_TIMEOUT)
+        headers = {"Authorization": self.authorization, "Content-Type": "application/json"}
         try:
             target = f"{parts.path.rstrip('/')}{path}"
             connection.request(method, target, json.dumps(body) if body else None, headers)
@@ -239,11 +255,11 @@ def _environment(home: Path, iopub_hwm: int) -> dict[str, str]:
 
 
 def _wait_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
-    """Poll GET /api/status; raises RuntimeError with the log's end when it never answers."""
+    """Poll `PROBE`; raises RuntimeError with the log's end when it never answers."""
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError, ValueError):
-            server.request("GET", "/api/status")
+            server.request("GET", PROBE)
             return
         time.sleep(0.05)
     tail = server.log.read_text(errors="replace")[-3000:] if server.log else ""
@@ -295,7 +311,7 @@ def launch(
     (home / "root").mkdir()
     log = home / "server.log"
     server = Server(name, f"http://127.0.0.1:{port}", token, log=log)
-    command = TARGETS[name](Launch(port, token, home / "root", options))
+    command = TARGETS[name].command(Launch(port, token, home / "root", options))
     try:
         with log.open("wb") as stream:
             process = _spawn(command, home, iopub_hwm, stream)
@@ -316,7 +332,11 @@ def launch(
 def running(url: str, token: str, pid: int | None = None) -> Iterator[Server]:
     """A server that runs already; CPU and memory need its *pid*, the log is not read."""
     server = Server("running", url.rstrip("/"), token, pid)
-    server.request("GET", "/api/status")
+    try:
+        server.request("GET", PROBE)
+    except OSError:
+        server.scheme = "Bearer"  # Zasper takes only this one, Jupyter Server both
+        server.request("GET", PROBE)
     try:
         yield server
     finally:

@@ -12,6 +12,8 @@ import base64
 import contextlib
 import hashlib
 import os
+import socket
+import struct
 from urllib.parse import quote, urlsplit
 
 from bench.messages import V1, V1_SUBPROTOCOL, frame
@@ -110,8 +112,10 @@ class KernelSocket(asyncio.BufferedProtocol):
         return True
 
     def _abort(self) -> None:
-        """Drop the connection."""
+        """Drop the connection; without lingering what is left is answered by a reset."""
         if self._transport is not None:
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._transport.abort()
 
     def _parse(self) -> None:
@@ -178,6 +182,28 @@ class KernelSocket(asyncio.BufferedProtocol):
         self._closing = True
         self._transport.close()
 
+    def vanish(self) -> None:
+        """Be gone without a word: the server sees a reset."""
+        self._closing = True
+        self.is_open = False
+        self._abort()
+
+    def set_receive_buffer(self, nbytes: int) -> None:
+        """How much the system takes for us while we do not read, about."""
+        if self._transport is not None:
+            sock = self._transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, nbytes)
+
+    def pause(self) -> None:
+        """Read nothing until `resume`."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
 
 def _close_reason(payload: bytes) -> str:
     """The code and text of a close frame."""
@@ -185,7 +211,7 @@ def _close_reason(payload: bytes) -> str:
     return f"{code} {payload[2:].decode(errors='replace')}".strip()
 
 
-def upgrade(url: str, token: str, kernel_id: str, session: str, protocol: str) -> tuple[bytes, bytes]:
+def upgrade(url: str, authorization: str, kernel_id: str, session: str, protocol: str) -> tuple[bytes, bytes]:
     """The upgrade request for a kernel's channels and the accept value it must bring."""
     parts = urlsplit(url)
     key = base64.b64encode(os.urandom(16))
@@ -196,7 +222,7 @@ def upgrade(url: str, token: str, kernel_id: str, session: str, protocol: str) -
         f"Host: {parts.netloc}",
         "Upgrade: websocket",
         "Connection: Upgrade",
-        f"Authorization: token {token}",
+        f"Authorization: {authorization}",
         f"Sec-WebSocket-Key: {key.decode()}",
         "Sec-WebSocket-Version: 13",
     ]
@@ -205,14 +231,16 @@ def upgrade(url: str, token: str, kernel_id: str, session: str, protocol: str) -
     return ("\r\n".join(lines) + "\r\n\r\n").encode(), accept
 
 
-async def connect(socket: KernelSocket, url: str, patience: float = 60.0) -> None:
-    """Connect *socket* to the host of *url* and wait up to *patience* seconds for the upgrade."""
+async def connect(client: KernelSocket, url: str, patience: float = 60.0) -> None:
+    """Connect *client* to the host of *url* and wait up to *patience* seconds for the upgrade."""
     parts = urlsplit(url)
+    secure = parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
     loop = asyncio.get_running_loop()
-    await loop.create_connection(lambda: socket, parts.hostname or "", parts.port or 80)
+    await loop.create_connection(lambda: client, parts.hostname or "", port, ssl=secure or None)
     try:
-        await asyncio.wait_for(socket.opened, patience)
+        await asyncio.wait_for(client.opened, patience)
     except BaseException:
         with contextlib.suppress(OSError):
-            socket.close()
+            client.close()
         raise

@@ -149,7 +149,9 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._open_sockets.add(self)
         try:
             relays.open(self.kernel_manager)
-            await self.nudge()
+            # A proven one is joined in the turn that answers the handshake: nothing that comes after is missed.
+            if not self._is_proven:
+                await self.nudge()
             if not connection.is_closing():
                 self._attach(connection)
         except BaseException as error:
@@ -224,9 +226,13 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             return super().nudge()
         return asyncio.ensure_future(self._nudge())
 
-    async def _nudge(self) -> None:
+    @property
+    def _is_proven(self) -> bool:
         # A busy kernel answers only when it is done, and its subscription has surely been established.
-        if self.relay.heard.done() or getattr(self.kernel_manager, "execution_state", None) == "busy":
+        return self.relay.heard.done() or getattr(self.kernel_manager, "execution_state", None) == "busy"
+
+    async def _nudge(self) -> None:
+        if self._is_proven:
             return
         try:
             async with asyncio.timeout(self.kernel_info_timeout):

@@ -7,6 +7,7 @@ import signal
 import struct
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -289,6 +290,16 @@ def is_reply(message: Message, parent: str | None) -> bool:
 
 def is_idle(message: Message, parent: str | None) -> bool:
     return message.type == "status" and message.content["execution_state"] == "idle" and message.parent == parent
+
+
+def test_a_newcomer_misses_nothing_of_what_others_ask_next(server: Server, light: str) -> None:
+    """Once its handshake is answered it is there: what happens on the kernel after that, it gets."""
+    with Client(server, light, how=Raw) as asker, ExitStack() as stack:
+        asker.run("1")
+        for _ in range(20):
+            newcomer = stack.enter_context(Client(server, light, how=Raw))
+            asked = asker.execute("2")
+            assert newcomer.state("idle").parent == asked
 
 
 def test_a_client_that_disappears(server: Server, kernel: str) -> None:

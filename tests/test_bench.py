@@ -1,0 +1,288 @@
+"""The parts of the benchmark that judge: what counts as lost, doubled or out of order, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tqdm", reason="bench needs the extra: pip install 'fastwire[bench]'")
+
+from bench import cells, figures, load, report
+from bench.cells import Cell
+from bench.client import LoadSocket
+from bench.messages import BUSY, IDLE, INPUT, REPLY
+from bench.meter import MAX_CPU, Pace
+from bench.tally import Requests, Tally
+from bench.targets import count_errors
+from bench.workloads import OUTPUT, Workload, flood, result
+
+PREFIX = b"01234567-89ab-cdef-0123-"
+ANSWER = (BUSY, INPUT, OUTPUT, REPLY, IDLE)
+
+
+def tally_of(requests: int, workload: Workload | None = None, *, replies: bool = True) -> Tally:
+    asked = Requests(PREFIX)
+    asked.restart(7)
+    for number in range(requests):
+        asked.add(float(number))
+    return Tally(asked, workload or result("light"), replies=replies)
+
+
+def counted(tally: Tally) -> dict[str, int]:
+    return {key: getattr(tally, key) for key in ("delivered", "lost", "duplicated", "out_of_order")}
+
+
+# -- what came -------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_five_messages() -> None:
+    tally = tally_of(2)
+    for index in range(2):
+        for kind in ANSWER:
+            tally.note(kind, index, index + 0.5)
+    assert counted(tally) == {"delivered": 10, "lost": 0, "duplicated": 0, "out_of_order": 0}
+    assert list(tally.idle_latency) == list(tally.reply_latency) == [0.5, 0.5]
+    assert tally.reply_before_result == 0
+
+
+def test_who_did_not_ask_gets_no_reply() -> None:
+    tally = tally_of(1, replies=False)
+    for kind in (BUSY, INPUT, OUTPUT, IDLE):
+        tally.note(kind, 0, 1.0)
+    assert tally.lost == 0
+
+
+def test_what_is_missing_is_lost_and_no_disorder() -> None:
+    tally = tally_of(3)
+    tally.note(BUSY, 0, 1.0)
+    tally.note(IDLE, 2, 1.0)
+    assert counted(tally) == {"delivered": 2, "lost": 13, "duplicated": 0, "out_of_order": 0}
+
+
+def test_a_message_that_came_before_is_a_duplicate_and_nothing_else() -> None:
+    tally = tally_of(2)
+    for kind in (BUSY, INPUT, OUTPUT, IDLE):
+        tally.note(kind, 1, 1.0)
+    tally.note(BUSY, 1, 1.0)
+    tally.note(IDLE, 1, 1.0)
+    assert counted(tally) == {"delivered": 4, "lost": 6, "duplicated": 2, "out_of_order": 0}
+    assert len(tally.idle_latency) == 1
+
+
+@pytest.mark.parametrize(
+    ("order", "disorder"),
+    [
+        ([(BUSY, 0), (OUTPUT, 0), (INPUT, 0)], 1),
+        ([(IDLE, 0), (BUSY, 0)], 1),
+        ([(BUSY, 1), (BUSY, 0)], 1),
+        ([(BUSY, 1), (BUSY, 0), (INPUT, 0)], 2),
+        ([(REPLY, 1), (REPLY, 0)], 1),
+        # Shell and iopub promise each other nothing.
+        ([(IDLE, 0), (REPLY, 0), (BUSY, 1)], 0),
+        ([(REPLY, 0), (BUSY, 0)], 0),
+    ],
+)
+def test_order_is_that_of_each_channel(order: list[tuple[int, int]], disorder: int) -> None:
+    tally = tally_of(2)
+    for kind, index in order:
+        tally.note(kind, index, 1.0)
+    assert tally.out_of_order == disorder
+
+
+@pytest.mark.parametrize(
+    ("streams", "delivered", "duplicated", "disorder"),
+    [
+        ([[0, 1], [2, 3]], 4, 0, 0),
+        ([[0], [2], [1, 3]], 4, 0, 1),
+        ([[0, 1], [0, 1, 2]], 3, 2, 0),
+        ([[0, 3]], 2, 0, 0),
+        ([[0, 99]], 1, 0, 0),
+    ],
+)
+def test_of_a_flood_lines_are_counted(streams: list[list[int]], delivered: int, duplicated: int, disorder: int) -> None:
+    tally = tally_of(1, flood("light", 4, 60))
+    for numbers in streams:
+        tally.note_lines(0, numbers, 1.0)
+    expected = {"delivered": delivered, "lost": 8 - delivered, "duplicated": duplicated, "out_of_order": disorder}
+    assert counted(tally) == expected
+
+
+def test_lines_after_their_idle_are_late() -> None:
+    tally = tally_of(1, flood("light", 4, 60))
+    tally.note(IDLE, 0, 1.0)
+    tally.note_lines(0, [0, 1], 1.0)
+    assert tally.out_of_order == 2
+
+
+def test_a_socket_tells_messages_apart_without_parsing() -> None:
+    tally, notices = tally_of(2, flood("light", 3, 60)), set()
+    sent = [
+        b'{"parent_header": {"msg_id": "%b000000000007"}, "msg_type": "status", "execution_state": "busy"}',
+        b'{"parent_header": {"msg_id": "%b000000000007"}, "msg_type": "execute_input"}',
+        b'{"parent_header": {"msg_id": "%b000000000007"}, "msg_type": "stream", "text": "00000000 x\\n00000001 xx\\n"}',
+        b'{"parent_header": {"msg_id": "%b000000000007"}, "msg_type": "stream", "content": {"text": "dropped\\n"}}',
+        b'{"parent_header": {"msg_id": "%b000000000007"}, "msg_type": "execute_reply"}',
+        b'{"parent_header": {"msg_id": "%b000000000007"}, "msg_type": "status", "execution_state": "idle"}',
+        b'{"parent_header": {"msg_id": "%b000000000008"}, "msg_type": "status", "execution_state": "busy"}',
+        b'{"parent_header": {}, "msg_type": "status", "execution_state": "starting"}',
+    ]
+
+    class Detached(LoadSocket):
+        """It needs no loop."""
+
+        def __init__(self) -> None:
+            self.protocol = "legacy"
+            self._tally, self._requests, self._notices = tally, tally.requests, notices
+            self._markers, self._guess = tally.workload.markers, 0
+
+    socket = Detached()
+    for template in sent:
+        message = bytearray(b"before" + template.replace(b"%b", PREFIX) + b"after")
+        socket.on_message(message, 6, len(message) - 5, 1)
+    assert counted(tally) == {"delivered": 7, "lost": 7, "duplicated": 0, "out_of_order": 0}
+    assert tally.other == 1
+    assert notices == {"dropped"}
+
+
+# -- what is reported ------------------------------------------------------------------------------
+
+
+def run_of(cell: Cell, target: str, turn: int = 0, **changes: Any) -> dict[str, Any]:
+    """A run in which all went well."""
+    run: dict[str, Any] = dict.fromkeys([key for key, _ in figures.COLUMNS], 1.0)
+    run |= dict.fromkeys(("lost", "duplicated", "out_of_order", "connections_lost", "unsent"), 0)
+    run |= {"cell": cell.to_json(), "target": target, "turn": turn, "bottleneck": "", "lost_percent": 0.0}
+    return run | {"errors": {}, "why_lost": [], "notices": [], "disturbance": {}} | changes
+
+
+LOAD = cells.SCENARIOS["load"]
+
+
+@pytest.mark.parametrize(
+    ("lag", "cpu", "word"), [(0.001, 0.2, ""), (0.2, 0.2, "behind"), (0.001, MAX_CPU + 0.01, "core")]
+)
+def test_a_load_generator_that_is_the_bottleneck_says_so(lag: float, cpu: float, word: str) -> None:
+    pace = Pace(cpu=cpu)
+    pace.lag.extend([lag] * 10)
+    assert word in pace.bottleneck
+    assert bool(pace.bottleneck) is bool(word)
+
+
+def test_a_cell_in_which_the_load_generator_was_the_bottleneck_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [
+        run_of(LOAD, "jupyter_server", idle_p99_ms=333.0),
+        run_of(LOAD, "fastwire", idle_p99_ms=777.0, bottleneck="the load generator slept"),
+    ]
+    figures.print_tables(runs)
+    text = capsys.readouterr().out
+    assert "333" in text
+    assert "777" not in text
+    assert "not reported" in text
+    assert "1 of 1 runs left out: the load generator slept" in text
+
+
+def test_a_refused_run_leaves_the_others_of_its_cell() -> None:
+    runs = [run_of(LOAD, "fastwire", turn, idle_p99_ms=float(turn)) for turn in (1, 2, 3)]
+    runs.append(run_of(LOAD, "fastwire", 4, idle_p99_ms=1000.0, bottleneck="late"))
+    (by_target,) = figures.collect(runs).values()
+    assert by_target["fastwire"].values("idle_p99_ms") == [1.0, 2.0, 3.0]
+    assert by_target["fastwire"].median("idle_p99_ms") == 2.0
+
+
+def test_a_disturbed_cell_is_put_beside_the_undisturbed_one(capsys: pytest.CaptureFixture[str]) -> None:
+    crowd, stalled = cells.SCENARIOS["crowd"], cells.SCENARIOS["stalled"]
+    figures.print_tables([run_of(crowd, "fastwire", idle_p99_ms=4.0), run_of(stalled, "fastwire", idle_p99_ms=5.0)])
+    last = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert last[-3:] == ["4", "5", "1.25"]
+
+
+@pytest.mark.parametrize("fault", ["lost", "duplicated", "out_of_order", "connections_lost", "unsent"])
+def test_a_smoke_run_finds_every_fault(fault: str) -> None:
+    assert figures.faults(run_of(LOAD, "fastwire")) == []
+    (found,) = figures.faults(run_of(LOAD, "fastwire", **{fault: 3}))
+    assert f"3 {fault}" in found
+
+
+def test_only_a_client_that_comes_back_may_get_a_message_twice() -> None:
+    assert figures.faults(run_of(cells.SCENARIOS["reconnect"], "fastwire", duplicated=3)) == []
+
+
+def test_a_disturbance_that_did_nothing_is_a_fault() -> None:
+    assert figures.faults(run_of(cells.SCENARIOS["pings"], "fastwire", disturbance={"bytes": 0}))
+
+
+# -- what is run -----------------------------------------------------------------------------------
+
+
+def test_the_matrix_is_that_of_the_notes() -> None:
+    chosen = cells.choose(load.parse(["--matrix", "--seconds", "5"]), ["legacy"])
+    sizes = [(cell.kernels, cell.rate) for cell in chosen if cell.scenario == "load"]
+    assert sorted(sizes) == [(kernels, rate) for kernels in (2, 4, 8, 16, 32, 64, 100) for rate in (10, 100)]
+    assert {cell.seconds for cell in chosen} == {5.0}
+    assert len({cell.key for cell in chosen}) == len(chosen)
+
+
+def test_every_disturbed_scenario_differs_from_its_undisturbed_one_in_the_disturbance_only() -> None:
+    by_label = {cell.label: cell for cell in cells.SCENARIOS.values()}
+    disturbed = [cell for cell in by_label.values() if cell.beside]
+    assert len(disturbed) == 4
+    for cell in disturbed:
+        without = by_label[cell.beside]
+        assert replace(cell, scenario=without.scenario, slow=0, attack="", beside="") == without
+
+
+def test_targets_take_turns() -> None:
+    steps = load.plan([LOAD], ["a", "b"], 3)
+    assert [step.target for step in steps] == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_a_resumed_measurement_does_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[load.Step] = []
+
+    def run_once(_options: Any, step: load.Step, _progress: Any) -> dict[str, Any]:
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(step)
+        return run_of(step.cell, step.target, step.turn)
+
+    monkeypatch.setattr(load, "run_once", run_once)
+    monkeypatch.setattr(load.common, "stop_on_sigterm", lambda: None)
+    path = tmp_path / "results.json"
+    arguments = ["--target", "fastwire", "--protocol", "v1", "--kernels", "1,2", "--repeat", "2", "--json", str(path)]
+    assert load.main(arguments) == load.INTERRUPTED
+    assert len(json.loads(path.read_text())["runs"]) == 3
+    assert "1 x 100/s" in capsys.readouterr().out
+    ran.clear()
+    assert load.main([*arguments, "--resume"]) == 0
+    assert [(step.cell.kernels, step.turn) for step in ran] == [(2, 1)]
+    assert len(json.loads(path.read_text())["runs"]) == 4
+
+
+# -- small things ----------------------------------------------------------------------------------
+
+
+def test_a_saved_cell_comes_back_as_it_was() -> None:
+    for cell in cells.SCENARIOS.values():
+        assert Cell.from_json(json.loads(json.dumps(cell.to_json()))) == cell
+
+
+def test_saved_results_are_json_without_nan_and_without_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    report.write_json(path, "load", {"token": "secret"}, [{"figure": float("nan")}])
+    assert "NaN" not in path.read_text()
+    assert "secret" not in path.read_text()
+    assert json.loads(path.read_text())["runs"] == [{"figure": None}]
+
+
+def test_the_log_of_a_server_is_searched_for_errors(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "[I 2024] all is well\n[E 2024] not well\ntornado.websocket.WebSocketClosedError\n"
+        "Task exception was never retrieved\n[C 2024] received signal 15, stopping\n"
+    )
+    found = {kind: count for kind, count in count_errors(log).items() if count}
+    assert found == {"ERROR": 1, "WebSocketClosedError": 1, "never retrieved": 1}
