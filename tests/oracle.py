@@ -171,7 +171,7 @@ def decode_legacy(payload: str | bytes) -> tuple[str, list[bytes]]:
         raise MalformedMessage("no object with a header")
     if not value.keys() >= {"parent_header", "metadata"}:
         raise MalformedMessage("a part is missing")
-    if not binary and value.get("buffers") not in (None, []):
+    if not binary and value.get("buffers") not in (None, [], {}, ""):
         raise MalformedMessage("buffers in a text")
     raw = dict(members(text))
     parts = [raw["header"], raw["parent_header"], raw["metadata"], content_text(value.get("content"), raw)]

@@ -321,14 +321,14 @@ cdef bint is_null(fw_span value) noexcept nogil:
 
 
 cdef bint holds_nothing(fw_span value) noexcept nogil:
-    """null or an empty array."""
-    cdef const uint8_t *end = <const uint8_t *>value.ptr + value.len
-    if is_null(value):
-        return True
-    return (
-        (<const uint8_t *>value.ptr)[0] == 91
-        and skip_space(<const uint8_t *>value.ptr + 1, end) == end - 1
-    )
+    """null, or an empty array, object or string: jupyter_client's `Session` iterates over what is there."""
+    cdef const uint8_t *first = <const uint8_t *>value.ptr
+    cdef const uint8_t *end = first + value.len
+    if first[0] == 34:
+        return value.len == 2
+    if first[0] == 91 or first[0] == 123:
+        return skip_space(first + 1, end) == end - 1
+    return is_null(value)
 
 
 cdef const char *legacy_json(fw_span text, bint binary, Message *message) noexcept nogil:
