@@ -18,7 +18,7 @@ if sys.platform == "win32":
     sys.exit("fastwire runs on POSIX systems only (Linux, macOS, BSD): there is no Windows build.")
 
 from Cython.Compiler import Options
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 
 DEBUG, SANITIZE, COVERAGE, FUZZ = (
     os.environ.get(f"FASTWIRE_{name}", "") for name in ("DEBUG", "SANITIZE", "COVERAGE", "FUZZ")
@@ -69,7 +69,15 @@ core = Extension(
     extra_link_args=LINKER,
 )
 
+
+class WithData(Distribution):
+    """Editable installs get the data files too: setuptools asks for this name, which it does not have itself."""
+
+    has_data = Distribution.has_data_files
+
+
 setup(
+    distclass=WithData,
     ext_modules=[core],
     options={
         "build": {"build_base": f"build/{NAME}"},

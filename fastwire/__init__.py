@@ -65,3 +65,8 @@ __all__ = [
     "parse_close",
     "split_identities",
 ]
+
+
+def _jupyter_server_extension_points() -> list[dict[str, str]]:
+    """Where Jupyter Server finds its extension, which only it imports."""
+    return [{"module": "fastwire.jupyter", "name": "fastwire"}]

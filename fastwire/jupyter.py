@@ -1,19 +1,21 @@
 """fastwire in Jupyter Server: the connection class between its kernels and its clients.
 
-In ``jupyter_server_config.py``::
+A server extension makes these the defaults of every ``ServerApp``; a server without extensions is told in its
+configuration, here that of Kernel Gateway::
 
-    c.ServerApp.kernel_websocket_connection_class = "fastwire.jupyter.FastwireWebsocketConnection"
-    c.ServerApp.kernel_manager_class = "fastwire.jupyter.FastwireMappingKernelManager"
+    c.KernelGatewayApp.kernel_websocket_connection_class = "fastwire.jupyter.FastwireWebsocketConnection"
 
-or run `python -m fastwire.serve`. The first works without the second, which saves a subscription per kernel. Both are
-subclasses of jupyter_server's own: whatever is configured for those holds here too. Messages take the path of
-`fastwire.relay`; a kernel of protocol 4, or a session whose packer is not JSON, takes jupyter_server's own.
+The connection class works without the kernel manager, which saves a subscription per kernel. Both are subclasses of
+jupyter_server's own: whatever is configured for those holds here too. Messages take the path of `fastwire.relay`; a
+kernel of protocol 4, or a session whose packer is not JSON, takes jupyter_server's own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +38,7 @@ except ImportError as error:
         f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'fastwire[serve]'"
     ) from error
 
+from fastwire import __version__
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Activity, Batch, Signer
 from fastwire.errors import FastwireError, MessageError, SignatureError
 from fastwire.flow import Limits
@@ -555,12 +558,12 @@ def open_socket(manager: Any, channel: str, identity: bytes | None) -> zmq.Socke
     """A socket of a kernel, through its manager's ``connect_*`` (provisioners, keys and remote addresses are its
     own), with an unbounded receive queue: libzmq must not drop what the kernel sends."""
     with unbounded_receive(manager.context):
-        socket = take_socket(getattr(manager, f"connect_{channel}")(identity=identity))
-    if socket.rcvhwm != 0:
+        opened = take_socket(getattr(manager, f"connect_{channel}")(identity=identity))
+    if opened.rcvhwm != 0:
         logging.getLogger(__name__).warning(
-            "the %s socket of kernel %s drops messages beyond %s", channel, manager.kernel_id, socket.rcvhwm
+            "the %s socket of kernel %s drops messages beyond %s", channel, manager.kernel_id, opened.rcvhwm
         )
-    return socket
+    return opened
 
 
 @contextmanager
@@ -575,3 +578,71 @@ def unbounded_receive(context: zmq.Context[Any]) -> Iterator[None]:
             del context.sockopts[zmq.RCVHWM]
         else:
             context.sockopts[zmq.RCVHWM] = before
+
+
+# -- the server extension --------------------------------------------------------------------------
+
+#: For each trait of ``ServerApp`` that chooses a class: what jupyter_server takes, and what fastwire has instead.
+CLASSES: dict[str, tuple[type, type]] = {
+    "kernel_websocket_connection_class": (ZMQChannelsWebsocketConnection, FastwireWebsocketConnection),
+    "kernel_manager_class": (AsyncMappingKernelManager, FastwireMappingKernelManager),
+}
+
+
+def _link_jupyter_server_extension(app: Any) -> None:
+    """Called by a ``ServerApp`` before it makes its kernel manager.
+
+    The defaults of its traits are replaced, not their values: traitlets asks for a default when all extensions are
+    linked, and not at all where a configuration file or another extension has set a value, before or after.
+    Source: `traitlets.HasTraits._get_trait_default_generator`.
+    """
+    for trait in CLASSES:
+        setattr(app, f"_{trait}_default", partial(default_class, trait, app._get_trait_default_generator(trait)))
+
+
+def _load_jupyter_server_extension(app: Any) -> None:
+    """Called by a ``ServerApp`` when everything is made: say in one line who carries its messages."""
+    if not takes_fastwire(app):
+        taken = app.kernel_websocket_connection_class
+        reason = obstacle(app) or f"messages of kernels go through {taken.__module__}.{taken.__qualname__}"
+        app.log.info("fastwire steps aside: %s", reason)
+    else:
+        app.log.info("fastwire %s carries the messages of kernels", __version__)
+
+
+def default_class(trait: str, theirs: Callable[[Any], Any], app: Any) -> Any:
+    """fastwire's class where ``app`` would take jupyter_server's own and nothing is in the way."""
+    chosen = theirs(app)
+    stock, ours = CLASSES[trait]
+    if chosen is not stock or obstacle(app):
+        return chosen
+    if ours is FastwireMappingKernelManager and not takes_fastwire(app):
+        return chosen
+    return ours
+
+
+def takes_fastwire(app: Any) -> bool:
+    return issubclass(app.kernel_websocket_connection_class, FastwireWebsocketConnection)
+
+
+def obstacle(app: Any) -> str | None:
+    """Why fastwire cannot work in this server."""
+    if app.gateway_config.gateway_enabled:
+        return f"kernels are behind the gateway {app.gateway_config.url}"
+    if os.name == "nt":
+        return "it does not run on Windows"
+    if not has_raw_sockets(app.io_loop.asyncio_loop):
+        return f"{type(app.io_loop.asyncio_loop).__name__} watches no sockets"
+    return None
+
+
+def has_raw_sockets(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether descriptors can be watched on a loop; Windows' proactor has no ``add_reader``."""
+    one, other = socket.socketpair()
+    with one, other:
+        try:
+            loop.add_reader(one, lambda: None)
+        except NotImplementedError:
+            return False
+        loop.remove_reader(one)
+    return True

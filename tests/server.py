@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import Request, urlopen
@@ -42,6 +42,10 @@ JUPYTER = (
     "--ServerApp.kernel_websocket_connection_class=fastwire.jupyter.FastwireWebsocketConnection",
 )
 
+#: Server extensions that come with the tests' packages and have nothing to do with kernels.
+WITHOUT_OTHERS = dict.fromkeys(("jupyterlab", "jupyter_lsp", "jupyter_server_terminals", "notebook_shim"), False)
+WITHOUT_EXTENSIONS = WITHOUT_OTHERS | {"fastwire": False}
+
 #: Kernels besides ipykernel: a light one that floods, and the ways of `odd_kernel`.
 ODD = ("wrong-key", "sometimes", "versionless", "old", "not-json")
 
@@ -64,10 +68,11 @@ class Server:
     process: subprocess.Popen[bytes]
     home: Path
     port: int = 0
+    base: str = ""
 
     @property
     def root(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}{self.base}"
 
     @property
     def log(self) -> str:
@@ -169,20 +174,28 @@ def environment(home: Path) -> dict[str, str]:
 
 
 @contextmanager
-def serving(home: Path, *options: str, how: Sequence[str] = FASTWIRE) -> Iterator[Server]:
-    """Run a server on a free port of the loopback interface until the block ends."""
+def serving(
+    home: Path,
+    *options: str,
+    how: Sequence[str] = FASTWIRE,
+    extensions: dict[str, bool] = WITHOUT_EXTENSIONS,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    base: str = "",
+    python: str = sys.executable,
+) -> Iterator[Server]:
+    """Run a server on a free port of the loopback interface until the block ends. ``base`` is the path of its URL;
+    extensions that are not named are on if they are installed so."""
     (home / "config").mkdir()
-    extensions = dict.fromkeys(("jupyterlab", "jupyter_lsp", "jupyter_server_terminals", "notebook_shim"), False)
     settings = {"ServerApp": {"jpserver_extensions": extensions}}
     (home / "config" / "jupyter_server_config.json").write_text(json.dumps(settings))
     write_kernelspecs(home / "data")
-    command = [sys.executable, *how, "--ip=127.0.0.1", "--port=0", "--no-browser", "--allow-root"]
+    command = [python, *how, "--ip=127.0.0.1", "--port=0", "--no-browser", "--allow-root"]
     command += [f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={home}", *options]
     with (home / "stdout").open("w") as out, (home / "stderr").open("w") as err:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment(home), cwd=home
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment(home) | variables, cwd=home
         )
-    server = Server(process, home)
+    server = Server(process, home, base=base)
     try:
         until(lambda: is_up(server), "a server that answers")
         yield server

@@ -51,7 +51,7 @@ def test_the_configuration_names_what_exists() -> None:
     pytest.importorskip("jupyter_server")
     from importlib import import_module
 
-    for name in re.findall(r'"(fastwire\.[\w.]+)"', example("kernel_manager_class")):
+    for name in re.findall(r'"(fastwire\.[\w.]+)"', example("kernel_websocket_connection_class")):
         module, _, attribute = name.rpartition(".")
         assert hasattr(import_module(module), attribute)
 
