@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image as mpimg
 import pytest
 
-pytest.importorskip("tqdm", reason="bench needs the extra: pip install 'fastwire[bench]'")
-
-from bench import cells, figures, load, report
+from bench import cells, figures, load, plot, report
 from bench.cells import Cell
 from bench.client import LoadSocket
 from bench.messages import BUSY, IDLE, INPUT, REPLY
@@ -260,6 +259,41 @@ def test_a_resumed_measurement_does_only_what_is_missing(
     assert load.main([*arguments, "--resume"]) == 0
     assert [(step.cell.kernels, step.turn) for step in ran] == [(2, 1)]
     assert len(json.loads(path.read_text())["runs"]) == 4
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_pictures_are_drawn_from_saved_results_with_and_without_figures(tmp_path: Path) -> None:
+    matrix = [replace(LOAD, kernels=kernels, rate=rate) for kernels in (2, 100) for rate in (10.0, 100.0)]
+    runs = [
+        run_of(cell, target, turn, delivered_per_s=cell.rate * cell.kernels)
+        for cell in [*matrix, cells.SCENARIOS["flood"], cells.SCENARIOS["calm"]]
+        for target in ("jupyter_server", "fastwire")
+        for turn in range(2)
+    ]
+    nothing_ended = {"idle_p50_ms": float("nan"), "idle_p99_ms": float("nan"), "lost": 5, "lost_percent": 50.0}
+    runs[0] |= nothing_ended
+    runs[-3] |= nothing_ended
+    for run in runs[2:6]:
+        run["bottleneck"] = "the load generator slept"
+    results = tmp_path / "results.json"
+    report.write_json(results, "load", {"drain": 10.0}, runs)
+    assert plot.main([str(results), "-o", str(tmp_path / "docs")]) == 0
+    names = {path.name for path in (tmp_path / "docs").iterdir()}
+    assert names == {f"load-{chart.name}.png" for chart in plot.CHARTS} | {"load-scenarios.png"}
+    for name in names:
+        picture = mpimg.imread(tmp_path / "docs" / name)
+        assert picture.shape[1] == plot.WIDTH * plot.DPI
+        assert (picture[0, 0, :3] == 1).all(), "the background is white"
+        assert picture[..., :3].std() > 0.05, "something is drawn"
+
+
+def test_the_caption_says_what_is_not_shown() -> None:
+    runs = [run_of(LOAD, "fastwire", bottleneck="late"), run_of(replace(LOAD, kernels=2), "fastwire")]
+    document = {"environment": report.environment(), "settings": {"drain": 10.0}, "runs": runs}
+    last = plot.caption(document, figures.collect(runs)).splitlines()[-1]
+    assert last == "not shown, the load generator was the bottleneck: 16 x 100/s on fastwire"
 
 
 # -- small things ----------------------------------------------------------------------------------
