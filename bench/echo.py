@@ -363,7 +363,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.echo", description=__doc__)
     add = parser.add_argument
-    add("--targets", help=f"comma-separated, of {', '.join(SERVERS)} (default: all)")
+    add("--target", dest="targets", help=f"comma-separated, of {', '.join(SERVERS)} (default: all)")
     add("--loads", type=load_of, nargs="+", default=LOADS, help="CONNECTIONSxIN_FLIGHTxBYTES (16x16x300 4x4x65536)")
     add("--seconds", type=float, default=1.5, help="length of one turn")
     add("--repeat", type=int, default=9, help="turns of each server, interleaved (default 9)")
