@@ -15,7 +15,7 @@ COMPILE := $(RUN) setup.py --quiet build_ext --inplace --force
 TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs etc examples fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test lint format bench bench-check load sanitize coverage fuzz nightly dist clean
+.PHONY: help install serve test conformance lint format bench bench-check load sanitize coverage fuzz nightly dist clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -36,6 +36,9 @@ serve: install ## a Jupyter server on fastwire: make serve ARGS="--port 9999"
 
 test: install ## all tests, or some: make test ARGS="tests/test_core.py -k sha"
 	$(RUN) -m pytest $(ARGS)
+
+conformance: install ## RFC 6455 case by case: make conformance ARGS="--targets fastwire,tornado -v"
+	$(RUN) tests/conformance $(ARGS)
 
 lint: install ## style, types
 	$(RUN) -m ruff check .

@@ -17,6 +17,7 @@ import os
 import socket
 import ssl
 import sys
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, cast
@@ -178,6 +179,10 @@ class Connection(WebSocketProtocol13):
     def _parse_extensions_header(self, headers: tornado.httputil.HTTPHeaders) -> list[tuple[str, dict[str, Any]]]:
         """Tornado agrees to what stands here."""
         return [] if self._deflate is None else [("permessage-deflate", self._deflate)]
+
+    def _create_compressors(self, side: str, agreed: dict[str, Any], options: dict[str, Any] | None = None) -> None:
+        super()._create_compressors(side, agreed, options)
+        self._decompressor = cast(Any, Inflater(agreed, self.params.max_message_size))
 
     # -- taking over from Tornado --
 
@@ -369,12 +374,7 @@ class Connection(WebSocketProtocol13):
 
     def _decompress(self, opcode: int, data: bytes) -> str | bytes:
         assert self._decompressor is not None
-        try:
-            plain = self._decompressor.decompress(data)
-        except tornado.websocket._DecompressTooLargeError:
-            raise MessageTooBig("the message is longer than the server accepts once decompressed") from None
-        except Exception as error:
-            raise InvalidPayload(f"a compressed message cannot be decompressed: {error}") from error
+        plain = self._decompressor.decompress(data)
         if opcode == OP_BINARY:
             return plain
         try:
@@ -643,6 +643,47 @@ class Connection(WebSocketProtocol13):
 
     def is_closing(self) -> bool:
         return self.client_terminated or self.server_terminated or self.stream.closed()
+
+
+class Inflater:
+    """Decompresses the client's messages (RFC 7692 section 7.2.2).
+
+    A block may say that it is the last of its stream, and another follow in this message or the next (section
+    7.2.3.4): zlib takes that up with the text so far as its dictionary. Many such blocks in one message are an attack.
+    """
+
+    LAST_BLOCKS = 16
+    WINDOW = 1 << zlib.MAX_WBITS
+
+    def __init__(self, agreed: dict[str, Any], max_message_size: int) -> None:
+        self._takes_context_over = "client_no_context_takeover" not in agreed
+        self._max_message_size = max_message_size
+        self._start(b"")
+
+    def _start(self, window: bytes) -> None:
+        self._window = window
+        # The largest window reads what was compressed with any.
+        self._zlib = zlib.decompressobj(-zlib.MAX_WBITS, window)
+
+    def decompress(self, data: bytes) -> bytes:
+        """Raises MessageTooBig, InvalidPayload."""
+        if not self._takes_context_over:
+            self._start(b"")
+        before, plain, left = self._window, b"", data + b"\x00\x00\xff\xff"
+        for _ in range(self.LAST_BLOCKS):
+            try:
+                # One more than there may be, so that a message of the full size is told from a longer one.
+                plain += self._zlib.decompress(left, self._max_message_size - len(plain) + 1)
+            except zlib.error as error:
+                raise InvalidPayload(f"a compressed message cannot be decompressed: {error}") from error
+            if len(plain) > self._max_message_size:
+                raise MessageTooBig("the message is longer than the server accepts once decompressed")
+            self._window = plain[-self.WINDOW :] if len(plain) >= self.WINDOW else (before + plain)[-self.WINDOW :]
+            if not self._zlib.eof:
+                return plain
+            left = self._zlib.unused_data
+            self._start(self._window)
+        raise InvalidPayload("a compressed message has too many last blocks")
 
 
 class Farewell:

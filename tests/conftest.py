@@ -22,6 +22,13 @@ settings.register_profile("nightly", max_examples=3000, deadline=None, suppress_
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 FAILED = pytest.StashKey[bool]()
+#: Lines for the end of the report: what was counted in this run.
+COUNTED = pytest.StashKey[list[str]]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(COUNTED, []):
+        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2177,6 +2177,23 @@ def test_what_cannot_be_decompressed(site: Site, opcode: int, data: bytes) -> No
 
 
 @on("fastwire-deflate")
+def test_last_blocks(site: Site) -> None:
+    """What follows one may refer to the text before it; hundreds of them in one message are no message."""
+    client, _ = site.open(echo_of(site))
+    deflating = zlib.compressobj(wbits=-15, zdict=b"before and ")
+    refers = (deflating.compress(b"before and after") + deflating.flush(zlib.Z_SYNC_FLUSH))[:-4]
+    ending = zlib.compressobj(wbits=-15)
+    last = ending.compress(b"before and ") + ending.flush(zlib.Z_FINISH)
+    for _ in range(3):
+        client.send(client_frame(OP_TEXT, last + refers, rsv=RSV1))
+        assert client.message() == "before and before and after"
+        client.send(client_frame(OP_TEXT, last + b"\0", rsv=RSV1), client_frame(OP_TEXT, refers, rsv=RSV1))
+        assert client.messages(2) == ["before and ", "before and after"]
+    client.send(client_frame(OP_TEXT, last * 100 + b"\0", rsv=RSV1))
+    assert_failed(site, client, 1007)
+
+
+@on("fastwire-deflate")
 def test_compressed_text_that_is_not_utf8(site: Site) -> None:
     client, _ = site.open(site.Handler)
     deflating = zlib.compressobj(wbits=-15)
