@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 SECONDS ?= 60
+RESULTS ?= build/bench
+BEFORE ?= $(RESULTS)/core.json
 SANITIZERS ?= address,undefined
 
 RUN := $(abspath $(VENV))/bin/python
@@ -15,7 +17,7 @@ COMPILE := $(RUN) setup.py --quiet build_ext --inplace --force
 TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs etc examples fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test conformance lint format bench bench-check load sanitize coverage fuzz nightly dist clean
+.PHONY: help install serve test conformance lint format bench bench-core bench-check load sanitize coverage fuzz nightly dist clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -50,11 +52,21 @@ format: install ## rewrite Python files to the style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: install ## time the core's functions
-	$(RUN) -m pytest bench $(ARGS)
+bench: bench-core ## everything against the stock code, in ten minutes: results in build/bench, one table of ratios
+	$(RUN) -m bench.echo --json $(RESULTS)/echo.json
+	$(RUN) -m bench.latency --target jupyter_server,fastwire --json $(RESULTS)/latency.json
+	$(RUN) -m bench.load --target jupyter_server,fastwire --protocol legacy --repeat 2 --seconds 5 \
+	    --cells 1x50,16x100,64x100 --json $(RESULTS)/load.json
+	$(RUN) -m bench.ratios $(RESULTS)/core.json $(RESULTS)/latency.json $(RESULTS)/load.json $(RESULTS)/echo.json
 
-bench-check: install ## is a new run slower than a saved one? make bench-check ARGS="before.json after.json"
-	$(RUN) -m bench.compare $(ARGS)
+bench-core: install ## time the core's functions: make bench-core ARGS="-k sign"
+	mkdir -p $(RESULTS)
+	$(RUN) -m pytest bench --benchmark-json=$(RESULTS)/core.json $(ARGS)
+
+bench-check: install ## is the core slower than in a saved run? make bench-check BEFORE=saved.json
+	@test -e $(BEFORE) || { echo "no saved run: make bench-core, and keep $(RESULTS)/core.json"; exit 1; }
+	$(RUN) -m pytest bench -q --benchmark-json=$(RESULTS)/check.json $(ARGS)
+	$(RUN) -m bench.compare $(BEFORE) $(RESULTS)/check.json
 
 load: install ## many kernels and clients against a server: make load ARGS="--help"
 	$(RUN) -m bench.load $(ARGS)

@@ -115,7 +115,7 @@ SMOKE_SECONDS = 1.0
 
 def choose(options: argparse.Namespace, protocols: list[str]) -> list[Cell]:
     """The cells of a command line, in the order in which they are run."""
-    sizes = [(kernels, rate) for rate in options.rate for kernels in options.kernels]
+    sizes = options.cells or [(kernels, rate) for rate in options.rate for kernels in options.kernels]
     cells = []
     for name in options.scenario:
         shape = replace(SCENARIOS[name], seconds=options.seconds, kernel=options.kernel)

@@ -6,9 +6,9 @@
     pytest bench --benchmark-json=after.json
     python -m bench.compare before.json after.json
 
-also for the JSON files of `bench.echo`. Absolute times of two runs are not compared: they change with the machine's
-weather, ratios to what ran in turns with them hardly do. A race counts as slower when its median ratio fell by more
-than ``--threshold`` and the middle halves of the rounds do not even touch; all together when the median of all
+also for the JSON files of the other benchmarks. Absolute times of two runs are not compared: they change with the
+machine's weather, ratios to what ran in turns with them hardly do. A race counts as slower when its median ratio fell
+by more than ``--threshold`` and the middle halves of the rounds do not even touch; all together when the median of all
 changes fell by more than ``--overall``. With several new runs each race counts where it went best.
 Exit code 1 when something is slower, or is missing in the new runs.
 """
@@ -16,57 +16,17 @@ Exit code 1 when something is slower, or is missing in the new runs.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bench import report
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times faster than the stock code: the median round, and where the middle half lies."""
-
-    ratio: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{report.number(self.ratio)} [{report.number(self.low)} .. {report.number(self.high)}]"
-
-
-def races(document: dict[str, Any]) -> dict[str, Ratio]:
-    """Of `pytest bench`: what `bench.conftest` has put into ``extra_info``."""
-    found = [each["extra_info"]["race"] for each in document["benchmarks"] if "race" in each["extra_info"]]
-    return {race["group"]: Ratio(race["ratio"], race["low"], race["high"]) for race in found}
-
-
-def echoes(document: dict[str, Any]) -> dict[str, Ratio]:
-    """Of `bench.echo`: fastwire against every other server, by the CPU time of a message."""
-    figures: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    for run in document["runs"]:
-        figures[run["load"], run["target"]][run["turn"]] = run["cpu_us_per_message"]
-    found = {}
-    for (load, target), theirs in figures.items():
-        ours = figures.get((load, "fastwire"), {})
-        ratios = [theirs[turn] / ours[turn] for turn in theirs.keys() & ours.keys()]
-        if target != "fastwire" and len(ratios) > 1:
-            low, median, high = statistics.quantiles(ratios, n=4)
-            found[f"echo {load}, against {target}"] = Ratio(median, low, high)
-    return found
+from bench import ratios, report
+from bench.ratios import Ratio
 
 
 def read(path: Path) -> dict[str, Ratio]:
-    """All ratios of one file."""
-    document = json.loads(path.read_text())
-    found = races(document) if "benchmarks" in document else echoes(document)
-    return found or sys.exit(
-        f"{path} holds no ratios: it needs a run with --benchmark-json, or of bench.echo with fastwire"
-    )
+    """All ratios of one file, by name."""
+    return {ratio.name: ratio for ratio in ratios.read(path)}
 
 
 def best(runs: list[dict[str, Ratio]]) -> dict[str, Ratio]:
@@ -88,7 +48,7 @@ def compare(before: dict[str, Ratio], after: dict[str, Ratio], options: argparse
     changes = {name: after[name].ratio / before[name].ratio for name in common}
     verdicts = {name: verdict(before[name], after[name], options.threshold) for name in common}
     rows = [[name, str(before[name]), str(after[name]), f"{changes[name]:.2f}", verdicts[name]] for name in common]
-    print(report.table(["times faster than the stock code", "before", "after", "change", ""], rows))
+    print(report.table(["times better than the peer", "before", "after", "change", ""], rows))
     faults = [f"missing: {name}" for name in before if name not in after]
     faults += [f"slower: {name}" for name in common if verdicts[name] == "slower"]
     if common and (change := statistics.median(changes.values())) * options.overall < 1:

@@ -95,6 +95,12 @@ def numbers(kind: type) -> Any:
     return parse_numbers
 
 
+def sizes(value: str) -> list[tuple[int, float]]:
+    """An argparse type: KERNELSxRATE, by commas."""
+    pairs = [each.split("x") for each in value.split(",")]
+    return [(int(kernels), float(rate)) for kernels, rate in pairs]
+
+
 def scenario_names(value: str) -> list[str]:
     """An argparse type: names by commas, or all."""
     names = list(SCENARIOS) if value == "all" else value.split(",")
@@ -113,6 +119,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--scenario", type=scenario_names, help=f"'all', or some of {', '.join(SCENARIOS)} (default: load)")
     add("--kernels", type=numbers(int), help="of the scenario load: kernels, one client each (default: 16)")
     add("--rate", type=numbers(float), help="and execute_requests per second and kernel (default: 100)")
+    add("--cells", type=sizes, help="or several of both: 1x50,16x100,64x100")
     add("--matrix", action="store_true", help="all scenarios; load at 2 to 100 kernels x 10 and 100 requests/s")
     add("--seconds", type=float, default=10.0, help="how long to send (default: 10)")
     add("--drain", type=float, default=10.0, help="how long to wait for the rest, s (default: 10)")

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.image as mpimg
 import pytest
 
-from bench import cells, figures, load, plot, report
+from bench import cells, compare, figures, load, plot, ratios, report
 from bench.cells import Cell
 from bench.client import LoadSocket
 from bench.messages import BUSY, IDLE, INPUT, REPLY
@@ -259,6 +259,64 @@ def test_a_resumed_measurement_does_only_what_is_missing(
     assert load.main([*arguments, "--resume"]) == 0
     assert [(step.cell.kernels, step.turn) for step in ran] == [(2, 1)]
     assert len(json.loads(path.read_text())["runs"]) == 4
+
+
+# -- ratios ----------------------------------------------------------------------------------------
+
+
+def test_ratios_are_those_of_each_turn(tmp_path: Path) -> None:
+    cell = replace(LOAD, kernels=64)
+    runs = [
+        run_of(cell, target, turn, cpu_us_per_message=cpu)
+        for turn, pair in enumerate([(300.0, 6.0), (200.0, 5.0), (400.0, 4.0)])
+        for target, cpu in zip(("jupyter_server", "fastwire"), pair, strict=True)
+    ]
+    runs.append(run_of(cell, "fastwire", 3))  # nothing to compare with
+    runs.append(run_of(cell, "jupyter_server", 4, bottleneck="late"))
+    runs.append(run_of(cell, "fastwire", 4))
+    report.write_json(tmp_path / "load.json", "load", {}, runs)
+    found = {ratio.what: ratio for ratio in ratios.read(tmp_path / "load.json")}
+    cpu = found["64 x 100/s, legacy: CPU, us/message"]
+    assert (cpu.theirs, cpu.ours, cpu.ratio, cpu.low, cpu.high) == (300.0, 5.0, 50.0, 40.0, 100.0)
+    assert (cpu.goal, cpu.verdict) == (50.0, "reached")
+
+
+def test_results_of_all_benchmarks_come_into_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    race = {"group": "sign", "target": 5.0, "stock": 4e-6, "fastwire": 1e-6, "ratio": 4.0, "low": 3.0, "high": 5.0}
+    (tmp_path / "core.json").write_text(
+        json.dumps({"benchmarks": [{"extra_info": {"race": race}}, {"extra_info": {}}]})
+    )
+    echo = [
+        {"target": name, "load": "1 x 1 x 9 B", "turn": 0, "messages_per_s": rate, "cpu_us_per_message": 1e6 / rate}
+        for name, rate in (("picows", 10_000.0), ("fastwire", 25_000.0))
+    ]
+    report.write_json(tmp_path / "echo.json", "echo", {}, echo)
+    latency = [
+        {"target": name, "protocol": "v1", "turn": 0, "result_median_ms": ms, "idle_median_ms": ms}
+        for name, ms in (("jupyter_server", 42.0), ("fastwire", 2.0))
+    ]
+    report.write_json(tmp_path / "latency.json", "latency", {}, latency)
+    assert ratios.main([str(tmp_path / f"{name}.json") for name in ("core", "echo", "latency")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == [
+        "sign, us",
+        "echo 1 x 1 x 9 B: us/message",
+        "echo 1 x 1 x 9 B: CPU, us/message",
+        "2+2, v1: until the result, ms",
+        "2+2, v1: until idle, ms",
+    ]
+    assert "missed: 80%" in lines[2]
+    assert "2.50" in lines[3]
+    assert "21" in lines[5]
+
+
+@pytest.mark.parametrize(("after", "code"), [(100.0, 0), (60.0, 1), (160.0, 0)])
+def test_a_slowdown_is_seen_in_the_ratios(tmp_path: Path, after: float, code: int) -> None:
+    for name, cpu in (("before", 100.0), ("after", after)):
+        pair = (("jupyter_server", cpu), ("fastwire", 1.0))
+        runs = [run_of(LOAD, target, cpu_us_per_message=us) for target, us in pair]
+        report.write_json(tmp_path / name, "load", {}, runs)
+    assert compare.main([str(tmp_path / "before"), str(tmp_path / "after"), "--overall", "2"]) == code
 
 
 # -- pictures --------------------------------------------------------------------------------------
