@@ -64,6 +64,9 @@ RETRY_FIRST, RETRY_LAST = 0.001, 0.050
 #: Bytes handed to Tornado's stream at a time; it is asked for more when these are gone.
 STREAM_CHUNK = 256 * 1024
 
+#: Messages handed to the application before the loop has its next turn: others wait for theirs.
+MESSAGES_A_TURN = 256
+
 #: Bytes of pongs that may wait for a client that does not read: several times what one read of pings asks for.
 PONGS_WAITING = 1024 * 1024
 
@@ -320,10 +323,12 @@ class Connection(WebSocketProtocol13):
     def _hand_out(self) -> None:
         if self.consumer is not None:
             self.consumer(self.parser)
-        for opcode, payload in self.parser:
+        for count, (opcode, payload) in enumerate(self.parser, 1):
             if self.client_terminated:
                 return
             done = self._dispatch(opcode, payload)
+            if done is None and count == MESSAGES_A_TURN:
+                done = self._next_turn()
             if done is not None:
                 self._wait_for(done)
                 return
@@ -334,8 +339,19 @@ class Connection(WebSocketProtocol13):
         if self._failed:
             self.parser = FrameParser(0)
 
+    def _next_turn(self) -> asyncio.Future[None]:
+        """Resolves when the loop comes round. Source: `WebSocketProtocol13._receive_frame_loop`."""
+        turn = self._loop.create_future()
+
+        def come() -> None:
+            if not turn.done():
+                turn.set_result(None)
+
+        self._loop.call_soon(come)
+        return turn
+
     def _wait_for(self, done: asyncio.Future[None]) -> None:
-        """A callback is a coroutine: the next message waits for it, as with Tornado."""
+        """The next message waits for a callback that is a coroutine, as with Tornado, or for the loop's next turn."""
         self._callback = done
         self._stop_reading()
 
@@ -677,7 +693,7 @@ class Inflater:
             except zlib.error as error:
                 raise InvalidPayload(f"a compressed message cannot be decompressed: {error}") from error
             if len(plain) > self._max_message_size:
-                raise MessageTooBig("the message is longer than the server accepts once decompressed")
+                raise MessageTooBig("message too big after decompression")
             self._window = plain[-self.WINDOW :] if len(plain) >= self.WINDOW else (before + plain)[-self.WINDOW :]
             if not self._zlib.eof:
                 return plain

@@ -376,7 +376,7 @@ cdef class FrameParser:
         if self.opcode < CLOSE and (
             length > self.max_message_size or self.message_length > self.max_message_size - length
         ):
-            return self.fail(TOO_BIG, "the message is longer than the server accepts")
+            return self.fail(TOO_BIG, "message too big")
         return 0
 
     # -- payloads --
