@@ -186,12 +186,13 @@ class FrameParser:
     comes out before an error that follows it: the error is raised by iteration, again at each further call, and
     nothing is parsed after it. Nothing is parsed after a Close frame either. A text that cannot become UTF-8 fails
     as soon as the octets show it. A Close frame comes out only when its code and reason may be sent (`parse_close`
-    reads them). Declared lengths cost no memory before the bytes arrive.
+    reads them). Declared lengths cost no memory before the bytes arrive. ``max_fragments`` is the number of frames of
+    one message, 0 for any.
 
-    Raises (from iteration) ProtocolError, InvalidPayload, MessageTooBig.
+    Raises (from iteration) ProtocolError, InvalidPayload, MessageTooBig, PolicyViolation.
     """
 
-    def __init__(self, max_message_size: int = 10485760, *, deflate: bool = False) -> None: ...
+    def __init__(self, max_message_size: int = 10485760, *, deflate: bool = False, max_fragments: int = 0) -> None: ...
     def feed(self, data: Buffer) -> None:
         """Bytes from a peer; copied."""
     def receive(self, fd: int) -> int:
@@ -202,6 +203,9 @@ class FrameParser:
         """
     def __iter__(self) -> Iterator[tuple[int, str | bytes]]: ...
     def __next__(self) -> tuple[int, str | bytes]: ...
+    @property
+    def control_frames(self) -> int:
+        """Pings, pongs and Close frames so far, also those not yet taken."""
     @property
     def pending(self) -> int:
         """Complete messages and control frames not yet taken."""

@@ -33,6 +33,7 @@ from fastwire.errors import (
     InvalidSignature,
     MalformedMessage,
     MessageTooBig,
+    PolicyViolation,
     ProtocolError,
     SocketClosed,
 )

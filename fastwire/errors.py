@@ -12,7 +12,9 @@
     ├── FrameError                      the client broke RFC 6455; it is told and closed
     │   ├── ProtocolError      1002     framing (RFC 6455 section 5)
     │   ├── InvalidPayload     1007     text that is not UTF-8 (RFC 6455 section 8.1)
-    │   └── MessageTooBig      1009     over the limit the server set (RFC 6455 section 7.4.1)
+    │   ├── MessageTooBig      1009     over the limit the server set (RFC 6455 section 7.4.1)
+    │   └── PolicyViolation    1008     allowed by RFC 6455, but more of it than the server takes
+    ├── TooManyClients         1013     of one kernel or of one user: come back later
     └── SocketClosed           1011     the kernel's ZMQ sockets are closed: it was shut down
 
 ``close_code`` is the WebSocket close code (RFC 6455 section 7.4) that a server sends for the error,
@@ -32,9 +34,11 @@ __all__ = [
     "MalformedMessage",
     "MessageError",
     "MessageTooBig",
+    "PolicyViolation",
     "ProtocolError",
     "SignatureError",
     "SocketClosed",
+    "TooManyClients",
 ]
 
 
@@ -88,6 +92,18 @@ class MessageTooBig(FrameError):
     """A message over ``max_message_size``; refused when its length is declared."""
 
     close_code = 1009
+
+
+class PolicyViolation(FrameError):
+    """More fragments in a message, or more control frames, than the server takes."""
+
+    close_code = 1008
+
+
+class TooManyClients(FastwireError):
+    """As many clients of one kernel, or of one user, as the server allows."""
+
+    close_code = 1013
 
 
 class SocketClosed(FastwireError):

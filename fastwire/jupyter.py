@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,6 +31,7 @@ try:
     from jupyter_server._tz import utcnow
     from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+    from tornado.web import HTTPError
     from traitlets import Bool, Float, Integer, default
     from traitlets.config import Configurable
 except ImportError as error:
@@ -40,8 +41,8 @@ except ImportError as error:
 
 from fastwire import __version__
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Activity, Batch, Signer
-from fastwire.errors import FastwireError, MessageError, SignatureError
-from fastwire.flow import Limits
+from fastwire.errors import FastwireError, MessageError, SignatureError, TooManyClients
+from fastwire.flow import Limits, too_many
 from fastwire.relay import KernelRelay, Session, local_batch, take_socket
 from fastwire.websocket import Connection, connection_for
 
@@ -80,6 +81,40 @@ class Fastwire(Configurable):
         config=True,
         help="Bytes of messages that are kept for a session without a client before it is given up.",
     )
+    max_message_size = Integer(
+        Limits.max_message_size,
+        config=True,
+        help="Bytes of the longest message a client may send; closed with 1009 beyond. "
+        "The websocket_max_message_size of ServerApp.tornado_settings wins.",
+    )
+    max_fragments = Integer(
+        Limits.max_fragments,
+        config=True,
+        help="Frames in which a client may send one message; closed with 1008 beyond.",
+    )
+    control_frame_rate = Float(
+        Limits.control_frame_rate,
+        config=True,
+        help="WebSocket pings and pongs a second that a client may send, on the average of ten seconds; closed with "
+        "1008 beyond.",
+    )
+    handshake_timeout = Float(
+        Limits.handshake_timeout,
+        config=True,
+        help="Seconds until a connection is closed that has not sent a whole request, the one that opens a WebSocket "
+        "included. Of python -m fastwire.serve.",
+    )
+    clients_per_kernel = Integer(
+        Limits.clients_per_kernel,
+        config=True,
+        help="WebSockets that may be open to one kernel; closed with 1013 beyond.",
+    )
+    clients_per_user = Integer(
+        Limits.clients_per_user,
+        config=True,
+        help="WebSockets that one user may have open to kernels; closed with 1013 beyond. Clients that show the "
+        "server's token and no cookie count as one user.",
+    )
     uplink_limit = Integer(
         Limits.uplink_limit,
         config=True,
@@ -111,10 +146,12 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._connecting = False
         self._session: Session | None = None
         self._connection: Connection | None = None
+        self._limits = Fastwire(config=self.config).limits()
         if self._json_session:
             # Before the upgrade: this makes the client's direction compiled too, without replacing a route.
             handler: Any = self.websocket_handler
-            handler.get_websocket_protocol = partial(connection_for, handler)
+            size = handler.settings.get("websocket_max_message_size", self._limits.max_message_size)
+            handler.get_websocket_protocol = partial(connection_for, handler, self._limits, size)
 
     @default("limit_rate")
     def _default_limit_rate(self) -> bool:
@@ -141,6 +178,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         Source: `ZMQChannelsWebsocketConnection.connect`.
         """
         connection = self.websocket_handler.ws_connection
+        if not self._is_admitted():
+            return
         self._connecting = True
         if not isinstance(connection, Connection) or self.session.adapt_version not in NOT_ADAPTED:
             await (super().connect() or asyncio.sleep(0))
@@ -165,12 +204,55 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             self.log.error("Kernel %s cannot be reached: %s", self.kernel_id, error)
             connection.close(1011, "the kernel cannot be reached")
 
+    # -- who is admitted --
+
+    @cached_property
+    def user(self) -> str:
+        """Whose client this is, "" for all who need not tell: Jupyter Server gives a new name to each request that
+        shows the server's own token and no cookie."""
+        handler: Any = self.websocket_handler
+        provider = handler.identity_provider
+        if not provider.auth_enabled or (provider.token and provider.get_token(handler) == provider.token):
+            return ""
+        return str(getattr(handler.current_user, "username", handler.current_user))
+
+    async def _register_session(self) -> None:
+        """A session's id stands in every message that its kernel sends to all its clients: knowing it is no proof.
+
+        Source: `ZMQChannelsWebsocketConnection._register_session`, which hands the session over to whoever asks.
+        """
+        if not is_identity(self.session.bsession):
+            raise HTTPError(400, reason="session_id has to be 1 to 255 bytes")
+        session = self.relay.sessions.get(self.session.session)
+        open_in = self._open_sessions.get(f"{self.kernel_id}:{self.session.session}")
+        owners = {getattr(holder, "user", self.user) for holder in (session, getattr(open_in, "connection", None))}
+        if owners - {self.user}:
+            raise HTTPError(403, reason="the session belongs to another user")
+        await super()._register_session()
+
+    def _is_admitted(self) -> bool:
+        """Whether there is room for one more client of this kernel and of this user. One that takes over its session
+        is no more."""
+        others = [
+            each
+            for each in self._open_sockets
+            if isinstance(each, FastwireWebsocketConnection) and each.session_key != self.session_key
+        ]
+        of_kernel = sum(each.kernel_id == self.kernel_id for each in others)
+        of_user = sum(each.user == self.user for each in others)
+        refusal = too_many(self._limits, of_kernel, of_user)
+        if refusal is not None:
+            self.log.warning("Refused a client of kernel %s: %s", self.kernel_id, refusal)
+            self.websocket_handler.close(TooManyClients.close_code, refusal)
+        return refusal is None
+
     def _attach(self, connection: Connection) -> None:
         session = self.relay.session(self.session.session, self.session.bsession)
         if session.connection is not None:
             session.connection.close()
             session.detach(session.connection, close_code=None, resumable=True)
         self._session, self._connection = session, connection
+        session.user = self.user
         session.prepare = self._prepare
         session.prepare_all = self.limit_rate
         session.on_ignored = self._warn_ignored
@@ -333,7 +415,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         try:
             return change(parts)
         except Exception as error:  # noqa: BLE001 - whatever a kernel may have put there
-            self.log.warning("Left out a malformed message of kernel %s: %r", self.kernel_id, error)
+            self.log.warning("Left out a malformed message of kernel %s (%s)", self.kernel_id, type(error).__name__)
+            self.log.debug("Left out: %r", error)  # which may quote it
             return None
 
     def _limited(self, parts: list[bytes]) -> list[bytes] | None:
@@ -386,6 +469,11 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         if self._session is not None:
             self._session.relay.drain_iopub()
             self._say(self.session.msg("status", {"execution_state": status}))
+
+
+def is_identity(name: bytes) -> bool:
+    """What ZMQ_ROUTING_ID takes; kernels route input requests by it."""
+    return 0 < len(name) < 256 and name[0] != 0
 
 
 def parts_of(session: Any, message: dict[str, Any]) -> list[bytes]:

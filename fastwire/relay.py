@@ -374,6 +374,8 @@ class Session:
         self.relay = relay
         self.session_id = session_id
         self.identity = identity
+        #: Whose session it is: nobody else may continue it.
+        self.user = ""
         self.outbox = Outbox()
         self.connection: Connection | None = None
         self.protocol: str | None = None

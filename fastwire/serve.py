@@ -68,6 +68,8 @@ START_TIMEOUT = 10.0
 #: jupyter_server puts base_url unescaped into the regular expressions of its routes.
 BASE_URL = re.compile(r"(/[\w.~%@:,;=!&'-]+)*/")
 
+TOKEN_IN_URL = re.compile(r"\btoken=[^&\s'\"]+")
+
 EXAMPLES = """
 python -m fastwire.serve                                # JupyterLab, where it is installed
 python -m fastwire.serve --port=0                       # any free port
@@ -135,6 +137,14 @@ class FastwireServer(ServerApp):
 
     # -- the start ---------------------------------------------------------------------------------
 
+    def get_default_logging_config(self) -> Any:
+        """Extends ``Application.get_default_logging_config``: no handler of logs writes tokens."""
+        config: Any = super().get_default_logging_config()
+        config.setdefault("filters", {})["without_tokens"] = {"()": lambda: without_tokens}
+        for handler in config["handlers"].values():
+            handler["filters"] = [*handler.get("filters", ()), "without_tokens"]
+        return config
+
     def _create_loader(self, argv: list[str] | None, aliases: Any, flags: Any, classes: Any) -> CommandLine:
         return CommandLine(argv, aliases, flags, classes=classes, log=self.log)
 
@@ -181,6 +191,8 @@ class FastwireServer(ServerApp):
         """Extends ``ServerApp.init_httpserver``: the last step, every class with options is imported."""
         check_dotted_options(self.argv, complete=True)
         super().init_httpserver()
+        # Tornado's own is an hour.
+        self.http_server.conn_params.header_timeout = Fastwire(config=self.config).handshake_timeout
 
     def start_app(self) -> None:
         """Instead of ``ServerApp.start_app``: files, browser and URL wait until the socket listens."""
@@ -239,6 +251,15 @@ class FastwireServer(ServerApp):
             self.log.warning("Running as root is not recommended: who has the URL, is root.")
         everywhere = self.ip in {"", *WILDCARD_IPS} and not self.custom_display_url
         print("fastwire is ready:", self.local_url if everywhere else self.public_url, flush=True)
+
+
+def without_tokens(record: logging.LogRecord) -> bool:
+    """Strike tokens out of what is logged: of a request that failed Tornado tells the whole URL."""
+    message = record.getMessage()
+    struck_out = TOKEN_IN_URL.sub("token=[secret]", message)
+    if struck_out != message:
+        record.msg, record.args = struck_out, ()
+    return True
 
 
 async def refuse_kernel(*args: Any, **kwargs: Any) -> NoReturn:

@@ -46,8 +46,9 @@ from fastwire._core import (
     close_payload,
     parse_close,
 )
-from fastwire.errors import FastwireError, FrameError, InvalidPayload, MessageTooBig
+from fastwire.errors import FastwireError, FrameError, InvalidPayload, MessageTooBig, PolicyViolation
 from fastwire.events import note
+from fastwire.flow import Limits, Rate
 from fastwire.handshake import agree_on_deflate, problem
 from fastwire.turns import Turns
 
@@ -101,17 +102,28 @@ class WebSocketHandler(tornado.websocket.WebSocketHandler):
 
     Differences: awaiting `write_message` waits until the transport has taken the bytes (not awaiting it leaves no
     task and no "never retrieved"); clients that break RFC 6455 get the Close frame it asks for; ``TCP_NODELAY`` is
-    on from the start.
+    on from the start. A client over ``max_fragments`` or ``control_frame_rate`` of `limits` is closed with 1008.
     """
 
+    limits = Limits()
+
+    @property
+    def max_message_size(self) -> int:
+        """Bytes; the ``websocket_max_message_size`` of the application, if it is set."""
+        size: int = self.settings.get("websocket_max_message_size", self.limits.max_message_size)
+        return size
+
     def get_websocket_protocol(self) -> tornado.websocket.WebSocketProtocol | None:
-        return connection_for(self)
+        return connection_for(self, self.limits)
 
 
-def connection_for(handler: tornado.websocket.WebSocketHandler) -> Connection | None:
+def connection_for(
+    handler: tornado.websocket.WebSocketHandler, limits: Limits | None = None, max_message_size: int | None = None
+) -> Connection | None:
     """The protocol object for a handler before its handshake, None for a version other than 13.
 
     To give any Tornado handler fastwire's data path, let its ``get_websocket_protocol`` return this.
+    Without ``max_message_size`` the handler's holds.
     Source: `tornado.websocket.WebSocketHandler.get_websocket_protocol`.
     """
     if handler.request.headers.get("Sec-WebSocket-Version") != "13":
@@ -122,9 +134,10 @@ def connection_for(handler: tornado.websocket.WebSocketHandler) -> Connection | 
         tornado.websocket._WebSocketParams(
             ping_interval=handler.ping_interval,
             ping_timeout=handler.ping_timeout,
-            max_message_size=handler.max_message_size,
+            max_message_size=handler.max_message_size if max_message_size is None else max_message_size,
             compression_options=handler.get_compression_options(),
         ),
+        limits or Limits(),
     )
 
 
@@ -137,8 +150,13 @@ class Connection(WebSocketProtocol13):
     ``on_progress`` is called after bytes went out.
     """
 
-    def __init__(self, handler: tornado.websocket.WebSocketHandler, params: tornado.websocket._WebSocketParams) -> None:
+    def __init__(
+        self, handler: tornado.websocket.WebSocketHandler, params: tornado.websocket._WebSocketParams, limits: Limits
+    ) -> None:
         super().__init__(handler, False, params)
+        self._limits = limits
+        self._control_rate = Rate(limits.control_frame_rate)
+        self._control_frames = 0
         self.queue = WriteQueue()
         self.consumer: Callable[[FrameParser], None] | None = None
         self.receiver: Callable[[str | bytes], None] | None = None
@@ -196,7 +214,11 @@ class Connection(WebSocketProtocol13):
             self.client_terminated = self.server_terminated = True
             self._ended.set_result(None)
             raise ValueError("the client left before the handshake")
-        self.parser = FrameParser(self.params.max_message_size, deflate=self._decompressor is not None)
+        self.parser = FrameParser(
+            self.params.max_message_size,
+            deflate=self._decompressor is not None,
+            max_fragments=self._limits.max_fragments,
+        )
         self.stream.set_nodelay(True)
         if self._can_take_socket():
             self.stream.io_loop.remove_handler(self.stream.fileno())
@@ -311,6 +333,8 @@ class Connection(WebSocketProtocol13):
             return
         self._processing = True
         try:
+            if self.parser.control_frames != self._control_frames:
+                self._count_control_frames()
             self._hand_out()
         except FastwireError as error:
             self.fail(error)
@@ -319,6 +343,12 @@ class Connection(WebSocketProtocol13):
             self._abort()
         finally:
             self._processing = False
+
+    def _count_control_frames(self) -> None:
+        """Before the first of them is answered: each is Python's, and one read may bring forty thousand."""
+        before, self._control_frames = self._control_frames, self.parser.control_frames
+        if self._control_rate.exceeded(self._control_frames - before, self._loop.time()):
+            raise PolicyViolation("there are more pings and pongs than the server accepts")
 
     def _hand_out(self) -> None:
         if self.consumer is not None:

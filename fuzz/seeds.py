@@ -112,8 +112,8 @@ STREAMS = [
 
 
 def frames() -> list[bytes]:
-    """Behind the options (deflate, late, by socket, limit) and the size of the chunks."""
-    ways = [bytes(way) for way in product((0, 1, 2, 4, 8, 16, 24), (0, 5, 255))]
+    """Behind the options (deflate, late, by socket, limit, few fragments) and the size of the chunks."""
+    ways = [bytes(way) for way in product((0, 1, 2, 4, 8, 16, 24, 32), (0, 5, 255))]
     texts = [frame(0x81, b"a" + octets) + frame(0x01, octets) for octets in UTF8]
     return [
         *(way + stream for stream in STREAMS for way in ways),

@@ -93,6 +93,7 @@ def agree(core: object, plain: object, text: str = "") -> None:
 # -- frames ----------------------------------------------------------------------------------------
 
 LIMITS = (10485760, 1000, 125, 0)
+FRAGMENTS = 3
 
 
 @cache
@@ -138,7 +139,8 @@ def frames(data: memoryview) -> None:
         return
     options, size = data[0], data[1] + 1
     deflate, late, by_socket, limit = options & 1, options & 2, options & 4, LIMITS[options >> 3 & 3]
-    parsers = [_core.FrameParser(limit, deflate=bool(deflate)) for _ in range(2)]
+    settings = {"deflate": bool(deflate), "max_fragments": FRAGMENTS if options & 32 else 0}
+    parsers = [_core.FrameParser(limit, **settings) for _ in range(2)]
     seen: list[list[tuple[int, str | bytes]]] = [[], []]
     with data[2:] as stream:
         for chunk in chunks(stream, size):
@@ -147,7 +149,7 @@ def frames(data: memoryview) -> None:
                 if not late:
                     items.extend(taken(parser)[0])
             chunk.release()  # fails if the core holds on to it
-        plain = oracle.OracleParser(limit, deflate=bool(deflate))
+        plain = oracle.OracleParser(limit, **settings)
         plain.feed(stream)
         expected, error = taken(plain)
     for parser, items in zip(parsers, seen, strict=True):
@@ -155,7 +157,7 @@ def frames(data: memoryview) -> None:
         last, stopped = taken(parser)
         agree((items + last, stopped), (expected, error))
         assert taken(parser) == ([], error), "an error is said again"
-        assert parser.closed == plain.closed
+        assert (parser.closed, parser.control_frames) == (plain.closed, plain.control_frames)
         assert parser.buffered_bytes <= len(data)
     plain.error = None  # its traceback holds this function's parsers
 

@@ -20,6 +20,7 @@ from fastwire.errors import (
     MalformedMessage,
     MessageError,
     MessageTooBig,
+    PolicyViolation,
     ProtocolError,
 )
 
@@ -330,9 +331,10 @@ def unmask(data: bytes, mask: bytes) -> bytes:
 class OracleParser:
     """RFC 6455 for a server, one frame at a time."""
 
-    def __init__(self, max_message_size: int = 10485760, *, deflate: bool = False) -> None:
-        self.max_message_size, self.deflate = max_message_size, deflate
+    def __init__(self, max_message_size: int = 10485760, *, deflate: bool = False, max_fragments: int = 0) -> None:
+        self.max_message_size, self.deflate, self.max_fragments = max_message_size, deflate, max_fragments
         self.data, self.message, self.opcode = b"", b"", None
+        self.fragments = self.control_frames = 0
         self.closed, self.error = False, None
 
     def feed(self, data: bytes) -> None:
@@ -386,6 +388,8 @@ class OracleParser:
             raise ProtocolError("a fragmented control frame")
         if opcode not in CONTROL and (opcode == OP_CONTINUATION) != started:
             raise ProtocolError("a continuation of nothing, or a message inside a message")
+        if opcode == OP_CONTINUATION and self.fragments == self.max_fragments:
+            raise PolicyViolation("too many fragments")
 
     def check_second(self, second: int) -> None:
         if not second & 0x80:
@@ -416,14 +420,16 @@ class OracleParser:
     def join(self, first: int, opcode: int, payload: bytes) -> tuple[int, str | bytes] | None:
         self.closed = opcode == OP_CLOSE
         if opcode in CONTROL:
+            self.control_frames += 1
             return opcode, payload
+        self.fragments += 1
         if opcode != OP_CONTINUATION:
             self.opcode = first & ~0x80
         self.message += payload
         if not first & 0x80:
             return None
         event = self.opcode, self.message
-        self.opcode, self.message = None, b""
+        self.opcode, self.message, self.fragments = None, b"", 0
         return (OP_TEXT, check_utf8(event[1], final=True)) if event[0] == OP_TEXT else event
 
 

@@ -20,7 +20,7 @@ from websockets.server import ServerProtocol
 
 from fastwire import _core
 from fastwire._core import OP_BINARY, OP_CLOSE, OP_PING, OP_PONG, OP_TEXT, RSV1
-from fastwire.errors import FrameError, InvalidPayload, MessageTooBig, ProtocolError
+from fastwire.errors import FrameError, InvalidPayload, MessageTooBig, PolicyViolation, ProtocolError
 
 STATM = Path("/proc/self/statm")
 OP_CONTINUATION = 0
@@ -484,6 +484,36 @@ def test_a_limit_of_nothing() -> None:
     parser = _core.FrameParser(0)
     parser.feed(client_frame(OP_TEXT) + client_frame(OP_PING, b"x" * 125) + client_frame(OP_TEXT, "x"))
     assert events_of(parser) == ([(OP_TEXT, ""), (OP_PING, b"x" * 125)], MessageTooBig)
+
+
+# -- limits on what RFC 6455 allows ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_fragments_are_counted_for_each_message(most: int) -> None:
+    start, between = client_frame(OP_TEXT, "a", fin=False), client_frame(OP_CONTINUATION, "b", fin=False)
+    end, ping = client_frame(OP_CONTINUATION, "c"), client_frame(OP_PING, b"?")
+    longest = start + ping.join([between] * (most - 2)) + end if most > 1 else client_frame(OP_TEXT, "a")
+    assert_agree([longest * 3], max_fragments=most)
+    assert collected(_core.FrameParser(max_fragments=most), [longest * 3])[1] is None
+    too_many = start + between * (most - 1)
+    assert_agree([longest + too_many, end[:1]], max_fragments=most)
+    assert collected(_core.FrameParser(max_fragments=most), [too_many, end[:1]])[1] is PolicyViolation
+
+
+def test_a_hundred_thousand_empty_fragments_are_joined_or_refused() -> None:
+    stream = client_frame(OP_BINARY, b"", fin=False) + client_frame(OP_CONTINUATION, b"", fin=False) * 100_000
+    stream += client_frame(OP_CONTINUATION, b"x")
+    assert collected(_core.FrameParser(), [stream]) == ([(OP_BINARY, b"x")], None)
+    assert collected(_core.FrameParser(max_fragments=100_000), [stream]) == ([], PolicyViolation)
+
+
+def test_control_frames_are_counted_before_they_are_taken() -> None:
+    parser = _core.FrameParser()
+    parser.feed(client_frame(OP_PING, b"?") * 3 + client_frame(OP_TEXT, "a") + client_frame(OP_PONG)[:3])
+    assert (parser.control_frames, parser.pending) == (3, 4)
+    parser.feed(client_frame(OP_PONG)[3:] + client_frame(OP_CLOSE))
+    assert parser.control_frames == 5
 
 
 # -- deflate ---------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_whose_fault_decides_the_close_code() -> None:
     assert errors.MalformedMessage.close_code == 1007
     for kind in (errors.SignatureError, errors.InvalidSignature, errors.DuplicateSignature):
         assert kind.close_code is None
-    assert all(kind.close_code in {1002, 1007, 1009} for kind in errors.FrameError.__subclasses__())
+    assert all(kind.close_code in {1002, 1007, 1008, 1009} for kind in errors.FrameError.__subclasses__())
 
 
 def test_every_class_says_what_it_is() -> None:

@@ -41,13 +41,14 @@ from jupyter_server.base.websocket import WebSocketMixin
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets, bind_unix_socket
 from tornado.websocket import WebSocketClosedError
-from wsclient import OP_CONTINUATION, PATIENCE, Client, close_frame
+from wsclient import OP_CONTINUATION, PATIENCE, Client, close_frame, parsed_close
 
 import fastwire.turns
 import fastwire.websocket
 from fastwire import _core
 from fastwire._core import OP_BINARY, OP_CLOSE, OP_PING, OP_PONG, OP_TEXT, PROTOCOL_V1, RSV1
 from fastwire.errors import MalformedMessage
+from fastwire.flow import Limits
 from fastwire.websocket import Connection, connection_for
 
 MB = 1 << 20
@@ -2247,6 +2248,60 @@ def test_garbage_on_one_connection_does_not_disturb_the_others(site: Site) -> No
         bad.drop()
     eventually(lambda: len(site.logs.records) == 10)
     assert all("closing with 1002" in log for log in site.take_logs())
+
+
+# -- limits on what RFC 6455 allows ----------------------------------------------------------------
+
+
+@on_ours
+@pytest.mark.parametrize("opcode", [OP_PING, OP_PONG])
+def test_more_control_frames_than_the_server_accepts(site: Site, opcode: int) -> None:
+    class Limited(echo_of(site)):
+        limits = Limits(control_frame_rate=1.0)
+
+    site.serve(Limited)
+    good, bad = site.connect(), site.connect()
+    texts = [f"message {i}" for i in range(8)]
+    for text in texts[:4]:
+        good.send(good.frames_of(text), client_frame(OP_PING, text))
+    bad.send(client_frame(opcode, b"?") * 2000, bad.frames_of("late"))
+    code, reason = next(parsed_close(payload) for kind, payload in iter(bad.frame, None) if kind == OP_CLOSE)
+    assert (code, reason) == (1008, "there are more pings and pongs than the server accepts")
+    assert bad.ended()
+    for text in texts[4:]:
+        good.send(good.frames_of(text))
+    received = [good.frame() for _ in range(12)]
+    answers = [payload.decode() for kind, payload in received if kind == OP_TEXT]
+    assert answers == texts
+    assert [payload.decode() for kind, payload in received if kind == OP_PONG] == texts[:4]
+    bad.drop()
+    eventually(lambda: any(handler.closes for handler in site.handlers))
+    assert ["late" in handler.events for handler in site.handlers] == [False, False]
+    (log,) = site.take_logs()
+    assert "closing with 1008" in log
+
+
+@on_ours
+def test_more_fragments_than_the_server_accepts(site: Site) -> None:
+    class Limited(echo_of(site)):
+        limits = Limits(max_fragments=100)
+
+    client, handler = site.open(Limited)
+    longest = "".join(map(chr, range(300, 350)))  # 100 octets, however compressed more than fifty
+    client.send(client.frames_of(longest, fragments=50))
+    assert client.message() == longest
+    empty = [client_frame(OP_TEXT, "", fin=False), *[client_frame(0, "", fin=False)] * 100]
+    client.send(*empty)
+    assert_failed(site, client, 1008)
+    assert handler.events == [longest, "closed"]
+
+
+@on_ours
+def test_the_limits_of_a_handler_are_those_of_flow(site: Site) -> None:
+    client, handler = site.open(echo_of(site))
+    assert handler.max_message_size == Limits().max_message_size
+    client.send(client_frame(OP_BINARY, b"", length=Limits().max_message_size + 1))
+    assert_failed(site, client, 1009)
 
 
 # -- ends ------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ cdef enum:
     BAD_FRAME
     BAD_TEXT
     TOO_BIG
+    TOO_MANY
 
 
 cdef bint is_close_code(int code) noexcept nogil:
@@ -53,7 +54,7 @@ cdef const char *close_problem(const uint8_t *p, size_t got, size_t length, int 
 
 
 cdef object frame_error(int error, const char *problem):
-    kinds = {BAD_FRAME: ProtocolError, BAD_TEXT: InvalidPayload, TOO_BIG: MessageTooBig}
+    kinds = {BAD_FRAME: ProtocolError, BAD_TEXT: InvalidPayload, TOO_BIG: MessageTooBig, TOO_MANY: PolicyViolation}
     return kinds[error](problem.decode())
 
 
@@ -135,6 +136,7 @@ cdef PyObject *read_buffer_owner = NULL
 @cython.final
 cdef class FrameParser:
     cdef uint64_t max_message_size
+    cdef uint64_t max_fragments     # 0: any number
     cdef bint deflate
 
     cdef uint8_t head[14]       # of the frame that is being read
@@ -146,6 +148,9 @@ cdef class FrameParser:
     cdef uint64_t frame_length
     cdef uint64_t frame_got
 
+    cdef readonly uint64_t control_frames
+
+    cdef uint64_t fragments         # of the message that is being joined
     cdef uint8_t message_opcode     # of the message that is being joined, 0 for none; with RSV1
     cdef char *message
     cdef size_t message_length
@@ -166,8 +171,9 @@ cdef class FrameParser:
     cdef bint lent              # its messages are being sent by an Uplink
     cdef char *kept_buffer      # the read buffer, when another parser needed one meanwhile
 
-    def __init__(self, uint64_t max_message_size=10485760, *, bint deflate=False):
+    def __init__(self, uint64_t max_message_size=10485760, *, bint deflate=False, uint64_t max_fragments=0):
         self.max_message_size = max_message_size
+        self.max_fragments = max_fragments
         self.deflate = deflate
 
     def __dealloc__(self):
@@ -333,10 +339,14 @@ cdef class FrameParser:
         elif self.opcode == CONTINUATION:
             if not self.message_opcode:
                 return self.fail(BAD_FRAME, "a continuation without a message to continue")
+            self.fragments += 1
+            if self.fragments == self.max_fragments:
+                return self.fail(TOO_MANY, "the message has more fragments than the server accepts")
         elif self.message_opcode:
             return self.fail(BAD_FRAME, "a new message begins inside another")
         else:
             self.message_opcode = first & (0x0F | RSV1_BIT)
+            self.fragments = 0
             self.utf8.missing = 0
         return 0
 
@@ -410,6 +420,7 @@ cdef class FrameParser:
         if got < self.frame_length:
             return 0
         self.saw_close = self.opcode == CLOSE
+        self.control_frames += 1
         return self.emit(self.opcode, <char *>p, <size_t>self.frame_length, not whole)
 
     cdef int data_bytes(self, uint8_t *p, size_t n) noexcept:

@@ -1,0 +1,406 @@
+"""Who gets in, and what those who are in can do to others: `python -m fastwire.serve` with real kernels and clients."""
+
+import http.client
+import json
+import re
+import socket
+import stat
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import websockets.exceptions
+import wsclient
+from builders import client_frame
+from server import PATIENCE, ROOT, TOKEN, Client, Raw, Server, environment, serving, until
+
+from fastwire._core import OP_PING, OP_TEXT, PROTOCOL_V1
+
+#: A hub in front of the server: it says who somebody is. One of them may only look.
+CONFIG = """
+from jupyter_server.auth import Authorizer, IdentityProvider, User
+
+
+class Named(IdentityProvider):
+    def get_user(self, handler):
+        name = handler.request.headers.get("X-User")
+        return User(name) if name else super().get_user(handler)
+
+
+class ReadOnly(Authorizer):
+    def is_authorized(self, handler, user, action, resource):
+        return user.username != "reader" or action == "read"
+
+
+c = get_config()
+c.ServerApp.identity_provider_class = Named
+c.ServerApp.authorizer_class = ReadOnly
+c.ServerApp.log_level = "INFO"
+c.Fastwire.clients_per_kernel = 4
+c.Fastwire.clients_per_user = 5
+c.Fastwire.handshake_timeout = 4.0
+c.Fastwire.control_frame_rate = 5.0
+c.Fastwire.max_message_size = 100_000
+c.Fastwire.max_fragments = 10
+"""
+
+#: Prints the patterns of all routes of a server with the options it is given.
+ROUTES = """
+import json, sys
+from fastwire.serve import FastwireServer
+
+app = FastwireServer()
+app.initialize(sys.argv[1:])
+print("routes:", json.dumps([rule.matcher.regex.pattern for rule in app.web_app.wildcard_router.rules]))
+"""
+
+#: What its groups may stand for; each pattern is tried with the first that fits.
+EXAMPLES = {
+    "kernel_id": ["{kernel}"],
+    "session_id": [str(uuid.UUID(int=7))],
+    "action": ["interrupt"],
+    "path": ["/notes.txt", ""],
+    "checkpoint_id": ["checkpoint"],
+    "kernel_name": ["light"],
+    "section_name": ["section"],
+    "format": ["script"],
+}
+
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+#: What everybody may see: pages to sign in, static files, the version.
+PUBLIC = {
+    r"/login$",
+    r"/logout$",
+    r"/static/(.*)$",
+    r"/(robots\.txt)$",
+    r"/(favicon\.ico)$",
+    r"/(robots\.txt|favicon\.ico)$",
+    r"/api$",
+}
+
+#: Where browsers, of whoever is signed in, report what a page was not allowed to do; it goes to the log.
+REPORTS = {r"/api/security/csp-report$"}
+
+#: As a hub sends it along: a cross-site page could not set it.
+XSRF = {"Cookie": "_xsrf=ab12", "X-XSRFToken": "ab12"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("security")
+    config = home / "hub_config.py"
+    config.write_text(CONFIG)
+    with serving(home, f"--config={config}") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def slow(server: Server) -> socket.socket:
+    """A client that has begun a handshake and says no more. Opened before all other tests of who gets in."""
+    sock = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
+    sock.sendall(b"GET /api/kernels/x/channels HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgr")
+    return sock
+
+
+@pytest.fixture(scope="module")
+def kernel(server: Server, slow: socket.socket) -> Iterator[str]:
+    with server.kernel("light") as kernel:
+        yield kernel
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def ask(server: Server, method: str, path: str, headers: dict[str, str], body: object = None) -> Answer:
+    """One request; a redirection is an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    try:
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        fields = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, fields, response.read())
+    finally:
+        connection.close()
+
+
+# -- every route -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def routes(server: Server, kernel: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Each pattern of the running server's routes, and a path that it matches."""
+    home = tmp_path_factory.mktemp("routes")
+    (home / "config").symlink_to(server.home / "config")
+    command = [sys.executable, "-c", ROUTES, "--port=0", "--no-browser", "--allow-root", f"--ServerApp.root_dir={home}"]
+    ended = subprocess.run(command, env=environment(home), capture_output=True, text=True, check=True, cwd=ROOT)
+    patterns = json.loads(ended.stdout.rpartition("routes:")[2])
+    found = {pattern: path_of(pattern, kernel) for pattern in patterns}
+    assert len(found) > 35
+    assert f"/api/kernels/{kernel}/channels" in found.values()
+    return found
+
+
+def path_of(pattern: str, kernel: str) -> str:
+    """A path for a pattern: its groups replaced by examples."""
+    for choice in range(2):
+        path, group = pattern.removesuffix("$"), r"\((?:\?P<(\w+)>)?((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)"
+        path = re.sub(group, lambda found: example(found[1], found[2], choice), path)  # noqa: B023 - used at once
+        path = path.replace("\\", "").replace("/?", "/").replace(".*", "x").replace("{kernel}", kernel) or "/"
+        if re.fullmatch(pattern.removesuffix("$"), path):
+            return path
+    raise AssertionError(f"a new route, {pattern}: add what its groups may stand for to EXAMPLES")
+
+
+def example(name: str | None, inside: str, choice: int) -> str:
+    if name is None:
+        return "nothing" if inside == ".*" else inside.partition("|")[0]
+    return EXAMPLES[name][min(choice, len(EXAMPLES[name]) - 1)]
+
+
+def is_refusal(answer: Answer) -> bool:
+    """Nothing was done and nothing shown: a refusal, or the way to the page to sign in or to another spelling."""
+    if answer.status in (301, 302):
+        return "/login" in answer.headers["location"] or not answer.body
+    return answer.status in (400, 401, 403, 404, 405)
+
+
+STRANGERS = {
+    "without a token": ({}, ""),
+    "with a wrong token": ({"Authorization": "token wrong"}, ""),
+    "with a wrong token in the query": ({}, "?token=wrong"),
+    "with an empty token": ({"Authorization": "token "}, "?token="),
+    "with a cookie that nobody gave": ({"Cookie": "username-127-0-0-1-0=2|1:0|10:1|4:user|4:YWJj|f00"}, ""),
+}
+
+
+@pytest.mark.parametrize("who", STRANGERS)
+def test_strangers_get_nowhere(server: Server, routes: dict[str, str], who: str) -> None:
+    headers, query = STRANGERS[who]
+    for pattern, path in routes.items():
+        for method in METHODS:
+            answer = ask(server, method, path + query, headers | (XSRF if method != "GET" else {}), {})
+            assert is_refusal(answer) or (pattern in PUBLIC and answer.status == 200), (method, path, answer)
+            assert TOKEN.encode() not in answer.body
+
+
+def cookie_of_a_browser(server: Server) -> str:
+    """What a browser keeps of the URL with the token."""
+    answer = ask(server, "GET", f"/api/status?token={TOKEN}", {})
+    assert answer.status == 200
+    return answer.headers["set-cookie"].partition(";")[0]
+
+
+def test_pages_of_another_origin_get_nowhere(server: Server, routes: dict[str, str], kernel: str) -> None:
+    """A browser that is signed in opens somebody else's page: its requests carry the cookie."""
+    headers = {
+        "Cookie": cookie_of_a_browser(server),
+        "Origin": "http://evil.example",
+        "Referer": "http://evil.example/",
+    }
+    assert ask(server, "GET", "/api/kernels", {"Cookie": headers["Cookie"]}).status == 200
+    for pattern, path in routes.items():
+        for method in METHODS:
+            answer = ask(server, method, path, headers, {})
+            assert "access-control-allow-origin" not in answer.headers, "the page could read it"
+            harmless = method == "GET" or pattern in PUBLIC | REPORTS
+            assert harmless or is_refusal(answer), (method, path, answer)
+    assert handshake(server, kernel, headers) == 403
+
+
+def test_who_may_not_execute_changes_nothing(server: Server, routes: dict[str, str], kernel: str) -> None:
+    reader = {"X-User": "reader"}
+    assert ask(server, "GET", "/api/kernels", reader).status == 200
+    assert ask(server, "POST", "/api/kernels", {"X-User": "ann"} | XSRF, {"name": "none"}).status >= 500, "she may"
+    assert handshake(server, kernel, reader) == 403
+    for pattern, path in routes.items():
+        for method in METHODS[1:]:
+            answer = ask(server, method, path, reader | XSRF, {})
+            assert is_refusal(answer) or pattern in PUBLIC | REPORTS, (method, path, answer)
+
+
+def handshake(server: Server, kernel: str, headers: dict[str, str], query: str = "") -> int:
+    """The status that answers the request for a WebSocket."""
+    fields = {"Host": f"127.0.0.1:{server.port}", **headers}
+    path = f"/api/kernels/{kernel}/channels{query}"
+    with wsclient.Client(("127.0.0.1", server.port), path, headers=fields) as client:
+        return client.handshake.status
+
+
+@pytest.mark.parametrize("who", STRANGERS)
+def test_strangers_open_no_websocket(server: Server, kernel: str, who: str) -> None:
+    headers, query = STRANGERS[who]
+    assert handshake(server, kernel, headers, query) == 403
+
+
+def test_a_token_in_the_query_of_a_post(server: Server) -> None:
+    """It lets in, as Jupyter documents it for scripts, and is struck out of the log."""
+    path = f"/api/kernels?token={TOKEN}&from=the-query-of-a-post"
+    answer = ask(server, "POST", path, {"Origin": "http://evil.example"}, {"name": "light"})
+    assert answer.status == 201
+    server.end_kernel(json.loads(answer.body)["id"])
+    assert ask(server, "POST", "/api/kernels?token=wrong&from=the-query-of-a-post", {}, {"name": "light"}).status == 403
+    lines = server.logged("403 POST /api/kernels?token")
+    assert lines
+    assert not any("wrong" in line for line in lines)
+
+
+# -- a session is its user's -----------------------------------------------------------------------
+
+
+def open_as(server: Server, kernel: str, name: str, session: str, **options: object) -> Client:
+    return Client(server, kernel, None, session, token=None, headers={"X-User": name}, **options)
+
+
+def status_of_refusal(server: Server, kernel: str, name: str, session: str) -> int:
+    with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
+        open_as(server, kernel, name, session)
+    return refused.value.response.status_code
+
+
+def test_another_user_cannot_take_over_a_session(server: Server, kernel: str) -> None:
+    """Its id stands in every message that the kernel sends to all its clients."""
+    session = uuid.uuid4().hex
+    with open_as(server, kernel, "ann", session) as ann:
+        assert status_of_refusal(server, kernel, "eve", session) == 403
+        assert ann.run("1").result == "4"
+        with open_as(server, kernel, "ann", session) as again:
+            assert again.run("1").result == "4"
+            assert ann.closed()
+
+
+def test_another_user_is_not_given_what_a_client_has_missed(server: Server, kernel: str) -> None:
+    session = uuid.uuid4().hex
+    with open_as(server, kernel, "ann", session, how=Raw) as ann:
+        assert ann.run("1").result == "4"
+        ann.socket.reset()
+    until(lambda: server.model(kernel)["connections"] == 0, "the server to see that she is gone")
+    assert status_of_refusal(server, kernel, "eve", session) == 403
+    with open_as(server, kernel, "ann", session) as ann:
+        assert ann.run("1").result == "4"
+
+
+def test_a_token_is_one_user_with_or_without_a_cookie(server: Server, kernel: str) -> None:
+    """Clients that keep no cookies get a new name with each request."""
+    session = uuid.uuid4().hex
+    for _ in range(2):
+        with Client(server, kernel, None, session) as client:
+            assert client.run("1").result == "4"
+
+
+def test_a_session_id_that_no_kernel_could_route_by(server: Server, kernel: str) -> None:
+    assert handshake(server, kernel, {}, f"?token={TOKEN}&session_id={'x' * 256}") == 400
+    with Client(server, kernel, None, "x" * 255) as client:
+        assert client.run("1").result == "4"
+
+
+# -- limits ----------------------------------------------------------------------------------------
+
+
+def test_one_client_more_than_a_kernel_may_have(server: Server, kernel: str) -> None:
+    until(lambda: server.model(kernel)["connections"] == 0, "the clients of other tests to be gone")
+    users = ["ann", "bob", "cid", "dan"]
+    clients = [open_as(server, kernel, name, uuid.uuid4().hex) for name in users]
+    with open_as(server, kernel, "eve", uuid.uuid4().hex) as eve:
+        assert eve.closed().code == 1013
+    for client in clients:
+        assert client.run("1").result == "4"
+    with open_as(server, kernel, "ann", clients[0].session_id) as again:  # instead of her first one
+        assert again.run("1").result == "4"
+    for client in clients:
+        client.socket.close()
+
+
+def test_one_client_more_than_a_user_may_have(server: Server, kernel: str) -> None:
+    with server.kernel("light") as other:
+        for each in (kernel, other):
+            until(lambda each=each: server.model(each)["connections"] == 0, "the clients of other tests to be gone")
+        clients = [open_as(server, each, "ann", uuid.uuid4().hex) for each in [kernel] * 3 + [other] * 2]
+        with open_as(server, other, "ann", uuid.uuid4().hex) as refused:
+            assert refused.closed().code == 1013
+        with open_as(server, other, "bob", uuid.uuid4().hex) as bob:
+            assert bob.run("1").result == "4"
+        for client in clients:
+            assert client.run("1").result == "4"
+            client.socket.close()
+
+
+ATTACKS = {
+    "pings": (client_frame(OP_PING, b"?") * 3000, 1008),
+    "fragments": (client_frame(OP_TEXT, "", fin=False) + client_frame(0, "", fin=False) * 10, 1008),
+    "a long message": (client_frame(OP_TEXT, b"", length=100_001), 1009),
+    "garbage": (b"\xff" * 100, 1002),
+    "no message": (client_frame(OP_TEXT, "[]"), 1007),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("protocol", [None, PROTOCOL_V1], ids=["legacy", "v1"])
+def test_whoever_is_closed_for_a_limit_hurts_nobody_else(
+    server: Server, kernel: str, attack: str, protocol: str | None
+) -> None:
+    data, code = ATTACKS[attack]
+    with Client(server, kernel, protocol) as good, Client(server, kernel, how=Raw) as bad:
+        flood = good.execute("flood 3000")
+        bad.socket.client.send(data)
+        assert bad.closed().code == code
+        lines = good.collect(flood).text().splitlines()
+        assert [int(line.split()[0]) for line in lines] == list(range(3000))
+
+
+def test_a_handshake_that_takes_too_long(server: Server, kernel: str, slow: socket.socket) -> None:
+    with slow:
+        assert slow.recv(1) == b""
+    assert ask(server, "GET", "/api", {}).status == 200
+
+
+# -- files and logs --------------------------------------------------------------------------------
+
+
+def test_files_are_their_owners_only(server: Server, kernel: str) -> None:
+    files = [path for path in (server.home / "runtime").rglob("*") if path.is_file()]
+    private = [path for path in files if path.suffix in {".json", ""}]
+    assert server.home / "runtime" / f"kernel-{kernel}.json" in private
+    assert server.home / "runtime" / "jupyter_cookie_secret" in private
+    for path in private:
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+SECRET = "a secret of 6b1c7f"  # what no log may show
+
+
+def test_neither_token_nor_contents_are_logged(server: Server, kernel: str) -> None:
+    """What goes wrong is logged, at the level INFO; what it was about is not."""
+    session = uuid.uuid4().hex
+    with Client(server, kernel, None, session) as client:
+        assert client.run(SECRET).reply["status"] == "ok"
+        client.send("execute_request", {"code": SECRET}, channel="no channel")
+        assert client.run("1").reply["status"] == "ok"
+    for text in (
+        json.dumps({"header": SECRET}),
+        json.dumps({"header": {"msg_id": SECRET}, "parent_header": {}, "metadata": {}, "content": [SECRET]}),
+        SECRET,
+    ):
+        with Client(server, kernel) as client:
+            client.socket.send(text)
+            assert client.closed().code == 1007
+    with Client(server, kernel, how=Raw) as client:
+        client.socket.client.send(wsclient.close_frame(1000, SECRET))
+        assert client.closed()
+    assert handshake(server, str(uuid.UUID(int=1)), {}, f"?token={TOKEN}") == 404
+    assert handshake(server, kernel, {}, f"?token={TOKEN}&session_id=%C3%A9") == 500  # jupyter_client's ids are ASCII
+    until(lambda: len(server.logged("closing with 1007")) >= 3, "the log of what was refused")
+    assert server.logged("no channel")
+    assert server.logged("token=[secret]")
+    assert SECRET not in server.log
+    assert TOKEN not in server.log
+    key = server.connection_info(kernel)["key"]
+    assert key not in server.log
