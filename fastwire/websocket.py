@@ -137,7 +137,7 @@ def connection_for(
             max_message_size=handler.max_message_size if max_message_size is None else max_message_size,
             compression_options=handler.get_compression_options(),
         ),
-        limits or Limits(),
+        limits,
     )
 
 
@@ -151,11 +151,14 @@ class Connection(WebSocketProtocol13):
     """
 
     def __init__(
-        self, handler: tornado.websocket.WebSocketHandler, params: tornado.websocket._WebSocketParams, limits: Limits
+        self,
+        handler: tornado.websocket.WebSocketHandler,
+        params: tornado.websocket._WebSocketParams,
+        limits: Limits | None = None,
     ) -> None:
         super().__init__(handler, False, params)
-        self._limits = limits
-        self._control_rate = Rate(limits.control_frame_rate)
+        self._limits = limits or Limits()
+        self._control_rate = Rate(self._limits.control_frame_rate)
         self._control_frames = 0
         self.queue = WriteQueue()
         self.consumer: Callable[[FrameParser], None] | None = None
