@@ -6,13 +6,14 @@ WebSocket of one kernel. Nothing here waits longer than `PATIENCE`, and no durat
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -56,6 +57,15 @@ def until(reached: Callable[[], object], what: str) -> None:
     while not reached():
         assert time.monotonic() < end, f"not within {PATIENCE} s: {what}"
         time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago, not of those that systems give to whoever asks for any."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 # -- the server ------------------------------------------------------------------------------------
@@ -182,6 +192,7 @@ def serving(
     variables: Mapping[str, str] = MappingProxyType({}),
     base: str = "",
     python: str = sys.executable,
+    token: str = TOKEN,
 ) -> Iterator[Server]:
     """Run a server on a free port of the loopback interface until the block ends. ``base`` is the path of its URL;
     extensions that are not named are on if they are installed so."""
@@ -190,7 +201,7 @@ def serving(
     (home / "config" / "jupyter_server_config.json").write_text(json.dumps(settings))
     write_kernelspecs(home / "data")
     command = [python, *how, "--ip=127.0.0.1", "--port=0", "--no-browser", "--allow-root"]
-    command += [f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={home}", *options]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={home}", *options]
     with (home / "stdout").open("w") as out, (home / "stderr").open("w") as err:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment(home) | variables, cwd=home

@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sysconfig
 import threading
@@ -20,7 +19,7 @@ import pytest
 from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-from server import PATIENCE, ROOT, TOKEN, WITHOUT_OTHERS, Client, Server, environment, serving
+from server import PATIENCE, ROOT, TOKEN, WITHOUT_OTHERS, Client, Server, environment, free_port, serving
 from traitlets import default
 from traitlets.config import Config
 
@@ -279,9 +278,6 @@ def hub() -> Iterator[str]:
 @pytest.mark.parametrize("as_extension", ["0", "1"], ids=["subclass", "extension"])
 def test_jupyterhubs_single_user_server(tmp_path: Path, hub: str, as_extension: str) -> None:
     """The real one, of either kind, as the Hub's spawner starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     variables = {
         "JUPYTERHUB_API_TOKEN": TOKEN,
         "JUPYTERHUB_API_URL": hub,
@@ -289,7 +285,7 @@ def test_jupyterhubs_single_user_server(tmp_path: Path, hub: str, as_extension: 
         "JUPYTERHUB_CLIENT_ID": "jupyterhub-user-me",
         "JUPYTERHUB_OAUTH_ACCESS_SCOPES": json.dumps(["access:servers"]),
         "JUPYTERHUB_SERVICE_PREFIX": "/user/me/",
-        "JUPYTERHUB_SERVICE_URL": f"http://127.0.0.1:{port}/user/me/",
+        "JUPYTERHUB_SERVICE_URL": f"http://127.0.0.1:{free_port()}/user/me/",
         "JUPYTERHUB_SINGLEUSER_EXTENSION": as_extension,
         "JUPYTERHUB_SINGLEUSER_APP": "" if as_extension == "1" else "jupyter_server.serverapp.ServerApp",
         "JUPYTERHUB_USER": "me",

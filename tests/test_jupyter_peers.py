@@ -1,0 +1,248 @@
+"""Other people's programs: Kernel Gateway with fastwire in it, and those that are clients of `fastwire.serve`."""
+
+import json
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from server import (
+    PATIENCE,
+    PROTOCOLS,
+    TOKEN,
+    WITHOUT_OTHERS,
+    Client,
+    Raw,
+    Server,
+    environment,
+    serving,
+    until,
+    write_kernelspecs,
+)
+from test_jupyter import ECHO, UNLIMITED, close_frame, flushed, numbers
+
+BUFFERS = [b"", b"\x00\xff\x80{}", bytes(range(256)) * 400]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def unlocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that asks for no token: nbclient sends none with its WebSocket."""
+    with serving(tmp_path_factory.mktemp("unlocked"), "--ServerApp.disable_check_xsrf=True", token="") as running:
+        yield running
+
+
+def echo_buffers(client: Client, given: list[bytes]) -> list[bytes]:
+    """Send buffers to a comm that returns each of them reversed."""
+    comm = uuid.uuid4().hex
+    client.send("comm_open", {"comm_id": comm, "target_name": "echo", "data": {}})
+    client.send("comm_msg", {"comm_id": comm, "data": {}}, buffers=given)
+    return client.expect("comm_msg").buffers
+
+
+# -- Kernel Gateway --------------------------------------------------------------------------------
+
+
+@contextmanager
+def gateway(home: Path) -> Iterator[Server]:
+    """Kernel Gateway with fastwire's connection class."""
+    write_kernelspecs(home / "data")
+    app = "--KernelGatewayApp."
+    command = [sys.executable, "-m", "kernel_gateway", f"{app}ip=127.0.0.1", f"{app}port=0"]
+    command += [f"{app}auth_token={TOKEN}", "--JupyterWebsocketPersonality.list_kernels=True"]
+    command += [f"{app}kernel_websocket_connection_class=fastwire.jupyter.FastwireWebsocketConnection"]
+    with (home / "stderr").open("w") as log:
+        process = subprocess.Popen(command, stdin=-3, stdout=log, stderr=log, env=environment(home), cwd=home)
+    server = Server(process, home)
+
+    def answers() -> bool:
+        assert process.poll() is None, server.log
+        listening = [each for each in server.outside.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+        if not listening:
+            return False
+        server.port = listening[0].laddr.port
+        try:
+            return server.rest("GET", "/api/kernelspecs")[0] == 200
+        except (OSError, ValueError):
+            return False
+
+    try:
+        until(answers, "a gateway that answers")
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=PATIENCE)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_kernel_gateway(tmp_path: Path) -> None:
+    """One subscription for all clients beside the kernel manager's own, nothing lost, buffers, and coming back."""
+    with gateway(tmp_path) as server, server.kernel() as kernel:
+        clients = [Client(server, kernel, protocol, how=Raw) for protocol in (*PROTOCOLS.values(), None)]
+        for client in clients:
+            client.run(UNLIMITED + ECHO)
+            assert numbers(client.run(flushed(2000)).messages) == [*range(2000)]
+            assert echo_buffers(client, BUFFERS) == [each[::-1] for each in BUFFERS]
+        assert server.connections_to(server.connection_info(kernel)["iopub_port"]) == 2
+        server.until_model(kernel, connections=3, execution_state="idle")
+        for client in clients:
+            client.socket.close()
+        server.until_model(kernel, connections=0)
+        first = Client(server, kernel, how=Raw)
+        go_on = tmp_path / "go on"
+        cell = first.execute(
+            f"import os, time\nwhile not os.path.exists({str(go_on)!r}): time.sleep(.01)\nprint('late')"
+        )
+        server.until_model(kernel, execution_state="busy")
+        first.socket.client.send(close_frame(1000))
+        first.closed()
+        first.socket.close()
+        server.until_model(kernel, connections=0)
+        go_on.touch()
+        with Client(server, kernel, None, first.session_id) as second:
+            assert second.receive_until(lambda m: m.parent == cell and m.type == "stream").content["text"] == "late\n"
+        assert not server.logged("Traceback")
+
+
+# -- a Jupyter Server in front ---------------------------------------------------------------------
+
+
+def test_a_jupyter_server_in_front(server: Server, tmp_path: Path) -> None:
+    """``jupyter server --gateway-url``. Its proxy decodes every frame as text, so that no buffers can pass it, whatever
+    is behind it (ipywidgets 3798)."""
+    options = (f"--gateway-url={server.root}", f"--GatewayClient.auth_token={TOKEN}")
+    with serving(tmp_path, *options, how=("-m", "jupyter_server"), extensions=WITHOUT_OTHERS) as front:
+        assert front.logged(f"fastwire steps aside: kernels are behind the gateway {server.root}")
+        kernel = front.start_kernel()
+        with Client(front, kernel) as client, Client(server, kernel, how=Raw) as behind:
+            client.run(UNLIMITED)
+            assert numbers(client.run(flushed(2000)).messages) == [*range(2000)]
+            assert client.run("1 / 0").reply["ename"] == "ZeroDivisionError"
+            cell = client.execute("name = input('who? ')\nname", allow_stdin=True)
+            client.expect("input_request")
+            client.send("input_reply", {"value": "Zoë"}, channel="stdin")
+            assert client.collect(cell).result == "'Zoë'"
+            sleeping = client.execute("import time\nprint('asleep', flush=True)\ntime.sleep(600)")
+            client.receive_until(lambda message: message.type == "stream" and message.parent == sleeping)
+            front.interrupt(kernel)
+            assert client.collect(sleeping).reply["ename"] == "KeyboardInterrupt"
+            behind.run("1")
+            assert [model["id"] for model in front.rest("GET", "/api/kernels")[1]] == [kernel]
+            front.until_model(kernel, execution_state="idle", connections=2)
+        front.end_kernel(kernel)
+        assert kernel not in json.dumps(server.rest("GET", "/api/kernels")[1])
+        assert not front.logged("Traceback")
+
+
+# -- notebooks through a gateway -------------------------------------------------------------------
+
+
+def run(home: Path, program: str, *arguments: str) -> dict:
+    """Run a program, in an environment without configuration; what it prints last, as JSON."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=50, env=environment(home), cwd=home
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+NOTEBOOK = """
+import json, sys
+import nbformat
+from jupyter_server.gateway.gateway_client import GatewayClient
+from jupyter_server.gateway.managers import GatewayKernelManager
+
+GatewayClient.instance().url = sys.argv[1]
+sources = [sys.argv[2], "for i in range(2000): print(i, flush=True)", "x = 6\\nx * 7"]
+sources.append("from IPython.display import HTML; HTML('<b>ü</b>')")
+cells = [nbformat.v4.new_code_cell(source) for source in sources]
+metadata = {"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
+notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+"""
+NBCLIENT = (
+    NOTEBOOK
+    + """
+from nbclient import NotebookClient
+NotebookClient(notebook, kernel_name="python3", kernel_manager_class=GatewayKernelManager, timeout=40).execute()
+print(json.dumps(notebook))
+"""
+)
+PAPERMILL = (
+    NOTEBOOK
+    + """
+import papermill
+cells[2].source = "x * 7"
+cells.insert(0, nbformat.v4.new_code_cell("x = 0", metadata={"tags": ["parameters"]}))
+nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), "in.ipynb")
+done = papermill.execute_notebook(
+    "in.ipynb", "out.ipynb", parameters={"x": 6}, kernel_manager_class=GatewayKernelManager, progress_bar=False
+)
+print(json.dumps(nbformat.read("out.ipynb", 4)))
+"""
+)
+
+
+@pytest.mark.parametrize("program", [NBCLIENT, PAPERMILL], ids=["nbclient", "papermill"])
+def test_notebooks_through_a_gateway(unlocked: Server, tmp_path: Path, program: str) -> None:
+    notebook = run(tmp_path, program, unlocked.root, UNLIMITED)
+    flood, product, display = [cell["outputs"] for cell in notebook["cells"][-3:]]
+    assert "".join(output["text"] for output in flood).split() == [str(i) for i in range(2000)]
+    assert product[0]["data"]["text/plain"] == "42"
+    assert display[0]["data"]["text/html"] == "<b>ü</b>"
+    until(lambda: unlocked.rest("GET", "/api/kernels")[1] == [], "they end their kernels")
+
+
+# -- jupyter-kernel-client -------------------------------------------------------------------------
+
+KERNEL_CLIENT = """
+import json, sys
+from jupyter_kernel_client import JupyterKernelClient
+
+url, token, echo = sys.argv[1:]
+with JupyterKernelClient(server_url=url, token=token) as kernel:
+    kernel.execute(echo)
+    found = {"flood": kernel.execute("for i in range(2000): print(i, flush=True)", timeout=40)}
+    kernel.set_variable("given", [1, "ü", None])
+    found["variable"] = kernel.execute("given")
+    found["error"] = kernel.execute("1 / 0")
+    found["info"] = kernel.kernel_info["language_info"]["name"]
+    client = kernel._manager.client
+    while not client._iopub_msg_queue.empty():
+        client.get_iopub_msg(timeout=0)
+    buffers = [b"\\x00\\xff\\x80{}", bytes(range(256)) * 400]
+    content = {"comm_id": "c", "target_name": "echo", "data": {}}
+    client.shell_channel.send(client.session.msg("comm_open", content))
+    client.shell_channel.send(client.session.msg("comm_msg", content) | {"buffers": buffers})
+    while (message := client.get_iopub_msg(timeout=40))["msg_type"] != "comm_msg":
+        pass
+    found["buffers"] = [bytes(buffer) for buffer in message["buffers"]] == [each[::-1] for each in buffers]
+    kernel.restart()
+    found["restarted"] = kernel.execute("'given' in globals()")
+print(json.dumps(found))
+"""
+
+
+def test_jupyter_kernel_client(server: Server, tmp_path: Path) -> None:
+    """In the default protocol: with its v1 it waits for ever, on Jupyter Server too."""
+    found = run(tmp_path, KERNEL_CLIENT, server.root, TOKEN, UNLIMITED + ECHO)
+    text = "".join(output["text"] for output in found["flood"]["outputs"])
+    assert text.split() == [str(i) for i in range(2000)]
+    assert found["variable"]["outputs"][0]["data"]["text/plain"] == "[1, 'ü', None]"
+    assert found["error"]["outputs"][0]["ename"] == "ZeroDivisionError"
+    assert found["info"] == "python"
+    assert found["buffers"]
+    assert found["restarted"]["outputs"][0]["data"]["text/plain"] == "False"
+    until(lambda: server.rest("GET", "/api/kernels")[1] == [], "it ends its kernel")
