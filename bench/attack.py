@@ -1,8 +1,8 @@
 """A hostile client, as a process of its own: ``python -m bench.attack URL KERNEL_ID KIND``.
 
-It runs until it is terminated, and then says in one line of JSON what it has done. The value of the Authorization
-header is in the environment, where other users cannot read it. Its pace is bounded: what is measured is how the server
-treats the others, and not how fast this process can take their processor away.
+It says when it is connected, runs until it is terminated, and then says in one line of JSON what it has done. The value
+of the Authorization header is in the environment, where other users cannot read it. The pace is bounded: what is
+measured is how the server treats the others, and not how fast this process can take their processor away.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ class Attacker:
             sock.sendall(request)
             if b" 101 " not in sock.recv(4096):
                 return
-            self.connections += 1
             sock.sendall(self._first)
             sock.setblocking(False)
+            if not self.connections:
+                print("ready", flush=True)
+            self.connections += 1
             while self.running:
                 self._send(sock)
                 if not _is_alive(sock):
@@ -107,7 +109,6 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print("ready", flush=True)
     attacker.run()
     print(json.dumps({"connections": attacker.connections, "bytes": attacker.bytes}), flush=True)
 

@@ -115,8 +115,6 @@ class Client:
 
     async def reset(self, away: float) -> None:
         """Lose the connection, come back after *away* seconds with the same session, ask what was held."""
-        if not self.socket.is_open:
-            return
         self._held = []
         self.resets += 1
         self.socket.vanish()

@@ -90,11 +90,10 @@ def _latency(name: str, latencies: Iterable[array[float]]) -> dict[str, float]:
 def faults(run: Run) -> list[str]:
     """What a run must not show when all goes well."""
     cell = Cell.from_json(run["cell"])
-    keys = ["lost", "duplicated", "out_of_order", "connections_lost", "unsent"]
-    if cell.may_repeat:
-        keys.remove("duplicated")
-    found = [f"{run[key]} {key}" for key in keys if run[key]]
-    found += [f"the disturbance {name} did nothing" for name, count in run["disturbance"].items() if not count]
+    keys = ("lost", "duplicated", "out_of_order", "connections_lost", "unsent")
+    found = [f"{run[key]} {key}" for key in keys if run[key] and key not in cell.allowed]
+    if cell.attack and not run["disturbance"].get("bytes"):
+        found.append("the attacker did nothing")
     return [f"{run['target']}, {cell.label}, {cell.protocol}: {fault}" for fault in found]
 
 

@@ -74,16 +74,15 @@ def run_all(options: argparse.Namespace, steps: list[Step], runs: list[Run], fai
     report.progress(f"{len(left)} runs, {report.minutes(total)} or more where a server cannot keep up")
     with Progress(total) as progress:
         for step in left:
-            progress.begin(step.label)
+            progress.begin(step.label, step.cell.estimate)
             try:
                 runs.append(run_once(options, step, progress))
             except (OSError, RuntimeError) as error:
                 failures.append(f"{step.label}: {error}")
-                progress.line(f"FAILED {failures[-1]}")
+                progress.end(f"FAILED {failures[-1]}")
             else:
-                progress.line(summary(step, runs[-1]))
                 report.write_json(options.json, "load", vars(options), runs)
-            progress.done(step.cell.estimate)
+                progress.end(summary(step, runs[-1]))
 
 
 def numbers(kind: type) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -15,6 +16,9 @@ class Progress:
         layout = "{percentage:3.0f}% |{bar:30}| {elapsed} of about {total_time} {desc}"
         self._bar = _Bar(total=seconds, bar_format=layout, disable=not sys.stderr.isatty(), leave=False)
         self._label = ""
+        self._seconds = 0.0  # that the run may take
+        self._before = 0.0  # those of the runs before it
+        self._began = 0.0
 
     def __enter__(self) -> Progress:
         return self
@@ -22,23 +26,22 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._bar.close()
 
-    def begin(self, label: str) -> None:
-        """A run begins."""
-        self._label = label
+    def begin(self, label: str, seconds: float) -> None:
+        """A run begins that may take so long."""
+        self._label, self._seconds, self._began = label, seconds, time.monotonic()
         self.now("starts")
 
     def now(self, text: str) -> None:
         """What the run is doing; on a terminal only."""
+        self._bar.n = self._before + min(time.monotonic() - self._began, self._seconds)
         self._bar.set_description_str(f"{self._label}: {text}")
 
-    def line(self, text: str) -> None:
-        """A line that stays."""
+    def end(self, text: str) -> None:
+        """The run is over; *text* stays."""
         self._bar.write(text, file=sys.stderr)
         sys.stderr.flush()
-
-    def done(self, seconds: float) -> None:
-        """A run that was expected to take *seconds* is over."""
-        self._bar.update(seconds)
+        self._before += self._seconds
+        self._bar.n = self._before
 
 
 class _Bar(tqdm):  # type: ignore[misc]
@@ -47,6 +50,5 @@ class _Bar(tqdm):  # type: ignore[misc]
     @property
     def format_dict(self) -> dict[str, object]:
         fields = super().format_dict
-        share = self.n / self.total if self.total else 0
-        seconds = fields["elapsed"] / share if share else self.total
+        seconds = max(self.total, fields["elapsed"] * self.total / self.n if self.n else 0)
         return fields | {"total_time": self.format_interval(seconds)}

@@ -76,6 +76,11 @@ class Tally:
         """Messages that did not."""
         return self.expected - self.delivered
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the kernel works on the last request, or has done it."""
+        return bool(self.requests) and bool(self._look(len(self.requests) - 1) & 1 << BUSY)
+
     def note(self, kind: int, index: int, now: float) -> None:
         """Count one message of one of the five kinds."""
         seen = self._look(index)

@@ -204,12 +204,23 @@ def test_a_smoke_run_finds_every_fault(fault: str) -> None:
     assert f"3 {fault}" in found
 
 
+def test_an_answer_has_begun_when_its_busy_came() -> None:
+    tally = tally_of(2)
+    assert not tally.has_begun
+    tally.note(BUSY, 0, 1.0)
+    assert not tally.has_begun
+    tally.note(BUSY, 1, 1.0)
+    assert tally.has_begun
+
+
 def test_only_a_client_that_comes_back_may_get_a_message_twice() -> None:
     assert figures.faults(run_of(cells.SCENARIOS["reconnect"], "fastwire", duplicated=3)) == []
 
 
-def test_a_disturbance_that_did_nothing_is_a_fault() -> None:
-    assert figures.faults(run_of(cells.SCENARIOS["pings"], "fastwire", disturbance={"bytes": 0}))
+@pytest.mark.parametrize(("sent", "faults"), [(0, 1), (1000, 0)])
+def test_an_attacker_that_did_nothing_is_a_fault(sent: int, faults: int) -> None:
+    run = run_of(cells.SCENARIOS["pings"], "fastwire", disturbance={"bytes": sent})
+    assert len(figures.faults(run)) == faults
 
 
 # -- what is run -----------------------------------------------------------------------------------
