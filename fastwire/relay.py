@@ -446,7 +446,7 @@ class Session:
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
-            self._note("resume", f"came back; {len(self.outbox)} messages had been kept for it")
+            self._note("resume", f"came back; {len(self.outbox):,} messages had been kept for it")
         self.connection = connection
         self.protocol = protocol
         self._allowed = allowed_message_types
@@ -566,7 +566,7 @@ class Session:
         self._lag_timer = None
         if self.connection is not None:
             self._lag = "slow"
-            self._note("slow", f"takes messages slower than they come; {self.outbox.nbytes:,} bytes wait for it")
+            self._note("slow", f"takes messages slower than they come: {self.outbox.nbytes / 1e6:.1f} MB wait for it")
 
     def _caught_up(self) -> None:
         self._lag = ""
@@ -617,8 +617,8 @@ class Session:
         if over != self._paused and self.connection is not None:
             self._paused = over
             if over:
-                waiting = self._uplink.waiting_bytes
-                self._note("paused", f"is not read, because {waiting:,} bytes of it wait for the kernel")
+                waiting = self._uplink.waiting_bytes / 1e6
+                self._note("paused", f"not read for now: {waiting:.1f} MB of its messages wait for the kernel")
                 self.connection.pause_reading()
             else:
                 self.connection.resume_reading()
@@ -635,4 +635,4 @@ class Session:
         lost = self.outbox.clear()
         if lost:
             log.info("session %s ended with %s messages undelivered", self.session_id, lost)
-            self._note("expired", f"its session ended; {lost} messages were not delivered")
+            self._note("expired", f"its session ended; {lost:,} messages were not delivered")

@@ -3,7 +3,8 @@
 jupyter_server does all the rest (REST, sign-in, contents, extensions, JupyterLab) and is configured as
 always: its options, its ``jupyter_server_config`` files, its environment variables. What differs:
 
-* one line on stdout, ``fastwire is ready: <URL>``, written when the URL answers; logs start at WARNING
+* ``fastwire is ready: <URL>`` on stdout, written when the URL answers, and the URL of the live page below it; logs
+  start at WARNING
 * what is known to be wrong is said before anything starts, in one line on stderr, with exit code 1
 * SIGTERM, SIGINT (Ctrl-C, unasked) and SIGHUP end the kernels, remove the runtime files and exit with 0
 * a port in use is an error, unless ``--port-retries`` says otherwise
@@ -28,6 +29,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
 
 from fastwire import __version__
 
@@ -46,13 +48,14 @@ try:
     from jupyter_server.auth.identity import IdentityProvider, PasswordIdentityProvider
     from jupyter_server.extension.utils import get_metadata
     from jupyter_server.serverapp import WILDCARD_IPS, ServerApp
-    from jupyter_server.utils import unix_socket_in_use
+    from jupyter_server.utils import unix_socket_in_use, url_path_join
     from tornado.netutil import bind_sockets
     from tornado.web import HTTPError
     from traitlets import default
     from traitlets.config import Config, Configurable
     from traitlets.config.loader import KVArgParseConfigLoader
 
+    from fastwire import metrics, status
     from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection
 except ModuleNotFoundError as error:
     MISSING = f"fastwire.serve needs Jupyter Server ({error}): pip install 'fastwire[serve]'"
@@ -190,6 +193,8 @@ class FastwireServer(ServerApp):
     def init_httpserver(self) -> None:
         """Extends ``ServerApp.init_httpserver``: the last step, every class with options is imported."""
         check_dotted_options(self.argv, complete=True)
+        metrics.register()
+        status.add_handlers(self.web_app)
         super().init_httpserver()
         # Tornado's own is an hour.
         self.http_server.conn_params.header_timeout = Fastwire(config=self.config).handshake_timeout
@@ -250,7 +255,9 @@ class FastwireServer(ServerApp):
         if os.geteuid() == 0:
             self.log.warning("Running as root is not recommended: who has the URL, is root.")
         everywhere = self.ip in {"", *WILDCARD_IPS} and not self.custom_display_url
-        print("fastwire is ready:", self.local_url if everywhere else self.public_url, flush=True)
+        url = self.local_url if everywhere else self.public_url
+        live = urlsplit(url)._replace(path=url_path_join(self.base_url, status.URL)).geturl()
+        print(f"fastwire is ready: {url}\nwhat it is doing:  {live}", flush=True)
 
 
 def without_tokens(record: logging.LogRecord) -> bool:

@@ -27,6 +27,7 @@ ROOMS = (
     "relay",
     "metrics",
     "session",
+    "status",
     "jupyter",
     "serve",
 )

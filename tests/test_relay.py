@@ -1413,7 +1413,7 @@ def test_a_slow_client_is_told_of_until_it_has_caught_up(stage: Stage, kernel: K
     assert session.state == "fine"
     kernel.publish(*stream(*range(200), size=10_000))
     until(lambda: session.state == "slow", "it is called slow")
-    assert "bytes wait" in event(noted, "slow").text
+    assert "2.0 MB wait" in event(noted, "slow").text
     assert client.ids(200) == [str(n) for n in range(200)]
     until(lambda: session.state == "fine", "it has caught up")
     assert noted.counts.total() == 1

@@ -205,8 +205,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 # -- what it serves --------------------------------------------------------------------------------
 
 
-def test_it_prints_one_line(server: Server) -> None:
-    assert re.fullmatch(rf"{READY}http://127\.0\.0\.1:\d+/\S*\?token=\.\.\.\n", server.stdout), server.stdout
+def test_it_prints_where_it_is_and_where_its_live_page_is(server: Server) -> None:
+    root = r"http://127\.0\.0\.1:\d+"
+    lines = rf"{READY}{root}/\S*\?token=\.\.\.\nwhat it is doing:  {root}/fastwire\?token=\.\.\.\n"
+    assert re.fullmatch(lines, server.stdout), server.stdout
     assert len(server.stderr.splitlines()) == (os.geteuid() == 0), "one warning, for root"
 
 
@@ -282,6 +284,10 @@ def test_base_url_and_the_token_of_the_ready_line(home: Home) -> None:
         assert server.url.startswith(f"{server.root}/user/me/")
         (token,) = parse_qs(urlsplit(server.url).query)["token"]
         assert server.request("/user/me/api/status", token=token)[0] == 200
+        live = re.search("^what it is doing: +(.*)$", server.stdout, re.MULTILINE)[1]
+        assert live == f"{server.root}/user/me/fastwire?token={token}"
+        for path in ("", "/page.css", "/page.js", "/api/status"):
+            assert server.request(f"/user/me/fastwire{path}", token=token)[0] == 200
         assert server.request("/api/status", token=token)[0] == 404
 
 
@@ -353,7 +359,7 @@ def test_ctrl_c_on_a_terminal_asks_nothing(home: Home) -> None:
     try:
         with serving(home, stdin=theirs) as server:
             assert server.stop(signal.SIGINT) == 0
-            assert "?" not in server.stdout.replace(server.url, "")
+            assert "?" not in re.sub(r"http\S+", "", server.stdout)
             assert home.left_behind == set()
     finally:
         os.close(ours)
