@@ -39,7 +39,7 @@ except ImportError as error:
         f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'fastwire[serve]'"
     ) from error
 
-from fastwire import __version__
+from fastwire import __version__, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Activity, Batch, Signer
 from fastwire.errors import FastwireError, MessageError, SignatureError, TooManyClients
 from fastwire.flow import Limits, too_many
@@ -695,6 +695,7 @@ def _load_jupyter_server_extension(app: Any) -> None:
         reason = obstacle(app) or f"messages of kernels go through {taken.__module__}.{taken.__qualname__}"
         app.log.info("fastwire steps aside: %s", reason)
     else:
+        status.install(app.web_app)
         app.log.info("fastwire %s carries the messages of kernels", __version__)
 
 

@@ -55,7 +55,7 @@ try:
     from traitlets.config import Config, Configurable
     from traitlets.config.loader import KVArgParseConfigLoader
 
-    from fastwire import metrics, status
+    from fastwire import status
     from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection
 except ModuleNotFoundError as error:
     MISSING = f"fastwire.serve needs Jupyter Server ({error}): pip install 'fastwire[serve]'"
@@ -193,8 +193,7 @@ class FastwireServer(ServerApp):
     def init_httpserver(self) -> None:
         """Extends ``ServerApp.init_httpserver``: the last step, every class with options is imported."""
         check_dotted_options(self.argv, complete=True)
-        metrics.register()
-        status.add_handlers(self.web_app)
+        status.install(self.web_app)
         super().init_httpserver()
         # Tornado's own is an hour.
         self.http_server.conn_params.header_timeout = Fastwire(config=self.config).handshake_timeout

@@ -1,7 +1,7 @@
 """The live page of a Jupyter server, ``/fastwire``: its kernels, their clients, and what happened lately.
 
 ``/fastwire/api/status`` is the same as JSON. Both are for users whom the server's authorizer lets read kernels; neither
-shows tokens or what messages contain. `add_handlers` adds them to a server, below its base URL.
+shows tokens or what messages contain. `install` adds them to a server, below its base URL.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ except ImportError as error:
         f"fastwire.status needs Jupyter Server ({error.name} is missing): pip install 'fastwire[serve]'"
     ) from error
 
-from fastwire import __version__, events
-from fastwire.metrics import kernel_numbers, process_numbers
+from fastwire import __version__, events, metrics
 from fastwire.relay import open_relays
 
-__all__ = ["URL", "add_handlers", "status"]
+__all__ = ["URL", "install", "status"]
 
 #: Of the page, below the server's base URL.
 URL = "fastwire"
+
+#: Of a web application's settings.
+INSTALLED = "fastwire_page_installed"
 
 PAGE = Path(__file__).with_name("page")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -53,14 +55,14 @@ def status(models: list[dict[str, Any]]) -> dict[str, Any]:
     kernels = []
     for model in models:
         relay = relays.get(model["id"])
-        kernels.append({name: model.get(name) for name in MODEL} | (kernel_numbers(relay) if relay else {}))
+        kernels.append({name: model.get(name) for name in MODEL} | (metrics.kernel_numbers(relay) if relay else {}))
     return {
         "version": __version__,
         "time": time.time(),
         "kernels": kernels,
         "events": [asdict(event) for event in events.recent()],
         "kinds": events.KINDS,
-        **process_numbers(),
+        **metrics.process_numbers(),
     }
 
 
@@ -96,8 +98,13 @@ class StatusHandler(APIHandler):
         self.finish(json.dumps(status(models), default=str))
 
 
-def add_handlers(app: web.Application) -> None:
-    """Add the page to a Jupyter server's web application."""
+def install(app: web.Application) -> None:
+    """Add the page to a Jupyter server's web application, and the metrics to its ``/metrics``; once, however often
+    it is called."""
+    if app.settings.get(INSTALLED):
+        return
+    app.settings[INSTALLED] = True
+    metrics.register()
     page = url_path_join(app.settings["base_url"], URL)
     app.add_handlers(
         ".*$",

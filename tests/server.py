@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from urllib.error import HTTPError
@@ -103,6 +104,16 @@ class Server:
         except HTTPError as error:
             with error:
                 return error.code, json.loads(error.read() or b"null")
+
+    def get(self, path: str, token: str | None = TOKEN) -> tuple[int, dict[str, str], str]:
+        """Status, headers and text of the answer as they are: no redirect is followed."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        try:
+            connection.request("GET", path, headers={"Authorization": f"token {token}"} if token else {})
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read().decode()
+        finally:
+            connection.close()
 
     def start_kernel(self, name: str = "python3") -> str:
         status, model = self.rest("POST", "/api/kernels", {"name": name})

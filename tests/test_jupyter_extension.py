@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import jupyterhub
 import pytest
+import tornado.web
 from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
@@ -62,6 +63,7 @@ def test_installing_the_package_switches_it_on(tmp_path: Path) -> None:
     with serving(tmp_path, "--Fastwire.resume_timeout=9", how=STOCK, extensions=WITHOUT_OTHERS) as server:
         assert subscriptions(server) == FASTWIRE
         assert said(server) == ACTIVE
+        assert server.get("/fastwire/api/status")[0] == 200
         assert not server.logged("resume_timeout"), "its settings are known"
 
 
@@ -100,6 +102,7 @@ def test_another_connection_class(tmp_path: Path) -> None:
     chosen = f"--ServerApp.kernel_websocket_connection_class={STOCK_CONNECTION}"
     with serving(tmp_path, chosen, how=STOCK, extensions=WITHOUT_OTHERS) as server:
         assert subscriptions(server) == ALL_STOCK, "the kernel manager is jupyter_server's again too"
+        assert server.get("/fastwire/api/status")[0] == 404
         assert said(server) == f"fastwire steps aside: messages of kernels go through {STOCK_CONNECTION}"
 
 
@@ -137,6 +140,7 @@ def linked(app: ServerApp) -> ServerApp:
     """An app as it is once the extension is linked, before it makes its kernel manager."""
     app.gateway_config = SimpleNamespace(gateway_enabled=False)
     app.io_loop = SimpleNamespace(asyncio_loop=asyncio.new_event_loop())
+    app.web_app = tornado.web.Application(base_url="/")
     jupyter._link_jupyter_server_extension(app)
     return app
 

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.client import HTTPConnection
 from pathlib import Path
 from threading import Event, Thread
 from urllib.parse import quote
@@ -54,19 +53,8 @@ def light(server: Server) -> Iterator[str]:
         yield kernel
 
 
-def get(server: Server, path: str, token: str | None = TOKEN) -> tuple[int, dict[str, str], str]:
-    """Status, headers and text, as they are: no redirect is followed."""
-    connection = HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-    try:
-        connection.request("GET", path, headers={"Authorization": f"token {token}"} if token else {})
-        response = connection.getresponse()
-        return response.status, dict(response.getheaders()), response.read().decode()
-    finally:
-        connection.close()
-
-
 def status(server: Server) -> dict:
-    return json.loads(get(server, STATUS)[2])
+    return json.loads(server.get(STATUS)[2])
 
 
 def kernel_of(server: Server, kernel: str) -> dict:
@@ -79,14 +67,14 @@ def kernel_of(server: Server, kernel: str) -> dict:
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_with_the_token(server: Server, path: str) -> None:
-    assert get(server, path)[0] == 200
+    assert server.get(path)[0] == 200
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
 @pytest.mark.parametrize("path", ROUTES)
 def test_without_the_token(server: Server, path: str, token: str | None) -> None:
     """Pages send to the sign-in, as Jupyter Server's own do; what programs read is refused."""
-    code, headers, text = get(server, path, token)
+    code, headers, text = server.get(path, token)
     if path in (STATUS, "/metrics"):
         assert code == 403
     else:
@@ -98,8 +86,8 @@ def test_without_the_token(server: Server, path: str, token: str | None) -> None
 @pytest.mark.parametrize("path", ["/fastwire/page.html", "/fastwire/status.py", "/fastwire/..%2fstatus.py",
                                   "/fastwire/page.css/", "/fastwire/page%2ecss%2f..", "/fastwire/api"])  # fmt: skip
 def test_nothing_else_is_there(server: Server, path: str) -> None:
-    assert get(server, path)[0] in (302, 404)
-    assert "import" not in get(server, path)[2]
+    assert server.get(path)[0] in (302, 404)
+    assert "import" not in server.get(path)[2]
 
 
 REFUSING = """
@@ -116,11 +104,11 @@ c.ServerApp.authorizer_class = Refusing
 def test_whom_the_authorizer_does_not_let_read_kernels(tmp_path: Path) -> None:
     (tmp_path / "refusing.py").write_text(REFUSING)
     with serving(tmp_path, f"--config={tmp_path / 'refusing.py'}") as server:
-        assert [get(server, path)[0] for path in ROUTES] == [403, 403, 403, 403, 200]
+        assert [server.get(path)[0] for path in ROUTES] == [403, 403, 403, 403, 200]
 
 
 def test_the_page_may_load_nothing_from_elsewhere(server: Server) -> None:
-    _, headers, text = get(server, PAGE)
+    _, headers, text = server.get(PAGE)
     policy = headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "frame-ancestors 'self'" in policy
@@ -158,7 +146,7 @@ def test_a_kernel_and_its_client(server: Server, light: str, protocol: str | Non
         assert shown["received_messages"] == 1
         assert shown["flush_seconds"] > 0
         assert kernel["messages"] >= 5
-        text = get(server, STATUS)[2]
+        text = server.get(STATUS)[2]
         for secret in (TOKEN, "words that nobody", client.session_id):
             assert secret not in text
     now = status(server)
@@ -183,7 +171,7 @@ def test_a_client_that_goes_and_comes_back(server: Server, light: str) -> None:
 def test_prometheus_reads_it_with_jupyter_servers_own(server: Server, light: str) -> None:
     with Client(server, light) as client:
         client.run("1")
-        families = {family.name: family for family in text_string_to_metric_families(get(server, "/metrics")[2])}
+        families = {family.name: family for family in text_string_to_metric_families(server.get("/metrics")[2])}
     assert "kernel_currently_running" in str(families.keys())
     states = {sample.labels["state"]: sample.value for sample in families["fastwire_clients"].samples}
     assert states["fine"] >= 1
@@ -427,9 +415,14 @@ def test_a_server_that_does_not_answer(server: Server, browser: Browser) -> None
     ]
     said = ["no answer from the server", "signed out: reload the page", "the server answers 502"]
     with window(browser) as context:
-        page = opened(context, server)
+        page = context.new_page()
+        page.clock.install()
+        page.goto(f"{server.root}{PAGE}?token={TOKEN}")
+        shows(page, "#link", "live")
         for answer, text in zip(answers, said, strict=True):
             context.route(f"**{STATUS}", answer)
+            page.clock.fast_forward(10_000)
             shows(page, "#link", text)
             context.unroute(f"**{STATUS}")
+        page.clock.fast_forward(10_000)
         shows(page, "#link", "live")
