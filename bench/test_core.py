@@ -320,22 +320,22 @@ class Client:
     """A connected socket whose other end is emptied before each round."""
 
     def __init__(self) -> None:
-        self.socket, self._peer = socket.socketpair()
+        self.socket, self.peer = socket.socketpair()
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
-        self._peer.setblocking(False)
+        self.peer.setblocking(False)
 
     def empty(self) -> bytes:
         """Everything that was sent."""
         data = bytearray()
         while True:
             try:
-                data += self._peer.recv(1 << 20)
+                data += self.peer.recv(1 << 20)
             except BlockingIOError:
                 return bytes(data)
 
     def close(self) -> None:
         self.socket.close()
-        self._peer.close()
+        self.peer.close()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ cdef enum:
 
 
 cdef inline const uint8_t *skip_space(const uint8_t *p, const uint8_t *end) noexcept nogil:
-    while p < end and (p[0] == 0x20 or p[0] == 0x0A or p[0] == 0x0D or p[0] == 0x09):
+    while p < end and p[0] <= 0x20 and (p[0] == 0x20 or p[0] == 0x0A or p[0] == 0x0D or p[0] == 0x09):
         p += 1
     return p
 
@@ -128,6 +128,8 @@ cdef const uint8_t *skip_value(const uint8_t *p, const uint8_t *end, int depth) 
     cdef uint64_t objects[DEPTH_WORDS]
     cdef int base = depth
     cdef bint in_object
+    if p < end and p[0] == 34:
+        return skip_string(p + 1, end)
     while True:
         if p == NULL or p == end:
             return NULL
@@ -244,15 +246,20 @@ cdef int next_member(Members *m, Member *member) noexcept nogil:
     return MEMBER
 
 
-cdef bint spells(fw_span text, const char *name, size_t length) noexcept nogil:
+cdef inline bint spells(fw_span text, const char *name, size_t length) noexcept nogil:
     """Whether the inside of a JSON string, escapes undone, is the ASCII ``name``."""
+    if text.len == length:
+        return memcmp(text.ptr, name, length) == 0
+    return text.len > length and spells_escaped(text, name, length)
+
+
+cdef bint spells_escaped(fw_span text, const char *name, size_t length) noexcept nogil:
+    """`spells` for a text that is longer than the name."""
     cdef const uint8_t *p = <const uint8_t *>text.ptr
     cdef const uint8_t *end = p + text.len
     cdef size_t i
     cdef int c
-    if text.len == length and memcmp(p, name, length) == 0:
-        return True
-    if text.len <= length or memchr(p, 92, text.len) == NULL:
+    if p[0] != <uint8_t>name[0] and p[0] != 92:
         return False
     for i in range(length):
         if p == end:

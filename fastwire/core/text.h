@@ -1,9 +1,13 @@
-/* Bytes of text: UTF-8 checked as it arrives, JSON strings skipped eight bytes at a time, masks taken off. */
+/* Bytes of text: UTF-8 checked as it arrives, JSON strings skipped in strides, masks taken off. */
 #ifndef FW_TEXT_H
 #define FW_TEXT_H
 
 #include <stdint.h>
 #include <string.h>
+
+#ifdef __SSE2__ /* every x86-64 has it */
+#include <emmintrin.h>
+#endif
 
 #define FW_EACH_BYTE(c) (0x0101010101010101ULL * (uint8_t)(c))
 #define FW_HIGH_BITS FW_EACH_BYTE(0x80)
@@ -12,6 +16,23 @@ static inline uint64_t fw_load64(const void *p) {
     uint64_t x;
     memcpy(&x, p, 8);
     return x;
+}
+
+/* The first byte that is not ASCII, or end. */
+static inline const uint8_t *fw_ascii(const uint8_t *p, const uint8_t *end) {
+    size_t n = (size_t)(end - p);
+#ifdef __SSE2__
+    for (; end - p >= 16; p += 16) {
+        unsigned mask = (unsigned)_mm_movemask_epi8(_mm_loadu_si128((const __m128i *)p));
+        if (mask) return p + __builtin_ctz(mask);
+    }
+#else
+    while (end - p >= 16 && !((fw_load64(p) | fw_load64(p + 8)) & FW_HIGH_BITS)) p += 16;
+#endif
+    /* The last bytes are looked at together with some before them. */
+    if (n >= 16 && !((fw_load64(end - 16) | fw_load64(end - 8)) & FW_HIGH_BITS)) return end;
+    while (p < end && *p < 0x80) p++;
+    return p;
 }
 
 /* Where a character that is not complete yet must go on: how many bytes are missing, and the range of the next. */
@@ -31,8 +52,7 @@ static int fw_utf8_feed(fw_utf8 *s, const uint8_t *p, size_t n) {
             s->missing--, s->low = 0x80, s->high = 0xBF;
             continue;
         }
-        while (end - p >= 16 && !((fw_load64(p) | fw_load64(p + 8)) & FW_HIGH_BITS)) p += 16;
-        while (p < end && *p < 0x80) p++;
+        if (*p < 0x80) p = fw_ascii(p, end);
         if (p == end) break;
         c = *p++;
         s->low = 0x80, s->high = 0xBF;
@@ -60,6 +80,17 @@ static int fw_utf8_valid(const uint8_t *p, size_t n) {
 
 /* The first byte that a JSON string cannot hold as it is: a quote, a backslash or a control character; or end. */
 static inline const uint8_t *fw_json_plain(const uint8_t *p, const uint8_t *end) {
+#ifdef __SSE2__
+    const __m128i quotes = _mm_set1_epi8('"'), slashes = _mm_set1_epi8('\\'), last_control = _mm_set1_epi8(0x1F);
+    while (end - p >= 16) {
+        __m128i x = _mm_loadu_si128((const __m128i *)p);
+        __m128i hits = _mm_or_si128(_mm_cmpeq_epi8(x, quotes), _mm_cmpeq_epi8(x, slashes));
+        hits = _mm_or_si128(hits, _mm_cmpeq_epi8(_mm_min_epu8(x, last_control), x));
+        unsigned mask = (unsigned)_mm_movemask_epi8(hits);
+        if (mask) return p + __builtin_ctz(mask);
+        p += 16;
+    }
+#endif
     while (end - p >= 8) {
         uint64_t x = fw_load64(p);
         uint64_t quote = x ^ FW_EACH_BYTE('"'), slash = x ^ FW_EACH_BYTE('\\');
