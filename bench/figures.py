@@ -188,7 +188,7 @@ def _cells(result: Result) -> list[str]:
     """The figures, or that there are none; the notes say why."""
     if not result.runs:
         return ["not reported", *[""] * (len(COLUMNS) - 1)]
-    return [report.spread(result.values(key)) for key, _ in COLUMNS]
+    return [report.give_or_take(result.values(key)) for key, _ in COLUMNS]
 
 
 def _beside_peers(results: Results, names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Draw what `bench.load` has measured: ``python -m bench.plot results.json -o docs/``.
+"""Print and draw what `bench.load` has measured: ``python -m bench.plot results.json -o docs/``.
 
 One PNG for each figure of the matrix against the number of kernels, and one for the other scenarios. Every picture says
 what was measured on which machine, and which cells could not be reported.
@@ -19,7 +19,7 @@ import matplotlib as mpl
 
 from bench import report
 from bench.cells import LOAD
-from bench.figures import Result, Results, collect, targets
+from bench.figures import Result, Results, collect, print_tables, targets
 
 mpl.use("Agg")
 
@@ -297,7 +297,7 @@ def _draw_all(document: dict[str, Any], results: Results, folder: Path, suffix: 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read, draw, write."""
+    """Read, print, draw."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("results", type=Path, help="the JSON file of bench.load")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"), help="folder for the PNGs (default: docs)")
@@ -306,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if document.get("benchmark") != "load" or not document["runs"]:
         print(f"{options.results} holds no runs of bench.load", file=sys.stderr)
         return 1
+    print_tables(document["runs"])
     options.output.mkdir(parents=True, exist_ok=True)
     draw(document, options.output)
     return 0

@@ -63,13 +63,21 @@ def number(value: float) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """``median [lowest .. highest]``, or the one value."""
+    """``median [lowest .. highest]``, or the one number."""
     real = [value for value in values if not math.isnan(value)]
     if not real:
         return "-"
-    if min(real) == max(real):
-        return number(real[0])
-    return f"{number(median(real))} [{number(min(real))} .. {number(max(real))}]"
+    low, middle, high = map(number, (min(real), median(real), max(real)))
+    return middle if low == high else f"{middle} [{low} .. {high}]"
+
+
+def give_or_take(values: Sequence[float]) -> str:
+    """``median +-half of the range in percent``, for tables with many columns."""
+    real = [value for value in values if not math.isnan(value)]
+    middle = median(real)
+    if not real or number(min(real)) == number(max(real)):
+        return number(middle)
+    return f"{number(middle)} ±{50 * (max(real) - min(real)) / middle:.0f}%" if middle else spread(real)
 
 
 def ratio(first: Sequence[float], second: Sequence[float]) -> str:

@@ -365,6 +365,20 @@ def test_the_caption_says_what_is_not_shown() -> None:
     assert last == "not shown, the load generator was the bottleneck: 16 x 100/s on fastwire"
 
 
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([], "-"),
+        ([7.0], "7"),
+        ([76.81, 76.84], "76.8"),
+        ([90.0, 100.0, 120.0], "100 ±15%"),
+        ([0.0, 0.0, 9.0], "0 [0 .. 9]"),
+    ],
+)
+def test_a_median_and_what_it_may_be_off(values: list[float], text: str) -> None:
+    assert report.give_or_take(values) == text
+
+
 # -- small things ----------------------------------------------------------------------------------
 
 
