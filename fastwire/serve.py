@@ -56,7 +56,7 @@ try:
     from traitlets.config.loader import KVArgParseConfigLoader
 
     from fastwire import status
-    from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection
+    from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection, takes_fastwire
 except ModuleNotFoundError as error:
     MISSING = f"fastwire.serve needs Jupyter Server ({error}): pip install 'fastwire[serve]'"
     if __name__ == "__main__":
@@ -193,7 +193,8 @@ class FastwireServer(ServerApp):
     def init_httpserver(self) -> None:
         """Extends ``ServerApp.init_httpserver``: the last step, every class with options is imported."""
         check_dotted_options(self.argv, complete=True)
-        status.install(self.web_app)
+        if takes_fastwire(self):
+            status.install(self.web_app)
         super().init_httpserver()
         # Tornado's own is an hour.
         self.http_server.conn_params.header_timeout = Fastwire(config=self.config).handshake_timeout
@@ -255,8 +256,10 @@ class FastwireServer(ServerApp):
             self.log.warning("Running as root is not recommended: who has the URL, is root.")
         everywhere = self.ip in {"", *WILDCARD_IPS} and not self.custom_display_url
         url = self.local_url if everywhere else self.public_url
-        live = urlsplit(url)._replace(path=url_path_join(self.base_url, status.URL)).geturl()
-        print(f"fastwire is ready: {url}\nwhat it is doing:  {live}", flush=True)
+        print("fastwire is ready:", url, flush=True)
+        if takes_fastwire(self):
+            page = urlsplit(url)._replace(path=url_path_join(self.base_url, status.URL))
+            print("what it is doing: ", page.geturl(), flush=True)
 
 
 def without_tokens(record: logging.LogRecord) -> bool:

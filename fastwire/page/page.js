@@ -14,10 +14,12 @@ const KINDS = {
   paused: "Client paused",
   resume: "Client came back",
   expired: "Session ended",
-  deadline: "Client closed",
   drop: "Output dropped",
   no_buffers: "No buffers",
   refused: "Messages refused",
+  overflow: "Client given up",
+  stalled: "Client took nothing",
+  demoted: "No pongs",
 };
 
 const byId = (id) => document.getElementById(id);
@@ -380,7 +382,7 @@ function drawEvents(status) {
 
 function eventItem(event, names, now) {
   const item = make("li");
-  const kind = item.appendChild(make("span", `kind ${event.kind}`, KINDS[event.kind] ?? event.kind));
+  const kind = item.appendChild(make("span", `kind ${event.kind}`, KINDS[event.kind] ?? event.kind.replaceAll("_", " ")));
   kind.title = shownStatus.kinds[event.kind] ?? "";
   const times = event.times > 1 ? `${count.format(event.times)} times, ` : "";
   const when = item.appendChild(make("time", "when", times + agoText(now - event.last)));
