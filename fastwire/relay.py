@@ -44,8 +44,8 @@ __all__ = ["Channel", "KernelRelay", "Session", "Traffic", "local_batch", "open_
 
 log = logging.getLogger(__name__)
 
-#: Budgets of iopub that are read before a reply is passed on.
-IOPUB_ROUNDS = 32
+#: Budgets that are read from a socket before something else is done.
+ROUNDS = 32
 
 CLIENT_CHANNELS = ("shell", "control", "stdin")
 
@@ -153,6 +153,12 @@ class Channel:
             self.traffic.nbytes += batch.nbytes
             self._on_batch(batch)
         return batch.more
+
+    def catch_up(self) -> None:
+        """Receive everything that is there. The bound is for a kernel that sends faster than it can be read."""
+        for _ in range(ROUNDS):
+            if not self.drain():
+                break
 
     @property
     def closed(self) -> bool:
@@ -313,12 +319,9 @@ class KernelRelay:
             session.say(batch)
 
     def drain_iopub(self) -> None:
-        """Before a reply or a status of ours is passed on: what the kernel printed first must come first. The bound is
-        for a kernel that prints faster than it can be read."""
+        """Before a reply or a status of ours is passed on: what the kernel printed first must come first."""
         if self.iopub is not None:
-            for _ in range(IOPUB_ROUNDS):
-                if not self.iopub.drain():
-                    break
+            self.iopub.catch_up()
 
     # -- sessions --
 
@@ -407,8 +410,7 @@ class Session:
     def reopen(self) -> None:
         """The kernel listens elsewhere now: its last words from the old sockets, what waits for it to the new ones."""
         for channel in self._channels:
-            while channel.drain():
-                pass
+            channel.catch_up()
             channel.close()
         waiting = self._uplink
         self._open_channels()
@@ -486,14 +488,13 @@ class Session:
 
     def deliver(self, batch: Batch) -> None:
         """Messages of the kernel for this client, in order."""
-        if self.prepare is not None and (self.prepare_all or batch.unusual):
-            try:
+        try:
+            if self.prepare is not None and (self.prepare_all or batch.unusual):
                 batch = self.prepare(batch)
-            except Exception as error:  # noqa: BLE001 - the boundary to a policy; other clients have theirs
-                self._give_up(error)
-                return
-        if len(batch):
-            self.say(batch)
+            if len(batch):
+                self.say(batch)
+        except Exception as error:  # noqa: BLE001 - a policy, or what cannot be said in a protocol; others have theirs
+            self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         """This client's policy or sockets failed: what it would be sent is not known to be right."""

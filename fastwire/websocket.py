@@ -20,6 +20,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator
+from threading import get_ident
 from typing import Any, cast
 
 import tornado.escape
@@ -168,6 +169,7 @@ class Connection(WebSocketProtocol13):
         #: What this connection's events are about: a kernel and its client, where there are such.
         self.label = ("", "")
         self._loop = asyncio.get_running_loop()
+        self._thread = get_ident()
         self._turns = Turns.current()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._fd = -1
@@ -262,10 +264,12 @@ class Connection(WebSocketProtocol13):
 
     def pause_reading(self) -> None:
         """Leave the peer's bytes where they are; its TCP will slow it down."""
+        self._check_thread()
         self._paused = True
         self._stop_reading()
 
     def resume_reading(self) -> None:
+        self._check_thread()
         self._paused = False
         if self._opened and self._callback is None and not self._ended.done():
             self._process()
@@ -437,6 +441,7 @@ class Connection(WebSocketProtocol13):
         self, message: str | bytes | bytearray | memoryview | dict[str, Any], binary: bool = False
     ) -> asyncio.Future[None]:
         """Queue one message. Raises WebSocketClosedError when the connection is closing."""
+        self._check_thread()
         if self.is_closing():
             raise WebSocketClosedError
         if isinstance(message, dict):
@@ -453,6 +458,7 @@ class Connection(WebSocketProtocol13):
 
     def write_frames(self, frames: Frames) -> None:
         """Queue frames that are encoded already; not for a connection that compresses. Silent when it is closing."""
+        self._check_thread()
         if not self.is_closing():
             self.queue.extend(frames)
             self.schedule_flush()
@@ -474,7 +480,13 @@ class Connection(WebSocketProtocol13):
             self._received_pong = True
             self._run_callback(self.handler.on_pong, data)
 
+    def _check_thread(self) -> None:
+        """The loop would not wake up for what another thread writes, and they would mix their bytes."""
+        if get_ident() != self._thread:
+            raise RuntimeError("a connection belongs to its loop's thread: loop.call_soon_threadsafe(method, ...)")
+
     def _write_control(self, opcode: int, data: bytes) -> int:
+        self._check_thread()
         position = self.queue.append_frame(opcode, data)
         self.schedule_flush()
         return position

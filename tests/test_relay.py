@@ -1105,6 +1105,42 @@ def test_a_hook_that_fails_is_one_clients_problem(
     stage.take_logs()
 
 
+def test_a_message_that_a_protocol_cannot_say_is_one_clients_problem(
+    stage: Stage, kernel: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The default protocol has four octets for an offset."""
+    caplog.set_level(logging.CRITICAL)
+    stage.start(kernel)
+    seen: list[int] = []
+
+    def hide(batch: Batch) -> Batch:
+        seen.append(batch.nbytes)
+        return batch.replaced(dict.fromkeys(range(len(batch))))
+
+    stage.prepare["bob"] = hide
+    ann, _ = stage.connect("ann"), stage.connect("bob")
+    huge = message("comm_msg", "huge", {}, *[bytes(1 << 26)] * 65)
+    stage.run(lambda: stage.relay._on_iopub(local_batch("iopub", huge)))
+    assert ann.close_frame()[0] == 1011
+    (size,) = seen
+    assert size > 1 << 32
+    stage.take_problems()
+    stage.take_logs()
+
+
+def test_a_kernel_that_sends_faster_than_it_can_be_read_does_not_stop_the_loop(
+    stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.start(kernel)
+    calls: list[str] = []
+    monkeypatch.setattr(Channel, "drain", lambda channel: calls.append(channel.name) or True)
+    stage.run(stage.relay.drain_iopub)
+    assert set(calls) == {"iopub"}
+    stage.run(lambda: stage.relay.session("ann", b"ann").reopen())
+    assert {"shell", "control", "stdin"} <= set(calls)
+    monkeypatch.undo()
+
+
 def test_the_hook_holds_while_its_client_is_away(stage: Stage, kernel: Kernel) -> None:
     """It hides what this client must not see: also what comes between two of its sockets."""
     stage.start(kernel)
