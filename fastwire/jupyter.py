@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 import zmq
 
 try:
+    from jupyter_client.connect import port_names
     from jupyter_server._tz import utcnow
     from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
@@ -55,6 +56,9 @@ NOT_ADAPTED = (0, 5)
 
 #: Seconds between looks for kernels that are gone while their relay is still open.
 SWEEP_INTERVAL = 5.0
+
+#: Traits of a kernel manager that say where its kernel listens.
+PLACE = ("ip", *port_names)
 
 #: Traits of jupyter_server's rate limit: limiting is on when a user has set one of them.
 RATE_TRAITS = ("limit_rate", "iopub_msg_rate_limit", "iopub_data_rate_limit", "rate_limit_window")
@@ -589,6 +593,7 @@ class Relays:
                 on_rejected=partial(tell_rejected, manager),
                 name=manager.kernel_id,
             )
+            manager.observe(self._follow, PLACE)
             self._sweep_later()
         return self._relays[manager]
 
@@ -599,7 +604,18 @@ class Relays:
         process = (manager.provisioner, getattr(manager.provisioner, "pid", None))
         if self._processes.get(relay) != process:
             self._processes[relay] = process
+            relay.drain_iopub()  # what the last one said proves nothing
             relay.doubt()
+
+    def _follow(self, change: Any) -> None:
+        """An automatic restart may take a kernel to other ports, and tells no client: their sockets go with it. Ports
+        are set one by one, and are 0 meanwhile."""
+        asyncio.get_running_loop().call_soon(self._go_there, change["owner"])
+
+    def _go_there(self, manager: Any) -> None:
+        relay = self._relays.get(manager)
+        if relay is not None and relay.iopub is not None and all(manager.ports) and relay.endpoint != endpoint(manager):
+            self.open(manager)
 
     def unobserve(self, manager: Any) -> None:
         if manager in self._relays:
@@ -609,6 +625,7 @@ class Relays:
         """The kernel is gone."""
         relay = self._relays.pop(manager, None)
         if relay is not None:
+            manager.unobserve(self._follow, PLACE)
             relay.close()
 
     def close_all(self) -> None:
