@@ -69,7 +69,19 @@ cdef extern from *:
     #endif
     /* PyBuffer_Release leaves such a view alone. */
     #define fw_hold_nothing(view) ((view)->obj = NULL)
+    /* Memory that is kept for reuse. A sanitizer sees what is used after its end only when it is freed. */
+    #if defined(__SANITIZE_ADDRESS__)
+    #define FW_SPARE_BYTES 0
+    #elif defined(__has_feature)
+    #if __has_feature(address_sanitizer)
+    #define FW_SPARE_BYTES 0
+    #endif
+    #endif
+    #ifndef FW_SPARE_BYTES
+    #define FW_SPARE_BYTES (2u << 20)
+    #endif
     """
+    const size_t FW_SPARE_BYTES
     const char *FW_COMPILER
     const char *CYTHON_ABI
     void hold_nothing "fw_hold_nothing"(Py_buffer *view)
@@ -100,6 +112,62 @@ def live():
         "blocks": alive.blocks,
         "buffers": alive.buffers,
     }
+
+
+# -- memory for bytes that pass through --
+
+# What is given back is kept for the next: the C library would return it to the system, whose page faults then cost more
+# than what was done with the bytes. Sizes are powers of two.
+cdef enum:
+    LEAST_BLOCK = 11        # 2 KiB
+    BLOCK_SIZES = 8         # up to 256 KiB
+
+cdef struct Spare:
+    Spare *next
+
+cdef Spare *spare_blocks[BLOCK_SIZES]
+cdef size_t spare_bytes = 0
+memset(spare_blocks, 0, sizeof(spare_blocks))
+
+
+cdef inline int block_size_of(size_t size) noexcept nogil:
+    """Which of the sizes; BLOCK_SIZES for more than there is."""
+    cdef int which = 0
+    while which < BLOCK_SIZES and (<size_t>1 << (LEAST_BLOCK + which)) < size:
+        which += 1
+    return which
+
+
+cdef void *block_get(size_t *size) noexcept:
+    """At least ``size`` bytes, how many is written there; NULL without memory."""
+    global spare_bytes
+    cdef int which = block_size_of(size[0])
+    cdef Spare *block
+    if which < BLOCK_SIZES:
+        size[0] = <size_t>1 << (LEAST_BLOCK + which)
+        block = spare_blocks[which]
+        if block != NULL:
+            spare_blocks[which] = block.next
+            spare_bytes -= size[0]
+            alive.blocks += 1
+            return block
+    block = <Spare *>malloc(size[0])
+    if block != NULL:
+        alive.blocks += 1
+    return block
+
+
+cdef void block_put(void *block, size_t size) noexcept:
+    """``size`` is what `block_get` said."""
+    global spare_bytes
+    cdef int which = block_size_of(size)
+    alive.blocks -= 1
+    if which == BLOCK_SIZES or spare_bytes + size > FW_SPARE_BYTES:
+        free(block)
+        return
+    (<Spare *>block).next = spare_blocks[which]
+    spare_blocks[which] = <Spare *>block
+    spare_bytes += size
 
 
 # -- counters, since the process began --

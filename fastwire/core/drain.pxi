@@ -18,6 +18,7 @@ MESSAGE_CLASSES = ("status", "reply", "stream", "display", "comm", "input_reques
 cdef enum:
     MAX_REASONS = 16
     FIRST_CHUNK = 2048
+    CHUNK_HEAD = 32         # of a `Chunk`, 16-aligned
     LARGEST_CHUNK = 65536
     DRAIN_MESSAGES = 1024
     DRAIN_BYTES = 1048576
@@ -49,7 +50,7 @@ cdef int classify(const Header *header) noexcept nogil:
 
 cdef struct Chunk:
     Chunk *older
-    size_t size
+    size_t size     # with this head
     size_t used
 
 
@@ -57,7 +58,7 @@ cdef struct Arena:
     Chunk *newest
 
 
-cdef void *arena_get(Arena *arena, size_t size) noexcept nogil:
+cdef void *arena_get(Arena *arena, size_t size) noexcept:
     """``size`` bytes, 16-aligned, at an address that stays; NULL without memory."""
     cdef Chunk *chunk = arena.newest
     cdef size_t room = FIRST_CHUNK
@@ -66,27 +67,25 @@ cdef void *arena_get(Arena *arena, size_t size) noexcept nogil:
     if chunk == NULL or chunk.size - chunk.used < size:
         if chunk != NULL:
             room = min(chunk.size * 4, <size_t>LARGEST_CHUNK)
-        room = max(room, size)
-        chunk = <Chunk *>malloc(32 + room)
+        room = max(room, CHUNK_HEAD + size)
+        chunk = <Chunk *>block_get(&room)
         if chunk == NULL:
             return NULL
         chunk.older = arena.newest
         chunk.size = room
-        chunk.used = 0
+        chunk.used = CHUNK_HEAD
         arena.newest = chunk
-        alive.blocks += 1
-    p = <char *>chunk + 32 + chunk.used
+    p = <char *>chunk + chunk.used
     chunk.used += size
     return p
 
 
-cdef void arena_free(Arena *arena) noexcept nogil:
+cdef void arena_free(Arena *arena) noexcept:
     cdef Chunk *chunk
     while arena.newest != NULL:
         chunk = arena.newest
         arena.newest = chunk.older
-        free(chunk)
-        alive.blocks -= 1
+        block_put(chunk, chunk.size)
 
 
 cdef struct Indexed:
@@ -147,6 +146,24 @@ cdef class Store:
         self.held_count += 1
         alive.zmq_messages += 1
         return <const char *>zmq_msg_data(mine)
+
+
+cdef enum:
+    SMALL_ROOM = 65536      # bytes of one message's small frames that are copied
+
+# The frames of the message that is being received. Small ones are copied behind each other as they come, and the next
+# takes their place in libzmq's hands; that is a third cheaper than to keep each, and HMAC reads them in one go.
+cdef struct Incoming:
+    fw_span *spans
+    fw_zmq_msg *kept    # the frames that are not in ``small``, in order, and room for the next
+    Py_ssize_t kept_count
+    Py_ssize_t room     # of both
+    char *small
+
+
+cdef inline bint is_kept(const Incoming *incoming, fw_span span) noexcept nogil:
+    """Whether a frame's bytes are still where libzmq received them."""
+    return <const char *>span.ptr < incoming.small or <const char *>span.ptr > incoming.small + SMALL_ROOM
 
 
 @cython.final
@@ -254,12 +271,13 @@ cdef class Batch:
             return blank_part()
         return None
 
-    cdef int add_zmq(self, Signer signer, bint permissive, fw_zmq_msg *frames, fw_span *spans,
-                     Py_ssize_t count) except -1:
+    cdef int add_zmq(self, Signer signer, bint permissive, Incoming *incoming, Py_ssize_t count) except -1:
         """Takes over the frames of one message that libzmq received."""
+        cdef fw_span *spans = incoming.spans
         cdef Py_ssize_t first = 0, i
         cdef Header header
         cdef Indexed *message
+        cdef fw_zmq_msg *kept = incoming.kept
         cdef char *small
         cdef size_t small_bytes = 0
         error = self.judge(signer, permissive, spans, count, &first, &header)
@@ -272,13 +290,17 @@ cdef class Batch:
             if spans[i].len <= COPY_LIMIT:
                 small_bytes += spans[i].len
         small = <char *>self.store.get(small_bytes)
-        for i in range(first, count):
-            if spans[i].len <= COPY_LIMIT:
+        for i in range(count):
+            if i < first:
+                pass
+            elif spans[i].len <= COPY_LIMIT:
                 memcpy(small, spans[i].ptr, spans[i].len)
                 message.parts[i - first] = fixed(small, spans[i].len)
                 small += spans[i].len
             else:
-                message.parts[i - first] = fixed(self.store.hold(&frames[i]), spans[i].len)
+                message.parts[i - first] = fixed(self.store.hold(kept), spans[i].len)
+            if is_kept(incoming, spans[i]):
+                kept += 1
         # The header moved: what was found in it moves along.
         self.rebase(message, &header, spans[first].ptr)
         tally(&counted.from_kernels[self.channel_number], sum_of(message.parts, message.count))
@@ -517,13 +539,11 @@ cdef Frames encode_batch(Batch batch, int protocol):
             copied -= large_bytes(&m.header.msg_id, 1, &segments) + large_bytes(&m.header.msg_type, 1, &segments)
     frames.count = batch.count
     frames.received = batch.received
-    frames.block = <char *>malloc(copied + 1)
+    frames.block_size = copied + 1
+    frames.block = <char *>block_get(&frames.block_size)
     frames.segments = <Segment *>malloc((segments + 1) * sizeof(Segment))
     if frames.block == NULL or frames.segments == NULL:
-        free(frames.block)
-        frames.block = NULL
         raise MemoryError
-    alive.blocks += 1
     w.out = frames.block
     w.run = frames.block
     w.segments = frames.segments
@@ -548,11 +568,9 @@ cdef Frames encode_batch(Batch batch, int protocol):
 cdef enum:
     SPARE_ROOM = 1024
 
-# The frames of the message that is being received.
-cdef struct Incoming:
-    fw_zmq_msg *frames
-    fw_span *spans
-    Py_ssize_t room
+cdef enum:
+    NOTHING
+    RECEIVED
 
 # Room that the last drain left for the next. Each takes it for itself: Python code runs while messages are judged
 # (hashlib's, a finalizer), and with it other threads, which may drain too.
@@ -568,66 +586,94 @@ cdef Incoming take_spare() noexcept:
 
 cdef void give_back(Incoming *mine) noexcept:
     """What one message of a million frames needed is not kept."""
-    if spare.frames == NULL and mine.room <= SPARE_ROOM:
+    if spare.small == NULL and mine.room <= SPARE_ROOM:
         memcpy(&spare, mine, sizeof(spare))
         return
-    free(mine.frames)
     free(mine.spans)
+    free(mine.kept)
+    free(mine.small)
 
 
 cdef int more_room(Incoming *incoming, Py_ssize_t count) except -1:
     """Room for more frames than ``count``; those that are there move along."""
     cdef Py_ssize_t room = incoming.room * 2 if incoming.room else 32
-    cdef fw_zmq_msg *frames
-    cdef fw_span *spans
-    cdef Py_ssize_t i
-    frames = <fw_zmq_msg *>malloc(room * sizeof(fw_zmq_msg))
-    spans = <fw_span *>malloc(room * sizeof(fw_span))
-    if frames == NULL or spans == NULL:
-        free(frames)
-        free(spans)
+    cdef fw_zmq_msg *kept = <fw_zmq_msg *>malloc((room + 1) * sizeof(fw_zmq_msg))
+    cdef fw_span *spans = <fw_span *>realloc(incoming.spans, room * sizeof(fw_span))
+    cdef Py_ssize_t i, k = 0
+    if spans != NULL:
+        incoming.spans = spans
+    if incoming.small == NULL:
+        incoming.small = <char *>malloc(SMALL_ROOM)
+    if kept == NULL or spans == NULL or incoming.small == NULL:
+        free(kept)
+        close_frames(incoming)
         raise MemoryError
     for i in range(count):
-        zmq_msg_init(&frames[i])
-        zmq_msg_move(&frames[i], &incoming.frames[i])
-    free(incoming.frames)
-    free(incoming.spans)
-    incoming.frames = frames
-    incoming.spans = spans
+        if is_kept(incoming, spans[i]):
+            zmq_msg_init(&kept[k])
+            zmq_msg_move(&kept[k], &incoming.kept[k])
+            # The bytes of a very small message lie in the zmq_msg_t itself.
+            spans[i].ptr = zmq_msg_data(&kept[k])
+            k += 1
+    if incoming.room:
+        zmq_msg_close(&incoming.kept[k])
+    zmq_msg_init(&kept[k])
+    free(incoming.kept)
+    incoming.kept = kept
     incoming.room = room
     return 0
 
 
 cdef Py_ssize_t receive_message(void *handle, Incoming *incoming) except -1:
-    """The number of frames received into ``incoming``, 0 when no message is there."""
-    cdef Py_ssize_t count = 0, i
+    """The number of frames received into ``incoming``, 0 when no message is there. `close_frames` lets go of them."""
+    cdef Py_ssize_t count = 0
+    cdef size_t used = 0
     cdef fw_zmq_msg *frame
-    cdef int problem
-    while True:
+    cdef fw_span *span
+    cdef bint more = True
+    incoming.kept_count = 0
+    if incoming.room:
+        zmq_msg_init(incoming.kept)
+    while more:
         if count == incoming.room:
             more_room(incoming, count)
-        zmq_msg_init(&incoming.frames[count])
-        while zmq_msg_recv(&incoming.frames[count], handle, FW_ZMQ_DONTWAIT) < 0:
-            problem = zmq_errno()
-            if problem == EINTR:
-                continue
-            close_frames(incoming, count + 1)
-            if problem == EAGAIN:
-                return 0
-            raise zmq_problem(problem)
+        frame = &incoming.kept[incoming.kept_count]
+        if receive_frame(handle, frame, incoming) == NOTHING:
+            return 0
+        more = zmq_msg_more(frame)
+        span = &incoming.spans[count]
+        span[0] = fixed(<const char *>zmq_msg_data(frame), zmq_msg_size(frame))
         count += 1
-        if not zmq_msg_more(&incoming.frames[count - 1]):
-            break
-    for i in range(count):
-        frame = &incoming.frames[i]
-        incoming.spans[i] = fixed(<const char *>zmq_msg_data(frame), zmq_msg_size(frame))
+        if span.len <= COPY_LIMIT and span.len <= SMALL_ROOM - used:
+            memcpy(incoming.small + used, span.ptr, span.len)
+            span.ptr = incoming.small + used
+            used += span.len
+        else:
+            incoming.kept_count += 1
+            zmq_msg_init(frame + 1)
     return count
 
 
-cdef void close_frames(Incoming *incoming, Py_ssize_t count) noexcept:
+cdef inline int receive_frame(void *handle, fw_zmq_msg *frame, Incoming *incoming) except -1:
+    """NOTHING when there is no message. Closes all frames unless it has received one."""
+    cdef int problem
+    while zmq_msg_recv(frame, handle, FW_ZMQ_DONTWAIT) < 0:
+        problem = zmq_errno()
+        if problem == EINTR:
+            continue
+        close_frames(incoming)
+        if problem == EAGAIN:
+            return NOTHING
+        raise zmq_problem(problem)
+    return RECEIVED
+
+
+cdef void close_frames(Incoming *incoming) noexcept:
+    """Of one message, with the place of the next."""
     cdef Py_ssize_t i
-    for i in range(count):
-        zmq_msg_close(&incoming.frames[i])
+    if incoming.room:
+        for i in range(incoming.kept_count + 1):
+            zmq_msg_close(&incoming.kept[i])
 
 
 cdef object zmq_problem(int number):
@@ -661,9 +707,13 @@ cdef Batch drain_directly(socket, str channel, Signer signer, Py_ssize_t max_mes
                           bint permissive, Incoming *incoming):
     cdef Batch batch = None
     cdef Py_ssize_t count
+    cdef void *handle = NULL
+    cdef bint may_be_closed = True      # Python code has run since its handle was read
     while True:
         try:
-            count = receive_message(handle_of(socket), incoming)
+            if may_be_closed:
+                handle = handle_of(socket)
+            count = receive_message(handle, incoming)
         except (SocketClosed, zmq.ZMQError):
             # What was received is not lost for it; the next drain says it again.
             if batch is None:
@@ -676,9 +726,10 @@ cdef Batch drain_directly(socket, str channel, Signer signer, Py_ssize_t max_mes
             if batch is None:
                 batch = new_batch(channel)
                 counted.batches += 1
-            batch.add_zmq(signer, permissive, incoming.frames, incoming.spans, count)
+            batch.add_zmq(signer, permissive, incoming, count)
         finally:
-            close_frames(incoming, count)
+            close_frames(incoming)
+        may_be_closed = signer.scheme == HASHLIB or batch.reasons is not None or batch.store.kept is not None
         if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
             counted.budget_hits += 1
             batch.more = True

@@ -28,6 +28,7 @@ cdef class Frames:
     """Wire bytes: one block with everything small, and segments that interleave it with large parts elsewhere."""
 
     cdef char *block
+    cdef size_t block_size
     cdef Segment *segments
     cdef Py_ssize_t segment_count
     cdef uint64_t *ends         # of each frame, in bytes from the first
@@ -41,8 +42,7 @@ cdef class Frames:
 
     def __dealloc__(self):
         if self.block != NULL:
-            alive.blocks -= 1
-        free(self.block)
+            block_put(self.block, self.block_size)
         free(self.segments)
         free(self.ends)
 
@@ -184,13 +184,12 @@ cdef class WriteQueue:
         cdef size_t size = FIRST_BLOCK
         cdef Block *block
         if self.block != NULL:
-            size = min(self.block.size * 4, <size_t>LARGEST_BLOCK)
-        size = max(size, length)
-        block = <Block *>malloc(sizeof(Block) + size)
+            size = min(sizeof(Block) + self.block.size * 4, <size_t>LARGEST_BLOCK)
+        size = max(size, sizeof(Block) + length)
+        block = <Block *>block_get(&size)
         if block == NULL:
             raise MemoryError
-        alive.blocks += 1
-        block.size = size
+        block.size = size - sizeof(Block)
         block.used = 0
         block.entries = 0
         if self.block != NULL and self.block.entries == 0:
@@ -424,8 +423,7 @@ cdef class WriteQueue:
             free(entry.keeper)
 
     cdef void free_block(self, Block *block) noexcept:
-        alive.blocks -= 1
-        free(block)
+        block_put(block, sizeof(Block) + block.size)
 
     cdef void release_all(self) noexcept:
         while self.first < self.last:

@@ -202,7 +202,12 @@ static void fw_hmac(const fw_hmac_key *k, const fw_span *spans, size_t count, ui
     fw_sha256 s;
     memcpy(s.state, k->inner, sizeof s.state);
     s.length = 64;
-    for (size_t i = 0; i < count; i++) fw_sha256_update(&s, spans[i].ptr, spans[i].len);
+    for (size_t i = 0; i < count;) {
+        /* Spans that follow each other in memory are hashed as one. */
+        const char *begin = (const char *)spans[i].ptr, *end = begin + spans[i].len;
+        for (i++; i < count && (const char *)spans[i].ptr == end; i++) end += spans[i].len;
+        fw_sha256_update(&s, begin, (size_t)(end - begin));
+    }
     fw_sha256_final(&s, digest);
     memcpy(s.state, k->outer, sizeof s.state);
     s.length = 64;
