@@ -1,43 +1,25 @@
 """JupyterLab in Chromium, as a person uses it, against ``python -m fastwire.serve``.
 
 One server and one browser for all tests; each test has pages and notebooks of its own. A test waits for what the page
-shows. What an output holds in the end is read from the notebook's file once the page has saved it. Screenshots stay in
-build/screenshots.
+shows. What an output holds in the end is read from the notebook's file once the page has saved it.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from chromium import PATIENCE, SCREENSHOTS, launched
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 from playwright.sync_api import Error as PlaywrightError
-from server import ROOT, TOKEN, Server, serving, until
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-SWITCHES = (
-    "--no-sandbox",  # which root cannot have
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-SCREENSHOTS = ROOT / "build" / "screenshots"
-
-#: For one thing to appear, on a machine that is slow and busy.
-PATIENCE = 60.0
+from server import TOKEN, Server, serving, until
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(5 * PATIENCE)]
-
-expect.set_options(timeout=1000 * PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +30,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         settings.mkdir(parents=True)
         (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
         yield server
-        assert server.logged("Traceback") == []
+        assert server.logged("[E ") == []
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        missing = "JupyterLab is NOT tested in a browser: no chromium on PATH (apt-get install chromium)"
-        assert os.environ.get("CI") != "true", missing
-        pytest.skip(missing)
-    with sync_playwright() as playwright:
-        # Its profile is a new, empty directory.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+    with launched("JupyterLab") as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
