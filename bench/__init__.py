@@ -1,1 +1,1 @@
-"""Load, latency and flood benchmarks for fastwire and the servers it is compared with."""
+"""Benchmarks of fastwire and of the servers and libraries it is compared with."""

@@ -32,6 +32,7 @@ class LoadSocket(KernelSocket):
         self._notices = notices
         self._requests = tally.requests
         self._markers = tally.workload.markers
+        self._has_lines = tally.workload.lines > 0
         self._guess = 0
 
     def on_message(self, buffer: bytearray, start: int, end: int, opcode: int) -> None:
@@ -48,7 +49,7 @@ class LoadSocket(KernelSocket):
             self._tally.other += 1
             return
         self._guess = (kind + 1) % len(self._markers)
-        if kind == OUTPUT and self._tally.workload.lines:
+        if self._has_lines and kind == OUTPUT:
             self._take_lines(buffer, start, end, opcode, index)
         else:
             self._tally.note(kind, index, time.monotonic())

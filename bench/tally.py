@@ -83,7 +83,7 @@ class Tally:
 
     def note(self, kind: int, index: int, now: float) -> None:
         """Count one message of one of the five kinds."""
-        seen = self._look(index)
+        seen = self._seen[index] if index < len(self._seen) else self._look(index)
         if seen & 1 << kind:
             self.duplicated += 1
             return
@@ -93,11 +93,15 @@ class Tally:
         if kind == REPLY:
             self.reply_latency.append(now - self.requests.sent_at[index])
             self.reply_before_result += not seen & 1 << OUTPUT
-            self.out_of_order += index < self._newest_reply
-            self._newest_reply = max(index, self._newest_reply)
+            if index < self._newest_reply:
+                self.out_of_order += 1
+            else:
+                self._newest_reply = index
             return
-        self.out_of_order += index < self._newest_iopub or bool(seen & _LATER[kind])
-        self._newest_iopub = max(index, self._newest_iopub)
+        if index < self._newest_iopub or seen & _LATER[kind]:
+            self.out_of_order += 1
+        else:
+            self._newest_iopub = index
         if kind == IDLE:
             self.idle_latency.append(now - self.requests.sent_at[index])
 

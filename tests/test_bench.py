@@ -134,7 +134,7 @@ def test_a_socket_tells_messages_apart_without_parsing() -> None:
         def __init__(self) -> None:
             self.protocol = "legacy"
             self._tally, self._requests, self._notices = tally, tally.requests, notices
-            self._markers, self._guess = tally.workload.markers, 0
+            self._markers, self._has_lines, self._guess = tally.workload.markers, True, 0
 
     socket = Detached()
     for template in sent:
