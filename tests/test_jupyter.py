@@ -1,5 +1,6 @@
 """Real kernels through the real server, as Jupyter's clients meet them, in both protocols."""
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -8,10 +9,12 @@ import struct
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import wsclient
+from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from server import (
     JUPYTER,
     PATIENCE,
@@ -26,13 +29,16 @@ from server import (
     serving,
     until,
 )
+from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
+from tornado.web import Application
 from traitlets.config import Config
 from websockets.exceptions import InvalidStatus
 from wsclient import close_frame
+from zmq.eventloop.zmqstream import ZMQStream
 
 from fastwire._core import PROTOCOL_V1
 from fastwire.flow import Limits
-from fastwire.jupyter import Fastwire
+from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection
 
 both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
@@ -881,3 +887,33 @@ def test_jupyter_server_itself(tmp_path_factory: pytest.TempPathFactory) -> None
         watcher.socket.close()
         lines = [line for line in server.log.splitlines() if re.search(r"Traceback|\[E ", line)]
         assert lines == []
+
+
+# -- the classes by themselves ---------------------------------------------------------------------
+
+
+def test_streams_made_by_hand_end_with_the_connection() -> None:
+    """Nothing of fastwire calls ``create_stream``, but it is public."""
+
+    async def streams_of_a_connection() -> list[ZMQStream]:
+        manager = FastwireMappingKernelManager()
+        kernel = await manager.start_kernel()
+        try:
+            manager.notify_connect(kernel)
+            request = HTTPServerRequest(
+                start_line=RequestStartLine("GET", "/", "HTTP/1.1"),
+                headers=HTTPHeaders({"Host": "localhost"}),
+                connection=SimpleNamespace(set_close_callback=lambda _: None),
+            )
+            handler = KernelWebsocketHandler(Application(), request)
+            connection = FastwireWebsocketConnection(parent=manager.get_kernel(kernel), websocket_handler=handler)
+            connection.create_stream()
+            streams = list(connection.channels.values())
+            connection.disconnect()
+        finally:
+            await manager.shutdown_kernel(kernel, now=True)
+        return streams
+
+    streams = asyncio.run(streams_of_a_connection())
+    assert len(streams) == 4
+    assert all(stream.closed() for stream in streams)
