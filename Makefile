@@ -17,7 +17,7 @@ COMPILE := $(RUN) setup.py --quiet build_ext --inplace --force
 TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs etc examples fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test conformance lint format bench bench-core bench-check load sanitize coverage fuzz nightly dist clean
+.PHONY: help install serve test conformance lint format bench bench-core bench-check load sanitize coverage fuzz upstream nightly dist clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -85,9 +85,13 @@ coverage: install ## which lines of the core the tests reach, in build/coverage
 fuzz: install ## feed the core hostile bytes: make fuzz SECONDS=600
 	$(RUN) -m fuzz.run --seconds $(SECONDS)
 
+upstream: install ## the tests of Jupyter and Tornado, on their classes and on ours: make upstream ARGS="--help"
+	$(RUN) tools/upstream/run.py $(ARGS)
+
 nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	HYPOTHESIS_PROFILE=nightly $(MAKE) test ARGS="--timeout=3600"
 	$(MAKE) sanitize
+	$(MAKE) upstream
 	$(MAKE) fuzz SECONDS=7200
 	$(MAKE) load ARGS="--target fastwire --kernels 64 --rate 10 --seconds 3600"
 	$(MAKE) load ARGS="--matrix --seconds 60"
