@@ -218,7 +218,11 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         provider = handler.identity_provider
         if not provider.auth_enabled or (provider.token and provider.get_token(handler) == provider.token):
             return ""
-        return str(getattr(handler.current_user, "username", handler.current_user))
+        try:
+            user = handler.current_user
+        except RuntimeError:  # no request has passed through this handler: nobody has logged in
+            user = None
+        return str(getattr(user, "username", user))
 
     async def _register_session(self) -> None:
         """A session's id stands in every message that its kernel sends to all its clients: knowing it is no proof.

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import wsclient
+from jupyter_server.auth.identity import PasswordIdentityProvider
+from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from server import (
     JUPYTER,
@@ -892,21 +894,28 @@ def test_jupyter_server_itself(tmp_path_factory: pytest.TempPathFactory) -> None
 # -- the classes by themselves ---------------------------------------------------------------------
 
 
-def test_streams_made_by_hand_end_with_the_connection() -> None:
-    """Nothing of fastwire calls ``create_stream``, but it is public."""
+def connection_to(kernel: ServerKernelManager) -> FastwireWebsocketConnection:
+    """A connection whose handler no request has passed through, so that nobody has logged in."""
+    request = HTTPServerRequest(
+        start_line=RequestStartLine("GET", "/", "HTTP/1.1"),
+        headers=HTTPHeaders({"Host": "localhost"}),
+        connection=SimpleNamespace(set_close_callback=lambda _: None),
+    )
+    application = Application(identity_provider=PasswordIdentityProvider(token=TOKEN))
+    handler = KernelWebsocketHandler(application, request)
+    return FastwireWebsocketConnection(parent=kernel, websocket_handler=handler)
 
-    async def streams_of_a_connection() -> list[ZMQStream]:
+
+def test_a_connection_by_itself() -> None:
+    """As jupyter_server's tests make one. Nothing of fastwire calls ``create_stream``, but it is public."""
+
+    async def use() -> list[ZMQStream]:
         manager = FastwireMappingKernelManager()
         kernel = await manager.start_kernel()
         try:
+            connection = connection_to(manager.get_kernel(kernel))
+            await connection.prepare()
             manager.notify_connect(kernel)
-            request = HTTPServerRequest(
-                start_line=RequestStartLine("GET", "/", "HTTP/1.1"),
-                headers=HTTPHeaders({"Host": "localhost"}),
-                connection=SimpleNamespace(set_close_callback=lambda _: None),
-            )
-            handler = KernelWebsocketHandler(Application(), request)
-            connection = FastwireWebsocketConnection(parent=manager.get_kernel(kernel), websocket_handler=handler)
             connection.create_stream()
             streams = list(connection.channels.values())
             connection.disconnect()
@@ -914,6 +923,6 @@ def test_streams_made_by_hand_end_with_the_connection() -> None:
             await manager.shutdown_kernel(kernel, now=True)
         return streams
 
-    streams = asyncio.run(streams_of_a_connection())
+    streams = asyncio.run(use())
     assert len(streams) == 4
     assert all(stream.closed() for stream in streams)
