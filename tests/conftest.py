@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import builders
 import pytest
@@ -22,6 +22,7 @@ settings.register_profile("nightly", max_examples=3000, deadline=None, suppress_
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 FAILED = pytest.StashKey[bool]()
+
 #: Lines for the end of the report: what was counted in this run.
 COUNTED = pytest.StashKey[list[str]]()
 
@@ -29,6 +30,23 @@ COUNTED = pytest.StashKey[list[str]]()
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for line in config.stash.get(COUNTED, []):
         terminalreporter.write_line(line)
+    if faults:
+        terminalreporter.write_line(f"{sum(faults):,} faults injected into system calls, each of which came to pass")
+
+
+#: Of each script. `nothing_left_behind` holds that all of them happen.
+faults: list[int] = []
+
+
+def script_syscalls(
+    steps: Iterable[tuple[str, str | int]], script: Callable[..., None] = _core.script_syscalls
+) -> None:
+    steps = list(steps)
+    script(steps)
+    faults.append(len(steps))
+
+
+_core.script_syscalls = script_syscalls
 
 
 @pytest.hookimpl(wrapper=True)

@@ -32,7 +32,7 @@ class Named(IdentityProvider):
 
 class ReadOnly(Authorizer):
     def is_authorized(self, handler, user, action, resource):
-        return user.username != "reader" or action == "read"
+        return action in {"reader": ("read",), "outsider": ()}.get(user.username, (action,))
 
 
 c = get_config()
@@ -54,7 +54,8 @@ from fastwire.serve import FastwireServer
 
 app = FastwireServer()
 app.initialize(sys.argv[1:])
-print("routes:", json.dumps([rule.matcher.regex.pattern for rule in app.web_app.wildcard_router.rules]))
+hosts = app.web_app.default_router.rules  # extensions' come first
+print("routes:", json.dumps([rule.matcher.regex.pattern for host in hosts for rule in host.target.rules]))
 """
 
 #: What its groups may stand for; each pattern is tried with the first that fits.
@@ -68,6 +69,9 @@ EXAMPLES = {
     "section_name": ["section"],
     "format": ["script"],
 }
+
+#: For patterns that say more than that.
+PATHS = {r"/fastwire/(page\.(?:css|js))$": "/fastwire/page.js"}
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
@@ -145,12 +149,14 @@ def routes(server: Server, kernel: str, tmp_path_factory: pytest.TempPathFactory
     patterns = json.loads(ended.stdout.rpartition("routes:")[2])
     found = {pattern: path_of(pattern, kernel) for pattern in patterns}
     assert len(found) > 35
-    assert f"/api/kernels/{kernel}/channels" in found.values()
+    assert set(found.values()) > {f"/api/kernels/{kernel}/channels", "/fastwire", "/fastwire/api/status", "/metrics"}
     return found
 
 
 def path_of(pattern: str, kernel: str) -> str:
     """A path for a pattern: its groups replaced by examples."""
+    if pattern in PATHS:
+        return PATHS[pattern]
     for choice in range(2):
         path, group = pattern.removesuffix("$"), r"\((?:\?P<(\w+)>)?((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)"
         path = re.sub(group, lambda found: example(found[1], found[2], choice), path)  # noqa: B023 - used at once
@@ -225,6 +231,14 @@ def test_who_may_not_execute_changes_nothing(server: Server, routes: dict[str, s
         for method in METHODS[1:]:
             answer = ask(server, method, path, reader | XSRF, {})
             assert is_refusal(answer) or pattern in PUBLIC | REPORTS, (method, path, answer)
+
+
+@pytest.mark.parametrize("path", ["/fastwire", "/fastwire/page.js", "/fastwire/api/status"])
+def test_who_may_not_read_kernels_sees_none(server: Server, kernel: str, path: str) -> None:
+    assert ask(server, "GET", path, {"X-User": "reader"}).status == 200
+    answer = ask(server, "GET", path, {"X-User": "outsider"})
+    assert answer.status == 403
+    assert kernel.encode() not in answer.body
 
 
 def handshake(server: Server, kernel: str, headers: dict[str, str], query: str = "") -> int:
@@ -377,8 +391,8 @@ def test_files_are_their_owners_only(server: Server, kernel: str) -> None:
 SECRET = "a secret of 6b1c7f"  # what no log may show
 
 
-def test_neither_token_nor_contents_are_logged(server: Server, kernel: str) -> None:
-    """What goes wrong is logged, at the level INFO; what it was about is not."""
+def test_neither_token_nor_contents_are_logged_or_shown(server: Server, kernel: str) -> None:
+    """What goes wrong is in the log, at the level INFO, and on the live page; what it was about is not."""
     session = uuid.uuid4().hex
     with Client(server, kernel, None, session) as client:
         assert client.run(SECRET).reply["status"] == "ok"
@@ -404,3 +418,8 @@ def test_neither_token_nor_contents_are_logged(server: Server, kernel: str) -> N
     assert TOKEN not in server.log
     key = server.connection_info(kernel)["key"]
     assert key not in server.log
+    for path in ("/fastwire", "/fastwire/page.js", "/fastwire/api/status", "/metrics"):
+        answer = ask(server, "GET", path, {"Authorization": f"token {TOKEN}"})
+        assert answer.status == 200
+        for secret in (TOKEN, key, SECRET):
+            assert secret.encode() not in answer.body, path
