@@ -30,7 +30,7 @@ COUNTED = pytest.StashKey[list[str]]()
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     for line in config.stash.get(COUNTED, []):
         terminalreporter.write_line(line)
-    if faults:
+    if any(faults):
         terminalreporter.write_line(f"{sum(faults):,} faults injected into system calls, each of which came to pass")
 
 
