@@ -20,7 +20,7 @@ from cases import LITTLE, MAX_MESSAGE_SIZE  # noqa: E402
 Serve = Callable[[int, bool, ssl.SSLContext | None], Awaitable[int]]
 
 
-def serve_tornado(base: Any = None) -> Serve:
+def serve_tornado(base: Any = None, *, coroutines: bool = False) -> Serve:
     """Tornado's handler, or another with the same methods."""
     import tornado.httpserver
     import tornado.netutil
@@ -37,8 +37,9 @@ def serve_tornado(base: Any = None) -> Serve:
         def open(self) -> None:
             self.set_nodelay(True)
 
-        def on_message(self, message: str | bytes) -> None:
-            self.write_message(message, binary=isinstance(message, bytes))
+        def on_message(self, message: str | bytes) -> Any:
+            written = self.write_message(message, binary=isinstance(message, bytes))
+            return written if coroutines else None
 
     class Live(tornado.web.RequestHandler):
         def get(self) -> None:
@@ -57,9 +58,29 @@ def serve_tornado(base: Any = None) -> Serve:
 
 
 def serve_fastwire() -> Serve:
-    from fastwire.websocket import WebSocketHandler
+    import fastwire.websocket
 
-    return serve_tornado(WebSocketHandler)
+    fastwire.websocket.CLOSE_TIMEOUT = 60.0  # a judge on a busy machine may be slow
+    return serve_tornado(fastwire.websocket.WebSocketHandler)
+
+
+def serve_connection_for() -> Serve:
+    """fastwire's data path given to a handler of Tornado, whose callbacks are coroutines."""
+    import tornado.websocket
+
+    import fastwire.websocket
+    from fastwire.websocket import Connection, connection_for
+
+    fastwire.websocket.CLOSE_TIMEOUT = 60.0
+
+    class Handler(tornado.websocket.WebSocketHandler):
+        def get_websocket_protocol(self) -> Connection | None:
+            return connection_for(self)
+
+        async def write_message(self, message: str | bytes, binary: bool = False) -> None:
+            await super().write_message(message, binary)
+
+    return serve_tornado(Handler, coroutines=True)
 
 
 def serve_websockets() -> Serve:
@@ -114,6 +135,7 @@ def serve_picows() -> Serve:
 
 SERVERS: dict[str, Callable[[], Serve]] = {
     "fastwire": serve_fastwire,
+    "connection_for": serve_connection_for,
     "websockets": serve_websockets,
     "tornado": serve_tornado,
     "picows": serve_picows,

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from cases import BY_JUDGE, FAULT, Case, Pieces
 from codec import Codec
@@ -27,8 +26,11 @@ from wsclient import Handshake
 from fastwire._core import OP_CLOSE, OP_PONG, RSV1
 
 OK, NOT_OFFERED, NON_STRICT, FAILED = GRADES = ("ok", "not offered", "non-strict", "failed")
-#: All in one write, each frame in its own, in pieces of random length, octet by octet.
-PACES = ("at once", "frames", "chops", "octets")
+#: All in one write with the handshake, all in one write, each frame in its own, in pieces of random length, octet by
+#: octet.
+PACES = ("early", "at once", "frames", "chops", "octets")
+IN_ONE_WRITE = PACES[:2]
+KNOCKS = ("at once", "octets")
 #: More octets than these are not sent one by one.
 MOST_OCTETS = 1500
 CONNECT_TIMEOUT = 20.0
@@ -178,21 +180,29 @@ def must(held: bool, otherwise: str, grade: str = FAILED) -> None:
 class Session:
     """The client's side of one case."""
 
-    def __init__(self, wire: Wire, case: Case) -> None:
+    def __init__(self, wire: Wire, case: Case, pace: str | int) -> None:
         self.wire = wire
         self.case = case
+        self.pace = pace
         self.codec = self._handshake()
 
     def _handshake(self) -> Codec:
         offer = {"Sec-WebSocket-Extensions": self.case.offer} if self.case.offer else {}
         handshake = Handshake("/", offer)
-        self.wire.send(handshake.request)
-        handshake.read(self.wire.read_until(b"\r\n\r\n")[:-4])
+        early = self._early() if self.pace == "early" else b""
+        self.wire.send(handshake.request + early)
+        head = self.wire.read_until(b"\r\n\r\n")[:-4]
+        must(head.startswith(b"HTTP/1.1 "), "answered before the handshake was")
+        handshake.read(head)
         must(handshake.accepted, f"answered {handshake.status} to the handshake")
         agreed = handshake.headers.get("sec-websocket-extensions", "")
         must(bool(agreed) or not self.case.offer, "", NOT_OFFERED)
         must(bool(self.case.offer) or not agreed, f"agreed to {agreed!r}")
         return Codec(agreed)
+
+    def _early(self) -> bytes:
+        ((sent, _),) = self.case.rounds(Codec())
+        return b"".join(piece for piece in sent if piece is not FAULT)
 
     def event(self) -> tuple[int, bytes]:
         """The next message or control frame."""
@@ -209,17 +219,20 @@ class Session:
 
     # -- sending --
 
-    def play(self, pace: str | int) -> None:
+    def play(self) -> None:
         """Send all, and hold the answers against those expected. Raises `Remark`, `Ended` or `Late`."""
         late = ""
         for sent, answers in self.case.rounds(self.codec):
             before, after = parted(sent)
-            self.send(before if after is not None and pace != "at once" else [*before, *(after or [])], pace)
+            if after is not None and self.pace in IN_ONE_WRITE:
+                before, after = before + after, []
+            if self.pace != "early":
+                self.send(before, self.pace)
             if self.case.half_close:
                 self.wire.half_close()
             self.expect(answers)
             if after is not None:
-                late = self.await_failure(after if pace != "at once" else None)
+                late = self.await_failure(after)
         self.end()
         must(not late, late, NON_STRICT)
 
@@ -227,7 +240,7 @@ class Session:
         for data in paced(pieces, pace, self.case.number):
             self.wire.send(data)
 
-    def await_failure(self, after: list[bytes] | None) -> str:
+    def await_failure(self, after: list[bytes]) -> str:
         """Wait for the first octet of what the server says to an error; send the rest when it does not see it yet."""
         late = ""
         try:
@@ -235,7 +248,7 @@ class Session:
         except Ended:
             pass
         except Late:
-            if after is None:
+            if not after:
                 raise
             late = "saw the error later than it shows"
             self.wire.send(b"".join(after))
@@ -357,7 +370,8 @@ def paces_of(case: Case, *, thorough: bool) -> list[str | int]:
         return ["at once", *(["frames", "chops"] if thorough else [])]
     (sent, _), *_ = case.rounds(Codec())
     octets = sum(len(piece) for piece in sent if piece is not FAULT)
-    return [*PACES[:3], *(PACES[3:] if octets <= MOST_OCTETS else [])]
+    paces = PACES if octets <= MOST_OCTETS else PACES[:-1]
+    return [pace for pace in paces if pace != "early" or not case.offer]
 
 
 def transports_of(case: Case, *, thorough: bool) -> list[bool]:
@@ -381,7 +395,7 @@ def run(target: Target, case: Case, pace: str | int, *, tls: bool) -> Verdict:
     except OSError as error:
         return Verdict(case.number, manner, FAILED, f"cannot be reached: {error}")
     try:
-        Session(wire, case).play(pace)
+        Session(wire, case, pace).play()
     except Remark as remark:
         return Verdict(case.number, manner, remark.grade, str(remark))
     except (Ended, Late) as error:
@@ -391,12 +405,13 @@ def run(target: Target, case: Case, pace: str | int, *, tls: bool) -> Verdict:
     return Verdict(case.number, manner, OK)
 
 
-def knock(target: Target, case: Knock, *, tls: bool) -> Verdict:
+def knock(target: Target, case: Knock, pace: str, *, tls: bool) -> Verdict:
     """A handshake; `Knock.judge` says what is wrong with the response."""
-    manner = "TLS" if tls else "plain"
+    manner = f"{pace}{', TLS' if tls else ''}"
     wire = Wire(target, target.deflate if case.deflate else target.tls if tls else target.plain, tls=tls)
     try:
-        wire.send(case.request)
+        for data in paced([case.request], pace, case.number):
+            wire.send(data)
         head = wire.read_until(b"\r\n\r\n")
     except Ended as end:
         return Verdict(case.number, manner, NON_STRICT if case.refused else FAILED, f"ended {end} without a response")
@@ -404,18 +419,24 @@ def knock(target: Target, case: Knock, *, tls: bool) -> Verdict:
         return Verdict(case.number, manner, FAILED, "no response")
     finally:
         wire.close()
+    if not head.startswith(b"HTTP/"):
+        return Verdict(case.number, manner, FAILED, f"answered {head[:20]!r}")
     grade, remark = case.judge(head)
     return Verdict(case.number, manner, grade, remark)
 
 
-def runs(target: Target, case: Case | Knock, *, thorough: bool = False) -> list[Callable[[], Verdict]]:
-    """Every manner of one case; ``thorough`` sends also the large ones in each."""
+def runs(
+    target: Target, case: Case | Knock, *, thorough: bool = False, only: Sequence[str] = PACES
+) -> list[Callable[[], Verdict]]:
+    """Every manner of one case; ``thorough`` sends also the large ones in each, ``only`` leaves paces out."""
     if isinstance(case, Knock):
-        return [partial(knock, target, case, tls=tls) for tls in ([False] if case.deflate else [False, True])]
+        transports = [False] if case.deflate else [False, True]
+        return [partial(knock, target, case, pace, tls=tls) for tls in transports for pace in KNOCKS if pace in only]
     return [
         partial(run, target, case, pace, tls=tls)
         for tls in transports_of(case, thorough=thorough)
         for pace in paces_of(case, thorough=thorough)
+        if pace in only or pace == case.pace
     ]
 
 
@@ -439,9 +460,9 @@ class Tally:
         return Counter(grade for number, grade in self.grades.items() if section in {None, number.partition(".")[0]})
 
 
-def judged(target: Target, cases: Iterable[Case | Knock], workers: int = 8) -> Iterator[Verdict]:
+def judged(target: Target, cases: Iterable[Case | Knock], *, thorough: bool = False) -> Iterator[Verdict]:
     """All of them, several at a time."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: list[Any] = [pool.submit(each) for case in cases for each in runs(target, case)]
-        for future in waiting:
+    with ThreadPoolExecutor(24) as pool:  # most of them wait
+        futures = [pool.submit(each) for case in cases for each in runs(target, case, thorough=thorough)]
+        for future in futures:
             yield future.result()

@@ -2,36 +2,55 @@
 
 import json
 import os
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
 from urllib.request import urlopen
 
 import cases
 import handshakes
 import pytest
+import report
 from cases import Case
 from conftest import COUNTED
 from handshakes import Knock
-from judge import OK, Tally, runs
+from judge import OK, PACES, Tally, runs
+from oracles import DIFFERENCES
 from targets import Running, serving
 
 PATIENCE = 20.0
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-TABLE = cases.table(1000 if NIGHTLY else 10)
+TABLE = cases.table(200 if NIGHTLY else 10)
+
+needs_openssl = pytest.mark.skipif(
+    shutil.which("openssl") is None and os.environ.get("CI") != "true",
+    reason="CONFORMANCE IS NOT TESTED: there is no openssl command to make a certificate with",
+)
 
 #: How many cases the Autobahn TestSuite has in each section.
 AUTOBAHN = {"1": 16, "2": 11, "3": 7, "4": 10, "5": 20, "6": 145, "7": 37, "9": 54, "10": 1, "12": 90, "13": 126}
 
 
+def is_quick(case: Case) -> bool:
+    return not case.large and case.section not in {"12", "13"}
+
+
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    try:
-        with serving("fastwire") as running:
-            yield running
-    except FileNotFoundError:
-        assert os.environ.get("CI") != "true", "CI has to have an openssl command"
-        pytest.skip("CONFORMANCE IS NOT TESTED: there is no openssl command to make a certificate with")
+def servers() -> Iterator[Callable[[str], Running]]:
+    """Servers by name, each started when it is asked for."""
+    running: dict[str, Running] = {}
+    with ExitStack() as stack:
+
+        def started(name: str) -> Running:
+            if name not in running:
+                running[name] = stack.enter_context(serving(name))
+            return running[name]
+
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +68,9 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def all_ok(running: Running, tally: Tally, pool: ThreadPoolExecutor) -> Callable[[Case | Knock], None]:
-    def judge(case: Case | Knock) -> None:
-        futures = [pool.submit(run) for run in runs(running.target, case, thorough=NIGHTLY)]
+def all_ok(servers: Callable[[str], Running], tally: Tally, pool: ThreadPoolExecutor) -> Callable[..., None]:
+    def judge(name: str, case: Case | Knock, **options: Any) -> None:
+        futures = [pool.submit(run) for run in runs(servers(name).target, case, thorough=NIGHTLY, **options)]
         verdicts = [future.result() for future in futures]
         for verdict in verdicts:
             tally.add(verdict)
@@ -60,14 +79,18 @@ def all_ok(running: Running, tally: Tally, pool: ThreadPoolExecutor) -> Callable
     return judge
 
 
-@pytest.mark.parametrize("case", TABLE, ids=str)
-def test_case(all_ok: Callable[[Case], None], case: Case) -> None:
-    all_ok(case)
+@needs_openssl
+@pytest.mark.parametrize("case", [*TABLE, *handshakes.table()], ids=str)
+def test_handler(all_ok: Callable[..., None], case: Case | Knock) -> None:
+    """fastwire's own handler."""
+    all_ok("fastwire", case)
 
 
-@pytest.mark.parametrize("case", handshakes.table(), ids=str)
-def test_handshake(all_ok: Callable[[Knock], None], case: Knock) -> None:
-    all_ok(case)
+@needs_openssl
+@pytest.mark.parametrize("case", [*filter(is_quick, TABLE), *handshakes.table()], ids=str)
+def test_handler_of_tornado(all_ok: Callable[..., None], case: Case | Knock) -> None:
+    """`connection_for` in a handler of Tornado whose callbacks are coroutines, as Jupyter Server's are."""
+    all_ok("connection_for", case, only=PACES if NIGHTLY else ["at once", "octets"])
 
 
 def test_the_table_has_all_situations_of_autobahn() -> None:
@@ -77,14 +100,30 @@ def test_the_table_has_all_situations_of_autobahn() -> None:
     assert {section: sections.count(section) for section in AUTOBAHN} == AUTOBAHN
 
 
-def test_nothing_is_left_of_all_cases(running: Running) -> None:
+@needs_openssl
+@pytest.mark.parametrize("name", ["fastwire", "connection_for"])
+def test_nothing_is_left_of_all_cases(servers: Callable[[str], Running], name: str) -> None:
     """No message, block or buffer in the server's process, and nothing in its log but why it closed connections."""
+    running = servers(name)
     end = time.monotonic() + PATIENCE
-    while True:
-        with urlopen(f"http://127.0.0.1:{running.target.plain}/live", timeout=PATIENCE) as response:
-            live = json.loads(response.read())
-        if not any(live.values()) or time.monotonic() > end:
-            break
+    while any((live := live_in(running)).values()) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(live.values()), live
     assert running.complaints() == []
+
+
+def live_in(running: Running) -> dict[str, int]:
+    with urlopen(f"http://127.0.0.1:{running.target.plain}/live", timeout=PATIENCE) as response:
+        return json.loads(response.read())
+
+
+def test_the_page_has_the_table() -> None:
+    """As `make conformance ARGS=--write` makes it, with every case of fastwire ok."""
+    page = report.PAGE.read_text()
+    counts = Counter(case.section for case in [*TABLE, *handshakes.table()])
+    assert set(counts) == set(report.SECTIONS)
+    for section, title in report.SECTIONS.items():
+        assert f"| {section} | {title} | {counts[section]} | {counts[section]} |" in page
+    assert f"| **all** | {counts.total()} | **{counts.total()}** |" in page
+    for _, what, _ in DIFFERENCES:
+        assert what in " ".join(page.split())
