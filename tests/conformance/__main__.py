@@ -19,7 +19,7 @@ from targets import serving
 
 def tally_of(name: str, table: list[Case | Knock], options: argparse.Namespace) -> Tally:
     tally, started = Tally(), time.perf_counter()
-    with serving(name, options.patience) as running:
+    with serving(name, patience=options.patience, prompt=options.prompt) as running:
         for verdict in judged(running.target, table, thorough=options.thorough):
             tally.add(verdict)
             if verdict.grade != OK and options.verbose:
@@ -34,7 +34,8 @@ def main() -> int:
     parser.add_argument("--targets", default="fastwire", help=f"comma-separated, of {', '.join(SERVERS)}")
     parser.add_argument("--only", default="", help="cases whose number starts so, comma-separated")
     parser.add_argument("--messages", type=int, default=10, help="in each case of 12 and 13 (Autobahn sends 1,000)")
-    parser.add_argument("--patience", type=float, default=2.0, help="seconds to wait for what does not come")
+    parser.add_argument("--patience", type=float, default=15.0, help="seconds to wait for what does not come")
+    parser.add_argument("--prompt", type=float, default=2.0, help="seconds to wait for what an error should bring")
     parser.add_argument("-v", "--verbose", action="store_true", help="every run that was not ok")
     parser.add_argument("--thorough", action="store_true", help="send also the large ones in pieces and over TLS")
     parser.add_argument("--write", action="store_true", help="put the table into docs/conformance.md")

@@ -26,10 +26,11 @@ from wsclient import Handshake
 from fastwire._core import OP_CLOSE, OP_PONG, RSV1
 
 OK, NOT_OFFERED, NON_STRICT, FAILED = GRADES = ("ok", "not offered", "non-strict", "failed")
-#: All in one write with the handshake, all in one write, each frame in its own, in pieces of random length, octet by
-#: octet.
-PACES = ("early", "at once", "frames", "chops", "octets")
-IN_ONE_WRITE = PACES[:2]
+#: All in one write, each frame in its own, in pieces of random length, octet by octet.
+PACES = ("at once", "frames", "chops", "octets")
+#: In one write with the handshake, which RFC 6455 section 4.1 does not let a client do: nobody has to answer.
+EARLY = "early"
+IN_ONE_WRITE = ("at once", EARLY)
 KNOCKS = ("at once", "octets")
 #: More octets than these are not sent one by one.
 MOST_OCTETS = 1500
@@ -46,8 +47,9 @@ class Target:
     deflate: int
     little: int
     client_tls: ssl.SSLContext
-    #: Seconds after which what has not come does not come.
+    #: Seconds after which what has not come does not come, and after which an error was not seen at once.
     patience: float = 20.0
+    prompt: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.case} {self.manner}: {self.grade}, {self.remark}"
+
+
+Run = Callable[[], Verdict]
 
 
 class Remark(Exception):
@@ -86,6 +91,7 @@ class Wire:
 
     def __init__(self, target: Target, port: int, *, tls: bool, whole_tls: bool = False) -> None:
         self.patience = target.patience
+        self.prompt = target.prompt
         self.sock = socket.create_connection(("127.0.0.1", port), CONNECT_TIMEOUT)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls:
@@ -106,7 +112,7 @@ class Wire:
             try:
                 left = left[self.sock.send(left) :]
             except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                self._wait(writing=True)
+                self._wait(self.patience, writing=True)
                 self._take()
             except OSError:
                 return  # what the server has said before it went is still to be read
@@ -116,8 +122,8 @@ class Wire:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
 
-    def _wait(self, *, writing: bool = False) -> None:
-        if not any(select.select([self.sock], [self.sock] if writing else [], [], self.patience)):
+    def _wait(self, seconds: float, *, writing: bool = False) -> None:
+        if not any(select.select([self.sock], [self.sock] if writing else [], [], seconds)):
             raise Late
 
     def _take(self) -> bool:
@@ -141,19 +147,19 @@ class Wire:
         self.buffer += data
         return bool(data)
 
-    def read(self, count: int) -> bytes:
+    def read(self, count: int, seconds: float | None = None) -> bytes:
         while len(self.buffer) < count:
             if not self._take():
                 if self._end is not None:
                     raise self._end
-                self._wait()
+                self._wait(self.patience if seconds is None else seconds)
         data = bytes(self.buffer[:count])
         del self.buffer[:count]
         return data
 
     def wait_for_more(self) -> None:
-        """Until there is an octet to read, or none to come."""
-        self.buffer[:0] = self.read(1)
+        """Until there is an octet to read, or none to come, or it is too late to be prompt."""
+        self.buffer[:0] = self.read(1, self.prompt)
 
     def read_until(self, end: bytes) -> bytes:
         found = bytearray()
@@ -189,7 +195,7 @@ class Session:
     def _handshake(self) -> Codec:
         offer = {"Sec-WebSocket-Extensions": self.case.offer} if self.case.offer else {}
         handshake = Handshake("/", offer)
-        early = self._early() if self.pace == "early" else b""
+        early = self._early() if self.pace == EARLY else b""
         self.wire.send(handshake.request + early)
         head = self.wire.read_until(b"\r\n\r\n")[:-4]
         must(head.startswith(b"HTTP/1.1 "), "answered before the handshake was")
@@ -226,7 +232,7 @@ class Session:
             before, after = parted(sent)
             if after is not None and self.pace in IN_ONE_WRITE:
                 before, after = before + after, []
-            if self.pace != "early":
+            if self.pace != EARLY:
                 self.send(before, self.pace)
             if self.case.half_close:
                 self.wire.half_close()
@@ -248,9 +254,8 @@ class Session:
         except Ended:
             pass
         except Late:
-            if not after:
-                raise
-            late = "saw the error later than it shows"
+            if after or self.pace not in IN_ONE_WRITE:
+                late = "saw the error later than it shows"
             self.wire.send(b"".join(after))
         return late
 
@@ -371,7 +376,7 @@ def paces_of(case: Case, *, thorough: bool) -> list[str | int]:
     (sent, _), *_ = case.rounds(Codec())
     octets = sum(len(piece) for piece in sent if piece is not FAULT)
     paces = PACES if octets <= MOST_OCTETS else PACES[:-1]
-    return [pace for pace in paces if pace != "early" or not case.offer]
+    return [*paces]
 
 
 def transports_of(case: Case, *, thorough: bool) -> list[bool]:
@@ -425,18 +430,15 @@ def knock(target: Target, case: Knock, pace: str, *, tls: bool) -> Verdict:
     return Verdict(case.number, manner, grade, remark)
 
 
-def runs(
-    target: Target, case: Case | Knock, *, thorough: bool = False, only: Sequence[str] = PACES
-) -> list[Callable[[], Verdict]]:
-    """Every manner of one case; ``thorough`` sends also the large ones in each, ``only`` leaves paces out."""
+def runs(target: Target, case: Case | Knock, *, thorough: bool = False, only: str | None = None) -> list[Run]:
+    """Every manner of one case: ``thorough`` sends also the large ones in each, ``only`` is one pace for all."""
     if isinstance(case, Knock):
         transports = [False] if case.deflate else [False, True]
-        return [partial(knock, target, case, pace, tls=tls) for tls in transports for pace in KNOCKS if pace in only]
+        return [partial(knock, target, case, pace, tls=tls) for tls in transports for pace in KNOCKS]
     return [
         partial(run, target, case, pace, tls=tls)
         for tls in transports_of(case, thorough=thorough)
-        for pace in paces_of(case, thorough=thorough)
-        if pace in only or pace == case.pace
+        for pace in ([only] if only else paces_of(case, thorough=thorough))
     ]
 
 

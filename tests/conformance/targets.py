@@ -44,7 +44,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(name: str, patience: float = 20.0) -> Iterator[Running]:
+def serving(name: str, **patience: float) -> Iterator[Running]:
     """An echo server of ``name``, until the block ends."""
     with tempfile.TemporaryDirectory() as folder:
         certificate = make_certificate(Path(folder))
@@ -58,7 +58,7 @@ def serving(name: str, patience: float = 20.0) -> Iterator[Running]:
             line = process.stdout.readline()
             assert line, log.read_text()
             client_tls = ssl.create_default_context(cafile=str(certificate))
-            yield Running(Target(name, **json.loads(line), client_tls=client_tls, patience=patience), log)
+            yield Running(Target(name, **json.loads(line), client_tls=client_tls, **patience), log)
         finally:
             process.terminate()
             process.wait()

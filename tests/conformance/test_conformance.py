@@ -18,7 +18,7 @@ import report
 from cases import Case
 from conftest import COUNTED
 from handshakes import Knock
-from judge import OK, PACES, Tally, runs
+from judge import EARLY, OK, Tally, paces_of, runs
 from oracles import DIFFERENCES
 from targets import Running, serving
 
@@ -87,17 +87,17 @@ def test_handler(all_ok: Callable[..., None], case: Case | Knock) -> None:
 
 
 @needs_openssl
-@pytest.mark.parametrize("case", [*filter(is_quick, TABLE), *handshakes.table()], ids=str)
-def test_handler_of_tornado(all_ok: Callable[..., None], case: Case | Knock) -> None:
+@pytest.mark.parametrize("case", [case for case in TABLE if is_quick(case) and case.section != "F"], ids=str)
+def test_handler_of_tornado(all_ok: Callable[..., None], case: Case) -> None:
     """`connection_for` in a handler of Tornado whose callbacks are coroutines, as Jupyter Server's are."""
-    all_ok("connection_for", case, only=PACES if NIGHTLY else ["at once", "octets"])
+    all_ok("connection_for", case, only=None if NIGHTLY else paces_of(case, thorough=False)[-1])
 
 
-def test_the_table_has_all_situations_of_autobahn() -> None:
-    numbers = [case.number for case in [*TABLE, *handshakes.table()]]
-    assert len(set(numbers)) == len(numbers)
-    sections = [number.partition(".")[0] for number in numbers]
-    assert {section: sections.count(section) for section in AUTOBAHN} == AUTOBAHN
+@needs_openssl
+@pytest.mark.parametrize("case", [case for case in TABLE if is_quick(case) and not case.offer], ids=str)
+def test_early(all_ok: Callable[..., None], case: Case) -> None:
+    """In one write with the handshake: Tornado has read it before we take the socket over."""
+    all_ok("fastwire", case, only=EARLY)
 
 
 @needs_openssl
