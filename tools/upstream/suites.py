@@ -77,7 +77,7 @@ SUITES = (
         "jupyter-kernel-client",
         tests=("--pyargs", "jupyter_kernel_client.tests"),
         sdist=False,
-        options=("--timeout=120",),
+        options=("--timeout=300",),
         needs=("jupyter-kernel-client", "pytest-asyncio", "pandas"),
     ),
 )
