@@ -94,7 +94,7 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	$(MAKE) upstream
 	$(MAKE) fuzz SECONDS=7200
 	$(MAKE) load ARGS="--target fastwire --kernels 64 --rate 10 --seconds 3600"
-	$(MAKE) load ARGS="--matrix --seconds 60"
+	$(MAKE) load ARGS="--matrix --seconds 60 --repeat 1 --protocol legacy --json $(RESULTS)/matrix.json"
 	$(RUN) -m bench.latency
 
 dist: install ## sdist, and the wheel built from it, in dist/
