@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable
@@ -51,6 +52,9 @@ def summarise(clients: list[Client], pace: Pace, used: dict[str, float], seconds
     tallies = [client.tally for client in clients]
     delivered = sum(tally.delivered for tally in tallies)
     expected = sum(tally.expected for tally in tallies)
+    readers = [client for client in clients if not client.is_slow]
+    asked = sum(len(client.requests) for client in readers if client.asks)
+    seen = sum(len(client.requests) for client in readers)
     lost_connections = [client.socket.lost for client in clients if client.socket.lost]
     return {
         **used,
@@ -67,8 +71,8 @@ def summarise(clients: list[Client], pace: Pace, used: dict[str, float], seconds
         "connections_lost": len(lost_connections),
         "why_lost": sorted(set(lost_connections))[:5],
         "notices": sorted(set().union(*[client.notices for client in clients]))[:5],
-        **_latency("reply", [client.tally.reply_latency for client in clients if not client.is_slow]),
-        **_latency("idle", [client.tally.idle_latency for client in clients if not client.is_slow]),
+        **latency("reply", asked, [client.tally.reply_latency for client in readers]),
+        **latency("idle", seen, [client.tally.idle_latency for client in readers]),
         "delivered_per_s": delivered / seconds,
         "cpu_us_per_message": used["server_cpu_s"] / delivered * 1e6 if delivered else NAN,
         "generator_cpu": pace.cpu,
@@ -77,14 +81,13 @@ def summarise(clients: list[Client], pace: Pace, used: dict[str, float], seconds
     }
 
 
-def _latency(name: str, latencies: Iterable[array[float]]) -> dict[str, float]:
-    """p50, p99 and the longest, in ms."""
-    values = [value * 1e3 for each in latencies for value in each]
-    return {
-        f"{name}_p50_ms": report.percentile(values, 0.5),
-        f"{name}_p99_ms": report.percentile(values, 0.99),
-        f"{name}_max_ms": max(values, default=NAN),
-    }
+def latency(name: str, requests: int, seconds: Iterable[array[float]]) -> dict[str, float]:
+    """p50, p99 and the longest of so many *requests*, in ms; NaN where that one never came to its end."""
+    values = [value * 1e3 for each in seconds for value in each]
+    values += [math.inf] * (requests - len(values))
+    found = report.percentile(values, 0.5), report.percentile(values, 0.99), max(values, default=NAN)
+    names = f"{name}_p50_ms", f"{name}_p99_ms", f"{name}_max_ms"
+    return {key: value if value < math.inf else NAN for key, value in zip(names, found, strict=True)}
 
 
 def faults(run: Run) -> list[str]:

@@ -73,7 +73,7 @@ CHARTS = (
     ),
     Chart(
         "latency",
-        "Time from a request to its end (status idle), delivered messages only",
+        "Time from a request to its end (status idle)",
         "milliseconds",
         (("idle_p50_ms", "median", "-"), ("idle_p99_ms", "99th percentile", ":")),
     ),
@@ -110,6 +110,8 @@ def draw_chart(chart: Chart, results: Results, names: list[str]) -> Figure:
         _draw_panel(axes, chart, chosen, names)
         axes.set_title(f"{rate:g} requests per second and kernel")
     panels[0][0].set_ylabel(chart.label)
+    if not chart.log:  # once all panels, which share the axis, are drawn
+        panels[0][0].set_ylim((-3, 103) if chart.name == "loss" else (0, None))
     return figure
 
 
@@ -129,15 +131,11 @@ def _draw_panel(axes: Axes, chart: Chart, chosen: list[dict[str, Result]], names
     axes.set_xlabel("kernels")
     if chart.log:
         axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
-    if chart.name == "loss":
-        axes.set_ylim(-3, 103)
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
 
 
 def _draw_line(axes: Axes, series: list[Result], key: str, line: str) -> None:
-    """Medians; the lowest and highest run as a bar; hollow where messages were lost."""
+    """Medians, the lowest and highest run as a bar. Hollow where messages were lost; at the top edge: no end came."""
     if not series:
         return
     colour, marker = LOOKS[series[0].target]
@@ -148,7 +146,11 @@ def _draw_line(axes: Axes, series: list[Result], key: str, line: str) -> None:
     axes.errorbar(kernels, middle, yerr=(low, high), color=colour, linestyle=line, linewidth=1.8, capsize=3, zorder=2)
     for count, value, result in zip(kernels, middle, series, strict=True):
         face = "white" if result.median("lost") > 0 else colour
-        axes.plot(count, value, marker=marker, markersize=7, color=colour, markerfacecolor=face, zorder=3)
+        look = {"marker": marker, "markersize": 7, "color": colour, "markerfacecolor": face, "zorder": 3}
+        if result.runs and math.isnan(value):
+            axes.plot(count, 1, transform=axes.get_xaxis_transform(), clip_on=False, **look)
+        else:
+            axes.plot(count, value, **look)
 
 
 def _asked(result: Result) -> float:
@@ -164,7 +166,8 @@ def _legends(figure: Figure, chart: Chart, names: list[str], hollow: bool) -> No
         others.append(Line2D([], [], color=ASKED, linestyle="--", label="asked for"))
     if hollow:
         empty = {"marker": "o", "markerfacecolor": "white", "markersize": 7, "linestyle": ""}
-        others.append(Line2D([], [], color="black", label="hollow: messages were lost", **empty))
+        words = "messages were lost" + (", at the top edge: never" if chart.name == "latency" else "")
+        others.append(Line2D([], [], color="black", label=words, **empty))
     place_legend(figure, server_handles(names), 0.45)
     place_legend(figure, others, 0.72)
 

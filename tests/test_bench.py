@@ -1,6 +1,7 @@
 """The parts of the benchmark that judge: what counts as lost, doubled or out of order, and what is refused."""
 
 import json
+from array import array
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,16 @@ def run_of(cell: Cell, target: str, turn: int = 0, **changes: Any) -> dict[str, 
 
 
 LOAD = cells.SCENARIOS["load"]
+
+
+@pytest.mark.parametrize(
+    ("came", "p50", "p99"), [(100, 51.0, 100.0), (99, 51.0, None), (60, 51.0, None), (40, None, None)]
+)
+def test_a_server_does_not_look_quick_by_losing_what_is_late(came: int, p50: float | None, p99: float | None) -> None:
+    seconds = array("d", [number / 1000 for number in range(1, came + 1)])
+    found = figures.latency("idle", 100, [seconds])
+    assert found["idle_p50_ms"] == pytest.approx(float("nan") if p50 is None else p50, nan_ok=True)
+    assert found["idle_p99_ms"] == pytest.approx(float("nan") if p99 is None else p99, nan_ok=True)
 
 
 @pytest.mark.parametrize(
