@@ -14,8 +14,9 @@ import pytest
 from chromium import PATIENCE, SCREENSHOTS, launched
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 from prometheus_client.parser import text_string_to_metric_families
-from server import TOKEN, Client, Server, serving, until
+from server import ROOT, TOKEN, Client, Server, serving, until
 
+from fastwire import events
 from fastwire._core import PROTOCOL_V1
 
 PAGE, STATUS = "/fastwire", "/fastwire/api/status"
@@ -367,6 +368,12 @@ def test_names_are_text_whatever_they_say(server: Server, browser: Browser) -> N
         expect(page.get_by_text("<img src=x onerror=alert(1)>").first).to_be_visible()
         assert page.locator("img").count() == 0
         assert page.locator("tr.client").count() > 0, "with few kernels, clients are shown unasked"
+
+
+def test_the_page_has_a_title_for_every_kind_of_event() -> None:
+    script = (ROOT / "fastwire" / "page" / "page.js").read_text()
+    titles = re.findall(r'^  (\w+): "[A-Z].*",$', script, re.MULTILINE)
+    assert sorted(titles) == sorted(events.KINDS)
 
 
 @pytest.mark.browser

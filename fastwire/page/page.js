@@ -19,7 +19,7 @@ const KINDS = {
   refused: "Messages refused",
   overflow: "Client given up",
   stalled: "Client took nothing",
-  demoted: "No pongs",
+  demoted: "Client answers no pings",
 };
 
 const byId = (id) => document.getElementById(id);
