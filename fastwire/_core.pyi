@@ -309,6 +309,9 @@ class Batch:
     def nbytes(self) -> int:
         """Bytes of all parts."""
     @property
+    def memory(self) -> int:
+        """About what it takes of the process's memory, with the frames it was encoded to."""
+    @property
     def counts(self) -> tuple[int, ...]:
         """Messages by class, in the order of `MESSAGE_CLASSES`."""
     @property
@@ -330,6 +333,8 @@ class Batch:
     def foreign(self) -> list[int]:
         """Indices of messages without a ``version`` or with a protocol major other than 5: jupyter_client's
         adaptation is theirs in the default protocol."""
+    def headers(self, index: int) -> tuple[bytes, bytes]:
+        """``(header, parent_header)`` of one message."""
     def msg_type(self, index: int) -> str: ...
     def message_class(self, index: int) -> str: ...
     def replaced(self, changes: Mapping[int, Sequence[Buffer] | None]) -> Batch:
@@ -359,6 +364,24 @@ def drain(
     """Receive from a ZMQ socket until EAGAIN or a budget is reached; None when nothing was there.
 
     Reads ``socket.underlying`` at each call. Raises SocketClosed, zmq.ZMQError.
+    """
+
+# -- what waits for a client that is behind --
+
+def compacted(batches: Iterable[Batch], size: int, *, join: bool = True, output: bool = True) -> list[Batch]:
+    """The messages of some batches of one channel in new ones, every byte copied: the old ones' memory can go. A new
+    one begins when the last has ``size`` bytes or more; none is empty.
+
+    ``join`` makes one message of adjacent ``stream`` messages of iopub with byte-equal parent_header and name, empty
+    metadata, no buffers, no other content, up to 1 MiB of text: the first one's header, all their text.
+    ``output=False`` leaves out what `message_class` calls stream or display.
+    Raises ValueError for no batches, or for some of different channels.
+    """
+
+def batch_of_frames(channel: str, data: bytes) -> Batch:
+    """The batch whose ``bytes(batch.frames(PROTOCOL_V1))`` were put aside; trusted, so no signatures.
+
+    Raises MalformedMessage when they are not that.
     """
 
 @final

@@ -1,17 +1,18 @@
 """Pure policy: how much, how long, and what then. No sockets, no clock of its own.
 
 Every number a user can set has its default here, once; `fastwire.jupyter` makes traits of them and the docs are
-generated from those.
+generated from those. Sizes are bytes, times seconds, positions bytes since a connection began.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Limits", "Rate", "resume_time", "too_many"]
+__all__ = ["Acknowledgements", "Limits", "Rate", "resume_time", "too_many"]
 
 KIB = 1024
 MIB = 1024 * KIB
+GIB = 1024 * MIB
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,30 @@ class Limits:
     #: A client for which messages have waited so long is called slow.
     slow_after: float = 1.0
 
+    #: Pings tell what a client has received. Without them, what the system's TCP took counts as received.
+    acknowledge: bool = True
+
+    #: What one client's undelivered messages may take of memory, and those of all clients together.
+    client_memory_limit: int = 32 * MIB
+    total_memory_limit: int = 512 * MIB
+
+    #: Adjacent output of one cell is joined when a quarter of the memory is used.
+    merge: bool = True
+
+    #: What does not fit into memory is put aside in files, up to so many bytes a client, in a directory on a disk of
+    #: which the last ``spill_keep_free`` bytes are left to others. No directory: dropped instead.
+    spill: bool = True
+    client_spill_limit: int = 2 * GIB
+    spill_keep_free: int = 1 * GIB
+    spill_dir: str = ""
+
+    #: A client whose TCP takes nothing for so long although bytes wait is closed, if it can come back for them.
+    write_deadline: float = 30.0
+
     #: What a client may have waiting for a kernel that does not take it; at the bound its socket is not read any
-    #: more.
+    #: more, and after so long without progress it is closed.
     uplink_limit: int = 8 * MIB
+    uplink_deadline: float = 600.0
 
     #: How long a session without a socket is kept after its TCP connection broke, and after a Close frame.
     resume_timeout: float = 3600.0
@@ -49,9 +71,6 @@ class Limits:
 
     #: Detached sessions of one kernel; the oldest goes first.
     detached_sessions: int = 4
-
-    #: What a detached session may hold before it is given up.
-    client_memory_limit: int = 32 * MIB
 
 
 def resume_time(limits: Limits, close_code: int | None) -> float:
@@ -83,3 +102,66 @@ def too_many(limits: Limits, of_kernel: int, of_user: int) -> str | None:
     if of_user >= limits.clients_per_user:
         return f"the user has {of_user} clients, as many as the server allows"
     return None
+
+
+class Acknowledgements:
+    """Which bytes of a connection its peer has received, as the pongs of numbered pings tell.
+
+    A pong says that the peer's WebSocket stack has taken everything before its ping (RFC 6455 section 5.5.3). At most
+    one ping is outstanding, and none is sent while nothing is unacknowledged. A peer whose TCP has had a ping for
+    `PATIENCE`, and that never answered one, is believed to have received what was written (`demoted`), until it does
+    answer. One that has answered before is only slow: a browser does not while its page's script is busy.
+    """
+
+    PREFIX = b"fastwire"
+
+    #: Seconds between two pings, at least.
+    INTERVAL = 0.050
+
+    PATIENCE = 30.0
+
+    def __init__(self) -> None:
+        #: The peer has everything before this position.
+        self.position = 0
+        self.outstanding = False
+        self.demoted = False
+        self._number = 0
+        self._asked = 0
+        self._answered = False
+        self._silent_since: float | None = None
+
+    def wanted(self, position: int) -> bool:
+        """Whether a ping is to ask about the bytes before ``position``."""
+        return position > self._asked and not self.outstanding
+
+    def ask(self, position: int) -> bytes:
+        """The payload of a ping that is queued behind ``position``."""
+        self._number += 1
+        self._asked = position
+        self.outstanding = True
+        return self._payload
+
+    @property
+    def _payload(self) -> bytes:
+        return self.PREFIX + self._number.to_bytes(8, "big")
+
+    def answer(self, payload: bytes) -> bool:
+        """A pong came. Returns whether it answers our ping."""
+        if not self.outstanding or payload != self._payload:
+            return False
+        self.outstanding = self.demoted = False
+        self._answered = True
+        self.position = self._asked
+        return True
+
+    def look(self, now: float, taken: int) -> None:
+        """The ping is not answered yet; the peer's TCP has everything before ``taken``."""
+        if self._answered or taken <= self._asked:
+            return
+        if self._silent_since is None:
+            self._silent_since = now
+        self.demoted = now - self._silent_since >= self.PATIENCE
+
+    def pause(self) -> None:
+        """Nothing is read from the peer: that no pong comes means nothing."""
+        self._silent_since = None

@@ -19,9 +19,10 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,11 +30,12 @@ import zmq
 
 try:
     from jupyter_client.connect import port_names
+    from jupyter_core.paths import jupyter_runtime_dir
     from jupyter_server._tz import utcnow
     from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
     from tornado.web import HTTPError
-    from traitlets import Bool, Float, Integer, default
+    from traitlets import Bool, Float, Integer, TraitError, Unicode, default, validate
     from traitlets.config import Configurable
 except ImportError as error:
     raise ImportError(
@@ -44,10 +46,14 @@ from fastwire import __version__, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Activity, Batch, Signer
 from fastwire.errors import FastwireError, MessageError, SignatureError, TooManyClients
 from fastwire.flow import Limits, too_many
-from fastwire.relay import KernelRelay, Session, local_batch, take_socket
+from fastwire.outbox import Budget, beside, notice
+from fastwire.relay import KernelRelay, Session, take_socket
+from fastwire.spill import is_in_memory
 from fastwire.websocket import Connection, connection_for
 
 __all__ = ["Fastwire", "FastwireMappingKernelManager", "FastwireWebsocketConnection"]
+
+log = logging.getLogger(__name__)
 
 ERROR = MESSAGE_CLASSES.index("error")
 
@@ -83,7 +89,53 @@ class Fastwire(Configurable):
     client_memory_limit = Integer(
         Limits.client_memory_limit,
         config=True,
-        help="Bytes of messages that are kept for a session without a client before it is given up.",
+        help="Bytes of memory that one client's undelivered messages may take. Beyond that they are put aside on disk.",
+    )
+    total_memory_limit = Integer(
+        Limits.total_memory_limit,
+        config=True,
+        help="Bytes of memory that the undelivered messages of all clients may take together.",
+    )
+    acknowledge = Bool(
+        Limits.acknowledge,
+        config=True,
+        help="Ask clients by WebSocket pings what they have received; what they have not, their next connection gets. "
+        "Without it, what the system's TCP buffers took counts as received.",
+    )
+    merge = Bool(
+        Limits.merge,
+        config=True,
+        help="Join the adjacent lines that a cell has printed when a quarter of client_memory_limit is used.",
+    )
+    spill = Bool(
+        Limits.spill,
+        config=True,
+        help="Put aside on disk what does not fit into client_memory_limit. Otherwise the oldest output is dropped.",
+    )
+    spill_dir = Unicode(
+        config=True,
+        help="Directory for messages that are put aside, on a disk and not in memory. Default: Jupyter's runtime "
+        "directory. The files have no name and are readable by nobody else.",
+    )
+    client_spill_limit = Integer(
+        Limits.client_spill_limit,
+        config=True,
+        help="Bytes of one client's messages that may be put aside. Beyond that the oldest output is dropped, and the "
+        "client is told in its place.",
+    )
+    spill_keep_free = Integer(
+        Limits.spill_keep_free, config=True, help="Bytes of the disk of spill_dir that are left to others."
+    )
+    write_deadline = Float(
+        Limits.write_deadline,
+        config=True,
+        help="Seconds until a client is closed whose connection takes no byte although some wait. It gets them when it "
+        "comes back; a client without a session_id is left to ws_ping_timeout.",
+    )
+    uplink_deadline = Float(
+        Limits.uplink_deadline,
+        config=True,
+        help="Seconds until a client is closed that is held back at uplink_limit and whose kernel takes nothing.",
     )
     max_message_size = Integer(
         Limits.max_message_size,
@@ -132,7 +184,19 @@ class Fastwire(Configurable):
         "checked signatures for clients of the v1 protocol; use this for a kernel that cannot sign.",
     )
 
+    @default("spill_dir")
+    def _default_spill_dir(self) -> str:
+        return jupyter_runtime_dir()
+
+    @validate("spill_dir")
+    def _valid_spill_dir(self, proposal: Any) -> str:
+        directory = str(proposal["value"])
+        if self.spill and not Path(directory).is_dir():
+            raise TraitError(f"Fastwire.spill_dir: there is no directory {directory}")
+        return directory
+
     def limits(self) -> Limits:
+        """What the relays are to keep to."""
         return Limits(
             **{field.name: getattr(self, field.name) for field in fields(Limits) if self.has_trait(field.name)}
         )
@@ -258,13 +322,19 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         session = self.relay.session(self.session.session, self.session.bsession)
         if session.connection is not None:
             session.connection.close()
-            session.detach(session.connection, close_code=None, resumable=True)
+            session.detach(session.connection)
         self._session, self._connection = session, connection
         session.user = self.user
         session.prepare = self._prepare
         session.prepare_all = self.limit_rate
         session.on_ignored = self._warn_ignored
-        session.attach(connection, self.subprotocol, frozenset(self.multi_kernel_manager.allowed_message_types))
+        has_id = bool(self.websocket_handler.get_argument("session_id", None))
+        session.attach(
+            connection,
+            self.subprotocol,
+            frozenset(self.multi_kernel_manager.allowed_message_types),
+            resumable=has_id and bool(self.multi_kernel_manager.buffer_offline_messages),
+        )
 
     # -- proving the subscription --
 
@@ -362,12 +432,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     def _detach(self) -> None:
         if self._session is None or self._connection is None:
             return
-        has_id = bool(self.websocket_handler.get_argument("session_id", None))
-        self._session.detach(
-            self._connection,
-            close_code=self.websocket_handler.close_code,
-            resumable=has_id and bool(self.multi_kernel_manager.buffer_offline_messages),
-        )
+        closed = self.websocket_handler.close_code if self._connection.closed_by_peer else None
+        self._session.detach(self._connection, close_code=closed)
 
     def _forget_kernel_info(self) -> None:
         """A kernel_info request of ours that was never answered must not be waited for by others."""
@@ -461,9 +527,10 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     # -- what the server itself says --
 
-    def _say(self, message: dict[str, Any]) -> None:
+    def _say(self, message: dict[str, Any], *, momentary: bool = False) -> None:
         if self._session is not None:
-            self._session.say(local_batch("iopub", parts_of(self.session, message)))
+            batch = beside(self._session.relay.neighbour, parts_of(self.session, message))
+            self._session.say(batch, momentary=momentary)
 
     def write_stderr(self, error_message: str, parent_header: Any) -> None:
         """Show the user a line. Source: `ZMQChannelsWebsocketConnection.write_stderr`."""
@@ -483,7 +550,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             return
         if self._session is not None:
             self._session.relay.drain_iopub()
-            self._say(self.session.msg("status", {"execution_state": status}))
+            self._say(self.session.msg("status", {"execution_state": status}), momentary=True)
 
 
 def is_identity(name: bytes) -> bool:
@@ -513,9 +580,9 @@ def tell_rejected(manager: Any, channel: str, error: MessageError) -> None:
     manager.log.warning("Refusing messages of kernel %s on %s: %s", manager.kernel_id, channel, str(error))
     if not isinstance(error, SignatureError):
         return
+    relay = relays.of(manager)
     text = f"Jupyter Server refuses messages of this kernel on {channel}: {error}\n"
-    message = manager.session.msg("stream", content={"name": "stderr", "text": text})
-    relays.of(manager).announce(local_batch("iopub", parts_of(manager.session, message)))
+    relay.announce(notice(relay.neighbour, text))
 
 
 class FastwireMappingKernelManager(AsyncMappingKernelManager):
@@ -587,6 +654,7 @@ class Relays:
 
     def __init__(self) -> None:
         self._relays: dict[Any, KernelRelay] = {}
+        self._budget = Budget(Limits.total_memory_limit)
         #: What runs each kernel: jupyter_client makes a new provisioner for every start.
         self._processes: WeakKeyDictionary[KernelRelay, Any] = WeakKeyDictionary()
         self._missing: set[Any] = set()
@@ -596,10 +664,13 @@ class Relays:
         """The kernel's relay; made at the first call."""
         if manager not in self._relays:
             settings = Fastwire(config=manager.config)
+            limits = usable(settings.limits())
+            self._budget.limit = limits.total_memory_limit
             self._relays[manager] = KernelRelay(
                 partial(open_socket, manager),
                 signer_of(manager),
-                limits=settings.limits(),
+                limits=limits,
+                budget=self._budget,
                 permissive=settings.accept_invalid_signatures,
                 on_rejected=partial(tell_rejected, manager),
                 name=manager.kernel_id,
@@ -664,6 +735,26 @@ class Relays:
 relays = Relays()
 
 
+@cache
+def usable(limits: Limits) -> Limits:
+    """Without a directory to spill to where that would be memory, too."""
+    if not limits.spill or not limits.spill_dir:
+        return limits
+    try:
+        if not is_in_memory(limits.spill_dir):
+            return limits
+        problem = "is memory itself (tmpfs)"
+    except OSError as error:
+        problem = f"cannot be used ({error.strerror})"
+    log.warning(
+        "Fastwire.spill_dir %s %s: what exceeds client_memory_limit will be dropped. Set it to a directory on a disk, "
+        "or Fastwire.spill to False.",
+        limits.spill_dir,
+        problem,
+    )
+    return replace(limits, spill_dir="")
+
+
 def is_managed(manager: Any) -> bool:
     """Whether a kernel manager still belongs to its multi-kernel manager."""
     multi = manager.parent
@@ -676,9 +767,7 @@ def open_socket(manager: Any, channel: str, identity: bytes | None) -> zmq.Socke
     with unbounded_receive(manager.context):
         opened = take_socket(getattr(manager, f"connect_{channel}")(identity=identity))
     if opened.rcvhwm != 0:
-        logging.getLogger(__name__).warning(
-            "the %s socket of kernel %s drops messages beyond %s", channel, manager.kernel_id, opened.rcvhwm
-        )
+        log.warning("the %s socket of kernel %s drops messages beyond %s", channel, manager.kernel_id, opened.rcvhwm)
     return opened
 
 

@@ -1,17 +1,60 @@
-"""One session's ordered messages that its client has not been given yet. It outlives the client's socket.
+"""One session's ordered messages that its client is not known to have received. It outlives the client's socket.
 
-Kept are batches of messages, not frames: the next socket of the session may speak the other protocol.
+::
+
+    append -> fresh -> groups -> feed -> sent -> release
+                       ^    |
+                       |    v
+                        file
+
+What comes waits in *fresh*. From a quarter of the memory limit on it is compacted to *groups*, output joined; from half
+of it on groups are put aside in a file, and read back when their turn comes. Where that is not possible the oldest
+output is dropped at the limit, with a notice in its place. A socket that is lost gives back what it had *sent*.
+
+Kept are batches of messages, not frames: the next socket of the session may speak the other protocol. Nothing here
+knows a loop or a clock: jobs on the file are given to ``run``, and their results come back through it.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import errno
+import json
+import logging
+import uuid
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import Protocol
+from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol
 
-from fastwire._core import Batch
+from fastwire._core import PROTOCOL_V1, Batch, Signer, batch_of, batch_of_frames, compacted
+from fastwire.errors import MalformedMessage
+from fastwire.flow import KIB, MIB, Limits
+from fastwire.spill import Record, SpillFile
 
-__all__ = ["Outbox", "Sent"]
+__all__ = ["Budget", "Outbox", "Result", "Sent", "beside", "local_batch", "notice", "totals"]
+
+log = logging.getLogger(__name__)
+
+#: What is compacted and read back at a time.
+GROUP = 1 * MIB
+
+#: What is put aside in one go.
+JOB = 8 * MIB
+
+#: Output is joined from this part of the limit on, and put aside from this one on: there is to be room left while the
+#: disk is at work.
+MERGE_AT, SPILL_AT = 4, 2
+
+#: However much other sessions hold, each may hold so much.
+FLOOR = 2 * MIB
+
+OUTPUT = ("stream", "display")
+
+#: What happened in all outboxes since the process began, in messages unless the name says bytes: "repeated", "merged",
+#: "spilled", "spilled_bytes", "dropped", "dropped_bytes".
+totals: Counter[str] = Counter()
 
 
 class Countable(Protocol):
@@ -25,56 +68,495 @@ class Countable(Protocol):
 Sent = tuple[int, int, Countable]
 
 
-class Outbox:
-    """Batches wait in `append`'s order, move to a socket's queue with `feed`, and leave when `release` says that the
-    socket has written them. `rewind` takes back what a lost socket has not written."""
+class Result(Protocol):
+    """What became of a job: a finished `Future`."""
+
+    def result(self) -> Any: ...
+
+
+#: ``run(job, done)`` calls ``job()`` somewhere else, one at a time, and ``done`` with its result here.
+Run = Callable[[Callable[[], Any], Callable[[Result], None]], None]
+
+
+# -- messages that the server itself makes ---------------------------------------------------------
+
+
+def local_batch(channel: str, parts: list[bytes]) -> Batch:
+    """A message that the server itself says to clients."""
+    return batch_of(channel, [[b"<IDS|MSG>", b"", *parts]], Signer(b""))
+
+
+def beside(neighbour: tuple[bytes, bytes], parts: list[bytes]) -> Batch:
+    """A message of the server's own, told as if the kernel had said it after one with the header and parent_header of
+    ``neighbour``: its session (JupyterLab takes the kernel's session from every message), and its parent unless it has
+    one."""
+    header = json.loads(parts[0])
+    header["session"] = json.loads(neighbour[0]).get("session", header.get("session"))
+    parent_header = neighbour[1] if parts[1] == b"{}" else parts[1]
+    return local_batch("iopub", [json.dumps(header).encode(), parent_header, *parts[2:]])
+
+
+def notice(neighbour: tuple[bytes, bytes], text: str) -> Batch:
+    """A line on stderr."""
+    header = {
+        "msg_id": uuid.uuid4().hex,
+        "msg_type": "stream",
+        "username": "",
+        "session": "",
+        "date": datetime.now(UTC).isoformat(),
+        "version": "5.3",
+    }
+    content = {"name": "stderr", "text": text}
+    return beside(neighbour, [json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode()])
+
+
+class Whole:
+    """A batch, what it takes of memory, and whether it is known to have no output that could be dropped."""
+
+    __slots__ = ("bare", "batch", "memory")
+
+    def __init__(self, batch: Batch, *, bare: bool = False) -> None:
+        self.batch = batch
+        self.memory = batch.memory
+        self.bare = bare
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+
+class Momentary(Whole):
+    """A message that is true only now, the server's word that a kernel restarts: no later socket is told."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(batch, bare=True)
+
+
+class Aside:
+    """A batch of one channel in the file."""
+
+    memory = 0
+
+    def __init__(self, whole: Whole, record: Record) -> None:
+        self.channel = whole.batch.channel
+        self.record = record
+        self.bare = whole.bare
+        self._messages = len(whole)
+
+    def __len__(self) -> int:
+        return self._messages
+
+
+class Gap:
+    """Output that was dropped, in its place."""
+
+    memory = 1 * KIB
+    bare = True
 
     def __init__(self) -> None:
-        self.waiting: deque[Batch] = deque()
-        self._sent: deque[tuple[Sent, Batch]] = deque()
-        self.nbytes = 0
+        self._messages = 0
+        self._nbytes = 0
+        self._neighbour = (b"{}", b"{}")
+
+    def __len__(self) -> int:
+        return 1
+
+    def add(self, batch: Batch, kept: Batch | None) -> None:
+        """All messages of ``batch`` were dropped but those ``kept``."""
+        self.lose(len(batch) - (len(kept) if kept else 0), batch.nbytes - (kept.nbytes if kept else 0))
+        last = next(i for i in reversed(range(len(batch))) if batch.message_class(i) in OUTPUT)
+        self._neighbour = batch.headers(last)
+
+    def lose(self, messages: int, nbytes: int) -> None:
+        self._messages += messages
+        self._nbytes += nbytes
+        totals["dropped"] += messages
+        totals["dropped_bytes"] += nbytes
+
+    @property
+    def batch(self) -> Batch:
+        text = (
+            f"\n[{self._messages} messages of output ({size_of(self._nbytes)}) are missing here: they came faster "
+            "than this client took them, and there was no room to keep them]\n"
+        )
+        return notice(self._neighbour, text)
+
+
+Item = Whole | Aside | Gap
+
+
+def size_of(nbytes: int) -> str:
+    return f"{nbytes / MIB:.1f} MB" if nbytes >= MIB else f"{nbytes / KIB:.1f} kB"
+
+
+class Budget:
+    """Memory of all outboxes together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def left_for(self, mine: int) -> int:
+        """What one that holds ``mine`` bytes may hold."""
+        return max(self.limit - self.used + mine, FLOOR)
+
+
+class Outbox:
+    """Batches leave in `append`'s order: `feed` gives the oldest to a socket, `release` says what its client has
+    received, `rewind` takes back what a lost socket had not brought there.
+
+    ``on_ready`` is called when something was read back and can be fed, ``on_drop`` when output is dropped, once for all
+    that one notice tells of.
+    """
+
+    def __init__(self, limits: Limits | None = None, budget: Budget | None = None, run: Run | None = None) -> None:
+        self._limits = limits or Limits()
+        self._budget = budget or Budget(self._limits.total_memory_limit)
+        self.on_ready: Callable[[], None] | None = None
+        self.on_drop: Callable[[], None] | None = None
+        #: What is kept takes so many bytes of the process's memory; a part of it sockets were given.
+        self.memory = 0
+        self.sent_memory = 0
+        self._window = self._limits.client_memory_limit // MERGE_AT
+        self._sent: deque[tuple[int, int, Countable, Batch, int, Item | None]] = deque()
+        self._groups: deque[Item] = deque()
+        self._fresh: deque[Whole] = deque()
+        self._fresh_memory = 0
+        self._barrier = 0
+        self._closed = False
+        # The file: made at its first use, used by one job at a time.
+        self._run = run if self._limits.spill and self._limits.spill_dir else None
+        self._file: SpillFile | None = None
+        self._busy: list[Whole] | Aside | None = None
+        self._full = False
+        self._hungry = False  # a socket waits for what lies there
 
     def __len__(self) -> int:
         """Messages kept."""
-        return sum(map(len, self.waiting)) + sum(len(batch) for _, batch in self._sent)
+        return sum(len(entry[3]) for entry in self._sent) + sum(map(len, self._groups)) + sum(map(len, self._fresh))
 
-    def append(self, batch: Batch) -> None:
-        self.waiting.append(batch)
-        self.nbytes += batch.nbytes
+    @property
+    def waiting(self) -> bool:
+        """Whether something must be fed before what comes next."""
+        return bool(self._fresh or self._groups)
 
-    def feed(self, send: Callable[[Batch], Sent]) -> None:
-        """Give the oldest batch that waits to a socket."""
-        batch = self.waiting.popleft()
-        self._sent.append((send(batch), batch))
+    @property
+    def spilled_bytes(self) -> int:
+        return self._file.nbytes if self._file is not None else 0
 
-    def pass_on(self, batch: Batch, sent: Sent) -> None:
+    @property
+    def window(self) -> int:
+        """What a socket may be given before its client has received it, in bytes of memory."""
+        return self._window if self._budget.used < self._budget.limit else min(FLOOR, self._window)
+
+    def _hold(self, nbytes: int) -> None:
+        self.memory += nbytes
+        self._budget.used += nbytes
+
+    # -- in and out --
+
+    def append(self, batch: Batch, *, momentary: bool = False) -> bool:
+        """Keep a batch. False: what may not be dropped is more than the limit."""
+        whole = Momentary(batch) if momentary else Whole(batch)
+        self._fresh.append(whole)
+        self._fresh_memory += whole.memory
+        self._hold(whole.memory)
+        return self._make_room()
+
+    def pass_on(self, batch: Batch, sent: Sent, *, momentary: bool = False) -> None:
         """A batch that never waited: a socket was given it at once."""
-        self._sent.append((sent, batch))
-        self.nbytes += batch.nbytes
+        self._was_given(batch, sent, Momentary(batch) if momentary else None)
 
-    def release(self, written: int) -> None:
-        """The socket has written everything before the position ``written``."""
+    def _was_given(self, batch: Batch, sent: Sent, item: Item | None) -> None:
+        """``item`` is what the batch was before, where that is more than a batch."""
+        begin, end, wire = sent
+        memory = batch.memory
+        self._sent.append((end, begin, wire, batch, memory, item))
+        self.sent_memory += memory
+        self._hold(memory)
+
+    def feed(self, send: Callable[[Batch], Sent]) -> bool:
+        """Give the oldest batch to a socket. False when none is at hand: it is on its way back from the file."""
+        item = self._take()
+        self._hungry = item is None
+        self._work()
+        if item is None:
+            return False
+        self._hold(-item.memory)
+        batch = item.batch
+        self._was_given(batch, send(batch), None if type(item) is Whole else item)
+        return True
+
+    def _take(self) -> Whole | Gap | None:
+        if self._groups:
+            item = self._groups[0]
+            return None if isinstance(item, Aside) else self._groups.popleft()  # type: ignore[return-value]
+        if not self._fresh:
+            return None
+        whole = self._fresh.popleft()
+        self._fresh_memory -= whole.memory
+        return whole
+
+    def release(self, position: int) -> None:
+        """The client has received everything before ``position``."""
         sent = self._sent
-        while sent and sent[0][0][1] <= written:
-            self.nbytes -= sent.popleft()[1].nbytes
-
-    def rewind(self, written: int) -> None:
-        """The socket is gone: messages it had not written to their end wait again, in their place."""
-        self.release(written)
-        unwritten = [batch for _, batch in self._sent]
-        if self._sent:
-            (begin, _, wire), batch = self._sent[0]
-            begun = wire.complete_before(max(written - begin, 0))
-            rest = batch.replaced(dict.fromkeys(range(begun)))
-            self.nbytes += rest.nbytes - batch.nbytes
-            unwritten[0] = rest
-        self._sent.clear()
-        self.waiting.extendleft(reversed(unwritten))
+        while sent and sent[0][0] <= position:
+            memory = sent.popleft()[4]
+            self.sent_memory -= memory
+            self._hold(-memory)
 
     def clear(self) -> int:
-        """Forget everything; returns the number of messages that nobody got."""
+        """Forget everything, for good; returns the number of messages that nobody is known to have."""
         lost = len(self)
-        self.waiting.clear()
         self._sent.clear()
-        self.nbytes = 0
+        self._groups.clear()
+        self._fresh.clear()
+        self._hold(-self.memory)
+        self.sent_memory = self._fresh_memory = 0
+        self._closed = True
+        self._close_file()
         return lost
+
+    # -- a socket is lost --
+
+    def barrier(self) -> None:
+        """The kernel restarted: what the socket was given before is not given to another one."""
+        if self._sent:
+            self._barrier = self._sent[-1][0]
+
+    def rewind(self, received: int, taken: int, written: int) -> None:
+        """The socket is gone. Messages that the client has not received wait again, in their place; ``written`` bytes
+        were given to TCP, whose other end has ``taken`` some of them.
+
+        Not given again when TCP's other end has them: ``comm_open`` and ``input_request``, which a client must not see
+        twice, and everything from before the kernel's last restart.
+        """
+        self.release(received)
+        again: list[Item] = []
+        for end, begin, wire, batch, _, item in self._sent:
+            seen, took, wrote = (wire.complete_before(max(at - begin, 0)) for at in (received, taken, written))
+            left_out = {*range(len(batch) if isinstance(item, Momentary) else seen)}
+            left_out.update(i for i in range(seen, took) if end <= self._barrier or must_not_repeat(batch, i))
+            totals["repeated"] += sum(i not in left_out for i in range(seen, wrote))
+            rest = batch.replaced(dict.fromkeys(left_out)) if left_out else batch
+            if len(rest):
+                again.append(item if isinstance(item, Gap) else Whole(rest))
+        self._sent.clear()
+        self._hold(sum(each.memory for each in again) - self.sent_memory)
+        self.sent_memory = self._barrier = 0
+        self._groups = deque(item for item in (*again, *self._groups) if not isinstance(item, Momentary))
+        self._fresh = deque(whole for whole in self._fresh if not isinstance(whole, Momentary))
+        self._count_again()
+        self._make_room()
+
+    def _count_again(self) -> None:
+        """After `Momentary` ones went, wherever they stood."""
+        self._fresh_memory = sum(whole.memory for whole in self._fresh)
+        self._hold(sum(item.memory for item in self._groups) + self._fresh_memory - self.memory)
+
+    # -- making room --
+
+    @property
+    def _limit(self) -> int:
+        return min(self._limits.client_memory_limit, self._budget.left_for(self.memory))
+
+    def _make_room(self) -> bool:
+        limit = self._limit
+        if self.memory <= limit // MERGE_AT:
+            self._full = False
+            return True
+        group = min(GROUP, limit // 16)
+        if self._fresh_memory >= group or self.memory > limit // SPILL_AT:
+            self._compact(group)
+        self._work()
+        # What a socket has been given cannot be dropped: it counts with a quarter of the limit at most.
+        while self.memory - max(self.sent_memory - limit // MERGE_AT, 0) - self._on_its_way > limit:
+            if not self._drop_oldest():
+                return self._can_spill
+        return True
+
+    @property
+    def _on_its_way(self) -> int:
+        """What came last, and what is being written: a message may be larger than the limit and find room on the
+        disk."""
+        if not self._can_spill:
+            return 0
+        leaving = {*self._busy} if isinstance(self._busy, list) else set()
+        return sum(item.memory for item in {*leaving, *islice(reversed(self._groups), 1)})
+
+    def _compact(self, group: int) -> None:
+        """What is fresh moves on, in groups of messages of one channel."""
+        while self._fresh:
+            batches, memory = self._oldest_fresh(group)
+            if batches:
+                smaller = compacted(batches, group, join=self._limits.merge)
+                groups = [Whole(batch) for batch in smaller]
+                totals["merged"] += sum(map(len, batches)) - sum(map(len, groups))
+                self._hold(sum(whole.memory for whole in groups) - memory)
+            else:
+                groups = [self._fresh.popleft()]
+                memory = groups[0].memory
+            self._fresh_memory -= memory
+            self._groups.extend(groups)
+
+    def _oldest_fresh(self, group: int) -> tuple[list[Batch], int]:
+        """The next batches of one channel, and what they take of memory; none if a `Momentary` is next."""
+        batches: list[Batch] = []
+        memory = 0
+        while self._fresh and memory < group:
+            whole = self._fresh[0]
+            if isinstance(whole, Momentary) or (batches and whole.batch.channel != batches[0].channel):
+                break
+            batches.append(whole.batch)
+            memory += whole.memory
+            self._fresh.popleft()
+        return batches, memory
+
+    def _drop_oldest(self) -> bool:
+        """Drop the oldest output in memory. False: there is none."""
+        for index, item in enumerate(self._groups):
+            if isinstance(item, Whole) and not item.bare:
+                self._strip(index, item)
+                return True
+        return False
+
+    def _strip(self, index: int, whole: Whole) -> None:
+        """Leave out the output of a group. The notice stands before what is left of it, or behind where the group began
+        with that."""
+        kept = [Whole(batch, bare=True) for batch in compacted([whole.batch], whole.memory, join=False, output=False)]
+        del self._groups[index]
+        for left in kept:
+            self._groups.insert(index, left)
+        self._hold(sum(left.memory for left in kept) - whole.memory)
+        if sum(map(len, kept)) < len(whole):
+            place = index if whole.batch.message_class(0) in OUTPUT else index + len(kept)
+            self._gap_before(place).add(whole.batch, kept[0].batch if kept else None)
+
+    def _gap_before(self, index: int) -> Gap:
+        before = self._groups[index - 1] if index else None
+        if isinstance(before, Gap):
+            return before
+        gap = Gap()
+        self._groups.insert(index, gap)
+        self._hold(gap.memory)
+        if self.on_drop is not None:
+            self.on_drop()
+        return gap
+
+    # -- the file --
+
+    @property
+    def _can_spill(self) -> bool:
+        return self._run is not None and not self._full
+
+    def _work(self) -> None:
+        """Give the file its next job, unless it has one."""
+        if self._run is None or self._busy is not None or self._closed:
+            return
+        is_over = self.memory > self._limit // SPILL_AT
+        aside = self._wanted_back()
+        if aside is None or (is_over and not self._hungry):
+            if is_over and not self._full:
+                self._put_aside(self._next_to_go())
+                return
+            # The oldest output goes first, and it may lie there: it comes back to be dropped.
+            first = next((item for item in self._groups if not item.bare), None) if is_over else None
+            aside = first if isinstance(first, Aside) else None
+        if aside is not None:
+            self._read_back(aside)
+
+    def _wanted_back(self) -> Aside | None:
+        """The first group in the file, when too little stands before it."""
+        memory = 0
+        for item in self._groups:
+            if isinstance(item, Aside):
+                return item
+            memory += item.memory
+            if memory >= min(GROUP, self._limits.client_memory_limit // 16):
+                return None
+        return None
+
+    def _next_to_go(self) -> list[Whole]:
+        """The oldest groups in memory behind those that will be wanted soon, as many as one job may write."""
+        before = leaving = 0
+        groups = []
+        for item in self._groups:
+            before += item.memory
+            if before > self._limits.client_memory_limit // 8 and type(item) is Whole:
+                groups.append(item)
+                leaving += item.memory
+                if leaving >= JOB:
+                    break
+        return groups
+
+    def _put_aside(self, groups: list[Whole]) -> None:
+        if not groups:
+            return
+        if self._file is None:
+            limits = self._limits
+            self._file = SpillFile(limits.spill_dir, limits.client_spill_limit, limits.spill_keep_free)
+        records = [bytes(whole.batch.frames(PROTOCOL_V1)) for whole in groups]
+        self._start(groups, partial(self._file.write, records), self._were_put_aside)
+
+    def _read_back(self, aside: Aside) -> None:
+        assert self._file is not None
+        self._start(aside, partial(self._file.read, aside.record), self._was_read_back)
+
+    def _start(self, item: list[Whole] | Aside, job: Callable[[], Any], done: Callable[[Any, Result], None]) -> None:
+        assert self._run is not None
+        self._busy = item
+
+        def finished(result: Result) -> None:
+            self._busy = None
+            if self._closed:
+                self._close_file()
+                return
+            done(item, result)
+            self._work()
+
+        self._run(job, finished)
+
+    def _were_put_aside(self, groups: list[Whole], result: Result) -> None:
+        assert self._file is not None
+        records, problem = result.result()
+        for whole, record in zip(groups, records, strict=False):
+            if whole in self._groups:
+                totals["spilled"] += len(whole)
+                totals["spilled_bytes"] += record.size
+                self._groups[self._groups.index(whole)] = Aside(whole, record)
+                self._hold(-whole.memory)
+            else:  # given to a socket, or dropped, meanwhile
+                self._file.forget(record)
+        if problem is not None:
+            self._full = True
+            if problem.errno != errno.ENOSPC:
+                self._run = None
+            log.warning("messages cannot be put aside in %s: %s", self._limits.spill_dir, problem.strerror)
+            self._make_room()
+
+    def _was_read_back(self, aside: Aside, result: Result) -> None:
+        unwanted, self._full = self._full and self.memory > self._limit // SPILL_AT, False
+        index = self._groups.index(aside)
+        try:
+            whole = Whole(batch_of_frames(aside.channel, result.result()), bare=aside.bare)
+        except (OSError, MalformedMessage) as error:
+            log.error("%s messages that were put aside are lost: %s", len(aside), error)
+            del self._groups[index]
+            self._gap_before(index).lose(len(aside), aside.record.size)
+        else:
+            self._groups[index] = whole
+            self._hold(whole.memory)
+            if unwanted and not whole.bare:
+                self._strip(index, whole)
+        if self.on_ready is not None:
+            self.on_ready()
+
+    def _close_file(self) -> None:
+        if self._file is not None and self._busy is None:
+            self._file.close()
+            self._file = None
+
+
+def must_not_repeat(batch: Batch, index: int) -> bool:
+    """Messages that a client takes badly twice: a second comm_open replaces a live comm, a second input_request asks
+    again."""
+    return batch.msg_type(index) in ("comm_open", "input_request")

@@ -14,7 +14,10 @@ import asyncio
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 from weakref import WeakSet
 
 import zmq
@@ -28,7 +31,6 @@ from fastwire._core import (
     FrameParser,
     Signer,
     Uplink,
-    batch_of,
     drain,
     encode_legacy,
     encode_v1,
@@ -36,11 +38,11 @@ from fastwire._core import (
 from fastwire.errors import MessageError, SocketClosed
 from fastwire.events import note
 from fastwire.flow import Limits, resume_time
-from fastwire.outbox import Outbox, Sent
+from fastwire.outbox import Budget, Outbox, Result, Sent
 from fastwire.turns import Turns
 from fastwire.websocket import Connection
 
-__all__ = ["Channel", "KernelRelay", "Session", "Traffic", "local_batch", "open_relays", "take_socket"]
+__all__ = ["Channel", "KernelRelay", "Session", "Traffic", "open_relays", "take_socket"]
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +67,15 @@ def take_socket(stream_or_socket: ZMQStream | zmq.Socket[bytes]) -> zmq.Socket[b
     return stream_or_socket
 
 
-def local_batch(channel: str, parts: list[bytes]) -> Batch:
-    """A message that the server itself says to clients."""
-    return batch_of(channel, [[b"<IDS|MSG>", b"", *parts]], Signer(b""))
+@cache
+def threads() -> ThreadPoolExecutor:
+    """For work on files; made when the first session spills."""
+    return ThreadPoolExecutor(2, "fastwire-spill")
+
+
+def run_aside(job: Callable[[], Any], done: Callable[[Result], None]) -> None:
+    """Call ``job`` in another thread and ``done`` with its future on this loop."""
+    asyncio.get_running_loop().run_in_executor(threads(), job).add_done_callback(done)
 
 
 @dataclass
@@ -193,6 +201,7 @@ class KernelRelay:
         signer: Signer,
         *,
         limits: Limits | None = None,
+        budget: Budget | None = None,
         permissive: bool = False,
         on_rejected: Callable[[str, MessageError], None] | None = None,
         name: str = "",
@@ -200,10 +209,13 @@ class KernelRelay:
         self.name = name
         self.traffic = Traffic()
         self.limits = limits or Limits()
+        self.budget = budget or Budget(self.limits.total_memory_limit)
         self.signer = signer
         self.sessions: dict[str, Session] = {}
         self.observers: list[Callable[[Batch], None]] = []
         self.endpoint: object = None
+        #: ``(header, parent_header)`` of the last message on iopub: what the server itself says stands beside it.
+        self.neighbour: tuple[bytes, bytes] = (b"{}", b"{}")
         self._open_socket = open_socket
         self._permissive = permissive
         self._on_rejected = on_rejected
@@ -302,6 +314,7 @@ class KernelRelay:
     def _on_iopub(self, batch: Batch) -> None:
         if not self.heard.done():
             self.heard.set_result(None)
+        self.neighbour = batch.headers(-1)
         for observe in self.observers:
             observe(batch)
         for session in list(self.sessions.values()):
@@ -309,6 +322,8 @@ class KernelRelay:
 
     def doubt(self) -> None:
         """The kernel was started anew: its subscription has to be proven again."""
+        for session in self.sessions.values():
+            session.outbox.barrier()
         if self.heard.done():
             self.heard = asyncio.get_running_loop().create_future()
 
@@ -379,7 +394,9 @@ class Session:
         self.identity = identity
         #: Whose session it is: nobody else may continue it.
         self.user = ""
-        self.outbox = Outbox()
+        self.outbox = Outbox(relay.limits, relay.budget, run_aside)
+        self.outbox.on_ready = self._pump
+        self.outbox.on_drop = self._on_drop
         self.connection: Connection | None = None
         self.protocol: str | None = None
         self.prepare: Callable[[Batch], Batch] | None = None
@@ -388,6 +405,8 @@ class Session:
         self.detached_at = 0.0
         self._lag = ""  # "slow", "resuming", or neither
         self._lag_timer: asyncio.TimerHandle | None = None
+        self._resumable = False
+        self._deadline: asyncio.TimerHandle | None = None
         self._high_water = relay.limits.high_water
         self._allowed: frozenset[str] = frozenset()
         self._expiry: asyncio.TimerHandle | None = None
@@ -442,13 +461,20 @@ class Session:
     # -- the client's WebSocket --
 
     def attach(
-        self, connection: Connection, protocol: str | None, allowed_message_types: frozenset[str] = frozenset()
+        self,
+        connection: Connection,
+        protocol: str | None,
+        allowed_message_types: frozenset[str] = frozenset(),
+        *,
+        resumable: bool = True,
     ) -> None:
-        """Continue on this socket: first what the last one was not given, then what comes."""
+        """Continue on this socket: first what the client has not received, then what comes. ``resumable``: the client
+        can come back on another socket."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
             self._note("resume", f"came back; {len(self.outbox):,} messages had been kept for it")
+        self._resumable = resumable
         self.connection = connection
         self.protocol = protocol
         self._allowed = allowed_message_types
@@ -465,19 +491,24 @@ class Session:
         connection.label = (self.relay.name, self.label)
         self._caught_up()
         self._lag = "resuming" if self.outbox.waiting else ""
+        connection.on_stalled = self._on_stalled
+        connection.limit_stalls(self.relay.limits.write_deadline)
+        if self.relay.limits.acknowledge:
+            connection.acknowledge()
         self._pump()
 
-    def detach(self, connection: Connection, *, close_code: int | None, resumable: bool) -> None:
+    def detach(self, connection: Connection, *, close_code: int | None = None) -> None:
         """The socket is gone. Nothing when another one has taken its place already."""
         if connection is not self.connection:
             return
-        connection.consumer = connection.receiver = connection.on_progress = None
+        connection.consumer = connection.receiver = connection.on_progress = connection.on_stalled = None
         self.connection = None
         self._caught_up()
+        self._stop_deadline()
         if self._closed:
             return
-        self.outbox.rewind(connection.written)
-        if not resumable:
+        self.outbox.rewind(connection.received, connection.taken, connection.written)
+        if not self._resumable:
             self.relay.end_session(self)
             return
         self.detached_at = self._loop.time()
@@ -502,28 +533,45 @@ class Session:
         if self.connection is not None:
             self.connection.close(1011, "the server could not handle a message of the kernel")
 
-    def say(self, batch: Batch) -> None:
-        """Messages that this client gets as they are."""
-        flowing = self._flowing()
-        if flowing is not None:
-            self.outbox.pass_on(batch, self._send(batch))
-            flowing.schedule_flush()
+    def say(self, batch: Batch, *, momentary: bool = False) -> None:
+        """Messages that this client gets as they are. One that is ``momentary`` is for the socket it has now."""
+        if self._flowing():
+            self.outbox.pass_on(batch, self._send(batch), momentary=momentary)
             return
-        self.outbox.append(batch)
-        if self.connection is not None:
+        if momentary and self.connection is None:
+            return
+        if not self.outbox.append(batch, momentary=momentary):
+            self._overflow()
+        elif self.connection is not None:
             if self._lag_timer is None and not self._lag:
                 self._lag_timer = self._loop.call_later(self.relay.limits.slow_after, self._is_slow)
             self._pump()
-        elif self.outbox.nbytes > self.relay.limits.client_memory_limit:
-            log.warning("session %s: gave up after %s bytes without a client", self.session_id, self.outbox.nbytes)
-            self.relay.end_session(self)
 
-    def _flowing(self) -> Connection | None:
-        """The socket, if it can be given more at once: nothing waits before that, and it is not behind."""
+    def _overflow(self) -> None:
+        """Replies, statuses and what else may not be dropped are more than the client may have waiting."""
+        text = f"is given up: {len(self.outbox)} messages that may not be dropped are more than it may have waiting"
+        log.warning("session %s %s", self.session_id, text)
+        self._note("overflow", text)
         connection = self.connection
-        if connection is None or self.outbox.waiting or connection.queue.pending_bytes >= self._high_water:
-            return None
-        return None if connection.is_closing() else connection
+        self.relay.end_session(self)
+        if connection is not None:
+            connection.close(1013, "too far behind: messages were lost")
+
+    def _on_drop(self) -> None:
+        text = "is too far behind: its oldest output is dropped, and it is told where"
+        log.warning("session %s %s", self.session_id, text)
+        self._note("drop", text)
+
+    def _flowing(self) -> bool:
+        """Whether the socket can be given more at once: nothing waits before that, and it is not behind."""
+        connection, outbox = self.connection, self.outbox
+        return (
+            connection is not None
+            and not outbox.waiting
+            and connection.queue.pending_bytes < self._high_water
+            and outbox.sent_memory < outbox.window
+            and not connection.is_closing()
+        )
 
     def _pump(self) -> None:
         """Give the socket what waits, up to its high-water mark."""
@@ -531,18 +579,18 @@ class Session:
         if connection is None or connection.is_closing():
             return
         queue = connection.queue
-        while outbox.waiting and queue.pending_bytes < self._high_water:
-            outbox.feed(self._send)
-        connection.schedule_flush()
+        while outbox.waiting and queue.pending_bytes < self._high_water and outbox.sent_memory < outbox.window:
+            if not outbox.feed(self._send):
+                break
 
     def _send(self, batch: Batch) -> Sent:
-        assert self.connection is not None
-        queue = self.connection.queue
-        if self.connection.compresses:
-            return self._send_compressed(self.connection, batch)
-        begin = queue.queued
+        connection = self.connection
+        assert connection is not None
+        if connection.compresses:
+            return self._send_compressed(connection, batch)
+        begin = connection.queue.queued
         frames = batch.frames(self.protocol)
-        return begin, queue.extend(frames), frames
+        return begin, connection.write_frames(frames), frames
 
     def _send_compressed(self, connection: Connection, batch: Batch) -> Sent:
         """permessage-deflate works message by message: this client alone is off the compiled path."""
@@ -557,7 +605,7 @@ class Session:
 
     def _on_progress(self) -> None:
         assert self.connection is not None
-        self.outbox.release(self.connection.queue.written)
+        self.outbox.release(self.connection.received)
         if self.outbox.waiting:
             self._pump()
         elif self._lag or self._lag_timer:
@@ -567,13 +615,19 @@ class Session:
         self._lag_timer = None
         if self.connection is not None:
             self._lag = "slow"
-            self._note("slow", f"takes messages slower than they come: {self.outbox.nbytes / 1e6:.1f} MB wait for it")
+            self._note("slow", f"takes messages slower than they come: {self.outbox.memory / 1e6:.1f} MB wait for it")
 
     def _caught_up(self) -> None:
         self._lag = ""
         if self._lag_timer is not None:
             self._lag_timer.cancel()
             self._lag_timer = None
+
+    def _on_stalled(self) -> None:
+        """A client that can come back is worth more without a socket that takes nothing; others have the keepalive."""
+        if self._resumable and self.connection is not None:
+            self._note("stalled", f"took nothing for {self.relay.limits.write_deadline:g} s: its connection is closed")
+            self.connection.close(1013, "the client took nothing for too long")
 
     # -- client to kernel --
 
@@ -621,13 +675,35 @@ class Session:
                 waiting = self._uplink.waiting_bytes / 1e6
                 self._note("paused", f"not read for now: {waiting:.1f} MB of its messages wait for the kernel")
                 self.connection.pause_reading()
+                self._start_deadline()
             else:
+                self._stop_deadline()
                 self.connection.resume_reading()
+
+    def _start_deadline(self) -> None:
+        self._deadline = self._loop.call_later(
+            self.relay.limits.uplink_deadline, self._on_deadline, self._uplink, self._uplink.sent
+        )
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _on_deadline(self, uplink: Uplink, sent: int) -> None:
+        """The client has been held back for a long time."""
+        if (uplink, sent) != (self._uplink, self._uplink.sent):
+            self._start_deadline()
+        elif self.connection is not None:
+            seconds = self.relay.limits.uplink_deadline
+            self._note("stalled", f"was not read for {seconds:g} s, because its kernel takes nothing: closed")
+            self.connection.close(1013, "the kernel takes no messages")
 
     # -- the end --
 
     def close(self) -> None:
         self._closed = True
+        self._stop_deadline()
         if self._expiry is not None:
             self._expiry.cancel()
         self._caught_up()

@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
 import ssl
 import sys
+import termios
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator
@@ -49,7 +51,7 @@ from fastwire._core import (
 )
 from fastwire.errors import FastwireError, FrameError, InvalidPayload, MessageTooBig, PolicyViolation
 from fastwire.events import note
-from fastwire.flow import Limits, Rate
+from fastwire.flow import Acknowledgements, Limits, Rate
 from fastwire.handshake import agree_on_deflate, problem
 from fastwire.turns import Turns
 
@@ -71,6 +73,15 @@ MESSAGES_A_TURN = 256
 
 #: Bytes of pongs that may wait for a client that does not read: several times what one read of pings asks for.
 PONGS_WAITING = 1024 * 1024
+#: Bytes that may wait in the system's buffer of a socket whose peer is asked what it has received.
+NOTSENT_LOWAT = 128 * 1024
+
+#: Seconds between looks at an unanswered ping, at most, and looks at a stalled peer within its limit.
+LONGEST_ASK_DELAY = 1.0
+STALL_LOOKS = 4
+
+#: Why Tornado closes a connection whose peer does not answer (`WebSocketProtocol13.periodic_ping`).
+KEEPALIVE_REASON = "ping timed out"
 
 
 class Written:
@@ -148,7 +159,8 @@ class Connection(WebSocketProtocol13):
     ``consumer``, when set, is called with the parser while data messages are pending and must take them (all, or up
     to the next control frame). What it leaves, compressed messages, goes to ``receiver``, and without one to the
     handler's ``on_message``. Either may raise a `FastwireError` to fail the connection with its close code.
-    ``on_progress`` is called after bytes went out.
+    ``on_progress`` is called after bytes went out, and when the peer has acknowledged some (`acknowledge`).
+    ``on_stalled`` is called when its TCP took nothing for the time of `limit_stalls` although bytes wait.
     """
 
     def __init__(
@@ -165,6 +177,9 @@ class Connection(WebSocketProtocol13):
         self.consumer: Callable[[FrameParser], None] | None = None
         self.receiver: Callable[[str | bytes], None] | None = None
         self.on_progress: Callable[[], None] | None = None
+        self.on_stalled: Callable[[], None] | None = None
+        #: The peer sent a Close frame before we did.
+        self.closed_by_peer = False
         self.no_buffers = 0
         #: What this connection's events are about: a kernel and its client, where there are such.
         self.label = ("", "")
@@ -191,6 +206,13 @@ class Connection(WebSocketProtocol13):
         self._newest_ping: bytes | None = None
         self._failed = False
         self._close_timer: asyncio.TimerHandle | None = None
+        self._acknowledgements: Acknowledgements | None = None
+        self._data_end = 0
+        self._taken = 0
+        self._ask_timer: asyncio.TimerHandle | None = None
+        self._ask_delay = Acknowledgements.INTERVAL
+        self._stall_limit = 0.0
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     # -- the handshake --
 
@@ -266,6 +288,8 @@ class Connection(WebSocketProtocol13):
         """Leave the peer's bytes where they are; its TCP will slow it down."""
         self._check_thread()
         self._paused = True
+        if self._acknowledgements is not None:
+            self._acknowledgements.pause()
         self._stop_reading()
 
     def resume_reading(self) -> None:
@@ -420,6 +444,9 @@ class Connection(WebSocketProtocol13):
             self._run_callback(self.handler.on_ping, control)
         elif opcode == OP_PONG:
             self._received_pong = True
+            if self._acknowledgements is not None and self._acknowledgements.answer(control):
+                self._on_acknowledged()
+                return None
             return cast("asyncio.Future[None] | None", self._run_callback(self.handler.on_pong, control))
         elif opcode == OP_CLOSE:
             self._on_close_frame(control)
@@ -452,21 +479,36 @@ class Connection(WebSocketProtocol13):
         if self._compressor is not None:
             message = self._compressor.compress(tornado.escape.utf8(message))
             opcode |= RSV1
-        position = self.queue.append_frame(opcode, message)
+        self._data_end = position = self.queue.append_frame(opcode, message)
         self.schedule_flush()
         return cast("asyncio.Future[None]", Written(self, position))
 
-    def write_frames(self, frames: Frames) -> None:
-        """Queue frames that are encoded already; not for a connection that compresses. Silent when it is closing."""
+    def write_frames(self, frames: Frames) -> int:
+        """Queue frames that are encoded already; not for a connection that compresses. Returns the position behind
+        them. Silent when it is closing."""
         self._check_thread()
         if not self.is_closing():
-            self.queue.extend(frames)
+            self._data_end = self.queue.extend(frames)
             self.schedule_flush()
+        return self._data_end
 
     @property
     def written(self) -> int:
         """How far the transport took our bytes, also after the end."""
         return self._final_written if self._ended.done() else self.queue.written
+
+    @property
+    def received(self) -> int:
+        """How far the peer is known to have our bytes: acknowledged, or written where it is not asked."""
+        acknowledgements = self._acknowledgements
+        if acknowledgements is None or acknowledgements.demoted:
+            return self.written
+        return acknowledgements.position
+
+    @property
+    def taken(self) -> int:
+        """How far the peer's TCP is known to have our bytes, sampled now and then."""
+        return max(self._taken, self.received)
 
     @property
     def compresses(self) -> bool:
@@ -533,9 +575,13 @@ class Connection(WebSocketProtocol13):
         if self._fd < 0:
             self._flush_stream()
             return
+        if self._acknowledgements is not None and self._ask_timer is None:
+            self._ask()
         before = self.queue.written
         status = self.queue.flush(self._fd)
         if status != FLUSH_DONE or self._hampered:
+            # That the socket had room again means that the peer took something.
+            self._received_pong |= self._hampered and self.queue.written != before
             self._after_flush(status)
         if self.queue.written != before:
             self._progress()
@@ -546,6 +592,8 @@ class Connection(WebSocketProtocol13):
             self._lost(OSError(self.queue.errno, os.strerror(self.queue.errno)))
             return
         self._hampered = status != FLUSH_DONE
+        if self._hampered:
+            self._watch_for_stalls()
         self._await_writable(status == FLUSH_BLOCKED)
         if status == FLUSH_NO_BUFFERS:
             self._retry_later()
@@ -575,7 +623,10 @@ class Connection(WebSocketProtocol13):
     def _flush_stream(self) -> None:
         if self._stream_busy or not self.queue.pending_bytes:
             return
+        if self._acknowledgements is not None and self._ask_timer is None:
+            self._ask()
         self._stream_busy = True
+        self._watch_for_stalls()
         try:
             future = self.stream.write(self.queue.take(STREAM_CHUNK))
         except StreamClosedError as error:
@@ -609,6 +660,83 @@ class Connection(WebSocketProtocol13):
             if not future.done():
                 future.set_result(None)
 
+    # -- what the peer has received --
+
+    def acknowledge(self) -> None:
+        """From now on, ask with pings what the peer has received (`flow.Acknowledgements`). Little is left waiting
+        in the system's buffers then: what is there cannot be taken back."""
+        self._acknowledgements = Acknowledgements()
+        if self._fd >= 0 and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            with contextlib.suppress(OSError):  # a Unix socket
+                self.stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
+
+    def _ask(self) -> None:
+        assert self._acknowledgements is not None
+        if self._acknowledgements.wanted(self._data_end) and not self.server_terminated:
+            position = self.queue.queued
+            self.queue.append_frame(OP_PING, self._acknowledgements.ask(position))
+            self._ask_delay = Acknowledgements.INTERVAL
+            self._ask_timer = self._loop.call_later(self._ask_delay, self._ask_again)
+
+    def _ask_again(self) -> None:
+        """Long enough since the last ping. While it is not answered look, ever less often, what TCP does."""
+        self._ask_timer = None
+        asked = self._acknowledgements
+        if asked is None or self._ended.done():
+            return
+        if not asked.outstanding:
+            if asked.wanted(self._data_end):
+                self.schedule_flush()
+            return
+        self._sample_taken()
+        asked.look(self._loop.time(), self._taken if self._fd >= 0 else self.queue.written)
+        if asked.demoted:
+            kernel, client = self.label
+            note("demoted", "answers no pings: what was written to it counts as received", kernel=kernel, client=client)
+            self._on_acknowledged()
+            return
+        self._ask_delay = min(2 * self._ask_delay, LONGEST_ASK_DELAY)
+        self._ask_timer = self._loop.call_later(self._ask_delay, self._ask_again)
+
+    def _sample_taken(self) -> None:
+        if self._fd >= 0 and not self.stream.closed():
+            with contextlib.suppress(OSError):
+                in_buffers = fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4))
+                taken = self.queue.written - int.from_bytes(in_buffers, sys.byteorder)
+                self._received_pong |= taken > self.taken
+                self._taken = max(self._taken, taken)
+
+    def _on_acknowledged(self) -> None:
+        if self._ask_timer is not None and self._ask_delay > Acknowledgements.INTERVAL:
+            self._ask_timer.cancel()
+            self._ask_again()
+        if self.on_progress is not None and not self._ended.done():
+            self.on_progress()
+
+    # -- a peer that takes nothing --
+
+    def limit_stalls(self, seconds: float) -> None:
+        """Call ``on_stalled`` when the peer's TCP takes nothing for so long although bytes wait."""
+        self._stall_limit = seconds
+
+    def _watch_for_stalls(self) -> None:
+        if self._stall_timer is None and self._stall_limit:
+            self._look_for_progress(self.queue.written, STALL_LOOKS)
+
+    def _look_for_progress(self, written: int, looks: int) -> None:
+        """A few looks within the limit, so that a flush need not note the time."""
+        self._stall_timer = None
+        if self._ended.done() or not (self.queue.pending_bytes or self._stream_busy):
+            return
+        if self.queue.written != written:
+            written, looks = self.queue.written, STALL_LOOKS
+        elif not looks:
+            if self.on_stalled is not None:
+                self.on_stalled()
+            return
+        delay = self._stall_limit / STALL_LOOKS
+        self._stall_timer = self._loop.call_later(delay, self._look_for_progress, written, looks - 1)
+
     # -- closing --
 
     def close(self, code: int | None = None, reason: str | None = None) -> None:
@@ -620,7 +748,8 @@ class Connection(WebSocketProtocol13):
             return
         if not self.server_terminated:
             if code is None and reason is not None:
-                code = 1000
+                # JupyterLab does not come back after 1000.
+                code = 1011 if reason == KEEPALIVE_REASON else 1000
             self._write_control(OP_CLOSE, close_payload(code, reason or ""))
             self.server_terminated = True
         self._limit_closing()
@@ -631,6 +760,7 @@ class Connection(WebSocketProtocol13):
 
     def _on_close_frame(self, payload: bytes) -> None:
         self.client_terminated = True
+        self.closed_by_peer = not self.server_terminated
         code, reason = parse_close(payload)
         self.close_code, self.close_reason = code, reason or None
         if self.server_terminated and not self.queue.pending_bytes and not self._stream_busy:
@@ -669,6 +799,8 @@ class Connection(WebSocketProtocol13):
             return
         if isinstance(error, OSError) and not is_quiet(error):
             log.warning("WebSocket client %s: %s", self._peer(), str(error))
+        if error is None:  # after an error the system has thrown away what it had to send
+            self._sample_taken()
         self._over()
         self.stream.close()
 
@@ -687,8 +819,9 @@ class Connection(WebSocketProtocol13):
                 future.set_exception(WebSocketClosedError())
                 future.exception()
         self._waiters.clear()
-        if self._close_timer is not None:
-            self._close_timer.cancel()
+        for timer in (self._close_timer, self._ask_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
         if self._ping_coroutine is not None:
             self._ping_coroutine.cancel()
             self._ping_coroutine = None

@@ -1,10 +1,14 @@
-"""Policy: numbers a user can set, and what follows from how a connection ended."""
+"""Decisions without sockets or clock."""
 
 import dataclasses
 
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastwire.flow import Limits, Rate, resume_time, too_many
+from fastwire.flow import Acknowledgements, Limits, Rate, resume_time, too_many
+
+PATIENCE = Acknowledgements.PATIENCE
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1005, 1011, 4000])
@@ -22,14 +26,17 @@ def test_limits_do_not_change_under_those_who_share_them() -> None:
         Limits().high_water = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Limits)])
+NUMBERS = [field.name for field in dataclasses.fields(Limits) if type(field.default) in (int, float)]
+
+
+@pytest.mark.parametrize("field", NUMBERS)
 def test_every_limit_is_a_bound_by_default(field: str) -> None:
     assert 0 < getattr(Limits(), field) < float("inf")
 
 
 def test_a_socket_is_given_less_than_a_session_may_keep() -> None:
     """What waits in a socket cannot be spelled again for the next one: most of it has to be in the outbox."""
-    assert Limits().high_water < Limits().client_memory_limit
+    assert Limits().high_water < Limits().client_memory_limit < Limits().total_memory_limit
 
 
 def test_a_rate_is_an_average_with_bursts() -> None:
@@ -57,3 +64,101 @@ def test_a_rate_forgets_what_was_long_ago() -> None:
 def test_clients_that_are_one_too_many(of_kernel: int, of_user: int, why: str | None) -> None:
     refusal = too_many(Limits(clients_per_kernel=2, clients_per_user=3), of_kernel, of_user)
     assert refusal is why is None or why in refusal
+
+
+class Acknowledging(RuleBasedStateMachine):
+    """Pings and pongs in flight, against the positions they stand for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acknowledgements = Acknowledgements()
+        self.written = 0
+        self.asked = 0
+        self.in_flight: bytes | None = None
+        self.old: list[bytes] = []
+        self.received = 0
+
+    @rule(size=st.integers(1, 100))
+    def write(self, size: int) -> None:
+        self.written += size
+
+    @rule()
+    def ask(self) -> None:
+        wanted = self.acknowledgements.wanted(self.written)
+        assert wanted == (self.in_flight is None and self.written > self.asked)
+        if wanted:
+            self.in_flight = self.acknowledgements.ask(self.written)
+            self.asked = self.written
+            assert len(self.in_flight) <= 125
+            assert self.in_flight not in self.old
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def pong(self) -> None:
+        assert self.acknowledgements.answer(self.in_flight)
+        self.old.append(self.in_flight)
+        self.in_flight = None
+        self.received = self.asked
+
+    @rule(payload=st.binary(max_size=20))
+    def another_pong(self, payload: bytes) -> None:
+        """Unsolicited, or to another's ping."""
+        assert not self.acknowledgements.answer(payload)
+
+    @precondition(lambda self: self.old)
+    @rule(data=st.data())
+    def old_pong(self, data: st.DataObject) -> None:
+        assert not self.acknowledgements.answer(data.draw(st.sampled_from(self.old)))
+
+    @invariant()
+    def what_is_acknowledged_was_answered(self) -> None:
+        assert self.acknowledgements.position == self.received
+        assert self.acknowledgements.outstanding == (self.in_flight is not None)
+
+
+TestAcknowledging = Acknowledging.TestCase
+
+
+def asked() -> Acknowledgements:
+    acknowledgements = Acknowledgements()
+    acknowledgements.ask(100)
+    return acknowledgements
+
+
+def test_who_never_answers_is_believed_after_a_while() -> None:
+    acknowledgements = asked()
+    acknowledgements.look(0.0, 101)
+    acknowledgements.look(PATIENCE - 1, 101)
+    assert not acknowledgements.demoted
+    acknowledgements.look(PATIENCE, 101)
+    assert acknowledgements.demoted
+    assert not acknowledgements.wanted(1000), "asked no more"
+
+
+def test_who_answers_in_the_end_is_asked_again() -> None:
+    acknowledgements = Acknowledgements()
+    ping = acknowledgements.ask(100)
+    for now in 0.0, PATIENCE:
+        acknowledgements.look(now, 101)
+    assert acknowledgements.answer(ping)
+    assert not acknowledgements.demoted
+    acknowledgements.ask(200)
+    for now in 2 * PATIENCE, 4 * PATIENCE:
+        acknowledgements.look(now, 201)
+    assert not acknowledgements.demoted, "who has answered before is only slow"
+
+
+@pytest.mark.parametrize("taken", [0, 100])
+def test_a_ping_that_is_not_there_cannot_be_answered(taken: int) -> None:
+    acknowledgements = asked()
+    for now in 0.0, 2 * PATIENCE:
+        acknowledgements.look(now, taken)
+    assert not acknowledgements.demoted
+
+
+def test_who_is_not_read_cannot_answer() -> None:
+    acknowledgements = asked()
+    acknowledgements.look(0.0, 101)
+    acknowledgements.pause()
+    acknowledgements.look(PATIENCE, 101)
+    assert not acknowledgements.demoted

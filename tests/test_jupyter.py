@@ -9,11 +9,13 @@ import struct
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import wsclient
+from jupyter_core.paths import jupyter_runtime_dir
 from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
@@ -40,7 +42,7 @@ from zmq.eventloop.zmqstream import ZMQStream
 
 from fastwire._core import PROTOCOL_V1
 from fastwire.flow import Limits
-from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection
+from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection, usable
 
 both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
@@ -423,8 +425,8 @@ say(range(1500, 1600))
 @both_protocols
 @pytest.mark.parametrize("changes", [False, True], ids=["same", "other"])
 def test_coming_back_after_a_close_frame(server: Server, kernel: str, protocol: str | None, changes: bool) -> None:
-    """It leaves in the middle of output, and everything up to the server's Close frame was given to it; its next socket
-    gets the rest: each line exactly once, in order, in either protocol. Another client never sees a line twice."""
+    """It leaves in the middle of output; its next socket gets what the first has not acknowledged: each line at least
+    once, in order, in either protocol. Another client never sees a line twice."""
     begin, end = (server.home / f"{word}-{uuid.uuid4().hex}" for word in ("begin", "end"))
     with Client(server, kernel, protocol) as other:
         first = Client(server, kernel, protocol, how=Raw)
@@ -442,8 +444,10 @@ def test_coming_back_after_a_close_frame(server: Server, kernel: str, protocol: 
             second.receive_until(lambda message: is_idle(message, cell))
             again = second.run("1")
     assert numbers(other.log) == [*range(1600)], "who stayed"
-    assert numbers(first.log + second.log) == [*range(1600)], "who came back"
-    assert [m.type for m in first.log + second.log].count("execute_reply") == 2, "the cell's and the last one's"
+    for came in numbers(first.log), numbers(second.log):
+        assert came == [*range(came[0], came[-1] + 1)], "in order, and each once on a socket"
+    assert {*numbers(first.log), *numbers(second.log)} == {*range(1600)}, "who came back"
+    assert [m.type for m in second.log].count("execute_reply") == 2, "the cell's and the last one's"
     assert again.result == "1"
 
 
@@ -811,11 +815,23 @@ def test_garbage_of_a_client_that_compresses(strict: Server, protocol: str | Non
         assert "Traceback" not in strict.log[before:]
 
 
-def test_every_setting_reaches_the_relay() -> None:
+def test_every_setting_reaches_the_relay(tmp_path: Path) -> None:
+    """What `Limits` has and a user may set."""
     for field in dataclasses.fields(Limits):
         if Fastwire.class_traits(config=True).get(field.name):
-            settings = Fastwire(config=Config({"Fastwire": {field.name: 7}}))
-            assert settings.limits() == dataclasses.replace(Limits(), **{field.name: 7})
+            value = {bool: field.default is False, str: str(tmp_path)}.get(type(field.default), 7)
+            settings = Fastwire(config=Config({"Fastwire": {field.name: value}}))
+            defaults = dataclasses.replace(Limits(), spill_dir=jupyter_runtime_dir())
+            assert settings.limits() == dataclasses.replace(defaults, **{field.name: value})
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")
+def test_memory_is_no_place_to_spill_to(caplog: pytest.LogCaptureFixture) -> None:
+    on_disk = Limits(spill_dir=str(Path(__file__).parent))
+    assert usable(on_disk) is on_disk
+    assert usable(Limits(spill_dir="/dev/shm")).spill_dir == ""
+    assert usable(Limits(spill_dir="/missing")).spill_dir == ""
+    assert ["tmpfs" in record.message for record in caplog.records] == [True, False]
 
 
 # -- the server's end, and another server ----------------------------------------------------------

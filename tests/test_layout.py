@@ -21,6 +21,7 @@ ROOMS = (
     "flow",
     "events",
     "turns",
+    "spill",
     "outbox",
     "handshake",
     "websocket",

@@ -921,7 +921,9 @@ def test_a_pong_keeps_the_connection(site: Site) -> None:
 def test_no_pong_closes_the_connection(site: Site) -> None:
     client, handler = site.open(site.Handler, websocket_ping_interval=0.02)
     client.payload(OP_PING)
-    assert client.close_frame() == (1000, "ping timed out")
+    # JupyterLab does not come back after 1000.
+    code = 1000 if site.variant.handler is TORNADO else 1011
+    assert client.close_frame() == (code, "ping timed out")
     client.send(close_frame(1000))
     assert client.ended()
     eventually(lambda: handler.closes == [(1000, None)])

@@ -1,6 +1,7 @@
 """A WebSocket client that sends what it is told, right or wrong, and shows what comes back frame by frame.
 
-One blocking socket, no thread, nothing automatic: it answers no ping and no Close unless a test says so.
+One blocking socket, no thread, nothing automatic: it answers no ping and no Close unless a test says so, but for the
+pings by which a server asks what has been received.
 """
 
 import base64
@@ -11,11 +12,13 @@ import ssl
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
 
 from builders import client_frame
 
-from fastwire._core import OP_BINARY, OP_CLOSE, OP_TEXT, RSV1
+from fastwire._core import OP_BINARY, OP_CLOSE, OP_PING, OP_PONG, OP_TEXT, RSV1
+from fastwire.flow import Acknowledgements
 
 PATIENCE = 10.0  # seconds for what must come; never part of a test's result
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -159,8 +162,30 @@ class Client:
             self._fill()
         return self._read(self._buffer.index(end) + len(end))[: -len(end)]
 
+    #: Whether the pings by which a server asks what has been received are answered.
+    acknowledges = True
+
     def frame(self) -> tuple[int, bytes]:
-        """The next frame of the server, decompressed. Fails for one that RFC 6455 does not allow a server."""
+        """The next frame of the server, decompressed. A ping by which it asks what has been received is answered and
+        passed over, as any WebSocket stack does. Fails for a frame that RFC 6455 does not allow a server."""
+        opcode, payload = self._frame()
+        while opcode == OP_PING and payload.startswith(Acknowledgements.PREFIX):
+            self._acknowledge(payload)
+            opcode, payload = self._frame()
+        return opcode, payload
+
+    def _acknowledge(self, payload: bytes) -> None:
+        if self.acknowledges:
+            with suppress(OSError):  # the server may have gone meanwhile
+                self.send(client_frame(OP_PONG, payload))
+
+    def acknowledge(self) -> None:
+        """The next frame must be a ping that asks what has been received; answer it."""
+        opcode, payload = self._frame()
+        assert opcode == OP_PING, (opcode, payload[:125])
+        self._acknowledge(payload)
+
+    def _frame(self) -> tuple[int, bytes]:
         first, second = self._read(2)
         assert first & 0x80, "a fragment from the server"
         assert not second & 0x80, "a masked frame from the server"
@@ -196,6 +221,13 @@ class Client:
     def close_frame(self) -> tuple[int | None, str]:
         """``(code, reason)`` of the next frame, which must be a Close."""
         return parsed_close(self.payload(OP_CLOSE))
+
+    def frames_until_close(self) -> Iterator[tuple[int, bytes]]:
+        """All up to the Close frame, which is the last."""
+        opcode = None
+        while opcode != OP_CLOSE:
+            opcode, payload = self.frame()
+            yield opcode, payload
 
     def frames(self) -> Iterator[tuple[int, bytes]]:
         """All that come until the stream ends between two frames."""

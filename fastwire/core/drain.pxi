@@ -22,6 +22,7 @@ cdef enum:
     LARGEST_CHUNK = 65536
     DRAIN_MESSAGES = 1024
     DRAIN_BYTES = 1048576
+    BATCH_SIZE = 512        # about what a batch's Python objects take
 
 
 cdef int classify(const Header *header) noexcept nogil:
@@ -56,6 +57,8 @@ cdef struct Chunk:
 
 cdef struct Arena:
     Chunk *newest
+    size_t size         # of all chunks
+    size_t expected     # bytes, of which the first chunk is made; 0 when nobody knows
 
 
 cdef void *arena_get(Arena *arena, size_t size) noexcept:
@@ -67,6 +70,8 @@ cdef void *arena_get(Arena *arena, size_t size) noexcept:
     if chunk == NULL or chunk.size - chunk.used < size:
         if chunk != NULL:
             room = min(chunk.size * 4, <size_t>LARGEST_CHUNK)
+        elif arena.expected:
+            room = CHUNK_HEAD + arena.expected
         room = max(room, CHUNK_HEAD + size)
         chunk = <Chunk *>block_get(&room)
         if chunk == NULL:
@@ -75,6 +80,7 @@ cdef void *arena_get(Arena *arena, size_t size) noexcept:
         chunk.size = room
         chunk.used = CHUNK_HEAD
         arena.newest = chunk
+        arena.size += room
     p = <char *>chunk + chunk.used
     chunk.used += size
     return p
@@ -106,6 +112,7 @@ cdef class Store:
     cdef size_t held_count
     cdef size_t held_room
     cdef list kept              # Python objects that parts point into
+    cdef size_t elsewhere       # bytes of both
 
     def __dealloc__(self):
         cdef size_t i
@@ -125,7 +132,11 @@ cdef class Store:
         if self.kept is None:
             self.kept = []
         self.kept.append(data)
+        self.elsewhere += size_of_kept(data)
         return 0
+
+    cdef size_t memory(self) noexcept:
+        return self.arena.size + self.elsewhere
 
     cdef const char *hold(self, fw_zmq_msg *frame) except NULL:
         """Keeps a large frame where libzmq received it; returns its bytes."""
@@ -144,8 +155,17 @@ cdef class Store:
         zmq_msg_move(mine, frame)
         self.held[self.held_count] = mine
         self.held_count += 1
+        self.elsewhere += zmq_msg_size(mine)
         alive.zmq_messages += 1
         return <const char *>zmq_msg_data(mine)
+
+
+cdef size_t size_of_kept(object data):
+    if isinstance(data, Store):
+        return (<Store>data).memory()
+    if isinstance(data, bytes):
+        return len(data)
+    return sum([len(part) for part in data])
 
 
 cdef enum:
@@ -361,6 +381,10 @@ cdef class Batch:
         cdef uint32_t i
         return [span_bytes(message.parts[i]) for i in range(message.count)]
 
+    def headers(self, Py_ssize_t index):
+        cdef Indexed *message = self.at(index)
+        return span_bytes(message.parts[0]), span_bytes(message.parts[1])
+
     def msg_type(self, Py_ssize_t index):
         return unescaped(self.at(index).header.msg_type)
 
@@ -379,6 +403,15 @@ cdef class Batch:
     @property
     def faulty(self):
         return self.reasons is not None
+
+    @property
+    def memory(self):
+        cdef size_t size = BATCH_SIZE + self.room * sizeof(Indexed) + self.store.memory()
+        if self.v1_frames is not None:
+            size += self.v1_frames.memory()
+        if self.legacy_frames is not None:
+            size += self.legacy_frames.memory()
+        return size
 
     @property
     def unusual(self):

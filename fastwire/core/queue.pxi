@@ -46,6 +46,9 @@ cdef class Frames:
         free(self.segments)
         free(self.ends)
 
+    cdef size_t memory(self) noexcept:
+        return self.block_size + self.count * sizeof(uint64_t) + self.segment_count * sizeof(Segment)
+
     def complete_before(self, uint64_t nbytes):
         cdef Py_ssize_t low = 0, high = self.count, middle
         while low < high:
