@@ -71,6 +71,9 @@ STREAM_CHUNK = 256 * 1024
 #: Messages handed to the application before the loop has its next turn: others wait for theirs.
 MESSAGES_A_TURN = 256
 
+#: Where bytes are read to on their way to a parser, or to nowhere.
+UNREAD = bytearray(64 * 1024)
+
 #: Bytes of pongs that may wait for a client that does not read: several times what one read of pings asks for.
 PONGS_WAITING = 1024 * 1024
 #: Bytes that may wait in the system's buffer of a socket whose peer is asked what it has received.
@@ -351,9 +354,24 @@ class Connection(WebSocketProtocol13):
         if self._ended.done():
             return
         self.parser.feed(future.result())
+        self._feed_more()
         self._process()
         if self._reading and not self._ended.done():
             self._read_stream()
+
+    def _feed_more(self) -> None:
+        """Tornado hands out one TLS record per turn of the loop, however small: take what else has come."""
+        fed = 0
+        with contextlib.suppress(OSError), memoryview(UNREAD) as view:
+            while fed < len(view) and self._may_feed_more():
+                got = self.stream.read_from_fd(view)
+                if not got:  # nothing, or the end: the stream's own read will see it too
+                    return
+                self.parser.feed(view[:got])
+                fed += got
+
+    def _may_feed_more(self) -> bool:
+        return not self._paused and not self.stream.closed() and not self.stream._read_buffer_size
 
     # -- what was read --
 
@@ -886,8 +904,6 @@ class Farewell:
     Closing on unread bytes would reset the connection, and a reset may take our Close frame with it.
     """
 
-    _unread = bytearray(64 * 1024)
-
     def __init__(self, stream: IOStream, turns: Turns) -> None:
         self._stream = stream
         self._turns = turns
@@ -907,7 +923,7 @@ class Farewell:
     def _on_readable(self) -> None:
         try:
             # That of the class: the bytes of TLS need not be understood either.
-            if socket.socket.recv_into(self._stream.socket, self._unread):
+            if socket.socket.recv_into(self._stream.socket, UNREAD):
                 return
         except BlockingIOError:
             return

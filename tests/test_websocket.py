@@ -2150,6 +2150,30 @@ def test_megabytes_behind_a_close_frame_do_not_lose_ours(site: Site) -> None:
     eventually(lambda: handler.closes == [(1000, None)])
 
 
+@on("fastwire-tls", "fastwire-stream")
+def test_records_that_have_come_are_read_in_one_turn(site: Site) -> None:
+    """Tornado reads one TLS record a turn: a message in thousands of them waited for every other connection."""
+    sent = threading.Event()
+
+    class Handler(site.Handler):
+        def on_message(self, message: str) -> None:
+            super().on_message(message)
+            if message == "wait":
+                sent.wait(PATIENCE)
+
+    client, handler = site.open(Handler)
+    fed = []
+    feed_more = handler.connection._feed_more
+    handler.connection._feed_more = lambda: (feed_more(), fed.append(1))
+    client.send_message("wait")
+    for i in range(100):
+        client.send_message(f"{i}")
+    sent.set()
+    eventually(lambda: len(handler.events) == 101)
+    assert handler.events[1:] == [f"{i}" for i in range(100)]
+    assert len(fed) < 50
+
+
 @on("fastwire-tls")
 def test_the_end_of_tls_comes_before_that_of_tcp(site: Site) -> None:
     client, _ = site.open(site.Handler)
