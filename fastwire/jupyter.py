@@ -294,7 +294,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         Source: `ZMQChannelsWebsocketConnection._register_session`, which hands the session over to whoever asks.
         """
         if not is_identity(self.session.bsession):
-            raise HTTPError(400, reason="session_id has to be 1 to 255 bytes")
+            raise HTTPError(400, reason="session_id has to be 1 to 255 printable characters of ASCII")
         session = self.relay.sessions.get(self.session.session)
         open_in = self._open_sessions.get(f"{self.kernel_id}:{self.session.session}")
         owners = {getattr(holder, "user", self.user) for holder in (session, getattr(open_in, "connection", None))}
@@ -554,8 +554,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
 
 def is_identity(name: bytes) -> bool:
-    """What ZMQ_ROUTING_ID takes; kernels route input requests by it."""
-    return 0 < len(name) < 256 and name[0] != 0
+    """What ZMQ_ROUTING_ID takes, by which kernels route input requests; and logs, which have a line for each event."""
+    return 0 < len(name) < 256 and name.isascii() and name.decode().isprintable()
 
 
 def parts_of(session: Any, message: dict[str, Any]) -> list[bytes]:

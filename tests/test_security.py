@@ -42,7 +42,7 @@ c.ServerApp.authorizer_class = ReadOnly
 c.ServerApp.log_level = "INFO"
 c.Fastwire.clients_per_kernel = 4
 c.Fastwire.clients_per_user = 5
-c.Fastwire.handshake_timeout = 4.0
+c.Fastwire.handshake_timeout = 10.0
 c.Fastwire.control_frame_rate = 5.0
 c.Fastwire.max_message_size = 100_000
 c.Fastwire.max_fragments = 10
@@ -104,11 +104,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def slow(server: Server) -> socket.socket:
+def slow(server: Server) -> Iterator[socket.socket]:
     """A client that has begun a handshake and says no more. Opened before all other tests of who gets in."""
-    sock = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
-    sock.sendall(b"GET /api/kernels/x/channels HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgr")
-    return sock
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+        sock.sendall(b"GET /api/kernels/x/channels HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgr")
+        yield sock
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +223,14 @@ def test_pages_of_another_origin_get_nowhere(server: Server, routes: dict[str, s
     assert handshake(server, kernel, headers) == 403
 
 
+def test_a_name_that_was_made_to_point_here(server: Server, kernel: str) -> None:
+    """DNS rebinding: to the browser the page and this server are one origin."""
+    headers = {"Host": f"evil.example:{server.port}", "Origin": f"http://evil.example:{server.port}"}
+    headers["Cookie"] = cookie_of_a_browser(server)
+    assert ask(server, "GET", "/api/kernels", headers).status == 403
+    assert handshake(server, kernel, headers) == 403
+
+
 def test_who_may_not_execute_changes_nothing(server: Server, routes: dict[str, str], kernel: str) -> None:
     reader = {"X-User": "reader"}
     assert ask(server, "GET", "/api/kernels", reader).status == 200
@@ -317,6 +325,12 @@ def test_a_session_id_that_no_kernel_could_route_by(server: Server, kernel: str)
         assert client.run("1").result == "4"
 
 
+@pytest.mark.parametrize("character", ["%0A", "%0D", "%7F"])
+def test_a_session_id_that_would_write_a_line_of_the_log(server: Server, kernel: str, character: str) -> None:
+    assert handshake(server, kernel, {}, f"?token={TOKEN}&session_id=a{character}%5BE%5D%20forged") == 400
+    assert not [line for line in server.log.splitlines() if line.startswith("[E] forged")]
+
+
 # -- limits ----------------------------------------------------------------------------------------
 
 
@@ -372,8 +386,7 @@ def test_whoever_is_closed_for_a_limit_hurts_nobody_else(
 
 
 def test_a_handshake_that_takes_too_long(server: Server, kernel: str, slow: socket.socket) -> None:
-    with slow:
-        assert slow.recv(1) == b""
+    assert slow.recv(1) == b""
     assert ask(server, "GET", "/api", {}).status == 200
 
 
