@@ -1,4 +1,4 @@
-"""The README's examples run as they stand."""
+"""The README's examples run as they stand, and docs/security.md names what there is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from fastwire.jupyter import Fastwire
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -60,3 +62,34 @@ def test_the_two_commands_are_there() -> None:
     text = README.read_text()
     assert "make serve" in text
     assert "make test" in text
+
+
+# -- docs/security.md ------------------------------------------------------------------------------
+
+DOCUMENT = (README.parent / "docs" / "security.md").read_text()
+
+
+def test_every_test_that_the_threat_model_names_exists() -> None:
+    tests = "".join(path.read_text() for path in (README.parent / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", DOCUMENT))
+    assert len(named) > 50
+    assert {name for name in named if f"def {name}(" not in tests} == set()
+
+
+def test_every_threat_has_a_test() -> None:
+    threats = DOCUMENT.partition("## Threats")[2].partition("## Limits")[0]
+    rows = [line for line in threats.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 25
+    assert [row for row in rows if "`test_" not in row and "by reading" not in row] == []
+
+
+def test_every_limit_that_is_documented_is_a_setting() -> None:
+    limits = DOCUMENT.partition("## Limits")[2].partition("## ")[0]
+    for row in [line for line in limits.splitlines() if line.startswith("| ")][2:]:
+        for name in re.findall(r"`(\w+)`", row.split("|")[2]):
+            assert name in Fastwire.class_trait_names(config=True)
+
+
+def test_the_core_asks_for_the_gil() -> None:
+    directives = (README.parent / "fastwire" / "_core.pyx").read_text().partition("\n")[0]
+    assert "freethreading_compatible=False" in directives

@@ -18,7 +18,6 @@ from builders import client_frame
 from server import PATIENCE, ROOT, TOKEN, Client, Raw, Server, environment, serving, until
 
 from fastwire._core import OP_PING, OP_TEXT, PROTOCOL_V1
-from fastwire.jupyter import Fastwire
 
 #: A hub in front of the server: it says who somebody is. One of them may only look.
 CONFIG = """
@@ -437,34 +436,3 @@ def test_neither_token_nor_contents_are_logged_or_shown(server: Server, kernel: 
         assert answer.status == 200
         for secret in (TOKEN, key, SECRET):
             assert secret.encode() not in answer.body, path
-
-
-# -- what the documentation promises ---------------------------------------------------------------
-
-DOCUMENT = (ROOT / "docs" / "security.md").read_text()
-
-
-def test_every_test_that_the_threat_model_names_exists() -> None:
-    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    named = set(re.findall(r"`(test_\w+)`", DOCUMENT))
-    assert len(named) > 50
-    assert {name for name in named if f"def {name}(" not in tests} == set()
-
-
-def test_every_threat_has_a_test() -> None:
-    threats = DOCUMENT.partition("## Threats")[2].partition("## Limits")[0]
-    rows = [line for line in threats.splitlines() if line.startswith("| ")][2:]
-    assert len(rows) > 25
-    assert [row for row in rows if "`test_" not in row and "by reading" not in row] == []
-
-
-def test_every_limit_that_is_documented_is_a_setting() -> None:
-    limits = DOCUMENT.partition("## Limits")[2].partition("## ")[0]
-    for row in [line for line in limits.splitlines() if line.startswith("| ")][2:]:
-        for name in re.findall(r"`(\w+)`", row.split("|")[2]):
-            assert name in Fastwire.class_trait_names(config=True)
-
-
-def test_the_core_asks_for_the_gil() -> None:
-    directives = (ROOT / "fastwire" / "_core.pyx").read_text().partition("\n")[0]
-    assert "freethreading_compatible=False" in directives
