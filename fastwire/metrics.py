@@ -27,6 +27,7 @@ except ImportError as error:
 
 from fastwire import events
 from fastwire._core import build_info, counters, histograms, live
+from fastwire.outbox import totals
 from fastwire.relay import CLIENT_CHANNELS, KernelRelay, Session, open_relays
 
 __all__ = ["METRICS", "Metric", "client_numbers", "kernel_numbers", "process_numbers", "register"]
@@ -122,6 +123,11 @@ def traffic(unit: str) -> Callable[[], Samples]:
 
 def counter(name: str) -> Callable[[], Samples]:
     return lambda: [((), counters()[name, "", ""])]
+
+
+def kept(name: str) -> Callable[[], Samples]:
+    """What happened in all outboxes."""
+    return lambda: [((), totals[name])]
 
 
 def signature_failures() -> Samples:
@@ -230,14 +236,51 @@ METRICS = (
     Metric(
         "fastwire_kept_bytes",
         "gauge",
-        "Bytes of messages kept in memory until their clients have them.",
+        "Bytes of memory in which messages are kept until their clients have them.",
         sum_over_clients("kept_bytes"),
+    ),
+    Metric(
+        "fastwire_spilled_bytes",
+        "gauge",
+        "Bytes of messages kept in files until their clients can take them.",
+        sum_over_clients("spilled_bytes"),
     ),
     Metric(
         "fastwire_uplink_waiting_bytes",
         "gauge",
         "Bytes of clients' messages that wait for their kernels.",
         sum_over_clients("uplink_bytes"),
+    ),
+    # What became of what waited.
+    Metric(
+        "fastwire_spilled_messages_total",
+        "counter",
+        "Messages put aside in a file; they come back from there.",
+        kept("spilled"),
+    ),
+    Metric(
+        "fastwire_merged_messages_total",
+        "counter",
+        "Messages of output that became a part of the one before them, because their client was behind.",
+        kept("merged"),
+    ),
+    Metric(
+        "fastwire_retransmitted_messages_total",
+        "counter",
+        "Messages written to a connection that broke, and given to the client's next one again.",
+        kept("repeated"),
+    ),
+    Metric(
+        "fastwire_dropped_messages_total",
+        "counter",
+        "Messages of output that were dropped; their client was told.",
+        kept("dropped"),
+    ),
+    Metric(
+        "fastwire_dropped_bytes_total",
+        "counter",
+        "Bytes of the output that was dropped.",
+        kept("dropped_bytes"),
     ),
     # What went wrong.
     Metric(

@@ -1,5 +1,6 @@
 """The Prometheus metrics: all that is counted is there, and docs/metrics.md says what each one means."""
 
+from collections import Counter
 from collections.abc import Iterator
 from math import isinf
 
@@ -84,6 +85,13 @@ def test_every_counter_of_the_core_is_among_them(monkeypatch: pytest.MonkeyPatch
     hidden = {key for key, number in numbers.items() if number not in shown}
     never = {("to_kernels", channel, unit) for channel in ("iopub", "other") for unit in ("messages", "bytes")}
     assert hidden == never
+
+
+def test_what_became_of_what_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    totals = Counter(spilled=1, merged=2, repeated=3, dropped=4, dropped_bytes=5)
+    monkeypatch.setattr("fastwire.metrics.totals", totals)
+    names = ("spilled_messages", "merged_messages", "retransmitted_messages", "dropped_messages", "dropped_bytes")
+    assert [value(f"fastwire_{name}_total") for name in names] == [1, 2, 3, 4, 5]
 
 
 def test_what_the_core_does_moves_them() -> None:

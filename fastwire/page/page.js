@@ -221,7 +221,7 @@ function clientNumbers(key, client, seconds) {
     latency: gain.messages ? gain.time / gain.messages : null,
     time: gain.time,
     kept: client.kept_bytes,
-    spilled: client.spilled_bytes ?? 0,
+    spilled: client.spilled_bytes,
   };
   const held = client.state === "paused" ? [["paused", `${bytesText(client.uplink_bytes)} held`]] : [];
   row.update(client.client, client.protocol, client.state, [[client.state, client.state], ...held], now);
@@ -272,7 +272,7 @@ function drawTiles(status, seconds) {
   const gain = counts.map((n, i) => Math.max(n - (before ? before.time_to_flush.counts[i] : n), 0));
   const clients = status.kernels.flatMap((kernel) => kernel.clients ?? []);
   const kept = clients.reduce((sum, client) => sum + client.kept_bytes, 0);
-  const spilled = clients.reduce((sum, client) => sum + (client.spilled_bytes ?? 0), 0);
+  const spilled = clients.reduce((sum, client) => sum + client.spilled_bytes, 0);
   const p99 = quantile(bounds, gain, 0.99);
   const values = { rate, bytes, latency: p99, kept: kept + spilled };
   for (const [name, value] of Object.entries(values)) {
