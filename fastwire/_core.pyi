@@ -451,5 +451,8 @@ def scripted_left() -> int:
 def force_portable(portable: bool) -> None:
     """Use the portable SHA-256 and UTF-8 code although the CPU could do better."""
 
+def receive_and_drop(socket: zmq.Socket[bytes]) -> int:
+    """Receive and drop every message that waits; returns how many. For benchmarks: what receiving alone costs."""
+
 def use_pyzmq(fallback: bool) -> None:
     """Receive and send through pyzmq's API although libzmq's functions were found. Used for the fallback's tests."""

@@ -664,3 +664,60 @@ def test_replacing_with_what_is_no_message(parts: list[bytes]) -> None:
     with pytest.raises(MalformedMessage):
         batch.replaced({0: parts})
     assert builders.all_parts([batch]) == messages
+
+
+# -- where frames lie while a message is received --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [8192] * 12 + [0, 1, 29, 33, 34, 8192],
+        [20_000] * 40 + [5] * 40,
+        [8192, 20_000, 3] * 100,
+        [1] * 5000,
+    ],
+    ids=["more small ones than are copied at once", "large ones, then small", "mixed", "thousands"],
+)
+@pytest.mark.parametrize("topic", [b"topic", b"t" * 9000], ids=["small topic", "large topic"])
+@inproc_and_tcp
+def test_frames_of_all_sizes_keep_their_bytes(context: zmq.Context, tcp: bool, topic: bytes, sizes: list[int]) -> None:
+    kernel, server = builders.zmq_pair(context, zmq.XPUB, zmq.SUB, tcp=tcp)
+    buffers = [bytes([i % 251]) * size for i, size in enumerate(sizes)]
+    parts = [*builders.message("comm_msg", "1", {}), *buffers]
+    signer, (frames,) = signed([parts])
+    before = _core.live()
+    kernel.send_multipart([topic, *frames])
+    assert server.poll(10_000)
+    batch = _core.drain(server, "iopub", signer)
+    assert batch[0] == parts
+    assert _core.live()["zmq_messages"] - before["zmq_messages"] == sum(size > 8192 for size in sizes)
+    assert bytes(batch.frames(PROTOCOL_V1)) == expected_frames(batch, PROTOCOL_V1)
+    del batch
+    assert _core.live() == before
+
+
+def test_blocks_of_memory_are_used_again(pair: tuple[zmq.Socket, zmq.Socket]) -> None:
+    kernel, server = pair
+    before = _core.live()
+    for count in (1, 30, 300, 2, 300):
+        messages = numbered(count, size=1000)
+        signer, wires = signed(messages)
+        for frames in wires:
+            send(kernel, frames)
+        batch = _core.drain(server, "iopub", signer)
+        frames = batch.frames(None)
+        assert [batch[i] for i in range(len(batch))] == messages
+        assert bytes(frames) == expected_frames(batch, None)
+        del batch, frames
+        assert _core.live() == before
+
+
+def test_receiving_to_drop_takes_all_that_waits(context: zmq.Context) -> None:
+    if _core.build_info()["zmq"] != "direct":
+        pytest.skip("libzmq's functions were not found")
+    kernel, server = builders.zmq_pair(context)
+    for parts in numbered(3, size=9000):
+        send(kernel, parts)
+    assert _core.receive_and_drop(server) == 3
+    assert _core.receive_and_drop(server) == 0

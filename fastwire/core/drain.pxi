@@ -792,6 +792,21 @@ cdef Batch drain_by_pyzmq(socket, str channel, Signer signer, Py_ssize_t max_mes
             return batch
 
 
+def receive_and_drop(socket):
+    cdef Incoming incoming
+    cdef Py_ssize_t dropped = 0
+    if not direct_zmq:
+        raise RuntimeError("libzmq's own functions are not in use")
+    incoming = take_spare()
+    try:
+        while receive_message(handle_of(socket), &incoming):
+            close_frames(&incoming)
+            dropped += 1
+        return dropped
+    finally:
+        give_back(&incoming)
+
+
 def batch_of(str channel, messages, Signer signer not None, *, bint permissive=False):
     cdef Batch batch = new_batch(channel)
     for frames in messages:
