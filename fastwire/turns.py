@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import select
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -78,22 +78,23 @@ class Turns:
             return
         readers = self._readers
         self._in_turn = True
-        # A callback may unwatch a descriptor that is ready too.
         try:
-            self._call_all(readers[fd] for fd, _ in self._epoll.poll(0) if fd in readers)
+            for fd, _ in self._epoll.poll(0):
+                callback = readers.get(fd)
+                if callback is None:  # one before it has unwatched it
+                    continue
+                try:
+                    callback()
+                except Exception as error:  # noqa: BLE001 - the boundary to others' code
+                    self._report(callback, error)
         finally:
             self._in_turn = False
         if self._at_end:
             self._end()
 
-    def _call_all(self, callbacks: Iterable[Callback]) -> None:
-        """One that raises is reported and does not keep the others from their turn."""
-        for callback in callbacks:
-            try:
-                callback()
-            except Exception as error:  # noqa: BLE001 - the boundary to others' code
-                message = f"Exception in {callback!r}"
-                self._loop.call_exception_handler({"message": message, "exception": error})
+    def _report(self, callback: Callback, error: Exception) -> None:
+        """One that raises does not keep the others from their turn."""
+        self._loop.call_exception_handler({"message": f"Exception in {callback!r}", "exception": error})
 
     def at_end(self, callback: Callback) -> None:
         """Call ``callback`` once at the end of this turn, or in the loop's next when none is running."""
@@ -105,4 +106,8 @@ class Turns:
     def _end(self) -> None:
         self._end_scheduled = False
         callbacks, self._at_end = self._at_end, {}
-        self._call_all(callbacks)
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception as error:  # noqa: BLE001 - the boundary to others' code
+                self._report(callback, error)
