@@ -86,6 +86,10 @@ cdef extern from *:
     const char *CYTHON_ABI
     void hold_nothing "fw_hold_nothing"(Py_buffer *view)
 
+cdef extern from "Python.h":
+    bint PyUnicode_IS_ASCII(object text)
+    uint8_t *PyUnicode_1BYTE_DATA(object text)
+
 PROTOCOL_V1 = "v1.kernel.websocket.jupyter.org"
 
 # Parts up to this size are copied into contiguous blocks, larger ones are referenced where they lie.

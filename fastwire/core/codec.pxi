@@ -266,7 +266,8 @@ def encode_legacy(str channel, parts):
     cdef bytes tail
     if views.count < 4:
         raise need_four(views.count)
-    if not four_are_utf8(views.spans):
+    # Text is checked as Python decodes it.
+    if buffers and not four_are_utf8(views.spans):
         return encode_legacy(channel, four_as_utf8(views.spans) + list(views.parts)[4:])
     if any_blank(views.spans):
         raise blank_part()
@@ -276,7 +277,10 @@ def encode_legacy(str channel, parts):
     legacy_pieces(pieces, views.spans, &header, fixed(PyBytes_AS_STRING(tail), PyBytes_GET_SIZE(tail)))
     if buffers:
         return legacy_binary(pieces, views.spans + 4, buffers)
-    return legacy_text(pieces)
+    try:
+        return legacy_text(pieces)
+    except UnicodeDecodeError:
+        return encode_legacy(channel, four_as_utf8(views.spans))
 
 
 cdef str legacy_text(const fw_span *pieces):
@@ -429,11 +433,18 @@ cdef bytes content_of_text(fw_span content):
         raise malformed("its content has a lone surrogate") from None
 
 
-cdef bytes text_bytes(str text):
+cdef object text_span(str text, fw_span *span):
+    """Where a text's UTF-8 is; the object that keeps it there."""
+    cdef bytes data
+    if PyUnicode_IS_ASCII(text):
+        span[0] = fixed(<const char *>PyUnicode_1BYTE_DATA(text), PyUnicode_GET_LENGTH(text))
+        return text
     try:
-        return text.encode()
+        data = text.encode()
     except UnicodeEncodeError:
         raise malformed("it has a lone surrogate") from None
+    span[0] = fixed(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+    return data
 
 
 cdef str channel_of(fw_span channel, bint quoted):
@@ -450,10 +461,12 @@ def decode_legacy(payload):
     cdef Message message
     cdef const char *problem
     cdef bint binary = not isinstance(payload, str)
-    if not binary:
-        payload = text_bytes(payload)
+    if binary:
+        span_of(payload, &held, &span)
+    else:
+        payload = text_span(payload, &span)
+        hold_nothing(&held)
     memset(&message, 0, sizeof(message))
-    span_of(payload, &held, &span)
     try:
         problem = legacy_split(span, &message) if binary else legacy_json(span, False, &message)
         if problem != NULL:

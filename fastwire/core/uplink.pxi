@@ -85,8 +85,10 @@ cdef class Uplink:
         cdef Py_buffer held
         cdef fw_span span
         if isinstance(payload, str):
-            payload = text_bytes(payload)
-        span_of(payload, &held, &span)
+            payload = text_span(payload, &span)
+            hold_nothing(&held)
+        else:
+            span_of(payload, &held, &span)
         try:
             if opcode != BINARY and not fw_utf8_valid(<const uint8_t *>span.ptr, span.len):
                 raise malformed("it is not UTF-8")
