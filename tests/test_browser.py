@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from chromium import PATIENCE, SCREENSHOTS, launched
+from network import Network
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 from playwright.sync_api import Error as PlaywrightError
 from server import TOKEN, Server, serving, until
@@ -86,6 +88,8 @@ class Lab:
         """Open a new notebook in a tab of its own, with its kernel."""
         path = self.write(name, *cells)
         page = self.windows.new_page()
+        unreachable = page.get_by_role("dialog", name="Server Connection Error")
+        page.add_locator_handler(unreachable, lambda dialog: dialog.get_by_role("button", name="Close").click())
         root = f"http://127.0.0.1:{port or self.server.port}"
         page.goto(f"{root}/lab/workspaces/{path.stem}/tree/{path.name}?token={TOKEN}")
         return Notebook(page, path).ready()
@@ -291,3 +295,70 @@ def test_a_flood_of_100_000_lines_is_complete_and_another_notebook_answers_meanw
     stop.touch()
     flood.expect_output(0, "end 100000")
     assert_counts(flood.saved(0, r"end \d+"))
+
+
+# -- the network -----------------------------------------------------------------------------------
+
+
+def assert_counts_on(text: str) -> None:
+    """Lines 0 to n-1 in order, and the end that says n. What the browser had but could not acknowledge before the cut
+    may be there twice."""
+    *lines, end = text.splitlines()
+    numbers = [int(line.removeprefix("line ")) for line in lines]
+    repeats = [old - new + 1 for old, new in pairwise(numbers) if new != old + 1]
+    assert len(repeats) <= 1
+    assert all(repeated > 0 for repeated in repeats), "lines are missing"
+    assert numbers[0] == 0
+    assert end == f"end {numbers[-1] + 1}"
+
+
+#: Every line is a message. A kernel drops messages at its own HWM of 1000, before any server sees them, when its
+#: machine has no time for the thread that sends.
+LINES = """
+import time
+from pathlib import Path
+
+thread = get_ipython().kernel.iopub_thread
+thread.schedule(lambda: setattr(thread.socket, "sndhwm", 0))
+count = 0
+while not Path({stop!r}).exists():
+    print("line", count, flush=True)
+    count += 1
+    Path({count!r}).write_text(str(count))
+    time.sleep(0.02)
+print("end", count)
+"""
+
+
+@pytest.fixture
+def network(server: Server) -> Iterator[Network]:
+    with Network(server.port) as network:
+        yield network
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["reset", "silent"])
+def test_a_cell_that_runs_while_the_network_is_cut_is_complete_afterwards(
+    network: Network, lab: Lab, silent: bool
+) -> None:
+    stop, count = (lab.server.home / f"{lab.name}-{name}" for name in ("stop", "count"))
+
+    def until_printed(more: int) -> int:
+        number = printed() + more
+        until(lambda: printed() >= number, f"line {number} printed")
+        return number
+
+    def printed() -> int:
+        return int(count.read_text() or 0)
+
+    notebook = lab.open(LINES.format(stop=str(stop), count=str(count)), "print('and', 'on')", port=network.port)
+    notebook.run(0)
+    notebook.expect_output(0, "line 50")
+    network.cut(silent=silent)
+    until_printed(150)
+    network.restore()
+    notebook.expect_output(0, f"line {until_printed(50)}")
+    stop.touch()
+    notebook.expect_output(0, re.compile(r"end \d+"))
+    assert_counts_on(notebook.saved(0, r"end \d+"))
+    notebook.run(1)
+    notebook.expect_output(1, "and on")
