@@ -264,6 +264,9 @@ def test_the_interpreter_ends_with_bytes_waiting(ending: str) -> None:
 def test_ctrl_c_with_bytes_waiting() -> None:
     ended = run_script(
         """
+        # A shell has its background jobs ignore it, and so may whoever runs the tests.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
         async def main():
             client = await asyncio.to_thread(connect, await serve())
             while not (opened and opened[0].ws_connection.queue.pending_bytes):
