@@ -38,7 +38,6 @@ class Result:
     per_second: int = 0
     edges_before: int = 0  # what the corpus of the start reached
     edges: int = 0
-    all_edges: int = 0  # of the core: no target reaches all of them
     corpus: int = 0
     crash: Path | None = None
     leak: bool = False
@@ -47,18 +46,16 @@ class Result:
     def row(self) -> str:
         grown = f"+{self.edges - self.edges_before}"
         state = "CRASH" if self.crash else "LEAK" if self.leak else "FAILED" if self.failed else "-"
-        share = self.edges / max(self.all_edges, 1)
-        reached = f"{self.edges:>6} {share:>5.0%} {grown:>5} {self.corpus:>7}"
+        reached = f"{self.edges:>6} {grown:>5} {self.corpus:>7}"
         return f"{self.target:<14} {self.executions:>10,} {self.per_second:>8,} {reached}  {state}"
 
 
-HEADING = f"{'target':<14} {'executions':>10} {'exec/s':>8} {'edges':>6} {'of':>5} {'new':>5} {'corpus':>7}  crashes"
+HEADING = f"{'target':<14} {'executions':>10} {'exec/s':>8} {'edges':>6} {'new':>5} {'corpus':>7}  crashes"
 
 
 def read(target: str, output: str, status: int) -> Result:
     """libFuzzer's words as numbers."""
     covered = re.findall(r"cov: (\d+) ft: \d+ corp: (\d+)", output)
-    edges = re.search(r"Loaded \d+ PC tables \((\d+) PCs\)", output)
     begun = re.search(r"INITED cov: (\d+)", output)
     executions = re.search(r"stat::number_of_executed_units: (\d+)", output)
     per_second = re.search(r"stat::average_exec_per_sec: +(\d+)", output)
@@ -68,8 +65,6 @@ def read(target: str, output: str, status: int) -> Result:
     result = Result(target, crash=Path(crash[1]) if crash else None, leak=leak, failed=status != 0)
     if executions and per_second:
         result.executions, result.per_second = int(executions[1]), int(per_second[1])
-    if edges:
-        result.all_edges = int(edges[1])
     if covered and begun:
         result.edges_before = int(begun[1])
         result.edges, result.corpus = map(int, covered[-1])

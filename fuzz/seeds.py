@@ -191,6 +191,14 @@ def drain() -> list[bytes]:
     return [bytes([next(options)]) + each for each in multiparts() * 3]
 
 
+def spill() -> list[bytes]:
+    frames = [oracle.server_frame(oracle.encode_v1("iopub", parts)) for parts in kernels()]
+    long = oracle.server_frame(oracle.encode_v1("iopub", [*kernels()[0], bytes(70_000)]))
+    header, parent, _, content = kernels()[0]
+    blank = oracle.server_frame(oracle.encode_v1("", [header, parent, b" ", content]))
+    return [*frames, b"".join(frames[:4]), long[:200], blank]
+
+
 def activity() -> list[bytes]:
     parents = (b"null", b"{}", b'{"msg_type": "kernel_info_request"}', b'{"msg_type": 1, "msg_type": "\\u0073tatus"}')
     said = (b'{"execution_state": "idle"}', b'{"execution_state": "st\\u0061rting"}', b'{"execution_state": 1}', b"{}")
@@ -202,7 +210,7 @@ def activity() -> list[bytes]:
 SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "frames": frames, "close": close, "json_text": json_text, "header": header, "v1": v1,
     "legacy_text": legacy_text, "legacy_binary": legacy_binary, "split": multiparts, "batch": batch,
-    "drain": drain, "activity": activity, "uplink": uplink,
+    "spill": spill, "drain": drain, "activity": activity, "uplink": uplink,
 }  # fmt: skip
 
 

@@ -393,6 +393,22 @@ def batch(data: memoryview) -> None:
     _core.force_portable(False)
 
 
+@target
+def spill(data: memoryview) -> None:
+    """What comes back from a file that may be damaged."""
+    if is_too_deep([[bytes(data)]]):
+        return
+    made = attempt(_core.batch_of_frames, "iopub", bytes(data))
+    plain = attempt(oracle.batch_of_frames, data)
+    if not isinstance(made, _core.Batch) or not isinstance(plain, list):
+        agree(made, plain)
+        return
+    check_batch(made, plain)
+    results = check_frames(made, plain)
+    del made
+    check_encoded(results)
+
+
 # -- the same, through ZMQ -------------------------------------------------------------------------
 
 

@@ -447,6 +447,30 @@ def check_utf8(data: bytes, *, final: bool = False) -> str:
     raise InvalidPayload("not UTF-8")
 
 
+# -- what was put aside ----------------------------------------------------------------------------
+
+
+def batch_of_frames(data: bytes) -> list[list[bytes]]:
+    """The parts of each message."""
+    messages = [decode_v1(payload)[1] for payload in payloads_of(bytes(data))]
+    for parts in messages:
+        require_text(parts)
+        header_fields(parts[0])
+    return messages
+
+
+def payloads_of(data: bytes) -> Iterator[bytes]:
+    """Of unmasked binary frames."""
+    while data:
+        size = {126: 2, 127: 8}.get(data[1], 0) if len(data) > 1 else 0
+        start = 2 + size
+        length = int.from_bytes(data[2:start]) if size else (data[1:2] or b"\0")[0]
+        if data[0] != 0x82 or len(data) < start or (not size and length > 127) or len(data) - start < length:
+            raise MalformedMessage("not a frame of ours")
+        yield data[start : start + length]
+        data = data[start + length :]
+
+
 # -- queue -----------------------------------------------------------------------------------------
 
 

@@ -188,6 +188,11 @@ def test_frames_of_any_length_come_back(size: int) -> None:
     assert parts_of([_core.batch_of_frames("iopub", bytes(batch_of(parts).frames(PROTOCOL_V1)))]) == [parts]
 
 
+def test_a_message_of_more_parts_than_a_client_may_send_comes_back() -> None:
+    parts = [*builders.message(), *[b""] * oracle.MAX_OFFSETS]
+    assert parts_of([_core.batch_of_frames("iopub", bytes(batch_of(parts).frames(PROTOCOL_V1)))]) == [parts]
+
+
 @given(st.data())
 def test_what_was_damaged_is_refused(data: st.DataObject) -> None:
     good = bytes(batch_of(builders.message(), [*builders.message(), b"x" * 300]).frames(PROTOCOL_V1))

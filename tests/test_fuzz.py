@@ -103,7 +103,6 @@ def test_only_nesting_excuses_the_core(depth: int, deep: bool) -> None:
 # -- what libFuzzer says ---------------------------------------------------------------------------
 
 FINISHED = """\
-INFO: Loaded 1 PC tables (7665 PCs): 7665 [0x7f,0x80),
 #58	INITED cov: 509 ft: 902 corp: 43/10Kb exec/s: 0 rss: 87Mb
 #131072	pulse  cov: 510 ft: 903 corp: 44/10Kb lim: 334 exec/s: 21845 rss: 500Mb
 #159960	DONE   cov: 511 ft: 905 corp: 45/10Kb lim: 334 exec/s: 14541 rss: 515Mb
@@ -115,8 +114,8 @@ stat::average_exec_per_sec:     14541
 
 def test_a_run_in_numbers() -> None:
     result = run.read("v1", FINISHED, 0)
-    assert result == run.Result("v1", 159960, 14541, edges_before=509, edges=511, all_edges=7665, corpus=45)
-    assert result.row().split() == ["v1", "159,960", "14,541", "511", "7%", "+2", "45", "-"]
+    assert result == run.Result("v1", 159960, 14541, edges_before=509, edges=511, corpus=45)
+    assert result.row().split() == ["v1", "159,960", "14,541", "511", "+2", "45", "-"]
 
 
 def test_a_crash_names_its_input() -> None:

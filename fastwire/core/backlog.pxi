@@ -211,7 +211,7 @@ def batch_of_frames(str channel, bytes data not None):
     try:
         while rest.len:
             parts.count = 0
-            if not next_frame(&rest, &payload) or v1_split(payload, &name, &parts) != NULL:
+            if not next_frame(&rest, &payload) or v1_split(payload, payload.len, &name, &parts) != NULL:
                 raise MalformedMessage("what was put aside cannot be read back")
             message = batch.new_message()
             message.count = <uint32_t>parts.count

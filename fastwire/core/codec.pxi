@@ -101,8 +101,8 @@ def encode_v1(str channel, parts):
     return message
 
 
-cdef const char *v1_split(fw_span payload, fw_span *channel, Spans *parts) noexcept nogil:
-    """What is wrong with it, or NULL."""
+cdef const char *v1_split(fw_span payload, uint64_t most, fw_span *channel, Spans *parts) noexcept nogil:
+    """What is wrong with it, or NULL. It may have ``most`` offsets."""
     cdef const uint8_t *p = <const uint8_t *>payload.ptr
     cdef uint64_t count, begin, end, i
     if payload.len < 8:
@@ -112,7 +112,7 @@ cdef const char *v1_split(fw_span payload, fw_span *channel, Spans *parts) noexc
         return "it has fewer than six offsets (a channel and four parts)"
     if count > payload.len // 8 - 1:
         return "it declares more offsets than it has bytes for"
-    if count > MAX_OFFSETS:
+    if count > most:
         return "it has more than 65,536 offsets"
     begin = load_le64(p + 8)
     if begin < 8 * (count + 1):
@@ -146,7 +146,7 @@ def decode_v1(payload):
     memset(&parts, 0, sizeof(parts))
     span_of(payload, &held, &span)
     try:
-        problem = v1_split(span, &channel, &parts)
+        problem = v1_split(span, MAX_OFFSETS, &channel, &parts)
         if problem != NULL:
             raise malformed(problem)
         return span_bytes(channel).decode(), parts_list(&parts)
@@ -422,7 +422,7 @@ cdef const char *legacy_split(fw_span payload, Message *message) noexcept nogil:
 
 cdef const char *v1_message(fw_span payload, Message *message) noexcept nogil:
     message.text_content = False
-    return v1_split(payload, &message.channel, &message.parts)
+    return v1_split(payload, MAX_OFFSETS, &message.channel, &message.parts)
 
 
 cdef bytes content_of_text(fw_span content):
