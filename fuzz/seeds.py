@@ -191,6 +191,17 @@ def drain() -> list[bytes]:
     return [bytes([next(options)]) + each for each in multiparts() * 3]
 
 
+def compact() -> list[bytes]:
+    """Behind the options: join, leave output out, size."""
+    head = kernels()[2][0]
+    texts = [b'{"name": "stdout", "text": "a"}', b'{"text": "\\ud83d", "name": "stdout"}']
+    texts.append(b'{"name":"stdout","text":"\\ude00"}')
+    lines = [wire([head, b"{}", b"{}", text]) for text in texts]
+    other = wire([head, b"{}", b"{}", b'{"name": "stderr", "text": "a", "x": 1}'])
+    each = [MESSAGE.join(lines * 2), MESSAGE.join([*lines, other, lines[0]]), *multiparts()]
+    return [bytes([option]) + one for one in each for option in (0x01, 0xF1, 0x82)]
+
+
 def spill() -> list[bytes]:
     frames = [oracle.server_frame(oracle.encode_v1("iopub", parts)) for parts in kernels()]
     long = oracle.server_frame(oracle.encode_v1("iopub", [*kernels()[0], bytes(70_000)]))
@@ -210,7 +221,7 @@ def activity() -> list[bytes]:
 SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "frames": frames, "close": close, "json_text": json_text, "header": header, "v1": v1,
     "legacy_text": legacy_text, "legacy_binary": legacy_binary, "split": multiparts, "batch": batch,
-    "spill": spill, "drain": drain, "activity": activity, "uplink": uplink,
+    "spill": spill, "compact": compact, "drain": drain, "activity": activity, "uplink": uplink,
 }  # fmt: skip
 
 

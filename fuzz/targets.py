@@ -409,6 +409,54 @@ def spill(data: memoryview) -> None:
     check_encoded(results)
 
 
+def stream_of(parts: list[bytes]) -> tuple[bytes, str, str] | None:
+    """The parent, name and text of a message that only prints."""
+    if len(parts) != 4 or oracle.header_fields(parts[0])[1] != "stream":
+        return None
+    content = loads(oracle.text_of(parts[3]))
+    if not isinstance(content, dict) or content.keys() != {"name", "text"} or loads(oracle.text_of(parts[2])) != {}:
+        return None
+    name, text = content["name"], content["text"]
+    return (parts[1], name, text) if isinstance(name, str) and isinstance(text, str) else None
+
+
+def shown(messages: list[list[bytes]]) -> list[object]:
+    """What a client sees of messages: what one cell prints to one stream, however it is cut, and all else as it is."""
+    seen: list[object] = []
+    for parts in messages:
+        stream = stream_of(parts)
+        before = seen[-1] if seen else None
+        if stream and isinstance(before, tuple) and before[:2] == stream[:2]:
+            seen[-1] = (*stream[:2], before[2] + stream[2])
+        else:
+            seen.append(stream or parts)
+    return seen
+
+
+@target
+def compact(data: memoryview) -> None:
+    """Batches of a client that is behind, made small."""
+    if not data:
+        return
+    options, messages = data[0], multipart(data[1:], b"")
+    if is_too_deep(messages):
+        return
+    join, output, size = bool(options & 1), not options & 2, 1 << (options >> 4)
+    half = len(messages) // 2
+    batches = [_core.batch_of("iopub", part, _core.Signer(b"")) for part in (messages[:half], messages[half:])]
+    given = [each[i] for each in batches for i in range(len(each)) if output or is_no_output(each, i)]
+    made = _core.compacted(batches, size, join=join, output=output)
+    left = [each[i] for each in made for i in range(len(each))]
+    agree(shown(left), shown(given)) if join else agree(left, given)
+    assert len(left) <= len(given)
+    for each in made:
+        check_batch(each, [each[i] for i in range(len(each))])
+
+
+def is_no_output(batch: _core.Batch, index: int) -> bool:
+    return batch.message_class(index) not in ("stream", "display")
+
+
 # -- the same, through ZMQ -------------------------------------------------------------------------
 
 
