@@ -214,6 +214,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._connecting = False
         self._session: Session | None = None
         self._connection: Connection | None = None
+        self._notice: list[bytes] | None = None
         self._limits = Fastwire(config=self.config).limits()
         if self._json_session:
             # Before the upgrade: this makes the client's direction compiled too, without replacing a route.
@@ -487,8 +488,11 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
                 errors = [i for i in range(len(batch)) if batch.message_class(i) == "error"]
                 changes |= {index: self._changed(self._redacted, batch[index]) for index in errors}
             if self.limit_rate:
-                limited = (i for i in range(len(batch)) if not self._changed(self._limited, batch[i]))
-                changes |= dict.fromkeys(limited)
+                for index in range(len(batch)):
+                    parts = batch[index]
+                    allowed = self._changed(self._limited, parts)
+                    if allowed is not parts:
+                        changes[index] = allowed
         return batch.replaced(changes) if changes else batch
 
     def _changed(self, change: Callable[[list[bytes]], list[bytes] | None], parts: list[bytes]) -> list[bytes] | None:
@@ -501,8 +505,12 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             return None
 
     def _limited(self, parts: list[bytes]) -> list[bytes] | None:
+        """The message, or in place of the first that is left out what the user is told about it."""
         unread = {"header": None, "parent_header": None, "content": None}
-        return None if self._limit_rate("iopub", unread, parts) else parts
+        if not self._limit_rate("iopub", unread, parts):
+            return parts
+        notice, self._notice = self._notice, None
+        return notice
 
     def _redacted(self, parts: list[bytes]) -> list[bytes]:
         """Source: `ZMQChannelsWebsocketConnection._on_error`."""
@@ -533,15 +541,13 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             self._session.say(batch, momentary=momentary)
 
     def write_stderr(self, error_message: str, parent_header: Any) -> None:
-        """Show the user a line. Source: `ZMQChannelsWebsocketConnection.write_stderr`."""
+        """Show the user a line. Source: `ZMQChannelsWebsocketConnection.write_stderr`, which `_limit_rate` calls."""
         if not self._fast:
             super().write_stderr(error_message, parent_header)
             return
         self.log.warning(error_message)
         content = {"text": error_message + "\n", "name": "stderr"}
-        message = self.session.msg("stream", content=content, parent=parent_header)
-        # Not before the messages of the batch that is being judged.
-        asyncio.get_running_loop().call_soon(self._say, message)
+        self._notice = parts_of(self.session, self.session.msg("stream", content=content, parent=parent_header))
 
     def _send_status_message(self, status: str) -> None:
         """Source: `ZMQChannelsWebsocketConnection._send_status_message`: what the kernel said before comes before."""
@@ -632,6 +638,24 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     async def cull_kernel_if_idle(self, kernel_id: str) -> None:
         self._write_activity()
         await super().cull_kernel_if_idle(kernel_id)
+
+    async def _finish_kernel_start(self, kernel_id: str) -> None:
+        await super()._finish_kernel_start(kernel_id)
+        self.add_restart_callback(kernel_id, partial(self._begin_anew, kernel_id), "restart")
+
+    async def _async_restart_kernel(self, kernel_id: str, now: bool = False) -> Any:
+        reply = await super()._async_restart_kernel(kernel_id, now=now)
+        self._begin_anew(kernel_id)
+        return reply
+
+    restart_kernel = _async_restart_kernel  # type: ignore[assignment]
+
+    def _begin_anew(self, kernel_id: str) -> None:
+        """What the old process was busy with, the new one is not; and the old one will not say so any more."""
+        kernel: Any = self._kernels[kernel_id]
+        relays.of(kernel).drain_iopub()
+        if kernel.execution_state == "busy":
+            kernel.execution_state = "starting"
 
     def _handle_kernel_died(self, kernel_id: str) -> None:
         """After the clients' own callbacks for the same event: they are to hear "dead" before their relay closes."""

@@ -7,6 +7,9 @@ connection.json``.
 ``versionless``     it speaks protocol 5, without saying so in its headers
 ``old``             it speaks protocol 4: ``pyout``, ``data`` where ``text`` is now, and says so
 ``not-json``        the content of an ``error`` message is no JSON object
+``mute``            it does not answer kernel_info requests
+``counts``          a cell's result is how many kernel_info requests there were
+``welcome``         the same, and it welcomes subscribers (JEP 65)
 =================  =================================================================================
 
 A cell's code comes back as a line on stdout and as its result.
@@ -36,7 +39,8 @@ class Kernel:
         self.heartbeat, self.control, self.shell, self.stdin = (
             self.bind(zmq.ROUTER, connection, name) for name in ("hb", "control", "shell", "stdin")
         )
-        self.iopub = self.bind(zmq.PUB, connection, "iopub")
+        self.iopub = self.bind(zmq.XPUB if ODD == "welcome" else zmq.PUB, connection, "iopub")
+        self.info_requests = 0
         self.alive = True
 
     def bind(self, kind: int, connection: dict, name: str) -> zmq.Socket:
@@ -62,19 +66,24 @@ class Kernel:
 
     def serve(self) -> None:
         poller = zmq.Poller()
-        for socket in (self.heartbeat, self.control, self.shell):
+        for socket in (self.heartbeat, self.control, self.shell, *[self.iopub] * (ODD == "welcome")):
             poller.register(socket, zmq.POLLIN)
         while self.alive and os.getppid() == PARENT:
             for socket, _ in poller.poll(1000):
                 frames = socket.recv_multipart()
                 if socket is self.heartbeat:
                     socket.send_multipart(frames)
+                elif socket is self.iopub:
+                    self.publish("iopub_welcome", b"{}", {"subscription": frames[0][1:].decode()})
                 else:
                     self.answer(socket, frames)
 
     def answer(self, socket: zmq.Socket, frames: list[bytes]) -> None:
         identity, header, content = frames[0], frames[3], json.loads(frames[6])
         msg_type = json.loads(header)["msg_type"]
+        self.info_requests += msg_type == "kernel_info_request"
+        if ODD == "mute" and msg_type == "kernel_info_request":
+            return
         self.publish("status", header, {"execution_state": "busy"})
         reply = {"status": "ok"}
         if msg_type == "execute_request":
@@ -98,7 +107,8 @@ class Kernel:
         self.publish("stream", parent, {"name": "stdout", "data" if old else "text": code + "\n"}, forged=forged)
         if ODD == "not-json":
             self.publish("error", parent, b"[1, 2")
-        result = {"data": {"text/plain": repr(code)}, "metadata": {}, "execution_count": 1}
+        text = str(self.info_requests) if ODD in ("counts", "welcome") else repr(code)
+        result = {"data": {"text/plain": text}, "metadata": {}, "execution_count": 1}
         self.publish("pyout" if old else "execute_result", parent, result)
 
 

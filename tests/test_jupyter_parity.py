@@ -1,0 +1,255 @@
+"""What people rely on in Jupyter Server beside messages: settings by all names, errors, culling, events, pings."""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import websockets.sync.client
+import wsclient
+from server import PATIENCE, PROTOCOLS, TOKEN, Client, Raw, Server, serving, until
+from test_jupyter import complete, numbers, until_seen
+from websockets.exceptions import InvalidStatus
+
+from fastwire._core import OP_CLOSE, OP_PING, PROTOCOL_V1
+
+both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+
+
+def add_kernelspec(home: Path, name: str, like: str, **changes: object) -> None:
+    """One more kernelspec, a changed copy of another."""
+    spec = json.loads((home / "data" / "kernels" / like / "kernel.json").read_text())
+    folder = home / "data" / "kernels" / name
+    folder.mkdir()
+    (folder / "kernel.json").write_text(json.dumps(spec | changes))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose user still has the settings of classic Notebook, and culls."""
+    options = (
+        "--ServerApp.iopub_data_rate_limit=20000",
+        "--ServerApp.rate_limit_window=1",
+        "--ZMQChannelsWebsocketConnection.kernel_ws_protocol=",
+        "--MappingKernelManager.cull_idle_timeout=100000",
+        "--MappingKernelManager.cull_interval=1",
+    )
+    with serving(tmp_path_factory.mktemp("classic"), *options) as running:
+        add_kernelspec(running.home, "short-lived", "light", metadata={"cull_idle_timeout": 1})
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pending(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that does not wait for its kernels, nor long for their answers, and wants a pong for every ping."""
+    options = (
+        "--AsyncMultiKernelManager.use_pending_kernels=True",
+        "--MappingKernelManager.kernel_info_timeout=1",
+        "--MappingKernelManager.buffer_offline_messages=False",
+        "--ServerApp.tornado_settings={'ws_ping_interval': 500, 'ws_ping_timeout': 4000}",
+    )
+    with serving(tmp_path_factory.mktemp("pending"), *options) as running:
+        add_kernelspec(running.home, "broken", "light", argv=["/no/such/program", "{connection_file}"])
+        yield running
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def test_the_old_names_of_the_rate_limit(server: Server) -> None:
+    """Bytes count in streams only, as the notice says what may be set."""
+    with server.kernel() as kernel, Client(server, kernel) as client:
+        shown = client.run("from IPython.display import HTML, display\nfor i in range(20): display(HTML('x' * 10_000))")
+        assert len(shown.of("display_data")) == 20
+        answer = client.run("for i in range(200): print(i, 'x' * 10_000, flush=True)")
+        notice, *_ = [m.content["text"] for m in answer.of("stream") if m.content["name"] == "stderr"]
+        assert "IOPub data rate exceeded" in notice
+        assert "ServerApp.iopub_data_rate_limit=20000.0" in notice
+        assert len(numbers(answer.messages)) < 200
+        assert answer.states == ["busy", "idle"]
+
+
+def test_the_default_protocol_can_be_forced(server: Server) -> None:
+    with server.kernel("light") as kernel:
+        path = f"/api/kernels/{kernel}/channels?token={TOKEN}"
+        fields = {"Host": f"127.0.0.1:{server.port}", "Sec-WebSocket-Protocol": PROTOCOL_V1}
+        with wsclient.Client(("127.0.0.1", server.port), path, headers=fields) as client:
+            assert client.handshake.accepted
+            assert "sec-websocket-protocol" not in client.handshake.headers
+
+
+# -- kernels that do not start, do not answer, welcome ---------------------------------------------
+
+
+def test_a_kernel_that_could_not_be_started(pending: Server) -> None:
+    """The error is HTTP's, and the model says why."""
+    kernel = pending.start_kernel("broken")
+    with pytest.raises(InvalidStatus) as refused:
+        Client(pending, kernel)
+    assert refused.value.response.status_code == 500
+    model = pending.model(kernel)
+    assert model["execution_state"] == "dead"
+    assert "/no/such/program" in model["reason"]
+    pending.rest("DELETE", f"/api/kernels/{kernel}")
+
+
+@both_protocols
+def test_a_kernel_that_never_tells_what_it_is(pending: Server, protocol: str | None) -> None:
+    """Its clients are let in when the time for its answer is over."""
+    with pending.kernel("odd-mute") as kernel, Client(pending, kernel, protocol) as client:
+        assert client.run("one").result == "'one'"
+        assert pending.logged(f"Timeout waiting for kernel_info reply from {kernel}")
+
+
+@pytest.mark.parametrize("way", ["counts", "welcome"])
+def test_a_kernel_is_asked_once_for_all_its_clients(server: Server, way: str) -> None:
+    """What it is and whether it is heard, with and without a welcome (JEP 65). Nobody misses the beginning."""
+    with server.kernel(f"odd-{way}") as kernel:
+        clients = [Client(server, kernel)]
+        first = clients[0].run("1")
+        for _ in range(4):
+            clients.append(Client(server, kernel))
+            answer = clients[-1].run("1")
+            assert sorted(answer.types) == ["execute_reply", "execute_result", "status", "status", "stream"]
+            assert answer.result == first.result
+        for client in clients:
+            client.socket.close()
+
+
+def test_who_comes_while_the_kernel_is_busy_does_not_wait(server: Server) -> None:
+    with server.kernel("light") as kernel, Client(server, kernel) as first:
+        cell = first.execute("sleep 600")
+        first.expect("execute_input")
+        server.until_model(kernel, execution_state="busy")
+        with Client(server, kernel) as second:
+            server.until_model(kernel, connections=2)
+            server.interrupt(kernel)
+            until_seen(second, cell)
+        assert first.collect(cell).reply["ename"] == "KeyboardInterrupt"
+
+
+def test_what_a_kernel_said_comes_before_that_it_died(server: Server) -> None:
+    with server.kernel("light") as kernel:
+        with Client(server, kernel) as watching, Client(server, kernel, how=Raw) as late:
+            flood = watching.execute("flood 30 10")  # within the rate limit
+            watching.collect(flood)
+            watching.execute("sleep 600")
+            watching.expect("execute_input")
+            server.kernel_process(kernel).kill()
+            watching.state("restarting")
+            late.state("restarting")
+        with Client(server, kernel) as again:
+            assert complete(again)
+        assert numbers(late.log) == [*range(30)]
+
+
+def test_nothing_is_kept_for_who_is_away_if_nobody_wants_it(pending: Server) -> None:
+    with pending.kernel("light") as kernel, Client(pending, kernel) as stays:
+        leaves = Client(pending, kernel)
+        leaves.run("1")
+        leaves.socket.close()
+        pending.until_model(kernel, connections=1)
+        missed = stays.execute("1")
+        stays.collect(missed)
+        with Client(pending, kernel, None, leaves.session_id) as again:
+            assert again.run("1").result == "4"
+        assert not [message for message in again.log if message.parent == missed]
+
+
+# -- activity and culling --------------------------------------------------------------------------
+
+
+def activity(server: Server, kernel: str) -> datetime:
+    return datetime.fromisoformat(server.model(kernel)["last_activity"])
+
+
+def test_idle_kernels_are_culled_and_others_are_not(server: Server) -> None:
+    """One that is watched, and one that computes though nobody watches, outlive one that is neither and came later."""
+    watched, busy = server.start_kernel("short-lived"), server.start_kernel("short-lived")
+    with Client(server, watched) as client:
+        client.run("1")
+        with Client(server, busy) as asker:
+            asker.execute("sleep 600")
+            asker.expect("execute_input")
+        alone = server.start_kernel("short-lived")
+        with Client(server, alone) as asker:
+            asker.run("1")
+        until(lambda: server.rest("GET", f"/api/kernels/{alone}")[0] == 404, "it is culled")
+        assert server.model(watched)["connections"] == 1
+        assert server.model(busy)["execution_state"] == "busy"
+        server.interrupt(busy)
+        until(lambda: server.rest("GET", f"/api/kernels/{busy}")[0] == 404, "it is culled when it is done")
+        assert client.run("1").result == "4"
+    until(lambda: server.rest("GET", f"/api/kernels/{watched}")[0] == 404, "it is culled when nobody watches")
+
+
+def test_a_kernel_that_died_busy_is_not_busy_any_more(server: Server) -> None:
+    """Whether it is restarted by itself or by somebody; clients that come then do not take it for busy either."""
+    with server.kernel("light") as kernel:
+        for end in (lambda: server.kernel_process(kernel).kill(), lambda: server.restart(kernel)):
+            with Client(server, kernel) as client:
+                client.execute("sleep 600")
+                client.expect("execute_input")
+                server.until_model(kernel, execution_state="busy")
+            end()
+            until(lambda: server.model(kernel)["execution_state"] != "busy", "it is not busy")
+            with Client(server, kernel) as client:
+                assert complete(client)
+            server.until_model(kernel, execution_state="idle")
+
+
+def test_what_counts_as_activity(server: Server) -> None:
+    """Not what programs ask of themselves, but every cell."""
+    with server.kernel("light") as kernel, Client(server, kernel) as client:
+        client.run("1")
+        server.until_model(kernel, execution_state="idle")
+        before = activity(server, kernel)
+        for _ in range(3):
+            client.collect(client.send("kernel_info_request", {}))
+        assert activity(server, kernel) == before
+        client.run("1")
+        assert activity(server, kernel) > before
+
+
+# -- events ----------------------------------------------------------------------------------------
+
+
+def test_events_of_kernels(server: Server) -> None:
+    """As `ServerKernelManager` emits them, to whoever listens at /api/events/subscribe."""
+    url = f"ws://127.0.0.1:{server.port}/api/events/subscribe?token={TOKEN}"
+    with websockets.sync.client.connect(url, compression=None, ping_interval=None) as listener:
+        kernel = server.start_kernel("light")
+        for act in server.interrupt, server.restart, server.end_kernel:
+            with Client(server, kernel) as client:  # a process that has not begun yet would die of an interrupt
+                client.run("1")
+            act(kernel)
+        told = []
+        while len(told) < 4:
+            event = json.loads(listener.recv(timeout=PATIENCE))
+            if event.get("kernel_id") == kernel and event["action"] in ("start", "interrupt", "restart", "shutdown"):
+                assert event["status"] == "success"
+                told.append(event["action"])
+    assert told[:2] == ["start", "interrupt"]
+    assert told[-1] == "shutdown"
+    assert "restart" in told
+
+
+# -- pings -----------------------------------------------------------------------------------------
+
+
+def test_pings_are_in_milliseconds_and_want_an_answer(pending: Server) -> None:
+    """Who answers stays; who does not is closed after `ws_ping_timeout`."""
+    with pending.kernel("light") as kernel, Client(pending, kernel) as good:
+        path = f"/api/kernels/{kernel}/channels?token={TOKEN}"
+        fields = {"Host": f"127.0.0.1:{pending.port}"}
+        with wsclient.Client(("127.0.0.1", pending.port), path, headers=fields) as silent:
+            seen = []
+            while not seen or seen[-1] != OP_CLOSE:
+                try:
+                    seen.append(silent.frame()[0])
+                except (EOFError, ConnectionResetError):
+                    break
+        assert seen.count(OP_PING) >= 2
+        assert pending.logged("WebSocket ping timeout after")
+        assert good.run("1").result == "4"
