@@ -716,7 +716,8 @@ class Relays:
     def _follow(self, change: Any) -> None:
         """An automatic restart may take a kernel to other ports, and tells no client: their sockets go with it. Ports
         are set one by one, and are 0 meanwhile."""
-        asyncio.get_running_loop().call_soon(self._go_there, change["owner"])
+        with suppress(RuntimeError):  # the loop has ended, and the manager is cleaned up
+            asyncio.get_running_loop().call_soon(self._go_there, change["owner"])
 
     def _go_there(self, manager: Any) -> None:
         relay = self._relays.get(manager)

@@ -417,9 +417,11 @@ class Session:
         self._open_channels()
 
     def _open_channels(self) -> None:
-        self._channels = self.relay.channels(
-            CLIENT_CHANNELS, self.identity, self.deliver, before=self.relay.drain_iopub, after=self._after_wake_up
+        # stdin first, shell last: what a kernel asks on a socket that is not there yet, it drops.
+        opened = self.relay.channels(
+            CLIENT_CHANNELS[::-1], self.identity, self.deliver, before=self.relay.drain_iopub, after=self._after_wake_up
         )
+        self._channels = opened[::-1]
         self._uplink = self._new_uplink()
 
     def _new_uplink(self) -> Uplink:
