@@ -510,10 +510,7 @@ def test_the_same_session_again_takes_the_place_of_the_first(server: Server, ker
         with Client(server, kernel, PROTOCOL_V1, session_id) as second:
             assert first.closed().code in (1000, 1005), "nothing was wrong with it"
             second.send("input_reply", {"value": "from the second"}, channel="stdin")
-            second.expect("execute_reply")
-            assert [m.content["data"]["text/plain"] for m in second.log if m.type == "execute_result"] == [
-                "'from the second'"
-            ]
+            assert second.collect(cell).result == "'from the second'"
             server.until_model(kernel, connections=1)
             assert second.run("1").result == "1"
     assert cell not in {message.parent for message in first.log if message.type == "execute_result"}
