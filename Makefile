@@ -17,7 +17,7 @@ COMPILE := $(RUN) setup.py --quiet build_ext --inplace --force
 TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs etc examples fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test conformance lint format bench bench-core bench-check load sanitize coverage fuzz upstream nightly dist clean
+.PHONY: help install serve test conformance lint format bench bench-core bench-check load sanitize coverage fuzz upstream nightly docs dist clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -97,9 +97,14 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	$(MAKE) load ARGS="--matrix --seconds 60 --repeat 1 --protocol legacy --json $(RESULTS)/matrix.json"
 	$(RUN) -m bench.latency
 
+docs: install ## rewrite the references in docs/ from docstrings and settings
+	$(RUN) tools/api.py
+	$(RUN) tools/configuration.py
+
 dist: install ## sdist, and the wheel built from it, in dist/
 	rm -rf dist
 	$(RUN) -m build
+	$(RUN) tools/repair_wheel.py
 
 clean: ## remove what was built (not .venv)
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

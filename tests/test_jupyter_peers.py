@@ -24,7 +24,9 @@ from server import (
     write_kernelspecs,
 )
 from test_jupyter import ECHO, UNLIMITED, close_frame, flushed, numbers
+from test_readme import example
 
+USE = "docs/use.md"
 BUFFERS = [b"", b"\x00\xff\x80{}", bytes(range(256)) * 400]
 
 
@@ -54,12 +56,13 @@ def echo_buffers(client: Client, given: list[bytes]) -> list[bytes]:
 
 @contextmanager
 def gateway(home: Path) -> Iterator[Server]:
-    """Kernel Gateway with fastwire's connection class."""
+    """Kernel Gateway, configured as docs/use.md says."""
     write_kernelspecs(home / "data")
+    (home / "config").mkdir()
+    (home / "config" / "jupyter_kernel_gateway_config.py").write_text(example("c.KernelGatewayApp", USE))
     app = "--KernelGatewayApp."
     command = [sys.executable, "-m", "kernel_gateway", f"{app}ip=127.0.0.1", f"{app}port=0"]
     command += [f"{app}auth_token={TOKEN}", "--JupyterWebsocketPersonality.list_kernels=True"]
-    command += [f"{app}kernel_websocket_connection_class=fastwire.jupyter.FastwireWebsocketConnection"]
     with (home / "stderr").open("w") as log:
         process = subprocess.Popen(command, stdin=-3, stdout=log, stderr=log, env=environment(home), cwd=home)
     server = Server(process, home)

@@ -1,22 +1,29 @@
-"""The README's examples run as they stand, and docs/security.md names what there is."""
+"""The README's examples run as they stand; docs/ names what there is, and its references are up to date."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fastwire import errors
 from fastwire.jupyter import Fastwire
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
-def example(containing: str) -> str:
-    (found,) = [text for text in EXAMPLES if containing in text]
+def examples(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def example(containing: str, page: str = "README.md") -> str:
+    (found,) = [text for text in examples(ROOT / page) if containing in text]
     return found
 
 
@@ -93,3 +100,48 @@ def test_every_limit_that_is_documented_is_a_setting() -> None:
 def test_the_core_asks_for_the_gil() -> None:
     directives = (README.parent / "fastwire" / "_core.pyx").read_text().partition("\n")[0]
     assert "freethreading_compatible=False" in directives
+
+
+# -- docs/ -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["api", "configuration"])
+def test_what_is_generated_is_up_to_date(name: str) -> None:
+    written = (ROOT / "docs" / f"{name}.md").read_text()
+    assert runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["page"]() == written, "`make docs` writes it anew"
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [page.name for page in DOCS if page.name != "README.md" and f"({page.name})" not in index] == []
+
+
+def test_the_names_of_settings_are_those_there_are() -> None:
+    settings = Fastwire.class_trait_names(config=True)
+    for page in (README, *DOCS):
+        for name in re.findall(r"\bFastwire\.(\w+)", page.read_text()):
+            assert name in settings, page.name
+
+
+def test_the_makefile_lists_all_its_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert set(phony.split()) == set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
+
+
+def test_what_fastwire_says_is_what_troubleshooting_looks_up() -> None:
+    """Each message of the table stands in the source; "..." is whatever is filled in."""
+    package = ROOT / "fastwire"
+    source = "".join(path.read_text() for path in (*package.glob("*.py"), *package.glob("core/*.pxi")))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)  # adjacent literals
+    table = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## What fastwire says")[2]
+    messages = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+    assert len(messages) > 10
+    fragments = [part.strip() for message in messages for part in message.split("...")]
+    assert [fragment for fragment in fragments if fragment not in joined] == []
+
+
+def test_close_codes_of_the_protocol_are_those_of_errors() -> None:
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    documented = {int(code) for code in re.findall(r"^\| (\d{4}) \|", text, re.MULTILINE)}
+    assert documented == {getattr(errors, name).close_code for name in errors.__all__} - {None}
