@@ -341,7 +341,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     async def _prove(self) -> None:
         """Ask the kernel for its info until it answers, iopub was heard, and the kernel manager has heard it too (its
-        own subscription may have joined late, and a quiet kernel would count as starting for ever).
+        own subscription may have joined late, and a quiet kernel would count as starting for ever). A kernel that
+        welcomes its subscribers (JEP 65) has been heard by then, and is not asked.
 
         Source: `ZMQChannelsWebsocketConnection.nudge`; here once per subscription and not once per client.
         """

@@ -1515,7 +1515,8 @@ def test_opening_with_the_same_ports_changes_nothing(stage: Stage, kernel: Kerne
 def test_heard_tells_that_the_subscription_works(stage: Stage, kernel: Kernel, moved: Kernel) -> None:
     relay = stage.start(kernel)
     assert not relay.heard.done()
-    kernel.publish(*stream(1))
+    welcome = message("iopub_welcome", "w", {"subscription": ""})  # JEP 65; ipykernel sends it without a topic
+    kernel.sockets["iopub"].send_multipart(wire(kernel.signer, welcome))
     until(relay.heard.done, "it was heard")
     move(stage, moved)
     assert not relay.heard.done(), "the new subscription is not proven"
