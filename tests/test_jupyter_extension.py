@@ -28,6 +28,9 @@ import fastwire
 from fastwire import jupyter
 from fastwire.jupyter import FastwireMappingKernelManager, FastwireWebsocketConnection
 
+# Each test starts a server of its own, or several kernels.
+pytestmark = pytest.mark.timeout(180)
+
 STOCK = ("-m", "jupyter_server")
 STOCK_CONNECTION = "jupyter_server.services.kernels.connection.channels.ZMQChannelsWebsocketConnection"
 ACTIVE = f"fastwire {fastwire.__version__} carries the messages of kernels"

@@ -14,6 +14,9 @@ from websockets.exceptions import InvalidStatus
 
 from fastwire._core import OP_CLOSE, OP_PING, PROTOCOL_V1
 
+# Each test starts a server of its own, or several kernels.
+pytestmark = pytest.mark.timeout(180)
+
 both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
 

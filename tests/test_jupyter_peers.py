@@ -27,6 +27,9 @@ from test_jupyter import ECHO, UNLIMITED, close_frame, flushed, numbers
 from test_readme import example
 
 USE = "docs/use.md"
+# Each test starts a server of its own, or several kernels.
+pytestmark = pytest.mark.timeout(180)
+
 BUFFERS = [b"", b"\x00\xff\x80{}", bytes(range(256)) * 400]
 
 
@@ -156,7 +159,7 @@ def run(home: Path, program: str, *arguments: str) -> dict:
     """Run a program, in an environment without configuration; what it prints last, as JSON."""
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=50, env=environment(home), cwd=home
+        command, check=False, capture_output=True, text=True, timeout=120, env=environment(home), cwd=home
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -21,6 +21,9 @@ if not (shutil.which("ip") and os.geteuid() == 0):
         pytest.fail("the tests of kernels on other machines need root and iproute2", pytrace=False)
     pytest.skip("NOT TESTED: kernels on other machines; needs root and iproute2", allow_module_level=True)
 
+# Each test starts a server of its own, or several kernels.
+pytestmark = pytest.mark.timeout(180)
+
 KINDS = {"remote": {}, "remote-encrypted": {"encrypted": True}, "remote-slow": {"delay": 2.0}}
 
 
