@@ -3,6 +3,7 @@ Kernel Gateway is tested."""
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,12 +21,15 @@ from fastwire.session import Session
 USE = "docs/use.md"
 STOCK = ("-m", "jupyter_server")
 
+#: A shell has its background jobs ignore Ctrl-C, and so may whoever runs the tests.
+HEEDING = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
 
 @contextmanager
 def running(home: Path, text: str) -> Iterator[str]:
     """An example in a process of its own, on a port that is free; the URL where it listens."""
     source = home / "example.py"
-    source.write_text(text.replace("8888", "0"))
+    source.write_text(HEEDING + text.replace("8888", "0"))
     process = subprocess.Popen([sys.executable, source], env=environment(home), cwd=home)
     itself = psutil.Process(process.pid)
 
@@ -37,7 +41,7 @@ def running(home: Path, text: str) -> Iterator[str]:
         until(ports, "an example that listens")
         yield f"ws://127.0.0.1:{ports()[0]}"
     finally:
-        process.send_signal(2)  # as Ctrl-C does
+        process.send_signal(signal.SIGINT)
         try:
             process.wait(timeout=PATIENCE)
         finally:

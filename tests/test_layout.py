@@ -158,6 +158,12 @@ def test_every_file_is_a_room() -> None:
     assert [path.name for path in PACKAGE.iterdir() if path.is_dir() and list(path.rglob("*.py"))] == []
 
 
+def test_the_docs_have_the_rooms_in_the_same_order() -> None:
+    text = (ROOT / "docs" / "design.md").read_text().partition("## The rooms")[2].partition("## Rules")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == ROOMS
+    assert {path.stem for path in CYTHON if path.suffix == ".pxi"} <= set(re.findall(r"`(?:core/)?(\w+)`", text))
+
+
 @pytest.mark.parametrize("path", [path for path in PYTHON if path.stem in ROOMS], ids=lambda path: path.name)
 def test_a_room_names_only_rooms_above_it(path: Path) -> None:
     assert complaints(path.stem, imported(path.read_text())) == []

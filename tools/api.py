@@ -1,4 +1,4 @@
-"""Writes docs/api.md, the reference of the compiled core, from the docstrings of fastwire/_core.pyi."""
+"""Writes docs/api.md, the reference of the core, from the docstrings of fastwire/_core.pyi and fastwire/errors.py."""
 
 import ast
 import inspect
@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 STUB = ROOT / "fastwire" / "_core.pyi"
+ERRORS = ROOT / "fastwire" / "errors.py"
 PAGE = ROOT / "docs" / "api.md"
 
 INTRODUCTION = """\
@@ -39,7 +40,8 @@ def exported() -> set[str]:
 
 def text_of(node: Documented | ast.Module) -> str:
     """The docstring with the code quotes of Markdown."""
-    return inspect.cleandoc(ast.get_docstring(node) or "").replace("``", "`")
+    text = inspect.cleandoc(ast.get_docstring(node) or "").replace("``", "`")
+    return text.replace("::\n\n", "")  # Markdown knows code by its indent
 
 
 def signature(node: ast.FunctionDef) -> str:
@@ -70,6 +72,15 @@ def entry(node: Documented, stars: set[str]) -> str:
     )
 
 
+def constants(source: str) -> Iterator[str]:
+    """Rows of a table: those that have a value, as it is spelled."""
+    stars = exported()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            name = ast.unparse(node.target)
+            yield f"| `{name}`{' *' if name in stars else ''} | `{ast.get_source_segment(source, node.value)}` |\n"
+
+
 def entries(source: str) -> Iterator[str]:
     """Everything, below the headings of its sections."""
     headings = [(source.count("\n", 0, match.start()) + 1, match[1]) for match in SECTION.finditer(source)]
@@ -89,8 +100,12 @@ def entries(source: str) -> Iterator[str]:
 
 
 def page() -> str:
-    source = STUB.read_text()
-    return INTRODUCTION + text_of(ast.parse(source)) + "\n\n" + "\n".join(entries(source))
+    source, errors = STUB.read_text(), ERRORS.read_text()
+    return (
+        f"{INTRODUCTION}{text_of(ast.parse(source))}\n\n"
+        f"## Constants\n\n| name | value |\n| --- | --- |\n{''.join(constants(source))}\n"
+        f"## Errors\n\nIn `fastwire.errors`. {text_of(ast.parse(errors))}\n\n" + "\n".join(entries(source))
+    )
 
 
 if __name__ == "__main__":
