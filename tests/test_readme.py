@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastwire import errors
+from fastwire.flow import Acknowledgements
 from fastwire.jupyter import Fastwire
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,3 +146,17 @@ def test_close_codes_of_the_protocol_are_those_of_errors() -> None:
     text = (ROOT / "docs" / "protocol.md").read_text()
     documented = {int(code) for code in re.findall(r"^\| (\d{4}) \|", text, re.MULTILINE)}
     assert documented == {getattr(errors, name).close_code for name in errors.__all__} - {None}
+
+
+def test_the_pings_of_the_protocol_are_those_of_flow() -> None:
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    assert f"`{Acknowledgements.PREFIX.decode()}` and a number of eight bytes" in text
+    assert f"at least {1000 * Acknowledgements.INTERVAL:g} ms apart" in text
+    assert f"has had it for {Acknowledgements.PATIENCE:g} s" in text
+
+
+def test_every_command_of_make_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in (*ROOT.glob("*.md"), *DOCS, *ROOT.glob("bench/*.md"), *ROOT.glob("fuzz/*.md")):
+        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE))
+        assert named <= targets, page.name
