@@ -1,0 +1,233 @@
+"""Clients that stall, stop and vanish, kernels that do not read: real processes, and nothing is lost."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from server import PROTOCOLS, TOKEN, Client, Message, Raw, Server, serving, until
+
+both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+
+MIB = 1024 * 1024
+
+#: More than one test's flood would need of memory, and what it may need: Python and libzmq give little back.
+MEMORY, SLACK = 8 * MIB, 48 * MIB
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Little memory for each client, and all the patience there is."""
+    options = (f"--Fastwire.client_memory_limit={MEMORY}", "--Fastwire.write_deadline=1000")
+    with serving(tmp_path_factory.mktemp("patient"), *options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that waits for nobody for long."""
+    options = ("--Fastwire.write_deadline=2", "--Fastwire.uplink_limit=100000", "--Fastwire.uplink_deadline=0.5")
+    with serving(tmp_path_factory.mktemp("hasty"), *options) as running:
+        yield running
+
+
+@pytest.fixture
+def light(server: Server) -> Iterator[str]:
+    with server.kernel("light") as kernel:
+        yield kernel
+
+
+def numbers(messages: list[Message]) -> list[int]:
+    """Those of the flood's lines, joined or not."""
+    text = "".join(m.content["text"] for m in messages if m.type == "stream" and m.content["name"] == "stdout")
+    return [int(line.split()[0]) for line in text.splitlines()]
+
+
+def is_end(message: Message, cell: str) -> bool:
+    return message.parent == cell and message.content.get("execution_state") == "idle"
+
+
+def come_together(clients: list[Client]) -> list[int]:
+    """The numbers that the sockets of one session got, each in order; what one repeats is taken once."""
+    got = [numbers(client.log) for client in clients]
+    for each in filter(None, got):
+        assert each == [*range(each[0], each[-1] + 1)]
+    return sorted({*chain(*got)})
+
+
+@both_protocols
+def test_a_reader_that_stalls(server: Server, light: str, protocol: str | None) -> None:
+    """50 MB while it reads nothing, longer than it takes another to read them."""
+    count = 50_000
+    with Client(server, light, protocol, how=Raw) as stalled, Client(server, light, protocol) as other:
+        before = server.outside.memory_info().rss
+        cell = other.execute(f"flood {count} 1000")
+        assert numbers(other.collect(cell).messages) == [*range(count)]
+        assert server.outside.memory_info().rss - before < MEMORY + SLACK
+        stalled.receive_until(lambda message: is_end(message, cell))
+        assert numbers(stalled.log) == [*range(count)]
+
+
+def test_a_client_process_that_is_stopped(server: Server, light: str) -> None:
+    """``kill -STOP`` in the middle of a flood, ``kill -CONT`` when that is over."""
+    count = 20_000
+    path = f"/api/kernels/{light}/channels?token={TOKEN}&session_id=stopped"
+    reader = subprocess.Popen(
+        [sys.executable, "-c", READER, f"ws{server.root.removeprefix('http')}{path}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert reader.stdout.readline() == "connected\n"
+        reader.send_signal(signal.SIGSTOP)
+        with Client(server, light) as other:
+            cell = other.execute(f"flood {count} 1000")
+            assert numbers(other.collect(cell).messages) == [*range(count)]
+        reader.send_signal(signal.SIGCONT)
+        assert json.loads(reader.communicate(timeout=60)[0]) == [*range(count)]
+    finally:
+        reader.kill()
+        reader.wait()
+
+
+READER = """
+import json, sys
+from websockets.sync.client import connect
+with connect(sys.argv[1], max_size=None, ping_interval=None, compression=None) as ws:
+    print("connected", flush=True)
+    lines = []
+    while True:
+        message = json.loads(ws.recv())
+        if message["msg_type"] == "stream":
+            lines += message["content"]["text"].splitlines()
+        if message["content"].get("execution_state") == "idle" and lines:
+            break
+print(json.dumps([int(line.split()[0]) for line in lines]))
+"""
+
+
+@both_protocols
+def test_a_reader_that_vanishes_in_a_flood(server: Server, light: str, protocol: str | None) -> None:
+    """RST, several times, and back each time in the other protocol."""
+    count = 20_000
+    session = uuid.uuid4().hex
+    clients = [Client(server, light, protocol, session, how=Raw)]
+    cell = clients[0].execute(f"flood {count} 1000")
+    for turn in range(4):
+        while len(numbers(clients[-1].log)) < 1000:
+            clients[-1].receive()
+        clients[-1].socket.reset()
+        follows = list(PROTOCOLS.values())[turn % 2]
+        clients.append(Client(server, light, follows, session, how=Raw))
+    clients[-1].receive_until(lambda message: is_end(message, cell))
+    assert come_together(clients) == [*range(count)]
+    clients[-1].socket.close()
+
+
+def test_a_reader_at_a_trickle_is_slow_and_not_dead(hasty: Server) -> None:
+    """Its TCP takes a little now and then, well within the deadline; the rest of the megabyte it takes at last."""
+    count = 1000
+    with hasty.kernel("light") as kernel, Client(hasty, kernel, None, how=Raw) as client:
+        cell = client.execute(f"flood {count} 1000")
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            drip(client)
+            time.sleep(0.02)
+        client.receive_until(lambda message: is_end(message, cell))
+        assert numbers(client.log) == [*range(count)]
+
+
+def drip(client: Client) -> None:
+    """Read a kilobyte of TCP into the client's buffer."""
+    client.socket.client._buffer += client.socket.client.sock.recv(1000)
+
+
+def test_a_reader_that_takes_nothing_is_closed_and_comes_back(hasty: Server) -> None:
+    count = 30_000
+    session = uuid.uuid4().hex
+    with hasty.kernel("light") as kernel:
+        with Client(hasty, kernel, None, session, how=Raw) as first:
+            cell = first.execute(f"flood {count} 1000")
+            hasty.until_model(kernel, connections=0)
+            assert first.closed().code in (None, 1013)
+        with Client(hasty, kernel, None, session) as second:
+            second.receive_until(lambda message: is_end(message, cell))
+            assert come_together([first, second]) == [*range(count)]
+            assert second.run("1").result == "4"
+
+
+def test_one_that_cannot_come_back_is_left_to_the_keepalive(hasty: Server) -> None:
+    """It has no session_id: closing it would lose what it has not read."""
+    count = 10_000
+    with hasty.kernel("light") as kernel, Client(hasty, kernel, None, None, how=Raw) as client:
+        with Client(hasty, kernel) as other:
+            cell = other.execute(f"flood {count} 1000")
+            other.collect(cell)
+            time.sleep(3.0)  # longer than the deadline
+        client.receive_until(lambda message: is_end(message, cell))
+        assert numbers(client.log) == [*range(count)]
+
+
+def test_a_kernel_that_takes_nothing(hasty: Server) -> None:
+    """Its client is told after a while, and what it said waits for the kernel all the same."""
+    session = uuid.uuid4().hex
+    with hasty.kernel("light") as kernel:
+        with Client(hasty, kernel, None, session) as client:
+            client.execute("sleep 600")
+            client.expect("execute_input")
+            sent = []
+            while not client_is_held_back(hasty, kernel):
+                sent += [client.send("comm_msg", {"comm_id": "none", "data": "x" * 10_000}) for _ in range(200)]
+            assert client.closed().code == 1013
+        hasty.interrupt(kernel)
+        with Client(hasty, kernel, None, session) as again:
+            again.run("1")
+            heard = [m.parent for m in client.log + again.log if m.type == "status"]
+            wanted = set(sent)
+            heard = list(dict.fromkeys(parent for parent in heard if parent in wanted))
+            assert heard == sent[: len(heard)]
+            assert len(heard) > 100
+
+
+def client_is_held_back(server: Server, kernel: str) -> bool:
+    _, status = server.rest("GET", "/fastwire/api/status")
+    (entry,) = [entry for entry in status["kernels"] if entry["kernel"] == kernel]
+    return any(client["state"] == "paused" for client in entry["clients"])
+
+
+def test_two_hundred_clients_of_which_twenty_are_stalled(server: Server, light: str) -> None:
+    """The others get everything, in order."""
+    count = 500
+    stalled = [Client(server, light, None, how=Raw) for _ in range(20)]
+    others = [Client(server, light) for _ in range(180)]
+    cell = others[0].execute(f"flood {count} 1000")
+    for client in others:
+        client.receive_until(lambda message: is_end(message, cell))
+        assert numbers(client.log) == [*range(count)]
+        client.socket.close()
+    for client in stalled:
+        client.receive_until(lambda message: is_end(message, cell))
+        assert numbers(client.log) == [*range(count)]
+        client.socket.close()
+
+
+def test_nothing_is_left_on_the_disk(server: Server) -> None:
+    """Files without names, gone with who wanted them."""
+    until(lambda: not spill_files(server), "the spill files are closed")
+
+
+def spill_files(server: Server) -> list[str]:
+    links = []
+    for descriptor in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            links.append(str(descriptor.readlink()))
+    return [link for link in links if re.search(r"runtime/.*\(deleted\)", link)]
