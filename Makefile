@@ -17,7 +17,7 @@ COMPILE := $(RUN) setup.py --quiet build_ext --inplace --force
 TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs etc examples fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test conformance lint format bench bench-core bench-check load sanitize coverage fuzz upstream nightly docs dist clean
+.PHONY: help install serve test conformance lint format bench bench-core bench-check load sanitize coverage soak fuzz upstream nightly docs dist clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -81,6 +81,9 @@ coverage: install ## which lines of the core the tests reach, in build/coverage
 	&& FASTWIRE_COVERAGE=1 $(RUN) setup.py --quiet build_ext --inplace \
 	&& PYTHONPATH=. $(RUN) -m pytest --timeout=300 $(ARGS) \
 	&& $(RUN) tools/core_coverage.py
+
+soak: install ## ten minutes of clients that come, stall and vanish: do memory and descriptors stay flat?
+	FASTWIRE_SOAK_SECONDS=600 $(RUN) -m pytest tests/test_soak.py
 
 fuzz: install ## feed the core hostile bytes: make fuzz SECONDS=600
 	$(RUN) -m fuzz.run --seconds $(SECONDS)

@@ -128,9 +128,10 @@ def asked() -> Acknowledgements:
 def test_who_never_answers_is_believed_after_a_while() -> None:
     acknowledgements = asked()
     acknowledgements.look(0.0, 101)
-    acknowledgements.look(PATIENCE - 1, 101)
-    assert not acknowledgements.demoted
-    acknowledgements.look(PATIENCE, 101)
+    acknowledgements.look(PATIENCE - 1, 102)
+    acknowledgements.look(PATIENCE, 102)
+    assert not acknowledgements.demoted, "it takes nothing either"
+    acknowledgements.look(2 * PATIENCE, 103)
     assert acknowledgements.demoted
     assert not acknowledgements.wanted(1000), "asked no more"
 
@@ -138,21 +139,22 @@ def test_who_never_answers_is_believed_after_a_while() -> None:
 def test_who_answers_in_the_end_is_asked_again() -> None:
     acknowledgements = Acknowledgements()
     ping = acknowledgements.ask(100)
-    for now in 0.0, PATIENCE:
-        acknowledgements.look(now, 101)
+    for now, taken in (0.0, 101), (PATIENCE, 102):
+        acknowledgements.look(now, taken)
+    assert acknowledgements.demoted
     assert acknowledgements.answer(ping)
     assert not acknowledgements.demoted
     acknowledgements.ask(200)
-    for now in 2 * PATIENCE, 4 * PATIENCE:
-        acknowledgements.look(now, 201)
+    for now, taken in (2 * PATIENCE, 201), (4 * PATIENCE, 202):
+        acknowledgements.look(now, taken)
     assert not acknowledgements.demoted, "who has answered before is only slow"
 
 
-@pytest.mark.parametrize("taken", [0, 100])
+@pytest.mark.parametrize("taken", [1, 100])
 def test_a_ping_that_is_not_there_cannot_be_answered(taken: int) -> None:
     acknowledgements = asked()
-    for now in 0.0, 2 * PATIENCE:
-        acknowledgements.look(now, taken)
+    acknowledgements.look(0.0, taken - 1)
+    acknowledgements.look(2 * PATIENCE, taken)
     assert not acknowledgements.demoted
 
 
@@ -160,5 +162,5 @@ def test_who_is_not_read_cannot_answer() -> None:
     acknowledgements = asked()
     acknowledgements.look(0.0, 101)
     acknowledgements.pause()
-    acknowledgements.look(PATIENCE, 101)
+    acknowledgements.look(PATIENCE, 102)
     assert not acknowledgements.demoted

@@ -9,9 +9,11 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import random
 import re
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -873,19 +875,24 @@ def test_what_is_true_only_now_is_not_said_later(stage: Stage, kernel: Kernel) -
 
 
 def test_a_client_that_answers_no_pings(stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a while what was written counts as received; until one day it does answer."""
+    """As long as it takes bytes, what was written counts as received."""
     monkeypatch.setattr(Acknowledgements, "PATIENCE", 0.0)
     stage.start(kernel)
     client = stage.connect("ann")
     client.acknowledges = False
-    kernel.publish(*stream(1, 2))
-    assert client.ids(2) == ["1", "2"]
     session = stage.session("ann")
-    until(lambda: not stage.run(lambda: session.outbox.sent_memory), "it is believed")
-    kernel.publish(*stream(3))
-    leave(stage, client, "reset")
-    kernel.publish(*stream(4))
-    assert stage.connect("ann").ids(1)[-1] in "34"
+    asked = session.connection._acknowledgements
+
+    numbers = iter(range(1, 10_000))
+
+    def is_believed() -> bool:
+        number = next(numbers)
+        kernel.publish(*stream(number))
+        return client.ids(1) == [str(number)] and stage.run(lambda: asked.demoted)
+
+    until(is_believed, "it is believed")
+    until(lambda: not stage.run(lambda: session.outbox.sent_memory), "nothing is kept for it")
+    stage.take_logs()
 
 
 @pytest.mark.parametrize("answers", [False, True])
@@ -1012,6 +1019,40 @@ def test_what_is_too_much_for_memory_waits_on_the_disk(stage: Stage, kernel: Ker
     kernel.publish(*stream(count))
     assert again.ids(1) == [str(count)]
     assert stage.run(lambda: outbox.spilled_bytes) == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        if os.environ.get("CI"):
+            pytest.fail("CI must be able to mount a file system")
+        pytest.skip("only root can mount a file system that is soon full")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_is_really_full(stage: Stage, kernel: Kernel, small_disk: Path) -> None:
+    """ENOSPC in the middle of a record: that and what follows stays in memory, and the oldest goes."""
+    limits = {"client_memory_limit": 4 * MIB, "spill_dir": str(small_disk), "spill_keep_free": 0, "merge": False}
+    outbox = ann_away(stage, kernel, **limits)
+    count = 2000
+    for number in range(0, count, 20):
+        kernel.publish(*stream(*range(number, number + 20), size=8000))
+        until(lambda seen=number + 19: f'"{seen}"'.encode() in stage.relay.neighbour[0], "the relay has it")
+    kernel.publish(message("execute_reply", "end"))
+    until(lambda: b'"end"' in stage.relay.neighbour[0], "the kernel has said it all")
+    assert stage.run(lambda: outbox.memory) < 8 * MIB
+    again = stage.connect("ann")
+    got = [again.next()]
+    while got[-1].header["msg_id"] != "end":
+        got.append(again.next())
+    kept = [int(each.header["msg_id"]) for each in got if each.header["msg_id"].isdigit()]
+    assert kept == sorted(kept)
+    assert kept[-500:] == [*range(count - 500, count)] or len(kept) > 200
+    assert any("are missing here" in each.content.get("text", "") for each in got)
+    assert any("cannot be put aside" in line for line in stage.take_logs())
 
 
 def test_output_that_is_too_much_is_dropped_with_a_word(stage: Stage, kernel: Kernel) -> None:

@@ -1,5 +1,6 @@
 """Clients that stall, stop and vanish, kernels that do not read: real processes, and nothing is lost."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from server import PROTOCOLS, TOKEN, Client, Message, Raw, Server, serving, until
+
+from fastwire.flow import Limits
 
 both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
@@ -231,3 +234,26 @@ def spill_files(server: Server) -> list[str]:
         with suppress(FileNotFoundError):  # closed meanwhile
             links.append(str(descriptor.readlink()))
     return [link for link in links if re.search(r"runtime/.*\(deleted\)", link)]
+
+
+# -- what the documentation promises ---------------------------------------------------------------
+
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text()
+
+
+def test_every_fault_names_a_test_that_exists() -> None:
+    rows = [line for line in DOCUMENT.partition("## Faults")[2].splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 25
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    for row in rows:
+        named = re.findall(r"`((?:test_|Test)\w+)`", row.split("|")[3])
+        assert named, row
+        assert [name for name in named if f"def {name}(" not in tests and f"\n{name} = " not in tests] == []
+
+
+def test_every_limit_is_documented_with_its_default() -> None:
+    for field in dataclasses.fields(Limits):
+        for value, unit in re.findall(rf"c\.Fastwire\.{field.name} +(\d+) (MiB|GiB)", DOCUMENT):
+            assert int(value) * {"MiB": MIB, "GiB": 1024 * MIB}[unit] == field.default
+    for name in "client_memory_limit", "total_memory_limit", "client_spill_limit", "spill_keep_free":
+        assert f"c.Fastwire.{name} " in DOCUMENT
