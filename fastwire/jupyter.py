@@ -330,6 +330,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         session.prepare_all = self.limit_rate
         session.on_ignored = self._warn_ignored
         has_id = bool(self.websocket_handler.get_argument("session_id", None))
+        # jupyter_server's own keepalive looks at pongs.
+        connection.on_alive = partial(self.websocket_handler.on_pong, b"")
         session.attach(
             connection,
             self.subprotocol,

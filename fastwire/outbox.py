@@ -166,6 +166,11 @@ class Gap:
         last = next(i for i in reversed(range(len(batch))) if batch.message_class(i) in OUTPUT)
         self._neighbour = batch.headers(last)
 
+    def absorb(self, later: Gap) -> None:
+        self._messages += later._messages
+        self._nbytes += later._nbytes
+        self._neighbour = later._neighbour
+
     def lose(self, messages: int, nbytes: int) -> None:
         self._messages += messages
         self._nbytes += nbytes
@@ -432,11 +437,19 @@ class Outbox:
             self._gap_before(place).add(whole.batch, kept[0].batch if kept else None)
 
     def _gap_before(self, index: int) -> Gap:
-        before = self._groups[index - 1] if index else None
-        if isinstance(before, Gap):
-            return before
+        """The notice that stands there, or a new one; where one stands on either side, they become one."""
+        groups = self._groups
+        before = groups[index - 1] if index else None
+        after = groups[index] if index < len(groups) else None
+        if isinstance(before, Gap) and isinstance(after, Gap):
+            before.absorb(after)
+            del groups[index]
+            self._hold(-after.memory)
+        for gap in before, after:
+            if isinstance(gap, Gap):
+                return gap
         gap = Gap()
-        self._groups.insert(index, gap)
+        groups.insert(index, gap)
         self._hold(gap.memory)
         if self.on_drop is not None:
             self.on_drop()
@@ -534,7 +547,8 @@ class Outbox:
             self._make_room()
 
     def _was_read_back(self, aside: Aside, result: Result) -> None:
-        unwanted, self._full = self._full and self.memory > self._limit // SPILL_AT, False
+        unwanted = self._full and not self._hungry and self.memory > self._limit // SPILL_AT
+        self._full = self._hungry = False
         index = self._groups.index(aside)
         try:
             whole = Whole(batch_of_frames(aside.channel, result.result()), bare=aside.bare)

@@ -163,6 +163,7 @@ class Connection(WebSocketProtocol13):
     to the next control frame). What it leaves, compressed messages, goes to ``receiver``, and without one to the
     handler's ``on_message``. Either may raise a `FastwireError` to fail the connection with its close code.
     ``on_progress`` is called after bytes went out, and when the peer has acknowledged some (`acknowledge`).
+    ``on_alive`` is called when it took bytes that had to wait, or has acknowledged some: signs of life.
     ``on_stalled`` is called when its TCP took nothing for the time of `limit_stalls` although bytes wait.
     """
 
@@ -181,6 +182,7 @@ class Connection(WebSocketProtocol13):
         self.receiver: Callable[[str | bytes], None] | None = None
         self.on_progress: Callable[[], None] | None = None
         self.on_stalled: Callable[[], None] | None = None
+        self.on_alive: Callable[[], None] | None = None
         #: The peer sent a Close frame before we did.
         self.closed_by_peer = False
         self.no_buffers = 0
@@ -463,6 +465,7 @@ class Connection(WebSocketProtocol13):
         elif opcode == OP_PONG:
             self._received_pong = True
             if self._acknowledgements is not None and self._acknowledgements.answer(control):
+                self._is_alive()
                 self._on_acknowledged()
                 return None
             return cast("asyncio.Future[None] | None", self._run_callback(self.handler.on_pong, control))
@@ -599,7 +602,8 @@ class Connection(WebSocketProtocol13):
         status = self.queue.flush(self._fd)
         if status != FLUSH_DONE or self._hampered:
             # That the socket had room again means that the peer took something.
-            self._received_pong |= self._hampered and self.queue.written != before
+            if self._hampered and self.queue.written != before:
+                self._is_alive()
             self._after_flush(status)
         if self.queue.written != before:
             self._progress()
@@ -721,8 +725,15 @@ class Connection(WebSocketProtocol13):
             with contextlib.suppress(OSError):
                 in_buffers = fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4))
                 taken = self.queue.written - int.from_bytes(in_buffers, sys.byteorder)
-                self._received_pong |= taken > self.taken
-                self._taken = max(self._taken, taken)
+                if taken > self.taken:
+                    self._taken = taken
+                    self._is_alive()
+
+    def _is_alive(self) -> None:
+        """A sign of life, for whatever keepalive there is: Tornado's, or one that the handler has."""
+        self._received_pong = True
+        if self.on_alive is not None:
+            self.on_alive()
 
     def _on_acknowledged(self) -> None:
         if self._ask_timer is not None and self._ask_delay > Acknowledgements.INTERVAL:

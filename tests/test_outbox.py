@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.flow import Limits
-from fastwire.outbox import FLOOR, Budget, Outbox, Sent, beside, notice, totals
+from fastwire.outbox import FLOOR, Budget, Gap, Outbox, Sent, beside, notice, totals
 
 SIGNER = _core.Signer(b"")
 KIB, MIB = 1024, 1024 * 1024
@@ -427,6 +427,22 @@ def test_a_full_disk_loses_its_oldest_output(limits: Limits) -> None:
     output = [number for number in got if number % 100]
     assert output == [number for number in range(output[0], count) if number % 100]
     assert count - output[0] > 150
+
+
+def test_a_client_is_given_all_that_a_full_disk_has(limits: Limits) -> None:
+    """What it waits for comes back to be read, and not to be dropped."""
+    disk = Disk()
+    outbox = outbox_of(Limits(**{**vars(limits), "client_spill_limit": 100 * KIB}), disk)
+    for number in range(3000):
+        outbox.append(batch_of(line(number, 500)))
+        if number < 2900:  # then the disk is found full, and memory is full too
+            while disk.work():
+                pass
+    kept = len(outbox) - sum(isinstance(item, Gap) for item in outbox._groups)
+    dropped = totals["dropped"]
+    got = given_to(Socket(None), outbox, disk)
+    assert totals["dropped"] == dropped
+    assert len(got) == kept
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])

@@ -895,6 +895,18 @@ def test_a_client_that_answers_no_pings(stage: Stage, kernel: Kernel, monkeypatc
     stage.take_logs()
 
 
+def test_an_acknowledgement_is_a_sign_of_life(stage: Stage, kernel: Kernel) -> None:
+    """Also for a keepalive that is not Tornado's, which hears of pongs to its own pings only."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    signs = []
+    stage.session("ann").connection.on_alive = lambda: signs.append(1)
+    kernel.publish(*stream(1))
+    assert client.ids(1) == ["1"]
+    settle(stage, client)
+    assert signs
+
+
 @pytest.mark.parametrize("answers", [False, True])
 def test_pings_are_few(stage: Stage, kernel: Kernel, answers: bool) -> None:
     """One at a time, and none when nothing is unacknowledged."""
@@ -1050,7 +1062,8 @@ def test_a_disk_that_is_really_full(stage: Stage, kernel: Kernel, small_disk: Pa
         got.append(again.next())
     kept = [int(each.header["msg_id"]) for each in got if each.header["msg_id"].isdigit()]
     assert kept == sorted(kept)
-    assert kept[-500:] == [*range(count - 500, count)] or len(kept) > 200
+    assert kept[-50:] == [*range(count - 50, count)]
+    assert len(kept) > 150
     assert any("are missing here" in each.content.get("text", "") for each in got)
     assert any("cannot be put aside" in line for line in stage.take_logs())
 
