@@ -25,7 +25,6 @@ from collections import Counter, deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
 from typing import Any, Protocol
 
 from fastwire._core import PROTOCOL_V1, Batch, Signer, batch_of, batch_of_frames, compacted
@@ -233,6 +232,7 @@ class Outbox:
         self._file: SpillFile | None = None
         self._busy: list[Whole] | Aside | None = None
         self._full = False
+        self._failed = False  # for writing, for good; what lies there can be read
         self._hungry = False  # a socket waits for what lies there
 
     def __len__(self) -> int:
@@ -375,23 +375,22 @@ class Outbox:
         self._work()
         # What a socket has been given cannot be dropped: it counts with a quarter of the limit at most.
         while self.memory - max(self.sent_memory - limit // MERGE_AT, 0) - self._on_its_way > limit:
-            if not self._drop_oldest():
-                return self._can_spill
+            if not self._put_aside_now() and not self._drop_oldest():
+                return False
         return True
 
     @property
     def _on_its_way(self) -> int:
-        """What came last, and what is being written: a message may be larger than the limit and find room on the
-        disk."""
-        if not self._can_spill:
-            return 0
-        leaving = {*self._busy} if isinstance(self._busy, list) else set()
-        return sum(item.memory for item in {*leaving, *islice(reversed(self._groups), 1)})
+        """What is being written."""
+        return sum(whole.memory for whole in self._busy) if isinstance(self._busy, list) else 0
 
     def _compact(self, group: int) -> None:
         """What is fresh moves on, in groups of messages of one channel."""
         while self._fresh:
             batches, memory = self._oldest_fresh(group)
+            if batches and (last := self._small_last(batches[0].channel, group)) is not None:
+                batches.insert(0, last.batch)
+                self._hold(-last.memory)
             if batches:
                 smaller = compacted(batches, group, join=self._limits.merge)
                 groups = [Whole(batch) for batch in smaller]
@@ -402,6 +401,15 @@ class Outbox:
                 memory = groups[0].memory
             self._fresh_memory -= memory
             self._groups.extend(groups)
+
+    def _small_last(self, channel: str, group: int) -> Whole | None:
+        """Take the last group back if there is room in it for more."""
+        last = self._groups[-1] if self._groups else None
+        is_busy = isinstance(self._busy, list) and last in self._busy
+        if type(last) is not Whole or is_busy or last.batch.channel != channel or 2 * last.memory > group:
+            return None
+        self._groups.pop()
+        return last
 
     def _oldest_fresh(self, group: int) -> tuple[list[Batch], int]:
         """The next batches of one channel, and what they take of memory; none if a `Momentary` is next."""
@@ -459,7 +467,7 @@ class Outbox:
 
     @property
     def _can_spill(self) -> bool:
-        return self._run is not None and not self._full
+        return self._run is not None and not self._full and not self._failed
 
     def _work(self) -> None:
         """Give the file its next job, unless it has one."""
@@ -468,7 +476,7 @@ class Outbox:
         is_over = self.memory > self._limit // SPILL_AT
         aside = self._wanted_back()
         if aside is None or (is_over and not self._hungry):
-            if is_over and not self._full:
+            if is_over and self._can_spill:
                 self._put_aside(self._next_to_go())
                 return
             # The oldest output goes first, and it may lie there: it comes back to be dropped.
@@ -501,14 +509,27 @@ class Outbox:
                     break
         return groups
 
-    def _put_aside(self, groups: list[Whole]) -> None:
-        if not groups:
-            return
+    def _open_file(self) -> SpillFile:
         if self._file is None:
             limits = self._limits
             self._file = SpillFile(limits.spill_dir, limits.client_spill_limit, limits.spill_keep_free)
+        return self._file
+
+    def _put_aside_now(self) -> bool:
+        """The disk is slower than the kernel. Rather than lose output, the loop waits for it. False: it cannot."""
+        busy = self._busy if isinstance(self._busy, list) else ()
+        whole = next((whole for whole in self._next_to_go() if whole not in busy), None) if self._can_spill else None
+        if whole is None:
+            return False
+        data = bytes(whole.batch.frames(PROTOCOL_V1))
+        self._settle_aside([whole], *self._open_file().write([data]))
+        return self._can_spill
+
+    def _put_aside(self, groups: list[Whole]) -> None:
+        if not groups:
+            return
         records = [bytes(whole.batch.frames(PROTOCOL_V1)) for whole in groups]
-        self._start(groups, partial(self._file.write, records), self._were_put_aside)
+        self._start(groups, partial(self._open_file().write, records), self._were_put_aside)
 
     def _read_back(self, aside: Aside) -> None:
         assert self._file is not None
@@ -529,8 +550,12 @@ class Outbox:
         self._run(job, finished)
 
     def _were_put_aside(self, groups: list[Whole], result: Result) -> None:
+        self._settle_aside(groups, *result.result())
+        if self._full:
+            self._make_room()
+
+    def _settle_aside(self, groups: list[Whole], records: list[Record], problem: OSError | None) -> None:
         assert self._file is not None
-        records, problem = result.result()
         for whole, record in zip(groups, records, strict=False):
             if whole in self._groups:
                 totals["spilled"] += len(whole)
@@ -542,12 +567,11 @@ class Outbox:
         if problem is not None:
             self._full = True
             if problem.errno != errno.ENOSPC:
-                self._run = None
+                self._failed = True
             log.warning("messages cannot be put aside in %s: %s", self._limits.spill_dir, problem.strerror)
-            self._make_room()
 
     def _was_read_back(self, aside: Aside, result: Result) -> None:
-        unwanted = self._full and not self._hungry and self.memory > self._limit // SPILL_AT
+        unwanted = not self._can_spill and not self._hungry and self.memory > self._limit // SPILL_AT
         self._full = self._hungry = False
         index = self._groups.index(aside)
         try:

@@ -1,6 +1,6 @@
 """Bytes put aside on a disk: a queue of records in files that nobody else can open, and that vanish with the process.
 
-Nothing here is asynchronous: a `SpillFile` is used by one thread at a time, which is not the loop's.
+Nothing here is asynchronous. A `SpillFile` may be used by several threads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import IO
 
 __all__ = ["Record", "SpillFile", "is_in_memory"]
@@ -48,6 +49,7 @@ class SpillFile:
         self._limit = limit
         self._keep_free = keep_free
         self._parts: list[Part] = []
+        self._lock = Lock()
         #: Bytes of records that were not read yet.
         self.nbytes = 0
 
@@ -61,6 +63,10 @@ class SpillFile:
         return written, None
 
     def _write(self, data: bytes) -> Record:
+        with self._lock:
+            return self._append(data)
+
+    def _append(self, data: bytes) -> Record:
         if self.nbytes + len(data) > self._limit:
             raise OSError(errno.ENOSPC, "the limit of what may be put aside is reached")
         disk = os.statvfs(self._directory)
@@ -91,11 +97,12 @@ class SpillFile:
             self.forget(record)
 
     def forget(self, record: Record) -> None:
-        self.nbytes -= record.size
-        record.part.wanted -= record.size
-        if not record.part.wanted:
-            record.part.file.close()
-            self._parts.remove(record.part)
+        with self._lock:
+            self.nbytes -= record.size
+            record.part.wanted -= record.size
+            if not record.part.wanted:
+                record.part.file.close()
+                self._parts.remove(record.part)
 
     def close(self) -> None:
         for part in self._parts:

@@ -460,6 +460,22 @@ def test_a_disk_that_fails(limits: Limits, number: int, caplog: pytest.LogCaptur
     assert "cannot be put aside" in caplog.text
 
 
+def test_what_lies_on_a_disk_that_takes_no_more_can_be_read(limits: Limits) -> None:
+    disk = Disk()
+    outbox = outbox_of(limits, disk)
+    count = 0
+    while outbox.spilled_bytes < 100 * KIB:
+        outbox.append(batch_of(line(count, 500)))
+        disk.work()
+        count += 1
+    while not disk.jobs:
+        outbox.append(batch_of(line(count, 500)))
+        count += 1
+    disk.fault = errno.EIO
+    disk.work()
+    assert given_to(Socket(None), outbox, disk) == [*range(count)]
+
+
 def test_what_cannot_be_read_back_is_told(limits: Limits, caplog: pytest.LogCaptureFixture) -> None:
     disk, socket = Disk(), Socket(None)
     outbox = outbox_of(limits, disk)
