@@ -160,3 +160,21 @@ def test_every_command_of_make_that_is_named_exists() -> None:
     for page in (*ROOT.glob("*.md"), *DOCS, *ROOT.glob("bench/*.md"), *ROOT.glob("fuzz/*.md")):
         named = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE))
         assert named <= targets, page.name
+
+
+def anchors(page: Path) -> set[str]:
+    """What its headings are called in links, by GitHub's rule."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_leads_somewhere() -> None:
+    dead = []
+    for page in (*ROOT.glob("*.md"), *DOCS, *ROOT.glob("bench/*.md"), *ROOT.glob("fuzz/*.md")):
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                dead.append(f"{page.name}: {link}")
+    assert dead == []
