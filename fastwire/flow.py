@@ -43,8 +43,9 @@ class Limits:
     #: Pings tell what a client has received. Without them, what the system's TCP took counts as received.
     acknowledge: bool = True
 
-    #: What one client's undelivered messages may take of memory, and those of all clients together.
+    #: What undelivered messages may take of memory: one client's, one user's, and those of all clients together.
     client_memory_limit: int = 32 * MIB
+    user_memory_limit: int = 256 * MIB
     total_memory_limit: int = 512 * MIB
 
     #: Adjacent output of one cell is joined when a quarter of the memory is used.

@@ -46,7 +46,7 @@ from fastwire import __version__, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Activity, Batch, Signer
 from fastwire.errors import FastwireError, MessageError, SignatureError, TooManyClients
 from fastwire.flow import Limits, too_many
-from fastwire.outbox import Budget, beside, notice
+from fastwire.outbox import Budgets, beside, notice
 from fastwire.relay import KernelRelay, Session, take_socket
 from fastwire.spill import is_in_memory
 from fastwire.websocket import Connection, connection_for
@@ -90,6 +90,12 @@ class Fastwire(Configurable):
         Limits.client_memory_limit,
         config=True,
         help="Bytes of memory that one client's undelivered messages may take. Beyond that they are put aside on disk.",
+    )
+    user_memory_limit = Integer(
+        Limits.user_memory_limit,
+        config=True,
+        help="Bytes of memory that the undelivered messages of all clients of one user may take together. Clients that "
+        "show the server's token and no cookie count as one user.",
     )
     total_memory_limit = Integer(
         Limits.total_memory_limit,
@@ -320,12 +326,11 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         return refusal is None
 
     def _attach(self, connection: Connection) -> None:
-        session = self.relay.session(self.session.session, self.session.bsession)
+        session = self.relay.session(self.session.session, self.session.bsession, self.user)
         if session.connection is not None:
             session.connection.close()
             session.detach(session.connection)
         self._session, self._connection = session, connection
-        session.user = self.user
         session.prepare = self._prepare
         session.prepare_all = self.limit_rate
         session.on_ignored = self._warn_ignored
@@ -681,7 +686,7 @@ class Relays:
 
     def __init__(self) -> None:
         self._relays: dict[Any, KernelRelay] = {}
-        self._budget = Budget(Limits.total_memory_limit)
+        self._budgets: Budgets | None = None
         #: What runs each kernel: jupyter_client makes a new provisioner for every start.
         self._processes: WeakKeyDictionary[KernelRelay, Any] = WeakKeyDictionary()
         self._missing: set[Any] = set()
@@ -692,12 +697,13 @@ class Relays:
         if manager not in self._relays:
             settings = Fastwire(config=manager.config)
             limits = usable(settings.limits())
-            self._budget.limit = limits.total_memory_limit
+            if self._budgets is None:
+                self._budgets = Budgets(limits)
             self._relays[manager] = KernelRelay(
                 partial(open_socket, manager),
                 signer_of(manager),
                 limits=limits,
-                budget=self._budget,
+                budgets=self._budgets,
                 permissive=settings.accept_invalid_signatures,
                 on_rejected=partial(tell_rejected, manager),
                 name=manager.kernel_id,

@@ -26,13 +26,14 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from fastwire._core import PROTOCOL_V1, Batch, Signer, batch_of, batch_of_frames, compacted
 from fastwire.errors import MalformedMessage
 from fastwire.flow import KIB, MIB, Limits
 from fastwire.spill import Record, SpillFile
 
-__all__ = ["Budget", "Outbox", "Result", "Sent", "beside", "local_batch", "notice", "totals"]
+__all__ = ["Budget", "Budgets", "Outbox", "Result", "Sent", "beside", "local_batch", "notice", "totals"]
 
 log = logging.getLogger(__name__)
 
@@ -193,15 +194,41 @@ def size_of(nbytes: int) -> str:
 
 
 class Budget:
-    """Memory of all outboxes together."""
+    """Memory of some outboxes together, a part of a larger one's."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, whole: Budget | None = None) -> None:
         self.limit = limit
         self.used = 0
+        self._whole = whole
+
+    def take(self, nbytes: int) -> None:
+        self.used += nbytes
+        if self._whole is not None:
+            self._whole.take(nbytes)
+
+    @property
+    def left(self) -> int:
+        left = self.limit - self.used
+        return left if self._whole is None else min(left, self._whole.left)
 
     def left_for(self, mine: int) -> int:
         """What one that holds ``mine`` bytes may hold."""
-        return max(self.limit - self.used + mine, FLOOR)
+        return max(self.left + mine, FLOOR)
+
+
+class Budgets:
+    """Of all users together, and of each."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.total = Budget(limits.total_memory_limit)
+        self._limit = limits.user_memory_limit
+        self._users: WeakValueDictionary[str, Budget] = WeakValueDictionary()
+
+    def of(self, user: str) -> Budget:
+        budget = self._users.get(user)
+        if budget is None:
+            budget = self._users[user] = Budget(self._limit, self.total)
+        return budget
 
 
 class Outbox:
@@ -251,11 +278,11 @@ class Outbox:
     @property
     def window(self) -> int:
         """What a socket may be given before its client has received it, in bytes of memory."""
-        return self._window if self._budget.used < self._budget.limit else min(FLOOR, self._window)
+        return self._window if self._budget.left > 0 else min(FLOOR, self._window)
 
     def _hold(self, nbytes: int) -> None:
         self.memory += nbytes
-        self._budget.used += nbytes
+        self._budget.take(nbytes)
 
     # -- in and out --
 

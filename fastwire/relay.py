@@ -38,7 +38,7 @@ from fastwire._core import (
 from fastwire.errors import MessageError, SocketClosed
 from fastwire.events import note
 from fastwire.flow import Limits, resume_time
-from fastwire.outbox import Budget, Outbox, Result, Sent
+from fastwire.outbox import Budgets, Outbox, Result, Sent
 from fastwire.turns import Turns
 from fastwire.websocket import Connection
 
@@ -201,7 +201,7 @@ class KernelRelay:
         signer: Signer,
         *,
         limits: Limits | None = None,
-        budget: Budget | None = None,
+        budgets: Budgets | None = None,
         permissive: bool = False,
         on_rejected: Callable[[str, MessageError], None] | None = None,
         name: str = "",
@@ -209,7 +209,7 @@ class KernelRelay:
         self.name = name
         self.traffic = Traffic()
         self.limits = limits or Limits()
-        self.budget = budget or Budget(self.limits.total_memory_limit)
+        self.budgets = budgets or Budgets(self.limits)
         self.signer = signer
         self.sessions: dict[str, Session] = {}
         self.observers: list[Callable[[Batch], None]] = []
@@ -340,10 +340,10 @@ class KernelRelay:
 
     # -- sessions --
 
-    def session(self, session_id: str, identity: bytes) -> Session:
-        """The session of that id, made when there is none."""
+    def session(self, session_id: str, identity: bytes, user: str = "") -> Session:
+        """The session of that id, made when there is none, for ``user``."""
         if session_id not in self.sessions:
-            self.sessions[session_id] = session = Session(self, session_id, identity)
+            self.sessions[session_id] = session = Session(self, session_id, identity, user)
             for batch in self._announced:
                 session.say(batch)
         return self.sessions[session_id]
@@ -388,13 +388,13 @@ class Session:
     each one when ``prepare_all`` is set (rate limits); nobody else pays. It holds until the next socket brings its own.
     """
 
-    def __init__(self, relay: KernelRelay, session_id: str, identity: bytes) -> None:
+    def __init__(self, relay: KernelRelay, session_id: str, identity: bytes, user: str) -> None:
         self.relay = relay
         self.session_id = session_id
         self.identity = identity
         #: Whose session it is: nobody else may continue it.
-        self.user = ""
-        self.outbox = Outbox(relay.limits, relay.budget, run_aside)
+        self.user = user
+        self.outbox = Outbox(relay.limits, relay.budgets.of(user), run_aside)
         self.outbox.on_ready = self._pump
         self.outbox.on_drop = self._on_drop
         self.connection: Connection | None = None

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.flow import Limits
-from fastwire.outbox import FLOOR, Budget, Gap, Outbox, Sent, beside, notice, totals
+from fastwire.outbox import FLOOR, Budget, Budgets, Gap, Outbox, Sent, beside, notice, totals
 
 SIGNER = _core.Signer(b"")
 KIB, MIB = 1024, 1024 * 1024
@@ -510,13 +510,28 @@ def test_an_end_with_the_disk_at_work(limits: Limits) -> None:
 def test_others_leave_less_room() -> None:
     budget = Budget(10 * MIB)
     outbox = Outbox(Limits(client_memory_limit=8 * MIB, total_memory_limit=10 * MIB), budget)
-    budget.used = 20 * MIB
+    budget.take(20 * MIB)
     assert outbox.window == min(FLOOR, 2 * MIB)
     for number in range(400):
         outbox.append(batch_of(line(number, 10_000)))
     assert FLOOR / 2 < outbox.memory <= FLOOR
     outbox.clear()
     assert budget.used == 20 * MIB
+
+
+def test_one_user_leaves_room_to_others() -> None:
+    budgets = Budgets(Limits(user_memory_limit=8 * MIB, total_memory_limit=100 * MIB))
+    ann, bob = (Outbox(Limits(), budgets.of(user)) for user in ("ann", "bob"))
+    assert budgets.of("ann") is budgets.of("ann") is not budgets.of("bob")
+    others = Outbox(Limits(), budgets.of("ann"))
+    for number in range(1000):
+        for outbox in ann, bob, others:
+            outbox.append(batch_of(line(number, 10_000)))
+    assert ann.memory + others.memory <= 8 * MIB + 2 * FLOOR
+    assert 6 * MIB < bob.memory <= 8 * MIB
+    for outbox in ann, bob, others:
+        outbox.clear()
+    assert budgets.total.used == 0
 
 
 def test_a_notice_stands_beside_a_kernels_message() -> None:

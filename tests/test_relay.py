@@ -1153,9 +1153,9 @@ def test_all_clients_together_have_a_limit(stage: Stage, kernel: Kernel) -> None
         kernel.publish(*stream(*range(number, number + 10), size=10_000))
         assert bob.ids(10) == [str(n) for n in range(number, number + 10)]
     settle(stage, bob)
-    assert stage.run(lambda: stage.relay.budget.used) < 10 * MIB, "the limit, or 2 MiB for each"
+    assert stage.run(lambda: stage.relay.budgets.total.used) < 10 * MIB, "the limit, or 2 MiB for each"
     stage.run(stage.relay.close)
-    assert stage.relay.budget.used == 0
+    assert stage.relay.budgets.total.used == 0
     assert len(stage.take_logs()) <= 4, "once for each"
 
 

@@ -263,5 +263,5 @@ def test_every_limit_is_documented_with_its_default() -> None:
     for field in dataclasses.fields(Limits):
         for value, unit in re.findall(rf"c\.Fastwire\.{field.name} +(\d+) (MiB|GiB)", DOCUMENT):
             assert int(value) * {"MiB": MIB, "GiB": 1024 * MIB}[unit] == field.default
-    for name in "client_memory_limit", "total_memory_limit", "client_spill_limit", "spill_keep_free":
+    for name in "client_memory_limit", "user_memory_limit", "total_memory_limit", "client_spill_limit":
         assert f"c.Fastwire.{name} " in DOCUMENT
