@@ -109,9 +109,10 @@ class Acknowledgements:
     """Which bytes of a connection its peer has received, as the pongs of numbered pings tell.
 
     A pong says that the peer's WebSocket stack has taken everything before its ping (RFC 6455 section 5.5.3). At most
-    one ping is outstanding, and none is sent while nothing is unacknowledged. A peer whose TCP takes bytes `PATIENCE`
-    after it took a ping, and that never answered one, is believed to have received what was written (`demoted`), until
-    it does answer. One that has answered before is only slow: a browser does not while its page's script is busy.
+    one ping is outstanding, and none is sent while nothing is unacknowledged. A peer that never answers, although its
+    TCP took a ping `PATIENCE` ago and takes more bytes or has them all, is believed to have received what was written
+    (`demoted`), until it does answer. One that has answered before is only slow: a browser does not while its page's
+    script is busy.
     """
 
     PREFIX = b"fastwire"
@@ -156,15 +157,15 @@ class Acknowledgements:
         self.position = self._asked
         return True
 
-    def look(self, now: float, taken: int) -> None:
-        """The ping is not answered yet; the peer's TCP has everything before ``taken``. One that takes nothing is
-        stalled, not silent."""
+    def look(self, now: float, taken: int, *, waits: bool) -> None:
+        """The ping is not answered yet; the peer's TCP has everything before ``taken``. One that takes nothing although
+        bytes wait is stalled, not silent."""
         moved, self._taken = taken > self._taken, max(taken, self._taken)
         if self._answered or taken <= self._asked:
             return
         if self._silent_since is None:
             self._silent_since = now
-        self.demoted |= moved and now - self._silent_since >= self.PATIENCE
+        self.demoted |= (moved or not waits) and now - self._silent_since >= self.PATIENCE
 
     def pause(self) -> None:
         """Nothing is read from the peer: that no pong comes means nothing."""

@@ -330,6 +330,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         if session.connection is not None:
             session.connection.close()
             session.detach(session.connection)
+            # That has ended it, where nothing is kept for who is away.
+            session = self.relay.session(self.session.session, self.session.bsession, self.user)
         self._session, self._connection = session, connection
         session.prepare = self._prepare
         session.prepare_all = self.limit_rate
@@ -661,7 +663,7 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     def _begin_anew(self, kernel_id: str) -> None:
         """What the old process was busy with, the new one is not; and the old one will not say so any more."""
         kernel: Any = self._kernels[kernel_id]
-        relays.of(kernel).drain_iopub()
+        relays.of(kernel).begin_anew()
         if kernel.execution_state == "busy":
             kernel.execution_state = "starting"
 

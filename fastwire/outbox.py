@@ -52,6 +52,9 @@ FLOOR = 2 * MIB
 
 OUTPUT = ("stream", "display")
 
+#: Errors of a disk that may be over the next time.
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
+
 #: What happened in all outboxes since the process began, in messages unless the name says bytes: "repeated", "merged",
 #: "spilled", "spilled_bytes", "dropped", "dropped_bytes".
 totals: Counter[str] = Counter()
@@ -408,8 +411,8 @@ class Outbox:
 
     @property
     def _on_its_way(self) -> int:
-        """What is being written."""
-        return sum(whole.memory for whole in self._busy) if isinstance(self._busy, list) else 0
+        """What is being written, unless it has left memory another way."""
+        return sum(whole.memory for whole in self._leaving if whole in self._groups)
 
     def _compact(self, group: int) -> None:
         """What is fresh moves on, in groups of messages of one channel."""
@@ -432,8 +435,7 @@ class Outbox:
     def _small_last(self, channel: str, group: int) -> Whole | None:
         """Take the last group back if there is room in it for more."""
         last = self._groups[-1] if self._groups else None
-        is_busy = isinstance(self._busy, list) and last in self._busy
-        if type(last) is not Whole or is_busy or last.batch.channel != channel or 2 * last.memory > group:
+        if type(last) is not Whole or last in self._leaving or last.batch.channel != channel or 2 * last.memory > group:
             return None
         self._groups.pop()
         return last
@@ -519,22 +521,28 @@ class Outbox:
             if isinstance(item, Aside):
                 return item
             memory += item.memory
-            if memory >= min(GROUP, self._limits.client_memory_limit // 16):
+            if memory >= min(GROUP, self._limit // 16):
                 return None
         return None
 
     def _next_to_go(self) -> list[Whole]:
         """The oldest groups in memory behind those that will be wanted soon, as many as one job may write."""
+        soon = self._limit // 8
         before = leaving = 0
         groups = []
         for item in self._groups:
             before += item.memory
-            if before > self._limits.client_memory_limit // 8 and type(item) is Whole:
+            if before > soon and type(item) is Whole and item not in self._leaving:
                 groups.append(item)
                 leaving += item.memory
                 if leaving >= JOB:
                     break
         return groups
+
+    @property
+    def _leaving(self) -> list[Whole]:
+        """What is being written now."""
+        return self._busy if isinstance(self._busy, list) else []
 
     def _open_file(self) -> SpillFile:
         if self._file is None:
@@ -544,12 +552,11 @@ class Outbox:
 
     def _put_aside_now(self) -> bool:
         """The disk is slower than the kernel. Rather than lose output, the loop waits for it. False: it cannot."""
-        busy = self._busy if isinstance(self._busy, list) else ()
-        whole = next((whole for whole in self._next_to_go() if whole not in busy), None) if self._can_spill else None
-        if whole is None:
+        groups = self._next_to_go()[:1] if self._can_spill else []
+        if not groups:
             return False
-        data = bytes(whole.batch.frames(PROTOCOL_V1))
-        self._settle_aside([whole], *self._open_file().write([data]))
+        records = [bytes(whole.batch.frames(PROTOCOL_V1)) for whole in groups]
+        self._settle_aside(groups, *self._open_file().write(records))
         return self._can_spill
 
     def _put_aside(self, groups: list[Whole]) -> None:
@@ -593,8 +600,7 @@ class Outbox:
                 self._file.forget(record)
         if problem is not None:
             self._full = True
-            if problem.errno != errno.ENOSPC:
-                self._failed = True
+            self._failed |= problem.errno not in PASSING
             log.warning("messages cannot be put aside in %s: %s", self._limits.spill_dir, problem.strerror)
 
     def _was_read_back(self, aside: Aside, result: Result) -> None:

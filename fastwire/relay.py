@@ -320,10 +320,14 @@ class KernelRelay:
         for session in list(self.sessions.values()):
             session.deliver(batch)
 
-    def doubt(self) -> None:
-        """The kernel was started anew: its subscription has to be proven again."""
+    def begin_anew(self) -> None:
+        """The kernel was started again: what it has said before is its last word, and not repeated to anyone."""
+        self.drain_iopub()
         for session in self.sessions.values():
             session.outbox.barrier()
+
+    def doubt(self) -> None:
+        """The kernel was started anew: its subscription has to be proven again."""
         if self.heard.done():
             self.heard = asyncio.get_running_loop().create_future()
 

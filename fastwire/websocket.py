@@ -643,10 +643,12 @@ class Connection(WebSocketProtocol13):
         self._retry_delay = min(2 * self._retry_delay, RETRY_LAST)
 
     def _flush_stream(self) -> None:
-        if self._stream_busy or not self.queue.pending_bytes:
+        if self._stream_busy:
             return
         if self._acknowledgements is not None and self._ask_timer is None:
             self._ask()
+        if not self.queue.pending_bytes:
+            return
         self._stream_busy = True
         self._watch_for_stalls()
         try:
@@ -711,7 +713,11 @@ class Connection(WebSocketProtocol13):
                 self.schedule_flush()
             return
         self._sample_taken()
-        asked.look(self._loop.time(), self._taken if self._fd >= 0 else self.queue.written)
+        if self._paused:
+            asked.pause()
+        else:
+            taken = self._taken if self._fd >= 0 else self.queue.written
+            asked.look(self._loop.time(), taken, waits=self.queue.queued > taken)
         if asked.demoted:
             kernel, client = self.label
             note("demoted", "answers no pings: what was written to it counts as received", kernel=kernel, client=client)
@@ -750,21 +756,26 @@ class Connection(WebSocketProtocol13):
 
     def _watch_for_stalls(self) -> None:
         if self._stall_timer is None and self._stall_limit:
-            self._look_for_progress(self.queue.written, STALL_LOOKS)
+            self._look_for_progress(self._moved_bytes, STALL_LOOKS)
 
-    def _look_for_progress(self, written: int, looks: int) -> None:
+    @property
+    def _moved_bytes(self) -> int:
+        """What the system took; of what a stream was given, some may still be there."""
+        return self.queue.written if self._fd >= 0 else int(self.stream._total_write_done_index)
+
+    def _look_for_progress(self, moved: int, looks: int) -> None:
         """A few looks within the limit, so that a flush need not note the time."""
         self._stall_timer = None
         if self._ended.done() or not (self.queue.pending_bytes or self._stream_busy):
             return
-        if self.queue.written != written:
-            written, looks = self.queue.written, STALL_LOOKS
+        if self._moved_bytes != moved:
+            moved, looks = self._moved_bytes, STALL_LOOKS
         elif not looks:
             if self.on_stalled is not None:
                 self.on_stalled()
             return
         delay = self._stall_limit / STALL_LOOKS
-        self._stall_timer = self._loop.call_later(delay, self._look_for_progress, written, looks - 1)
+        self._stall_timer = self._loop.call_later(delay, self._look_for_progress, moved, looks - 1)
 
     # -- closing --
 

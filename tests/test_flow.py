@@ -127,40 +127,48 @@ def asked() -> Acknowledgements:
 
 def test_who_never_answers_is_believed_after_a_while() -> None:
     acknowledgements = asked()
-    acknowledgements.look(0.0, 101)
-    acknowledgements.look(PATIENCE - 1, 102)
-    acknowledgements.look(PATIENCE, 102)
+    acknowledgements.look(0.0, 101, waits=True)
+    acknowledgements.look(PATIENCE - 1, 102, waits=True)
+    acknowledgements.look(PATIENCE, 102, waits=True)
     assert not acknowledgements.demoted, "it takes nothing either"
-    acknowledgements.look(2 * PATIENCE, 103)
+    acknowledgements.look(2 * PATIENCE, 103, waits=True)
     assert acknowledgements.demoted
     assert not acknowledgements.wanted(1000), "asked no more"
+
+
+def test_who_has_everything_and_is_silent_is_believed_too() -> None:
+    """Nothing moves any more: it has been given all it may be given."""
+    acknowledgements = asked()
+    acknowledgements.look(0.0, 101, waits=False)
+    acknowledgements.look(PATIENCE, 101, waits=False)
+    assert acknowledgements.demoted
 
 
 def test_who_answers_in_the_end_is_asked_again() -> None:
     acknowledgements = Acknowledgements()
     ping = acknowledgements.ask(100)
     for now, taken in (0.0, 101), (PATIENCE, 102):
-        acknowledgements.look(now, taken)
+        acknowledgements.look(now, taken, waits=True)
     assert acknowledgements.demoted
     assert acknowledgements.answer(ping)
     assert not acknowledgements.demoted
     acknowledgements.ask(200)
     for now, taken in (2 * PATIENCE, 201), (4 * PATIENCE, 202):
-        acknowledgements.look(now, taken)
+        acknowledgements.look(now, taken, waits=True)
     assert not acknowledgements.demoted, "who has answered before is only slow"
 
 
 @pytest.mark.parametrize("taken", [1, 100])
 def test_a_ping_that_is_not_there_cannot_be_answered(taken: int) -> None:
     acknowledgements = asked()
-    acknowledgements.look(0.0, taken - 1)
-    acknowledgements.look(2 * PATIENCE, taken)
+    acknowledgements.look(0.0, taken - 1, waits=True)
+    acknowledgements.look(2 * PATIENCE, taken, waits=True)
     assert not acknowledgements.demoted
 
 
 def test_who_is_not_read_cannot_answer() -> None:
     acknowledgements = asked()
-    acknowledgements.look(0.0, 101)
+    acknowledgements.look(0.0, 101, waits=True)
     acknowledgements.pause()
-    acknowledgements.look(PATIENCE, 102)
+    acknowledgements.look(PATIENCE, 102, waits=True)
     assert not acknowledgements.demoted

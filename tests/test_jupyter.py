@@ -891,6 +891,8 @@ def test_jupyter_server_itself(tmp_path_factory: pytest.TempPathFactory) -> None
         clients.append(Client(server, kernel, None, last_session))
         clients[-1].run("1")
         assert not [message for message in clients[-1].log if message.parent == away.messages[0].parent]
+        with Client(server, kernel, None, last_session) as takes_over:  # the server still has its last socket
+            assert takes_over.run("6").result == "6"
         server.kernel_process(kernel).kill()
         clients[0].state("restarting")
         assert knows_x(clients[0]) == "False"

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import fastwire.outbox
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.flow import Limits
@@ -445,7 +446,7 @@ def test_a_client_is_given_all_that_a_full_disk_has(limits: Limits) -> None:
     assert len(got) == kept
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE, errno.EIO])
 def test_a_disk_that_fails(limits: Limits, number: int, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is lost that fits into memory."""
     disk = Disk()
@@ -532,6 +533,30 @@ def test_one_user_leaves_room_to_others() -> None:
     for outbox in ann, bob, others:
         outbox.clear()
     assert budgets.total.used == 0
+
+
+def test_with_everybody_elses_memory_used_up_the_disk_still_serves(limits: Limits) -> None:
+    disk = Disk()
+    budget = Budget(10 * MIB)
+    budget.take(20 * MIB)
+    outbox = Outbox(Limits(**{**vars(limits), "client_memory_limit": 32 * MIB}), budget, disk.run)
+    for number in range(600):
+        assert outbox.append(batch_of(other("execute_reply", number, 20_000), channel="shell"))
+        disk.work()
+    assert outbox.memory <= FLOOR
+    assert given_to(Socket(None), outbox, disk) == [*range(600)]
+
+
+def test_a_disk_that_is_slower_than_the_kernel_is_waited_for(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One job is under way all the time, as large as jobs are."""
+    monkeypatch.setattr(fastwire.outbox, "JOB", 40 * KIB)
+    disk = Disk()
+    outbox = outbox_of(limits, disk)
+    for number in range(2000):
+        assert outbox.append(batch_of(line(number, 500)))
+    assert totals["dropped"] == 0
+    assert outbox.memory <= LIMIT + 100 * KIB
+    assert given_to(Socket(None), outbox, disk) == [*range(2000)]
 
 
 def test_a_notice_stands_beside_a_kernels_message() -> None:

@@ -849,7 +849,7 @@ def test_a_kernel_that_was_started_again_is_a_barrier(stage: Stage, kernel: Kern
     assert client.ids(2) == ["1", "2"]
     connection = stage.session("ann").connection
     until(lambda: stage.run(lambda: connection.taken == connection.queue.written), "TCP's other end has it all")
-    stage.run(stage.relay.doubt)
+    stage.run(stage.relay.begin_anew)
     kernel.publish(*stream(3))
     assert client.ids(1) == ["3"]
     leave(stage, client, "reset", settled=False)

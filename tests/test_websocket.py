@@ -2122,6 +2122,18 @@ def test_a_broken_frame_waits_for_the_message_before_it(site: Site) -> None:
 
 
 @on_ours
+def test_every_byte_is_asked_for(site: Site) -> None:
+    """Also what is written too soon after the last ping for another."""
+    client, handler = site.open(site.Handler)
+    site.run(handler.connection.acknowledge)
+    for word in "one", "two", "three":
+        site.run(lambda word=word: handler.write_message(word))
+        assert client.message() == word
+        client.acknowledge()
+        eventually(lambda: handler.connection.received == handler.connection._data_end)
+
+
+@on_ours
 def test_a_broken_frame_while_paused(site: Site) -> None:
     """What follows the failure is read in order to be thrown away, however much reading was to wait."""
 
