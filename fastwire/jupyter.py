@@ -353,9 +353,12 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         own subscription may have joined late, and a quiet kernel would count as starting for ever). A kernel that
         welcomes its subscribers (JEP 65) has been heard by then, and is not asked.
 
+        Ends as well when the kernel moves: what was asked then is asked of nobody.
+
         Source: `ZMQChannelsWebsocketConnection.nudge`; here once per subscription and not once per client.
         """
         relay = self.relay
+        place = relay.endpoint
         answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def on_answer(_: Batch) -> None:
@@ -365,7 +368,9 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         # One that signs wrongly answers too; what it says will be refused, and its users are told.
         channels = relay.channels(("shell", "control"), None, on_answer, on_faulty=on_answer)
         try:
-            while self._can_prove() and not (answered.done() and relay.heard.done() and self._has_started()):
+            while self._can_prove() and relay.endpoint == place:
+                if answered.done() and relay.heard.done() and self._has_started():
+                    break
                 for channel in channels:
                     self.session.send(channel.socket, "kernel_info_request")
                     channel.drain()
@@ -410,7 +415,10 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             return
         try:
             async with asyncio.timeout(self.kernel_info_timeout):
-                await self._prove()
+                place = None
+                while self._can_prove() and place != self.relay.endpoint:
+                    place = self.relay.endpoint
+                    await self._prove()
         except TimeoutError:
             self.log.warning("Kernel %s did not answer in %s s", self.kernel_id, self.kernel_info_timeout)
 
