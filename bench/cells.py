@@ -50,8 +50,8 @@ class Cell:
 
     @property
     def allowed(self) -> set[str]:
-        """Faults that are none here. A client that comes back is sent again what it may not have seen; what the system
-        had taken for a connection that was then reset is lost as long as nobody acknowledges."""
+        """Faults that are none here. A client that comes back is sent again what it may not have seen; a request that
+        was on its way to a connection that is reset is lost with it, and its answers never come."""
         return {"duplicated", "lost"} if self.reconnect else set()
 
     @property
