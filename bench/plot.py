@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 #: Colours that the colour-blind tell apart (Okabe and Ito), and markers for those who print.
 LOOKS = {
@@ -108,7 +108,7 @@ def draw_chart(chart: Chart, results: Results, names: list[str]) -> Figure:
     for axes, rate in zip(panels[0], rates, strict=True):
         chosen = [by_target for by_target in results.values() if next(iter(by_target.values())).cell.rate == rate]
         _draw_panel(axes, chart, chosen, names)
-        axes.set_title(f"{rate:g} requests per second and kernel")
+        axes.set_title(f"{rate:g} requests/s a kernel")
     panels[0][0].set_ylabel(chart.label)
     if not chart.log:  # once all panels, which share the axis, are drawn
         panels[0][0].set_ylim((-3, 103) if chart.name == "loss" else (0, None))
@@ -131,7 +131,10 @@ def _draw_panel(axes: Axes, chart: Chart, chosen: list[dict[str, Result]], names
     axes.set_xlabel("kernels")
     if chart.log:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_line(axes: Axes, series: list[Result], key: str, line: str) -> None:
