@@ -17,7 +17,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from datetime import UTC, datetime
@@ -31,6 +31,7 @@ import zmq
 try:
     from jupyter_client.connect import port_names
     from jupyter_core.paths import jupyter_runtime_dir
+    from jupyter_core.utils import ensure_async
     from jupyter_server._tz import utcnow
     from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
@@ -270,7 +271,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             if not self._is_proven:
                 await self.nudge()
             if not connection.is_closing():
-                self._attach(connection)
+                await self._attach(connection).until_it_can_be_asked()
         except BaseException as error:
             # Tornado says nothing more about a connection whose `open` did not return.
             self.disconnect()
@@ -325,7 +326,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             self.websocket_handler.close(TooManyClients.close_code, refusal)
         return refusal is None
 
-    def _attach(self, connection: Connection) -> None:
+    def _attach(self, connection: Connection) -> Session:
         session = self.relay.session(self.session.session, self.session.bsession, self.user)
         if session.connection is not None:
             session.connection.close()
@@ -345,59 +346,9 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             frozenset(self.multi_kernel_manager.allowed_message_types),
             resumable=has_id and bool(self.multi_kernel_manager.buffer_offline_messages),
         )
+        return session
 
     # -- proving the subscription --
-
-    async def _prove(self) -> None:
-        """Ask the kernel for its info until it answers, iopub was heard, and the kernel manager has heard it too (its
-        own subscription may have joined late, and a quiet kernel would count as starting for ever). A kernel that
-        welcomes its subscribers (JEP 65) has been heard by then, and is not asked.
-
-        Ends as well when the kernel moves: what was asked then is asked of nobody.
-
-        Source: `ZMQChannelsWebsocketConnection.nudge`; here once per subscription and not once per client.
-        """
-        relay = self.relay
-        place = relay.endpoint
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def on_answer(_: Batch) -> None:
-            if not answered.done():
-                answered.set_result(None)
-
-        # One that signs wrongly answers too; what it says will be refused, and its users are told.
-        channels = relay.channels(("shell", "control"), None, on_answer, on_faulty=on_answer)
-        try:
-            while self._can_prove() and relay.endpoint == place:
-                if answered.done() and relay.heard.done() and self._has_started():
-                    break
-                for channel in channels:
-                    self.session.send(channel.socket, "kernel_info_request")
-                    channel.drain()
-                await self._half_second(answered)
-        finally:
-            for channel in channels:
-                channel.close()
-
-    def _can_prove(self) -> bool:
-        return (
-            self.kernel_id in self.multi_kernel_manager
-            and endpoint(self.kernel_manager) == self.relay.endpoint
-            and not self.relay.heard.cancelled()
-            and self.websocket_handler.ws_connection is not None
-            and not self.websocket_handler.ws_connection.is_closing()
-        )
-
-    def _has_started(self) -> bool:
-        return getattr(self.kernel_manager, "execution_state", None) != "starting"
-
-    async def _half_second(self, answered: asyncio.Future[None]) -> None:
-        """Until everything is there, or until it is time to ask again."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(0.5):
-                await asyncio.wait({answered, self.relay.heard})
-                while not self._has_started():  # noqa: ASYNC110 - an attribute that others set
-                    await asyncio.sleep(0.01)
 
     def nudge(self) -> asyncio.Future[None]:
         """Resolves when the iopub subscription is proven; at once when it is, or when the kernel is busy."""
@@ -411,16 +362,12 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         return self.relay.heard.done() or getattr(self.kernel_manager, "execution_state", None) == "busy"
 
     async def _nudge(self) -> None:
-        if self._is_proven:
-            return
-        try:
-            async with asyncio.timeout(self.kernel_info_timeout):
-                place = None
-                while self._can_prove() and place != self.relay.endpoint:
-                    place = self.relay.endpoint
-                    await self._prove()
-        except TimeoutError:
-            self.log.warning("Kernel %s did not answer in %s s", self.kernel_id, self.kernel_info_timeout)
+        if not self._is_proven:
+            await prove(self.kernel_manager, self._wants_proof, self.kernel_info_timeout)
+
+    async def _wants_proof(self) -> bool:
+        connection = self.websocket_handler.ws_connection
+        return self.kernel_id in self.multi_kernel_manager and connection is not None and not connection.is_closing()
 
     # -- closing --
 
@@ -662,11 +609,27 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         self.add_restart_callback(kernel_id, partial(self._begin_anew, kernel_id), "restart")
 
     async def _async_restart_kernel(self, kernel_id: str, now: bool = False) -> Any:
+        """Answered when the new process is heard: who stays connected misses nothing of what it asks next."""
         reply = await super()._async_restart_kernel(kernel_id, now=now)
         self._begin_anew(kernel_id)
+        await self._until_heard(self._kernels[kernel_id])
         return reply
 
     restart_kernel = _async_restart_kernel  # type: ignore[assignment]
+
+    async def _until_heard(self, kernel: Any) -> None:
+        """Where somebody is connected: who comes later asks for himself. Not longer than a client waits that connects,
+        and not for a process that has ended."""
+        connected = [session for session in relays.of(kernel).sessions.values() if session.connection is not None]
+        if not connected:
+            return
+
+        async def wanted() -> bool:
+            return kernel.kernel_id in self and bool(await ensure_async(kernel.is_alive()))
+
+        relays.open(kernel)
+        await prove(kernel, wanted, self.kernel_info_timeout)
+        await asyncio.gather(*(session.until_it_can_be_asked() for session in connected))
 
     def _begin_anew(self, kernel_id: str) -> None:
         """What the old process was busy with, the new one is not; and the old one will not say so any more."""
@@ -805,10 +768,75 @@ def is_managed(manager: Any) -> bool:
     return manager.kernel_id in multi and multi.get_kernel(manager.kernel_id) is manager
 
 
+# -- proving a subscription ------------------------------------------------------------------------
+
+
+async def prove(manager: Any, wanted: Callable[[], Awaitable[bool]], patience: float) -> None:
+    """Wait until the kernel's iopub subscription is proven, at most ``patience`` seconds and while it is ``wanted``.
+
+    Source: `ZMQChannelsWebsocketConnection.nudge`; here once per subscription and not once per client.
+    """
+    relay = relays.of(manager)
+    try:
+        async with asyncio.timeout(patience):
+            while await wanted() and not relay.heard.cancelled():
+                if await is_proven(manager, relay, relay.endpoint, wanted):
+                    break
+    except TimeoutError:
+        manager.log.warning("Kernel %s did not answer in %s s", manager.kernel_id, patience)
+
+
+async def is_proven(manager: Any, relay: KernelRelay, place: object, wanted: Callable[[], Awaitable[bool]]) -> bool:
+    """Ask the kernel for its info until it answers, iopub was heard, and the kernel manager has heard it too (its own
+    subscription may have joined late, and a quiet kernel would count as starting for ever). A kernel that welcomes its
+    subscribers (JEP 65) has been heard by then, and is not asked. One that turns out to be busy has been heard, and
+    answers when it is done.
+
+    Not proven when it moves, and what was asked was asked of nobody; nor when it is not wanted any more.
+    """
+    answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def on_answer(_: Batch) -> None:
+        if not answered.done():
+            answered.set_result(None)
+
+    # One that signs wrongly answers too; what it says will be refused, and its users are told.
+    channels = relay.channels(("shell", "control"), None, on_answer, on_faulty=on_answer)
+    try:
+        while relay.endpoint == place and not relay.heard.cancelled() and await wanted():
+            state = getattr(manager, "execution_state", None)
+            if relay.heard.done() and (state == "busy" or (answered.done() and state != "starting")):
+                return True
+            for channel in channels:
+                manager.session.send(channel.socket, "kernel_info_request")
+                channel.drain()
+            await half_a_second(manager, answered, relay.heard)
+    finally:
+        for channel in channels:
+            channel.close()
+    return False
+
+
+async def half_a_second(manager: Any, answered: asyncio.Future[None], heard: asyncio.Future[None]) -> None:
+    """Until everything is there, or until it is time to ask again."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await asyncio.wait({answered, heard})
+            while getattr(manager, "execution_state", None) == "starting":  # noqa: ASYNC110 - others set it
+                await asyncio.sleep(0.01)
+
+
+# -- sockets ---------------------------------------------------------------------------------------
+
+
 def open_socket(manager: Any, channel: str, identity: bytes | None) -> zmq.Socket[bytes]:
     """A socket of a kernel, through its manager's ``connect_*`` (provisioners, keys and remote addresses are its
-    own), with an unbounded receive queue: libzmq must not drop what the kernel sends."""
-    with unbounded_receive(manager.context):
+    own), with an unbounded receive queue: libzmq must not drop what the kernel sends. That of stdin tells whether it is
+    connected (`Session.until_it_can_be_asked`)."""
+    options: dict[int, int] = {zmq.RCVHWM: 0}
+    if channel == "stdin":
+        options[zmq.IMMEDIATE] = 1
+    with defaults(manager.context, options):
         opened = take_socket(getattr(manager, f"connect_{channel}")(identity=identity))
     if opened.rcvhwm != 0:
         log.warning("the %s socket of kernel %s drops messages beyond %s", channel, manager.kernel_id, opened.rcvhwm)
@@ -816,17 +844,15 @@ def open_socket(manager: Any, channel: str, identity: bytes | None) -> zmq.Socke
 
 
 @contextmanager
-def unbounded_receive(context: zmq.Context[Any]) -> Iterator[None]:
-    """Sockets made meanwhile have ``RCVHWM`` 0; it counts only when set before they connect."""
-    before = context.sockopts.get(zmq.RCVHWM)
-    context.sockopts[zmq.RCVHWM] = 0
+def defaults(context: zmq.Context[Any], options: Mapping[int, int]) -> Iterator[None]:
+    """Sockets made meanwhile have these options; they count only when set before they connect."""
+    before = dict(context.sockopts)
+    context.sockopts.update(options)
     try:
         yield
     finally:
-        if before is None:
-            del context.sockopts[zmq.RCVHWM]
-        else:
-            context.sockopts[zmq.RCVHWM] = before
+        context.sockopts.clear()
+        context.sockopts.update(before)
 
 
 # -- the server extension --------------------------------------------------------------------------

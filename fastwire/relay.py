@@ -51,6 +51,9 @@ ROUNDS = 32
 
 CLIENT_CHANNELS = ("shell", "control", "stdin")
 
+#: Seconds that a kernel has to connect a stdin socket.
+STDIN_PATIENCE = 5.0
+
 #: ``open_socket(channel, identity)`` connects a ZMQ socket to the kernel.
 OpenSocket = Callable[[str, bytes | None], "zmq.Socket[bytes]"]
 
@@ -225,6 +228,8 @@ class KernelRelay:
         self.iopub: Channel | None = None
         #: Resolves when iopub was heard for the first time: the subscription is proven.
         self.heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        #: Nobody waits a second time for a kernel that does not listen on stdin.
+        self.listens_on_stdin = True
 
     # -- sockets --
 
@@ -323,6 +328,7 @@ class KernelRelay:
     def begin_anew(self) -> None:
         """The kernel was started again: what it has said before is its last word, and not repeated to anyone."""
         self.drain_iopub()
+        self.listens_on_stdin = True
         for session in self.sessions.values():
             session.outbox.barrier()
 
@@ -417,6 +423,7 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._paused = False
         self._closed = False
+        self._can_be_asked = asyncio.Event()
         self._channels: list[Channel] = []
         self._open_channels()
 
@@ -441,6 +448,28 @@ class Session:
         self._open_channels()
         self._uplink.adopt(waiting)
         self._settle(self._uplink.retry())
+
+    async def until_it_can_be_asked(self) -> None:
+        """Wait until stdin is connected: a kernel's ``ROUTER`` drops what it asks a peer that it does not know yet. A
+        socket with ``ZMQ_IMMEDIATE`` has room for messages while it is connected, any other has it always."""
+        self._can_be_asked.clear()
+        self._look_at_stdin()
+        try:
+            async with asyncio.timeout(STDIN_PATIENCE if self.relay.listens_on_stdin else 0):
+                await self._can_be_asked.wait()
+        except TimeoutError:
+            self.relay.listens_on_stdin = False
+            self._can_be_asked.set()
+
+    def _look_at_stdin(self) -> None:
+        stdin = self._channels[CLIENT_CHANNELS.index("stdin")]
+        events = zmq.POLLOUT if stdin.closed else int(stdin.socket.getsockopt(zmq.EVENTS))
+        if events & zmq.POLLOUT:
+            self._can_be_asked.set()
+        if events & zmq.POLLIN:
+            # Looking took the edge of its descriptor.
+            self.relay.drain_iopub()
+            stdin.drain()
 
     # -- for whoever runs the server --
 
@@ -651,7 +680,9 @@ class Session:
         self._settle(self._uplink.send(OP_BINARY if isinstance(message, bytes) else OP_TEXT, message))
 
     def _after_wake_up(self) -> None:
-        """A socket of ours woke up: it may have room again, or be gone."""
+        """A socket of ours woke up: it may have room again, be connected, or be gone."""
+        if not self._can_be_asked.is_set():
+            self._look_at_stdin()
         if self._uplink.waiting_messages:
             try:
                 self._settle(self._uplink.retry())
@@ -709,6 +740,7 @@ class Session:
 
     def close(self) -> None:
         self._closed = True
+        self._can_be_asked.set()
         self._stop_deadline()
         if self._expiry is not None:
             self._expiry.cancel()

@@ -10,6 +10,8 @@ connection.json``.
 ``mute``            it does not answer kernel_info requests
 ``counts``          a cell's result is how many kernel_info requests there were
 ``welcome``         the same, and it welcomes subscribers (JEP 65)
+``once``            it can be started once
+``late``            it listens on iopub, and then on stdin, after it has begun to answer; a cell asks for input
 =================  =================================================================================
 
 A cell's code comes back as a line on stdout and as its result.
@@ -21,6 +23,7 @@ import json
 import os
 import signal
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -30,12 +33,16 @@ DELIMITER = b"<IDS|MSG>"
 ODD = os.environ.get("FASTWIRE_ODD", "")
 PARENT = os.getppid()
 
+#: Seconds after its start at which a kernel listens that is ``late``.
+LATE = {"iopub": 0.3, "stdin": 1.0} if ODD == "late" else {}
+
 
 class Kernel:
     def __init__(self, connection: dict) -> None:
         self.key = b"another key" if ODD == "wrong-key" else connection["key"].encode()
         self.session = uuid.uuid4().hex
         self.context = zmq.Context()
+        self.late: list[tuple[float, zmq.Socket, str]] = []
         self.heartbeat, self.control, self.shell, self.stdin = (
             self.bind(zmq.ROUTER, connection, name) for name in ("hb", "control", "shell", "stdin")
         )
@@ -45,8 +52,17 @@ class Kernel:
 
     def bind(self, kind: int, connection: dict, name: str) -> zmq.Socket:
         socket = self.context.socket(kind)
-        socket.bind(f"{connection['transport']}://{connection['ip']}:{connection[f'{name}_port']}")
+        address = f"{connection['transport']}://{connection['ip']}:{connection[f'{name}_port']}"
+        if name in LATE:
+            self.late.append((time.monotonic() + LATE[name], socket, address))
+        else:
+            socket.bind(address)
         return socket
+
+    def bind_late(self) -> None:
+        while self.late and self.late[-1][0] <= time.monotonic():
+            _, socket, address = self.late.pop()
+            socket.bind(address)
 
     def say(
         self, socket: zmq.Socket, to: bytes, msg_type: str, parent: bytes, content: object, *, forged: bool = False
@@ -69,7 +85,7 @@ class Kernel:
         for socket in (self.heartbeat, self.control, self.shell, *[self.iopub] * (ODD == "welcome")):
             poller.register(socket, zmq.POLLIN)
         while self.alive and os.getppid() == PARENT:
-            for socket, _ in poller.poll(1000):
+            for socket, _ in poller.poll(50 if self.late else 1000):
                 frames = socket.recv_multipart()
                 if socket is self.heartbeat:
                     socket.send_multipart(frames)
@@ -77,6 +93,7 @@ class Kernel:
                     self.publish("iopub_welcome", b"{}", {"subscription": frames[0][1:].decode()})
                 else:
                     self.answer(socket, frames)
+            self.bind_late()
 
     def answer(self, socket: zmq.Socket, frames: list[bytes]) -> None:
         identity, header, content = frames[0], frames[3], json.loads(frames[6])
@@ -87,6 +104,8 @@ class Kernel:
         self.publish("status", header, {"execution_state": "busy"})
         reply = {"status": "ok"}
         if msg_type == "execute_request":
+            if ODD == "late":
+                content["code"] = self.ask(identity, header)
             self.execute(header, content["code"])
             reply["execution_count"] = 1
         elif msg_type == "kernel_info_request":
@@ -101,6 +120,11 @@ class Kernel:
             return {"protocol_version": [4, 1] if ODD == "old" else [5, 3], "language": "odd"}
         return {"protocol_version": "5.3", "language_info": {"name": "odd"}}
 
+    def ask(self, identity: bytes, parent: bytes) -> str:
+        self.say(self.stdin, identity, "input_request", parent, {"prompt": "", "password": False})
+        frames = self.stdin.recv_multipart() if self.stdin.poll(10_000) else [b"{}"]
+        return json.loads(frames[-1]).get("value", "nobody was asked")
+
     def execute(self, parent: bytes, code: str) -> None:
         old = ODD in ("versionless", "old")
         forged = ODD == "sometimes" and "forge" in code
@@ -113,6 +137,8 @@ class Kernel:
 
 
 if __name__ == "__main__":
+    if ODD == "once":
+        Path(sys.argv[sys.argv.index("-f") + 1] + ".once").touch(exist_ok=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # servers interrupt a kernel before they end it
     kernel = Kernel(json.loads(Path(sys.argv[sys.argv.index("-f") + 1]).read_text()))
     kernel.serve()

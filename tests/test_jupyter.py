@@ -188,7 +188,6 @@ def test_buffers_both_ways(server: Server, kernel: str, protocol: str | None) ->
 @both_protocols
 def test_input(server: Server, kernel: str, protocol: str | None) -> None:
     with Client(server, kernel, protocol) as client, Client(server, kernel, protocol) as other:
-        client.run("0")  # a kernel drops what it asks before ZeroMQ has connected its stdin
         cell = client.execute("name = input('who? '); print('hello', name)", allow_stdin=True)
         request = client.expect("input_request")
         assert request.channel == "stdin"
@@ -504,7 +503,6 @@ def test_without_a_session_id_nothing_is_kept(server: Server, kernel: str) -> No
 def test_the_same_session_again_takes_the_place_of_the_first(server: Server, kernel: str) -> None:
     session_id = uuid.uuid4().hex
     with Client(server, kernel, None, session_id) as first:
-        first.run("0")  # see `test_input`
         cell = first.execute("x = input('? ')\nx", allow_stdin=True)
         first.expect("input_request")
         with Client(server, kernel, PROTOCOL_V1, session_id) as second:
@@ -570,7 +568,7 @@ ASK = {"x": "'x' in globals()"}
 
 def knows_x(client: Client) -> str:
     """Ask the kernel, and look only at the reply: a client that stays connected may miss what a kernel says on iopub
-    right after a restart (one that comes anew may not)."""
+    right after it was restarted by itself (one that comes anew may not)."""
     asked = client.execute("", user_expressions=ASK)
     reply = client.receive_until(lambda message: message.type == "execute_reply" and message.parent == asked)
     return reply.content["user_expressions"]["x"]["data"]["text/plain"]
@@ -587,6 +585,27 @@ def test_a_restart(server: Server, protocol: str | None) -> None:
         assert "shutdown_request" in said, "the old kernel's end is seen"
         assert len({message.header["session"] for message in client.log}) == 2, "one for each kernel process"
         server.until_model(kernel, execution_state="idle", connections=1)
+
+
+@both_protocols
+def test_who_stays_connected_through_a_restart_misses_nothing(server: Server, protocol: str | None) -> None:
+    """The restart is answered when the new kernel is heard and can ask. This one answers before it listens on iopub,
+    and on stdin still later; a moment before that it would say everything to nobody."""
+    with server.kernel("odd-late") as kernel, Client(server, kernel, protocol) as client:
+        for name in ("first", "second", "third"):
+            assert asked(client, name) == {"status", "input_request", "stream", "execute_result", "execute_reply"}
+            server.restart(kernel)
+
+
+def asked(client: Client, name: str) -> set[str]:
+    """Run a cell that asks, and answer; the types of all that came about it."""
+    cell = client.execute("input()", allow_stdin=True)
+    client.receive_until(lambda message: message.type == "input_request" and message.parent == cell)
+    client.send("input_reply", {"value": name}, channel="stdin")
+    answer = client.collect(cell)
+    assert answer.text() == name + "\n"
+    assert answer.states == ["busy", "idle"]
+    return {*answer.types}
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["new session", "same session"])

@@ -37,6 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--ZMQChannelsWebsocketConnection.kernel_ws_protocol=",
         "--MappingKernelManager.cull_idle_timeout=100000",
         "--MappingKernelManager.cull_interval=1",
+        "--KernelRestarter.restart_limit=1",
     )
     with serving(tmp_path_factory.mktemp("classic"), *options) as running:
         add_kernelspec(running.home, "short-lived", "light", metadata={"cull_idle_timeout": 1})
@@ -103,6 +104,26 @@ def test_a_kernel_that_never_tells_what_it_is(pending: Server, protocol: str | N
     with pending.kernel("odd-mute") as kernel, Client(pending, kernel, protocol) as client:
         assert client.run("one").result == "'one'"
         assert pending.logged(f"Timeout waiting for kernel_info reply from {kernel}")
+
+
+def test_a_restart_does_not_wait_for_ever(pending: Server) -> None:
+    """For a kernel that never tells what it is, as long as a client that connects."""
+    with pending.kernel("odd-mute") as kernel, Client(pending, kernel) as client:
+        client.run("one")
+        before = len(pending.logged(f"Kernel {kernel} did not answer in 1.0 s"))
+        pending.restart(kernel)
+        assert len(pending.logged(f"Kernel {kernel} did not answer in 1.0 s")) == before + 1
+        asked = client.execute("one")
+        client.receive_until(lambda message: message.type == "execute_reply" and message.parent == asked)
+
+
+def test_a_restart_that_fails(server: Server) -> None:
+    """It is answered at once, as with Jupyter Server; that the kernel is dead is said when it is given up."""
+    with server.kernel("odd-once") as kernel, Client(server, kernel) as client:
+        client.run("one")
+        server.restart(kernel)
+        assert not server.logged(f"Kernel {kernel} did not answer")
+        client.state("dead")
 
 
 @pytest.mark.parametrize("way", ["counts", "welcome"])

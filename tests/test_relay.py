@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -106,6 +107,7 @@ class Kernel:
             sock.subscribe(b"")
         elif identity is not None:
             sock.setsockopt(zmq.IDENTITY, identity)
+        sock.setsockopt(zmq.IMMEDIATE, channel == "stdin")
         sock.connect(self.addresses[channel])
         return sock
 
@@ -1580,6 +1582,57 @@ def test_heard_tells_that_the_subscription_works(stage: Stage, kernel: Kernel, m
     assert not relay.heard.done(), "nor is the old one after a restart"
     moved.sockets["iopub"].send_multipart([b"no message"])
     until(relay.heard.done, "one that is refused proves as much")
+
+
+@pytest.fixture
+def deaf(context: zmq.Context) -> Iterator[Kernel]:
+    """A kernel that does not listen on stdin."""
+    kernel = Kernel(context, tcp=True)
+    kernel.sockets["stdin"].unbind(kernel.addresses["stdin"])
+    yield kernel
+    kernel.close()
+
+
+def waits(stage: Stage, session: str) -> Future[None]:
+    """A session that waits for its stdin; its shell is connected."""
+    waiting = asyncio.run_coroutine_threadsafe(stage.session(session).until_it_can_be_asked(), stage.loop)
+    stage.run(stage.session(session).send, client_message(message("execute_request", session), "shell", None))
+    assert stage.kernel.ids(1) == [session]
+    return waiting
+
+
+def test_a_session_waits_until_its_kernel_can_ask(
+    stage: Stage, deaf: Kernel, transport: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastwire.relay.STDIN_PATIENCE", PATIENCE)
+    stage.start(deaf)
+    ann = stage.connect("ann")
+    waiting = waits(stage, "ann")
+    assert not waiting.done()
+    deaf.sockets["stdin"].bind(deaf.addresses["stdin"])
+    waiting.result(PATIENCE)
+    waits(stage, "ann").result(PATIENCE)
+    ann.say("answer", channel="stdin")
+    assert deaf.ids(1, "stdin") == ["answer"]
+    deaf.reply("ann", message("input_request", "asked"), "stdin")
+    assert ann.ids(1) == ["asked"]
+
+
+def test_nobody_waits_twice_for_a_kernel_that_does_not_listen(
+    stage: Stage, deaf: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastwire.relay.STDIN_PATIENCE", 0.01)
+    stage.start(deaf)
+    stage.connect("ann"), stage.connect("bob")
+    waits(stage, "ann").result(PATIENCE)
+    monkeypatch.setattr("fastwire.relay.STDIN_PATIENCE", PATIENCE)
+    for name in ("ann", "bob"):
+        waits(stage, name).result(PATIENCE / 2)
+    stage.run(stage.relay.begin_anew)
+    waiting = waits(stage, "bob")
+    assert not waiting.done(), "another process may listen"
+    stage.run(stage.relay.end_session, stage.session("bob"))
+    waiting.result(PATIENCE / 2)
 
 
 def test_the_end_of_a_kernel(stage: Stage, kernel: Kernel, transport: bool) -> None:

@@ -94,8 +94,8 @@ def run_on(implementation: str, suite: Suite, tests: tuple[str, ...], place: Pat
     command += ["-o", "timeout_method=signal", "-o", "log_cli=false", "--color=no"]
     command += ["-o", f"cache_dir={WORK / implementation / 'cache' / suite.project}"]
     command += ["--last-failed", "--last-failed-no-failures=none"] if again else ["--cache-clear"]
-    if implementation == "fastwire":
-        command += [f"--without={test}" for test in suite.inapplicable]
+    without = suite.impossible | (suite.inapplicable if implementation == "fastwire" else {})
+    command += [f"--without={test}" for test in without]
     with report.with_suffix(".again.log" if again else ".log").open("w") as log:
         subprocess.run([*command, *tests], cwd=place, env=environment, stdout=log, stderr=log, check=False)
     return outcomes(report) if report.exists() else {}
@@ -114,24 +114,31 @@ def outcomes(report: Path) -> Outcomes:
     return found
 
 
+def run_steadily(
+    implementation: str, suite: Suite, tests: tuple[str, ...], place: Path
+) -> tuple[Outcomes, dict[str, str]]:
+    """One suite on one implementation, what failed once more; and what passed only then."""
+    first = run_on(implementation, suite, tests, place)
+    failed = {name for name, outcome in first.items() if outcome == "failed"}
+    second = run_on(implementation, suite, tests, place, again=True) if failed else {}
+    unsteady = {name: implementation for name in failed if second.get(name) == "passed"}
+    return first | {name: second[name] for name in unsteady}, unsteady
+
+
 def compare(suite: Suite, tests: tuple[str, ...]) -> list[str]:
     """Run a suite on both and say what came of it. Returns the tests that pass on the stock classes only."""
     place = sources(suite)
     with ThreadPoolExecutor() as pool:
-        stock, ours = pool.map(lambda each: run_on(each, suite, tests, place), IMPLEMENTATIONS)
+        runs = pool.map(lambda each: run_steadily(each, suite, tests, place), IMPLEMENTATIONS)
+        (stock, unsteady), (ours, unsteady_here) = runs
     if "passed" not in stock.values():
         raise SystemExit(f"nothing of {suite.project} passes on its own classes: see {WORK}/stock/{suite.project}.log")
     missing = lost(stock, ours, suite)
-    unsteady: list[str] = []
-    if missing:
-        ours |= run_on("fastwire", suite, tests, place, again=True)
-        unsteady = [name for name in missing if name not in lost(stock, ours, suite)]
-        missing = lost(stock, ours, suite)
     print(f"{place.name:32} {summary(stock):42} {summary(ours)}", flush=True)
-    for test, reason in suite.inapplicable.items():
-        print(f"  does not apply: {test}: {reason}")
-    for name in unsteady:
-        print(f"  passed on fastwire the second time: {name}")
+    for test, reason in (suite.inapplicable | suite.impossible).items():
+        print(f"  left out{' on fastwire' * (test in suite.inapplicable)}: {test}: {reason}")
+    for name, implementation in [*unsteady.items(), *unsteady_here.items()]:
+        print(f"  passed on {implementation} the second time: {name}")
     for name in missing:
         print(f"  PASSES ON STOCK ONLY: {name} (see {WORK}/fastwire/{suite.project}.log)")
     return missing
