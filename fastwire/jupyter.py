@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, proxy
 
 import zmq
 
@@ -32,9 +32,11 @@ try:
     from jupyter_client.connect import port_names
     from jupyter_core.paths import jupyter_runtime_dir
     from jupyter_core.utils import ensure_async
+    from jupyter_server import CallContext
     from jupyter_server._tz import utcnow
     from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+    from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
     from tornado.web import HTTPError
     from traitlets import Bool, Float, Integer, TraitError, Unicode, default, validate
     from traitlets.config import Configurable
@@ -215,6 +217,9 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     Source: `jupyter_server.services.kernels.connection.channels.ZMQChannelsWebsocketConnection`.
     """
 
+    #: Weak, because a request that fails before it is a WebSocket tells nobody of its end.
+    _open_sessions: WeakValueDictionary[str, KernelWebsocketHandler] = WeakValueDictionary()  # type: ignore[assignment]
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._fast = False
@@ -247,6 +252,15 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         return relays.of(self.kernel_manager)
 
     # -- opening --
+
+    async def prepare(self) -> None:
+        """Timers begin in here, and in every step of this request after it, that end long after the client has gone,
+        and cancelled ones still hold their context: all of them know the connection and its handler weakly.
+
+        Source: `ZMQChannelsWebsocketConnection.prepare`, whose timer holds its ``self`` for ``kernel_info_timeout``.
+        """
+        CallContext.set(CallContext.JUPYTER_HANDLER, proxy(self.websocket_handler))
+        await super().prepare.__func__(proxy(self))  # type: ignore[attr-defined]
 
     async def connect(self) -> None:  # type: ignore[override]
         """Subscribe, prove the subscription, then continue or begin the client's session.
@@ -378,6 +392,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         """
         if self._close_future.done():
             return
+        self._stop_pinging()
         if self._connecting and not self._fast:
             super().disconnect()
             return
@@ -394,6 +409,12 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._detach()
         self._open_sockets.discard(self)
         self._close_future.set_result(None)
+
+    def _stop_pinging(self) -> None:
+        """jupyter_server's keepalive finds out when it is time for a ping, and holds the handler until then."""
+        pinging: Any = self.websocket_handler.ping_callback
+        if pinging is not None:
+            pinging.stop()
 
     def _detach(self) -> None:
         if self._session is None or self._connection is None:
