@@ -605,14 +605,19 @@ def test_a_parser_is_dropped_with_messages_in_it() -> None:
     assert sum(_core.live().values()) > 0
 
 
-def test_several_parsers_fed_in_turn_do_not_disturb_each_other() -> None:
-    streams = [b"".join(client_frame(OP_TEXT, f"{i}-{j}" * (1 + j * j)) for j in range(30)) for i in range(5)]
+@pytest.mark.parametrize("opcode", [OP_TEXT, OP_BINARY])
+def test_several_parsers_fed_in_turn_do_not_disturb_each_other(opcode: int) -> None:
+    def message(i: int, j: int) -> str | bytes:
+        text = f"{i}-{j}" * (1 + j * j)
+        return text if opcode == OP_TEXT else text.encode()
+
+    streams = [b"".join(client_frame(opcode, message(i, j)) for j in range(30)) for i in range(5)]
     parsers = [_core.FrameParser() for _ in streams]
     for start in range(0, max(map(len, streams)), 777):
         for parser, stream in zip(parsers, streams, strict=True):
             parser.feed(stream[start : start + 777])
     for i, parser in enumerate(parsers):
-        assert list(parser) == [(OP_TEXT, f"{i}-{j}" * (1 + j * j)) for j in range(30)]
+        assert list(parser) == [(opcode, message(i, j)) for j in range(30)]
 
 
 # -- receive ---------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ cdef extern from "core/text.h" nogil:
     int fw_utf8_feed(fw_utf8 *s, const uint8_t *p, size_t n)
     int fw_utf8_valid(const uint8_t *p, size_t n)
     const uint8_t *fw_json_plain(const uint8_t *p, const uint8_t *end)
-    void fw_unmask(uint8_t *p, size_t n, const uint8_t *key, uint64_t offset)
+    void fw_unmask(uint8_t *out, const uint8_t *p, size_t n, const uint8_t *key, uint64_t offset)
 
 cdef extern from "core/zmq_api.h" nogil:
     enum: FW_ZMQ_DONTWAIT

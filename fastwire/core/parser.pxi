@@ -120,12 +120,75 @@ def frame_header(int opcode, uint64_t length, *, bint fin=True):
     return PyBytes_FromStringAndSize(out, <Py_ssize_t>write_header(out, first, length))
 
 
-# A complete message or control frame that was not taken yet. Unless it is owned it lies in the shared read buffer.
+# A complete message or control frame that was not taken yet. It lies in bytes of its own, or in the shared read buffer:
+# there still masked, unless it is text, so that whoever copies it unmasks it in the same pass.
 cdef struct Event:
     char *ptr
     size_t len
+    PyObject *own       # bytes, maybe with room behind ``len``
     uint8_t opcode      # with RSV1 for a compressed message
-    bint owned
+    bint masked
+    uint8_t key[4]
+
+
+cdef extern from *:
+    """
+    /* Bytes to be filled, and bytes of another length; without an exception when there is no memory. */
+    static PyObject *fw_new_bytes(size_t length) {
+        PyObject *made = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length);
+        if (!made) PyErr_Clear();
+        return made;
+    }
+    static int fw_resize_bytes(PyObject **bytes, size_t length) {
+        int failed = _PyBytes_Resize(bytes, (Py_ssize_t)length);
+        if (failed) PyErr_Clear();
+        return !failed;
+    }
+    """
+    PyObject *fw_new_bytes(size_t length)
+    bint fw_resize_bytes(PyObject **bytes, size_t length)
+
+
+cdef PyObject *new_bytes(size_t length) noexcept:
+    cdef PyObject *made = fw_new_bytes(length)
+    alive.blocks += made != NULL
+    return made
+
+
+cdef void free_bytes(PyObject *own) noexcept:
+    alive.blocks -= 1
+    Py_DECREF(<object>own)
+
+
+cdef bint resize_bytes(PyObject **own, size_t length) noexcept:
+    """False, and the bytes are gone, when there is no memory."""
+    cdef bint done = fw_resize_bytes(own, length)
+    alive.blocks -= not done
+    return done
+
+
+cdef bint own_event(Event *event) noexcept:
+    """Gives it bytes of its own, unmasked. False when there is no memory."""
+    cdef PyObject *own = new_bytes(event.len)
+    if own == NULL:
+        return False
+    copy = PyBytes_AS_STRING(<object>own)
+    if event.masked:
+        fw_unmask(<uint8_t *>copy, <uint8_t *>event.ptr, event.len, event.key, 0)
+    else:
+        memcpy(copy, event.ptr, event.len)
+    event.own = own
+    event.ptr = copy
+    event.masked = False
+    return True
+
+
+cdef void unmask_event(Event *event) noexcept:
+    """In place."""
+    if event.masked:
+        fw_unmask(<uint8_t *>event.ptr, <uint8_t *>event.ptr, event.len, event.key, 0)
+        event.masked = False
+
 
 # One read buffer serves all parsers. The parser whose messages lie in it, if any (borrowed: it clears this itself).
 # One whose messages are being sent keeps the buffer until they are: Python code may run meanwhile, and other threads.
@@ -152,7 +215,7 @@ cdef class FrameParser:
 
     cdef uint64_t fragments         # of the message that is being joined
     cdef uint8_t message_opcode     # of the message that is being joined, 0 for none; with RSV1
-    cdef char *message
+    cdef PyObject *message          # bytes with room for ``message_room``
     cdef size_t message_length
     cdef size_t message_room
     cdef fw_utf8 utf8
@@ -186,8 +249,7 @@ cdef class FrameParser:
         free(self.events)
         free(self.kept_buffer)
         if self.message != NULL:
-            alive.blocks -= 1
-            free(self.message)
+            free_bytes(self.message)
 
     # -- bytes in --
 
@@ -257,16 +319,9 @@ cdef class FrameParser:
 
     cdef int own_events(self) except -1:
         cdef size_t i
-        cdef char *copy
         for i in range(self.head_event, self.event_count):
-            if not self.events[i].owned:
-                copy = <char *>malloc(self.events[i].len + 1)
-                if copy == NULL:
-                    raise MemoryError
-                memcpy(copy, self.events[i].ptr, self.events[i].len)
-                self.events[i].ptr = copy
-                self.events[i].owned = True
-                alive.blocks += 1
+            if self.events[i].own == NULL and not own_event(&self.events[i]):
+                raise MemoryError
         return 0
 
     cdef int parse(self, uint8_t *p, size_t length) except -1:
@@ -395,8 +450,8 @@ cdef class FrameParser:
         cdef size_t room = end - p
         cdef uint64_t left = self.frame_length - self.frame_got
         cdef size_t n = <size_t>left if left < room else room
-        fw_unmask(p, n, self.key, self.frame_got)
         if self.opcode >= CLOSE:
+            fw_unmask(p, p, n, self.key, self.frame_got)
             self.control_bytes(p, n)
         else:
             self.data_bytes(p, n)
@@ -425,78 +480,92 @@ cdef class FrameParser:
 
     cdef int data_bytes(self, uint8_t *p, size_t n) noexcept:
         cdef bint last = self.fin and self.frame_got + n == self.frame_length
+        cdef bint whole = last and self.message_length == 0
         cdef uint8_t opcode = self.message_opcode
-        if opcode == TEXT:
-            if not fw_utf8_feed(&self.utf8, p, n) or (last and self.utf8.missing):
-                return self.fail(BAD_TEXT, "a text message is not UTF-8")
-        if last and self.message_length == 0:
+        if whole and opcode != TEXT:
             self.message_opcode = 0
-            return self.emit(opcode, <char *>p, n, False)
-        if self.join(p, n):
-            return -1
+            return self.emit_masked(opcode, <char *>p, n)
+        if whole:
+            fw_unmask(p, p, n, self.key, self.frame_got)
+        else:
+            p = self.join(p, n)
+            if p == NULL:
+                return -1
+        if opcode == TEXT and (not fw_utf8_feed(&self.utf8, p, n) or (last and self.utf8.missing)):
+            return self.fail(BAD_TEXT, "a text message is not UTF-8")
         if not last:
             return 0
         self.message_opcode = 0
-        return self.emit_joined(opcode)
+        return self.emit(opcode, <char *>p, n, False) if whole else self.emit_joined(opcode)
 
-    cdef int join(self, uint8_t *p, size_t n) noexcept:
-        """Room grows with the bytes that have arrived, never with the length that was declared."""
-        cdef size_t room = self.message_length + n
-        cdef char *grown
+    cdef uint8_t *join(self, uint8_t *p, size_t n) noexcept:
+        """Unmasks ``n`` bytes to the end of the message, and returns where. Room grows with the bytes that have come,
+        never with the length that was declared."""
+        cdef uint8_t *end
+        cdef size_t length = self.message_length + n
         if n == 0:
-            return 0
-        if room > self.message_room:
-            room = max(room + room // 2, <size_t>4096)
-            grown = <char *>realloc(self.message, room)
-            if grown == NULL:
-                self.error = -1
-                return -1
-            if self.message == NULL:
-                alive.blocks += 1
-            self.message = grown
-            self.message_room = room
-        memcpy(self.message + self.message_length, p, n)
-        self.message_length += n
-        return 0
+            return p
+        if length > self.message_room and not self.make_room(length):
+            self.error = -1
+            return NULL
+        end = <uint8_t *>PyBytes_AS_STRING(<object>self.message) + self.message_length
+        fw_unmask(end, p, n, self.key, self.frame_got)
+        self.message_length = length
+        return end
+
+    cdef bint make_room(self, size_t length) noexcept:
+        cdef size_t room = max(length + length // 2, <size_t>4096)
+        cdef uint64_t whole = self.message_length + self.frame_length - self.frame_got
+        if self.fin and whole <= 2 * length:
+            room = <size_t>whole
+        self.message_room = 0
+        if self.message == NULL:
+            self.message = new_bytes(room)
+        else:
+            resize_bytes(&self.message, room)
+        if self.message == NULL:
+            self.message_length = 0
+            return False
+        self.message_room = room
+        return True
 
     cdef int emit_joined(self, uint8_t opcode) noexcept:
-        cdef Event *event = self.new_event()
+        cdef Event *event = self.new_event(opcode, self.message_length)
         if event == NULL:
             return -1
-        event.ptr = self.message
-        event.len = self.message_length
-        event.opcode = opcode
-        event.owned = True
-        self.event_bytes += event.len
+        event.own = self.message
+        event.ptr = PyBytes_AS_STRING(<object>self.message)
         tally(&counted.from_clients, event.len)
         self.message = NULL
         self.message_length = 0
         self.message_room = 0
         return 0
 
-    cdef int emit(self, uint8_t opcode, char *p, size_t n, bint copy) noexcept:
-        cdef Event *event = self.new_event()
+    cdef int emit_masked(self, uint8_t opcode, char *p, size_t n) noexcept:
+        cdef Event *event = self.new_event(opcode, n)
         if event == NULL:
             return -1
-        if copy:
-            event.ptr = <char *>malloc(n + 1)
-            if event.ptr == NULL:
-                self.event_count -= 1
-                self.error = -1
-                return -1
-            memcpy(event.ptr, p, n)
-            alive.blocks += 1
-        else:
-            event.ptr = p
-        event.len = n
-        event.opcode = opcode
-        event.owned = copy
-        if opcode < CLOSE or opcode & RSV1_BIT:
-            tally(&counted.from_clients, n)
-        self.event_bytes += n
+        event.ptr = p
+        event.masked = True
+        memcpy(event.key, self.key, 4)
+        tally(&counted.from_clients, n)
         return 0
 
-    cdef Event *new_event(self) noexcept:
+    cdef int emit(self, uint8_t opcode, char *p, size_t n, bint copy) noexcept:
+        cdef Event *event = self.new_event(opcode, n)
+        if event == NULL:
+            return -1
+        event.ptr = p
+        if copy and not own_event(event):
+            self.event_count -= 1
+            self.event_bytes -= n
+            self.error = -1
+            return -1
+        if opcode < CLOSE:
+            tally(&counted.from_clients, n)
+        return 0
+
+    cdef Event *new_event(self, uint8_t opcode, size_t length) noexcept:
         cdef Event *events
         cdef size_t room
         if self.event_count == self.event_room:
@@ -507,18 +576,23 @@ cdef class FrameParser:
                 return NULL
             self.events = events
             self.event_room = room
+        events = &self.events[self.event_count]
+        memset(events, 0, sizeof(Event))
+        events.opcode = opcode
+        events.len = length
         self.event_count += 1
-        return &self.events[self.event_count - 1]
+        self.event_bytes += length
+        return events
 
     # -- messages out --
 
     cdef inline Event *peek(self) noexcept:
+        """The first event, or NULL. What lies in the read buffer may still be masked: `unmask_event`."""
         return &self.events[self.head_event] if self.head_event < self.event_count else NULL
 
     cdef void drop(self, Event *event) noexcept:
-        if event.owned:
-            free(event.ptr)
-            alive.blocks -= 1
+        if event.own != NULL:
+            free_bytes(event.own)
 
     cdef void took(self) noexcept:
         """The first event has been used."""
@@ -553,10 +627,17 @@ cdef class FrameParser:
         if event.opcode == TEXT:
             payload = PyUnicode_DecodeUTF8(event.ptr, <Py_ssize_t>event.len, NULL)
         else:
-            payload = PyBytes_FromStringAndSize(event.ptr, <Py_ssize_t>event.len)
+            payload = self.bytes_of(event)
         item = (event.opcode, payload)
         self.took()
         return item
+
+    cdef bytes bytes_of(self, Event *event):
+        if event.own == NULL and not own_event(event):
+            raise MemoryError
+        if <size_t>PyBytes_GET_SIZE(<object>event.own) != event.len and not resize_bytes(&event.own, event.len):
+            raise MemoryError
+        return <bytes>event.own
 
     @property
     def pending(self):

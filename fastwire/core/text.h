@@ -104,17 +104,21 @@ static inline const uint8_t *fw_json_plain(const uint8_t *p, const uint8_t *end)
     return p;
 }
 
-/* Takes a client's mask off in place (RFC 6455 section 5.3); ``offset`` is how far into the payload ``p`` is. */
-static void fw_unmask(uint8_t *p, size_t n, const uint8_t key[4], uint64_t offset) {
-    uint8_t turned[8];
-    for (int i = 0; i < 8; i++) turned[i] = key[(offset + (uint64_t)i) & 3];
-    uint64_t wide = fw_load64(turned);
+/* Takes a client's mask off (RFC 6455 section 5.3) on the way to ``out``, which may be ``p`` itself; ``offset`` is how
+ * far into the payload that is. */
+static void fw_unmask(uint8_t *out, const uint8_t *p, size_t n, const uint8_t key[4], uint64_t offset) {
+    typedef uint8_t strides __attribute__((vector_size(16)));
+    uint8_t turned[16];
+    for (int i = 0; i < 16; i++) turned[i] = key[(offset + (uint64_t)i) & 3];
+    strides mask, some;
+    memcpy(&mask, turned, 16);
     size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        uint64_t x = fw_load64(p + i) ^ wide;
-        memcpy(p + i, &x, 8);
+    for (; i + 16 <= n; i += 16) {
+        memcpy(&some, p + i, 16);
+        some ^= mask;
+        memcpy(out + i, &some, 16);
     }
-    for (; i < n; i++) p[i] ^= turned[i & 7];
+    for (; i < n; i++) out[i] = p[i] ^ turned[i & 15];
 }
 
 #endif

@@ -73,6 +73,7 @@ cdef class Uplink:
                 event = parser.peek()
                 if event == NULL or event.opcode >= CLOSE:
                     break
+                unmask_event(event)
                 try:
                     self.pass_on(event.opcode, fixed(event.ptr, event.len))
                 finally:
