@@ -14,6 +14,7 @@ import asyncio
 import select
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from typing import Any
 
 __all__ = ["Turns"]
@@ -52,7 +53,8 @@ class Turns:
             return
         if self._epoll is None:
             self._epoll = select.epoll()
-            self._loop.add_reader(self._epoll.fileno(), self._turn)
+            # In an empty context: the loop would keep that of who comes first, and give it to everybody.
+            Context().run(self._loop.add_reader, self._epoll.fileno(), self._turn)
         self._epoll.register(fd, select.EPOLLIN)
 
     def unwatch(self, fd: int, callback: Callback) -> None:

@@ -22,6 +22,7 @@ import termios
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator
+from contextvars import copy_context
 from threading import get_ident
 from typing import Any, cast
 
@@ -264,6 +265,7 @@ class Connection(WebSocketProtocol13):
 
     async def _receive_frame_loop(self) -> None:
         """Tornado awaits this when ``open`` has returned; it lasts as long as the connection."""
+        self._context = copy_context()
         try:
             if self._fd >= 0 and self.stream.closed():
                 self._abort()
@@ -457,21 +459,25 @@ class Connection(WebSocketProtocol13):
             if self.receiver is not None:
                 self.receiver(payload)
                 return None
-            return cast("asyncio.Future[None] | None", self._run_callback(self.handler.on_message, payload))
+            return self._call(self.handler.on_message, payload)
         control = cast(bytes, payload)
         if opcode == OP_PING:
             self._answer_ping(control)
-            self._run_callback(self.handler.on_ping, control)
+            self._call(self.handler.on_ping, control)
         elif opcode == OP_PONG:
             self._received_pong = True
             if self._acknowledgements is not None and self._acknowledgements.answer(control):
                 self._is_alive()
                 self._on_acknowledged()
                 return None
-            return cast("asyncio.Future[None] | None", self._run_callback(self.handler.on_pong, control))
+            return self._call(self.handler.on_pong, control)
         elif opcode == OP_CLOSE:
             self._on_close_frame(control)
         return None
+
+    def _call(self, callback: Callable[..., Any], data: str | bytes) -> asyncio.Future[None] | None:
+        """In the context of the request, as with Tornado; that of the loop's turn is nobody's."""
+        return cast("asyncio.Future[None] | None", self._context.run(self._run_callback, callback, data))
 
     def _decompress(self, opcode: int, data: bytes) -> str | bytes:
         assert self._decompressor is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,28 @@ def test_at_end_outside_a_turn_comes_with_the_loops_next() -> None:
         assert log == []
         await settle()
         assert log == ["end"]
+
+    run(body)
+
+
+def test_turns_have_nobodys_context() -> None:
+    """Who watches first would be held as long as anybody watches, and what he has set be seen by others."""
+    who: ContextVar[str] = ContextVar("who", default="nobody")
+
+    async def body(turns: Turns) -> None:
+        seen: list[str] = []
+
+        class Reading(Pipe):
+            def read(self) -> None:
+                super().read()
+                seen.append(who.get())
+
+        who.set("the first")
+        pipe = Reading(turns, [], "a")
+        os.write(pipe.into, b"x")
+        await settle()
+        assert seen == ["nobody"]
+        pipe.close()
 
     run(body)
 

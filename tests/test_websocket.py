@@ -21,6 +21,7 @@ import time
 import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -611,6 +612,36 @@ def test_messages_of_every_length_and_kind(site: Site) -> None:
     for sent in [*texts, *(os.urandom(n) for n in SIZES)]:
         client.send_message(sent)
         assert client.message() == sent
+
+
+WHO: ContextVar[str] = ContextVar("WHO", default="nobody")
+
+
+def test_callbacks_have_the_context_of_their_request(site: Site) -> None:
+    """By which users, traces and the fields of logs are passed on. It stays what a callback has made of it."""
+
+    class Handler(site.Handler):
+        def open(self, name: str) -> None:
+            WHO.set(name)
+
+        def on_message(self, message: str | bytes) -> None:
+            self.write_message(WHO.get())
+            WHO.set(f"{WHO.get()} {message}")
+
+        def on_ping(self, data: bytes) -> None:
+            self.write_message(f"{WHO.get()} pings")
+
+    site.serve(Handler, r"/(\w+)")
+    clients = {name: site.connect(f"/{name}") for name in ("ada", "bob")}
+    for name, client in clients.items():
+        client.send_message("again")
+        assert client.message() == name
+        client.send(client_frame(OP_PING))
+        assert client.payload(OP_PONG) == b""
+        assert client.message() == f"{name} again pings"
+    for name, client in clients.items():
+        client.send_message("and again")
+        assert client.message() == f"{name} again"
 
 
 def test_what_write_message_takes(site: Site) -> None:
