@@ -435,6 +435,19 @@ def test_half_a_surrogate_pair(half: str) -> None:
 
 def test_half_a_surrogate_pair_in_the_text_itself_is_refused() -> None:
     assert refused(_core.decode_legacy, spelled({"x": '"\ud800"'}))
+    assert refused(_core.decode_legacy, spelled({"x": '"\U0001f600\udfff"'}))
+
+
+#: From each range of UTF-8 its first and last, with ASCII mostly; a str has one, two or four bytes a character.
+texts = st.sampled_from(["\xff", "\u07ff", "\ud7ff\ue000\uffff", "\U00010000\U0010ffff"]).flatmap(
+    lambda rare: st.text(st.sampled_from("\x7f" + "ab" * 20 + "\x80" + rare), max_size=120)
+)
+
+
+@given(texts)
+def test_a_str_of_any_width_becomes_utf8(text: str) -> None:
+    content = json.dumps({"code": text}, ensure_ascii=False)
+    assert _core.decode_legacy(spelled({"content": content}))[1][3] == content.encode()
 
 
 @st.composite

@@ -32,6 +32,7 @@ cdef extern from "core/text.h" nogil:
         uint8_t high
     int fw_utf8_feed(fw_utf8 *s, const uint8_t *p, size_t n)
     int fw_utf8_valid(const uint8_t *p, size_t n)
+    Py_ssize_t fw_utf8_of(uint8_t *out, const void *text, size_t n, int kind)
     const uint8_t *fw_json_plain(const uint8_t *p, const uint8_t *end)
     void fw_unmask(uint8_t *out, const uint8_t *p, size_t n, const uint8_t *key, uint64_t offset)
 
@@ -88,6 +89,8 @@ cdef extern from *:
 
 cdef extern from "Python.h":
     bint PyUnicode_IS_ASCII(object text)
+    int PyUnicode_KIND(object text)
+    void *PyUnicode_DATA(object text)
     uint8_t *PyUnicode_1BYTE_DATA(object text)
 
 PROTOCOL_V1 = "v1.kernel.websocket.jupyter.org"

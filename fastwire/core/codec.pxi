@@ -436,14 +436,18 @@ cdef bytes content_of_text(fw_span content):
 cdef object text_span(str text, fw_span *span):
     """Where a text's UTF-8 is; the object that keeps it there."""
     cdef bytes data
+    cdef Py_ssize_t length
+    cdef int kind
     if PyUnicode_IS_ASCII(text):
         span[0] = fixed(<const char *>PyUnicode_1BYTE_DATA(text), PyUnicode_GET_LENGTH(text))
         return text
-    try:
-        data = text.encode()
-    except UnicodeEncodeError:
-        raise malformed("it has a lone surrogate") from None
-    span[0] = fixed(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+    length = PyUnicode_GET_LENGTH(text)
+    kind = PyUnicode_KIND(text)
+    data = PyBytes_FromStringAndSize(NULL, length * min(kind + 1, 4))
+    length = fw_utf8_of(<uint8_t *>PyBytes_AS_STRING(data), PyUnicode_DATA(text), length, kind)
+    if length < 0:
+        raise malformed("it has a lone surrogate")
+    span[0] = fixed(PyBytes_AS_STRING(data), length)
     return data
 
 

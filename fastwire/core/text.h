@@ -1,7 +1,8 @@
-/* Bytes of text: UTF-8 checked as it arrives, JSON strings skipped in strides, masks taken off. */
+/* Bytes of text: UTF-8 made, and checked as it arrives, JSON strings skipped in strides, masks taken off. */
 #ifndef FW_TEXT_H
 #define FW_TEXT_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -76,6 +77,72 @@ static int fw_utf8_feed(fw_utf8 *s, const uint8_t *p, size_t n) {
 static int fw_utf8_valid(const uint8_t *p, size_t n) {
     fw_utf8 s = {0, 0, 0};
     return fw_utf8_feed(&s, p, n) && !s.missing;
+}
+
+/* How many of the characters from ``p`` were ASCII and are at ``out`` now, in strides only; ``kind`` bytes each. */
+static inline size_t fw_ascii_of(uint8_t *out, const uint8_t *p, size_t n, int kind) {
+    size_t i = 0;
+#ifdef __SSE2__
+    const __m128i zero = _mm_setzero_si128();
+    if (kind == 1) {
+        for (; n - i >= 16; i += 16) {
+            __m128i x = _mm_loadu_si128((const __m128i *)(p + i));
+            if (_mm_movemask_epi8(x)) break;
+            _mm_storeu_si128((__m128i *)(out + i), x);
+        }
+    } else if (kind == 2) {
+        for (; n - i >= 8; i += 8) {
+            __m128i x = _mm_loadu_si128((const __m128i *)(p + 2 * i));
+            __m128i high = _mm_and_si128(x, _mm_set1_epi16((short)0xFF80));
+            if (_mm_movemask_epi8(_mm_cmpeq_epi8(high, zero)) != 0xFFFF) break;
+            _mm_storel_epi64((__m128i *)(out + i), _mm_packus_epi16(x, zero));
+        }
+    } else {
+        for (; n - i >= 8; i += 8) {
+            __m128i x = _mm_loadu_si128((const __m128i *)(p + 4 * i));
+            __m128i y = _mm_loadu_si128((const __m128i *)(p + 4 * i + 16));
+            __m128i high = _mm_and_si128(_mm_or_si128(x, y), _mm_set1_epi32((int)0xFFFFFF80));
+            if (_mm_movemask_epi8(_mm_cmpeq_epi8(high, zero)) != 0xFFFF) break;
+            x = _mm_packs_epi32(x, y);
+            _mm_storel_epi64((__m128i *)(out + i), _mm_packus_epi16(x, zero));
+        }
+    }
+#else
+    (void)out, (void)p, (void)n, (void)kind;
+#endif
+    return i;
+}
+
+/* The UTF-8 of ``n`` characters of ``kind`` bytes each (PEP 393), at most ``n`` * (1 + kind) bytes, or 4 each; returns its
+ * length, or -1 for a lone surrogate. */
+static ptrdiff_t fw_utf8_of(uint8_t *out, const void *text, size_t n, int kind) {
+    const uint8_t *p = (const uint8_t *)text;
+    uint8_t *start = out;
+    for (size_t i = 0; i < n;) {
+        size_t plain = fw_ascii_of(out, p + i * (size_t)kind, n - i, kind);
+        out += plain, i += plain;
+        /* Up to a character that is not ASCII, and what of ASCII stands behind it. */
+        for (int few = 0; few < 16 && i < n; few++, i++) {
+            uint32_t c = kind == 1 ? p[i] : kind == 2 ? ((const uint16_t *)text)[i] : ((const uint32_t *)text)[i];
+            if (c < 0x80) {
+                *out++ = (uint8_t)c;
+            } else if (c < 0x800) {
+                *out++ = (uint8_t)(0xC0 | c >> 6);
+                *out++ = (uint8_t)(0x80 | (c & 0x3F));
+            } else if (c < 0x10000) {
+                if (c >= 0xD800 && c <= 0xDFFF) return -1;
+                *out++ = (uint8_t)(0xE0 | c >> 12);
+                *out++ = (uint8_t)(0x80 | (c >> 6 & 0x3F));
+                *out++ = (uint8_t)(0x80 | (c & 0x3F));
+            } else {
+                *out++ = (uint8_t)(0xF0 | c >> 18);
+                *out++ = (uint8_t)(0x80 | (c >> 12 & 0x3F));
+                *out++ = (uint8_t)(0x80 | (c >> 6 & 0x3F));
+                *out++ = (uint8_t)(0x80 | (c & 0x3F));
+            }
+        }
+    }
+    return out - start;
 }
 
 /* The first byte that a JSON string cannot hold as it is: a quote, a backslash or a control character; or end. */
