@@ -187,7 +187,7 @@ class FrameParser:
     nothing is parsed after it. Nothing is parsed after a Close frame either. A text that cannot become UTF-8 fails
     as soon as the octets show it. A Close frame comes out only when its code and reason may be sent (`parse_close`
     reads them). Declared lengths cost no memory before the bytes arrive. ``max_fragments`` is the number of frames of
-    one message, 0 for any.
+    one message, 0 for any. A message for which there is no memory is one that is too big.
 
     Raises (from iteration) ProtocolError, InvalidPayload, MessageTooBig, PolicyViolation.
     """

@@ -45,7 +45,7 @@ except ImportError as error:
         f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'fastwire[serve]'"
     ) from error
 
-from fastwire import __version__, status
+from fastwire import __version__, logs, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Activity, Batch, Signer
 from fastwire.errors import FastwireError, MessageError, SignatureError, TooManyClients
 from fastwire.flow import Limits, too_many
@@ -228,9 +228,10 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._connection: Connection | None = None
         self._notice: list[bytes] | None = None
         self._limits = Fastwire(config=self.config).limits()
+        handler: Any = self.websocket_handler
+        check_session_id(handler.get_argument("session_id", ""))
         if self._json_session:
             # Before the upgrade: this makes the client's direction compiled too, without replacing a route.
-            handler: Any = self.websocket_handler
             size = handler.settings.get("websocket_max_message_size", self._limits.max_message_size)
             handler.get_websocket_protocol = partial(connection_for, handler, self._limits, size)
 
@@ -315,8 +316,6 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
         Source: `ZMQChannelsWebsocketConnection._register_session`, which hands the session over to whoever asks.
         """
-        if not is_identity(self.session.bsession):
-            raise HTTPError(400, reason="session_id has to be 1 to 255 printable characters of ASCII")
         session = self.relay.sessions.get(self.session.session)
         open_in = self._open_sessions.get(f"{self.kernel_id}:{self.session.session}")
         owners = {getattr(holder, "user", self.user) for holder in (session, getattr(open_in, "connection", None))}
@@ -545,9 +544,11 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             self._say(self.session.msg("status", {"execution_state": status}), momentary=True)
 
 
-def is_identity(name: bytes) -> bool:
-    """What ZMQ_ROUTING_ID takes, by which kernels route input requests; and logs, which have a line for each event."""
-    return 0 < len(name) < 256 and name.isascii() and name.decode().isprintable()
+def check_session_id(name: str) -> None:
+    """What ZMQ_ROUTING_ID takes, by which kernels route input requests; jupyter_client's ``Session``, which encodes it
+    as ASCII; and logs, which have a line for each event."""
+    if len(name) > 255 or not name.isascii() or not name.isprintable():
+        raise HTTPError(400, reason="session_id has to be at most 255 printable characters of ASCII")
 
 
 def parts_of(session: Any, message: dict[str, Any]) -> list[bytes]:
@@ -897,13 +898,16 @@ def _link_jupyter_server_extension(app: Any) -> None:
 
 
 def _load_jupyter_server_extension(app: Any) -> None:
-    """Called by a ``ServerApp`` when everything is made: say in one line who carries its messages."""
+    """Called by a ``ServerApp`` when everything is made: add the live page, keep tokens out of the log, and say in one
+    line who carries its messages."""
     if not takes_fastwire(app):
         taken = app.kernel_websocket_connection_class
         reason = obstacle(app) or f"messages of kernels go through {taken.__module__}.{taken.__qualname__}"
         app.log.info("fastwire steps aside: %s", reason)
     else:
         status.install(app.web_app)
+        for handler in getattr(app.log, "logger", app.log).handlers:  # `log` may be an adapter
+            handler.addFilter(logs.without_tokens_of_requests)
         app.log.info("fastwire %s carries the messages of kernels", __version__)
 
 

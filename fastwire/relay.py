@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -364,10 +365,15 @@ class KernelRelay:
         session.close()
 
     def limit_detached(self) -> None:
+        """The oldest goes first, of the user who has the most: nobody drives out what is kept for others."""
         detached = [session for session in self.sessions.values() if session.connection is None]
         detached.sort(key=lambda session: session.detached_at)
-        for session in detached[: max(len(detached) - self.limits.detached_sessions, 0)]:
-            self.end_session(session)
+        while len(detached) > self.limits.detached_sessions:
+            of_user = Counter(session.user for session in detached)
+            most = max(of_user.values())
+            oldest = next(session for session in detached if of_user[session.user] == most)
+            detached.remove(oldest)
+            self.end_session(oldest)
 
     def _close_iopub(self) -> None:
         if self.iopub is not None:

@@ -55,7 +55,7 @@ try:
     from traitlets.config import Config, Configurable
     from traitlets.config.loader import KVArgParseConfigLoader
 
-    from fastwire import status
+    from fastwire import logs, status
     from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection, takes_fastwire
 except ModuleNotFoundError as error:
     MISSING = f"fastwire.serve needs Jupyter Server ({error}): pip install 'fastwire[serve]'"
@@ -70,8 +70,6 @@ START_TIMEOUT = 10.0
 
 #: jupyter_server puts base_url unescaped into the regular expressions of its routes.
 BASE_URL = re.compile(r"(/[\w.~%@:,;=!&'-]+)*/")
-
-TOKEN_IN_URL = re.compile(r"\btoken=[^&\s'\"]+")
 
 EXAMPLES = """
 python -m fastwire.serve                                # JupyterLab, where it is installed
@@ -143,7 +141,7 @@ class FastwireServer(ServerApp):
     def get_default_logging_config(self) -> Any:
         """Extends ``Application.get_default_logging_config``: no handler of logs writes tokens."""
         config: Any = super().get_default_logging_config()
-        config.setdefault("filters", {})["without_tokens"] = {"()": lambda: without_tokens}
+        config.setdefault("filters", {})["without_tokens"] = {"()": lambda: logs.without_tokens}
         for handler in config["handlers"].values():
             handler["filters"] = [*handler.get("filters", ()), "without_tokens"]
         return config
@@ -260,15 +258,6 @@ class FastwireServer(ServerApp):
         if takes_fastwire(self):
             page = urlsplit(url)._replace(path=url_path_join(self.base_url, status.URL))
             print("what it is doing: ", page.geturl(), flush=True)
-
-
-def without_tokens(record: logging.LogRecord) -> bool:
-    """Strike tokens out of what is logged: of a request that failed Tornado tells the whole URL."""
-    message = record.getMessage()
-    struck_out = TOKEN_IN_URL.sub("token=[secret]", message)
-    if struck_out != message:
-        record.msg, record.args = struck_out, ()
-    return True
 
 
 async def refuse_kernel(*args: Any, **kwargs: Any) -> NoReturn:

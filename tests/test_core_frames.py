@@ -1,9 +1,12 @@
 """RFC 6455 for a server: one table of cases, and any stream chopped anywhere, against two other parsers."""
 
 import codecs
+import os
 import random
 import socket
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -445,6 +448,44 @@ def test_a_declared_length_costs_nothing(length: int) -> None:
     assert events_of(parser) == ([], None)
     assert parser.buffered_bytes <= 1 << 20
     assert peak < 1 << 20
+
+
+#: A message that does not end, with a ping before each fragment, in a process whose memory is limited.
+ENDLESS = """
+import resource
+from builders import client_frame
+from fastwire import _core
+from fastwire.errors import MessageTooBig
+
+parser, other = _core.FrameParser(1 << 40), _core.FrameParser()
+ping, fragment = client_frame(_core.OP_PING, b"mine"), client_frame(0, bytes(200_000), fin=False)
+other.feed(ping)
+assert list(other) == [(_core.OP_PING, b"mine")]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+parser.feed(client_frame(_core.OP_BINARY, b"", fin=False))
+while not parser.closed:
+    assert list(parser) == []
+    parser.feed(ping + fragment)
+    if not parser.closed:
+        assert next(parser) == (_core.OP_PING, b"mine")
+other.feed(client_frame(_core.OP_PING, b"else"))
+assert next(parser) == (_core.OP_PING, b"mine")
+try:
+    next(parser)
+except MessageTooBig as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="no /proc/self/statm")
+def test_a_message_for_which_there_is_no_memory() -> None:
+    """It is refused as one that is too big, and what came before it stays what it was."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", ENDLESS]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "there is no memory for the message\n"
 
 
 @pytest.mark.skipif(not STATM.exists(), reason="no /proc/self/statm")

@@ -1,6 +1,7 @@
 """The core while Python code runs in the middle of a call: hashlib lets other threads run, and so does a finalizer."""
 
 import hmac
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -172,3 +173,42 @@ def test_threads_with_a_loop_each(context: zmq.Context) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+class Finalized(bytes):
+    """Data that does something when nobody needs it any more."""
+
+    def __new__(cls, data: bytes, last_act: Callable[[], object]) -> "Finalized":
+        self = super().__new__(cls, data)
+        self.last_act = last_act
+        return self
+
+    def __del__(self) -> None:
+        self.last_act()
+
+
+@pytest.mark.parametrize("acknowledge", [False, True])
+@pytest.mark.parametrize("act", ["append", "flush", "clear"])
+def test_a_finalizer_uses_the_queue_that_lets_go_of_its_data(act: str, acknowledge: bool) -> None:
+    server, client = socket.socketpair()
+    with server, client:
+        queue = _core.WriteQueue(copy_threshold=10, acknowledge=acknowledge)
+        large = [bytes([n]) * 1000 for n in range(4)]
+        lost: list[int] = []
+        acts = {
+            "append": lambda: [queue.append(large[3]) for _ in range(40)],  # more than there is room for
+            "flush": lambda: queue.flush(server.fileno()),
+            "clear": lambda: lost.append(queue.clear()),
+        }
+        queue.append(large[0])
+        queue.append(Finalized(large[1], acts[act]))
+        queue.append(Finalized(large[2], acts[act]))
+        queue.flush(server.fileno(), 2500)
+        while queue.held_buffers:
+            queue.flush(server.fileno())
+            if acknowledge:
+                queue.acknowledge(queue.written)
+        server.shutdown(socket.SHUT_WR)
+        expected = b"".join(large[:3]) + (large[3] * 80 if act == "append" else b"")
+        with client.makefile("rb") as stream:
+            assert stream.read() == expected[: len(expected) - sum(lost)]

@@ -17,10 +17,11 @@ from types import SimpleNamespace
 import jupyterhub
 import pytest
 import tornado.web
+import wsclient
 from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-from server import PATIENCE, ROOT, TOKEN, WITHOUT_OTHERS, Client, Server, environment, free_port, serving
+from server import PATIENCE, ROOT, TOKEN, WITHOUT_OTHERS, Client, Server, environment, free_port, serving, until
 from traitlets import default
 from traitlets.config import Config
 
@@ -98,6 +99,54 @@ def test_it_is_listed_and_can_be_disabled(tmp_path: Path, python: str) -> None:
     assert "Extension successfully enabled" in extension("enable", "fastwire")
 
 
+#: Another extension, one of whose handlers fails with the URL in its error.
+FAILS = """
+from jupyter_server.base.handlers import JupyterHandler
+
+class Fails(JupyterHandler):
+    def get(self):
+        raise ValueError(self.request.full_url())
+
+def _jupyter_server_extension_points():
+    return [{"module": __name__}]
+
+def _load_jupyter_server_extension(app):
+    app.web_app.add_handlers(".*$", [("/fails", Fails)])
+"""
+
+
+def test_tokens_never_reach_the_log_of_a_stock_server(tmp_path: Path) -> None:
+    """At the level DEBUG, and of requests that fail: of those Tornado tells the whole URL."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    query, wrong = f"?token={TOKEN}", TOKEN[::-1]
+    with serving(tmp_path, "--debug", how=STOCK, extensions=WITHOUT_OTHERS | {"fails": True}) as server:
+        assert server.get(f"/api/kernels{query}", token=None)[0] == 200
+        assert server.get(f"/fails{query}", token=None)[0] == 500
+        assert server.get(f"/nothing{query}", token=None)[0] == 404
+        assert server.get(f"/tree?token={wrong}", token=None)[0] in (302, 404)
+        assert server.get(f"/login?next=%2Ftree%3Ftoken%3D{wrong}", token=None)[0] == 200
+        for kernel in ("none", "00000000-0000-0000-0000-000000000000"):
+            assert server.get(f"/api/kernels/{kernel}/channels{query}", token=None)[0] == 404
+        with server.kernel("light") as kernel:
+            for session in ("", "&session_id=%C3%A9", "&session_id=1"):
+                path = f"/api/kernels/{kernel}/channels{query}{session}"
+                host = {"Host": f"127.0.0.1:{server.port}"}
+                with wsclient.Client(("127.0.0.1", server.port), path, headers=host) as client:
+                    assert client.handshake.status == (400 if "%" in session else 101)
+            with Client(server, kernel) as client:
+                client.socket.send("no message")
+                assert client.closed().code == 1007
+        assert server.rest("POST", f"/api/kernels{query}", "no model")[0] >= 400
+        until(lambda: server.logged("closing with 1007"), "the log of the last client")
+        assert len(server.logged("token=[secret]")) > 5
+        assert server.logged("Uncaught exception GET /fails?token=[secret]")
+        assert server.logged("ValueError: http://127.0.0.1")
+        assert server.logged("%3Ftoken%3D[secret]")
+        for secret in (TOKEN, wrong):
+            assert secret not in server.log
+            assert secret not in (server.home / "stdout").read_text()
+
+
 # -- what others have chosen -----------------------------------------------------------------------
 
 
@@ -152,7 +201,8 @@ def linked(app: ServerApp) -> ServerApp:
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the extension logs."""
     lines: list[str] = []
-    monkeypatch.setattr(ServerApp, "log", SimpleNamespace(info=lambda text, *values: lines.append(text % values)))
+    log = SimpleNamespace(info=lambda text, *values: lines.append(text % values), handlers=[])
+    monkeypatch.setattr(ServerApp, "log", log)
     return lines
 
 

@@ -20,6 +20,7 @@ ROOMS = (
     "_core",
     "flow",
     "events",
+    "logs",
     "turns",
     "spill",
     "outbox",
@@ -39,6 +40,7 @@ STRANGERS = {
     "_core": {"asyncio", "tornado", "logging"},
     "flow": {"asyncio", "socket", "time", "tornado", "zmq"},
     "events": {"asyncio", "tornado", "zmq"},
+    "logs": {"asyncio", "tornado", "zmq"},
     "websocket": {"jupyter_client", "jupyter_core", "jupyter_server"},
     "relay": {"jupyter_server"},
 }

@@ -3,7 +3,8 @@
 #
 #     tools/sanitized.sh python -m pytest
 #
-# Python itself is not sanitized, so the sanitizer's library has to be loaded before it.
+# Python itself is not sanitized, so the sanitizer's library has to be loaded before it: before that of each process
+# the command starts, too. What is reported in any of them is shown at the end, with exit code 1.
 set -euo pipefail
 
 library() { # the path of one of the extension's shared libraries
@@ -18,12 +19,24 @@ fi
 # libzmq throws C++ exceptions, which AddressSanitizer can intercept only if it saw libstdc++ at its start.
 cxx=$("${CC:-cc}" -print-file-name=libstdc++.so.6)
 
+# A server's stderr belongs to the test that started it, so reports have a place of their own.
+reports=$(mktemp -d)
+trap 'rm -rf "$reports"' EXIT
+
 # CPython leaks at exit, and its own allocator would hide overruns.
 # A test may ask for more memory than there is: that is a MemoryError, no bug.
-exec env \
+code=0
+env \
     LD_PRELOAD="$asan $cxx" \
-    ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1${ASAN_OPTIONS:+:$ASAN_OPTIONS}" \
-    UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}" \
+    ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:log_path=$reports/asan${ASAN_OPTIONS:+:$ASAN_OPTIONS}" \
+    UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1:log_path=$reports/ubsan${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}" \
     PYTHONMALLOC=malloc \
     PYTHONPATH="$PWD" \
-    "$@"
+    "$@" || code=$?
+
+for report in "$reports"/*; do
+    [ -e "$report" ] || break
+    cat "$report"
+    code=1
+done
+exit "$code"

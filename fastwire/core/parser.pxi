@@ -324,7 +324,7 @@ cdef class FrameParser:
                 raise MemoryError
         return 0
 
-    cdef int parse(self, uint8_t *p, size_t length) except -1:
+    cdef void parse(self, uint8_t *p, size_t length) noexcept:
         global read_buffer_owner
         cdef uint8_t *end = p + length
         while p < end and not self.error and not self.saw_close:
@@ -332,12 +332,8 @@ cdef class FrameParser:
                 p = self.parse_head(p, end)
             if self.in_payload and not self.error:
                 p = self.parse_payload(p, end)
-        if self.error == -1:
-            self.error = NO_ERROR
-            raise MemoryError
         if self.event_count > self.head_event:
             read_buffer_owner = <PyObject *>self
-        return 0
 
     # -- frame headers --
 
@@ -345,6 +341,9 @@ cdef class FrameParser:
         self.error = error
         self.problem = problem
         return -1
+
+    cdef int no_memory(self) noexcept:
+        return self.fail(TOO_BIG, "there is no memory for the message")
 
     cdef uint8_t *parse_head(self, uint8_t *p, uint8_t *end) noexcept:
         """Collects one header; each octet is judged as it comes."""
@@ -506,7 +505,7 @@ cdef class FrameParser:
         if n == 0:
             return p
         if length > self.message_room and not self.make_room(length):
-            self.error = -1
+            self.no_memory()
             return NULL
         end = <uint8_t *>PyBytes_AS_STRING(<object>self.message) + self.message_length
         fw_unmask(end, p, n, self.key, self.frame_got)
@@ -559,8 +558,7 @@ cdef class FrameParser:
         if copy and not own_event(event):
             self.event_count -= 1
             self.event_bytes -= n
-            self.error = -1
-            return -1
+            return self.no_memory()
         if opcode < CLOSE:
             tally(&counted.from_clients, n)
         return 0
@@ -572,7 +570,7 @@ cdef class FrameParser:
             room = self.event_room * 2 if self.event_room else 8
             events = <Event *>realloc(self.events, room * sizeof(Event))
             if events == NULL:
-                self.error = -1
+                self.no_memory()
                 return NULL
             self.events = events
             self.event_room = room
@@ -636,6 +634,7 @@ cdef class FrameParser:
         if event.own == NULL and not own_event(event):
             raise MemoryError
         if <size_t>PyBytes_GET_SIZE(<object>event.own) != event.len and not resize_bytes(&event.own, event.len):
+            self.took()  # its bytes are gone
             raise MemoryError
         return <bytes>event.own
 

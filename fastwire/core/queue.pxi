@@ -395,10 +395,16 @@ cdef class WriteQueue:
 
     # -- letting go --
 
+    # An entry is out of the queue before its bytes are let go: a finalizer may come back here.
+
+    cdef void let_go_first(self) noexcept:
+        cdef Entry entry = self.entry(self.first)[0]
+        self.first += 1
+        self.let_go(&entry)
+
     cdef void release_passed(self) noexcept:
         while self.first < self.next_write and self.entry(self.first).end <= self.acked:
-            self.let_go(self.entry(self.first))
-            self.first += 1
+            self.let_go_first()
         if self.first == self.last and self.block != NULL and self.block.entries == 0:
             self.reuse_block()
 
@@ -429,20 +435,20 @@ cdef class WriteQueue:
         block_put(block, sizeof(Block) + block.size)
 
     cdef void release_all(self) noexcept:
-        while self.first < self.last:
-            self.let_go(self.entry(self.first))
-            self.first += 1
-        self.next_write = self.last
+        cdef size_t end = self.last
+        self.next_write = end
         self.first_stamp = self.last_stamp
-        if self.block != NULL:
+        self.written = self.queued
+        self.acked = self.queued
+        while self.first < end:
+            self.let_go_first()
+        if self.block != NULL and self.block.entries == 0:
             self.free_block(self.block)
             self.block = NULL
 
     def clear(self):
         cdef uint64_t lost = self.queued - self.written
         self.release_all()
-        self.written = self.queued
-        self.acked = self.queued
         return lost
 
     @property

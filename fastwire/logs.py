@@ -1,0 +1,36 @@
+"""Tokens stay out of logs: scripts and WebSockets show theirs in the URL, and Tornado logs that of what failed."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+__all__ = ["without_tokens", "without_tokens_of_requests"]
+
+#: Also in a URL that is a parameter of another: the page to sign in has one.
+TOKEN_IN_URL = re.compile(r"(token(?:=|%(?:25)*3d))[^&\s'\"]+", re.IGNORECASE)
+
+FORMATTER = logging.Formatter()
+
+
+def without_tokens(record: logging.LogRecord) -> bool:
+    """A filter of `logging` that keeps every record, and strikes tokens out of what it says."""
+    try:
+        message = record.getMessage()
+    except Exception:  # noqa: BLE001 - the handler will tell about a record that cannot be formatted
+        return True
+    struck_out = strike_out(message)
+    if struck_out != message:
+        record.msg, record.args = struck_out, ()
+    if record.exc_info:
+        record.exc_text = strike_out(record.exc_text or FORMATTER.formatException(record.exc_info))
+    return True
+
+
+def without_tokens_of_requests(record: logging.LogRecord) -> bool:
+    """`without_tokens`, but for the URL that ``ServerApp`` tells when it starts: its user learns the token from it."""
+    return record.module == "serverapp" or without_tokens(record)
+
+
+def strike_out(text: str) -> str:
+    return TOKEN_IN_URL.sub(r"\1[secret]", text)
