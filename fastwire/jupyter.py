@@ -255,13 +255,22 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     # -- opening --
 
     async def prepare(self) -> None:
-        """Timers begin in here, and in every step of this request after it, that end long after the client has gone,
+        """Everything that can fail while the answer is still HTTP.
+
+        Timers begin in here, and in every step of this request after it, that end long after the client has gone,
         and cancelled ones still hold their context: all of them know the connection and its handler weakly.
 
-        Source: `ZMQChannelsWebsocketConnection.prepare`, whose timer holds its ``self`` for ``kernel_info_timeout``.
+        Source: `ZMQChannelsWebsocketConnection.prepare`, whose timer holds its ``self`` for ``kernel_info_timeout``,
+        and which does not forget a request that failed.
         """
         CallContext.set(CallContext.JUPYTER_HANDLER, proxy(self.websocket_handler))
-        await super().prepare.__func__(proxy(self))  # type: ignore[attr-defined]
+        try:
+            await super().prepare.__func__(proxy(self))  # type: ignore[attr-defined]
+        except BaseException:
+            self.disconnect()
+            raise
+        if self._close_future.done():
+            raise HTTPError(499, reason="the client left")
 
     async def connect(self) -> None:  # type: ignore[override]
         """Subscribe, prove the subscription, then continue or begin the client's session.
@@ -277,10 +286,10 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             return
         self._fast = True
         self.multi_kernel_manager.notify_connect(self.kernel_id)
-        self.multi_kernel_manager.add_restart_callback(self.kernel_id, self.on_kernel_restarted)
-        self.multi_kernel_manager.add_restart_callback(self.kernel_id, self.on_restart_failed, "dead")
         self._open_sockets.add(self)
         try:
+            self.multi_kernel_manager.add_restart_callback(self.kernel_id, self.on_kernel_restarted)
+            self.multi_kernel_manager.add_restart_callback(self.kernel_id, self.on_restart_failed, "dead")
             relays.open(self.kernel_manager)
             # A proven one is joined in the turn that answers the handshake: nothing that comes after is missed.
             if not self._is_proven:
@@ -355,7 +364,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         connection.on_alive = partial(self.websocket_handler.on_pong, b"")
         session.attach(
             connection,
-            self.subprotocol,
+            self.subprotocol if self.subprotocol == PROTOCOL_V1 else None,
             frozenset(self.multi_kernel_manager.allowed_message_types),
             resumable=has_id and bool(self.multi_kernel_manager.buffer_offline_messages),
         )
@@ -451,7 +460,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         """One message of the client; with fastwire's protocol object they arrive in the relay without this."""
         if not self._fast:
             super().handle_incoming_message(incoming_msg)
-        elif self._session is not None and self._connection is not None:
+        elif self._session is not None and self._connection is not None and not self._close_future.done():
             try:
                 self._session.send(incoming_msg)
             except FastwireError as error:

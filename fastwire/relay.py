@@ -236,15 +236,15 @@ class KernelRelay:
 
     def open(self, endpoint: object = None, signer: Signer | None = None) -> None:
         """Subscribe to the kernel, once. ``endpoint`` is whatever tells where it listens: when that is not what it was
-        last time, every socket is made anew, with a new ``signer`` if one is given."""
+        last time, every socket is made anew. ``signer`` is that of sockets that are made now."""
         moved = self.iopub is not None and self.endpoint != endpoint
         if moved:
             self.drain_iopub()
             self._close_iopub()
-            self.signer = signer or self.signer
         open_relays.add(self)
         if self.iopub is None or self.iopub.closed:
             self.endpoint = endpoint
+            self.signer = signer or self.signer
             self.heard = asyncio.get_running_loop().create_future()
             self.iopub = self.channel("iopub", None, self._on_iopub)
         if moved:
