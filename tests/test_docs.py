@@ -107,3 +107,14 @@ def test_every_example_is_run() -> None:
     """A new one needs its test."""
     tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_docs.py", "test_jupyter_peers.py"))
     assert len(examples(ROOT / USE)) == len(set(re.findall(r'example\("(.+?)", USE\)', tests)))
+
+
+def test_every_behaviour_names_a_test_that_exists() -> None:
+    rows = [line for line in (ROOT / "docs" / "jupyter.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith("| ---") and not row.endswith("| test |")]
+    assert len(rows) > 40
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.split("|")[2])
+        assert named, row
+        assert [name for name in named if f"def {name}(" not in tests] == []

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from builders import client_message, message
 from jupyter_client import AsyncKernelManager
+from jupyter_client.connect import port_names
 from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
-from server import PATIENCE, TOKEN, environment, write_kernelspecs
+from server import PATIENCE, PROTOCOLS, TOKEN, Message, environment, write_kernelspecs
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from traitlets.config import Config
@@ -100,13 +101,13 @@ async def result(client: ClientConnection, msg_id: str) -> str:
     """The result of a cell, received up to its idle status."""
     found = ""
     async with asyncio.timeout(PATIENCE):
-        async for text in client:
-            got = json.loads(text)
-            if got["parent_header"].get("msg_id") != msg_id:
+        async for payload in client:
+            got = Message.of(payload, client.subprotocol if client.subprotocol == PROTOCOL_V1 else None)
+            if got.parent != msg_id:
                 continue
-            if got["msg_type"] == "execute_result":
-                found = got["content"]["data"]["text/plain"]
-            if got["content"].get("execution_state") == "idle":
+            if got.type == "execute_result":
+                found = got.content["data"]["text/plain"]
+            if got.content.get("execution_state") == "idle":
                 return found
     raise AssertionError("closed")
 
@@ -132,6 +133,27 @@ def test_a_connection_that_is_disconnected_twice(tmp_path: Path, monkeypatch: py
                 assert await result(bob, "1") == "4"
                 session = relays.of(inside.manager.get_kernel(kernel)).sessions["ann"]
                 assert session.uplink.sent == 0
+                assert session.identity == b"ann", "by which kernels route what they ask"
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def test_a_message_that_is_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str | None) -> None:
+    """As a handler does whose WebSocket is not fastwire's. Nothing is raised: garbage closes its own connection."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with inside.client(kernel, subprotocols=[protocol] if protocol else None) as client:
+                connection = await inside.connection()
+                good = client_message(message("execute_request", "1", {"code": "1"}), "shell", protocol)
+                connection.handle_incoming_message(good)
+                assert await result(client, "1") == "4"
+                connection.handle_incoming_message(b"garbage")
+                async with asyncio.timeout(PATIENCE):
+                    await client.wait_closed()
+                assert client.close_code == 1007
 
     asyncio.run(use())
 
@@ -312,6 +334,28 @@ def test_a_kernel_that_somebody_else_has_started(tmp_path: Path, monkeypatch: py
                     assert client.close_code == 1011
             finally:
                 await manager.shutdown_kernel(now=True)
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_moves_while_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a client waits for, it is asked again where it listens now: an automatic restart may take it anywhere."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            silent, other = [
+                inside.manager.get_kernel(await inside.manager.start_kernel(kernel_name=name))
+                for name in ("odd-mute", "light")
+            ]
+            silent._kernel_info_future = Future()
+            silent._kernel_info_future.set_result({})
+            async with inside.client(silent.kernel_id) as client:
+                await until(lambda: relays.of(silent).iopub, "it is asked")
+                silent.session.key = other.session.key
+                for name in port_names:
+                    setattr(silent, name, getattr(other, name))
+                await execute(client, "1")
+                assert await result(client, "1") == "4"
 
     asyncio.run(use())
 

@@ -17,6 +17,10 @@ from fastwire._core import OP_CLOSE, OP_PING, PROTOCOL_V1
 # Each test starts a server of its own, or several kernels.
 pytestmark = pytest.mark.timeout(180)
 
+#: What is no use of a kernel for one who looks at its widgets only.
+UNTRACKED = ["kernel_info_request", "execute_request", "shutdown_request", "status", "stream"]
+UNTRACKED += ["execute_input", "execute_result", "error"]
+
 both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
 
@@ -52,6 +56,7 @@ def pending(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--MappingKernelManager.kernel_info_timeout=1",
         "--MappingKernelManager.buffer_offline_messages=False",
         "--ServerApp.tornado_settings={'ws_ping_interval': 500, 'ws_ping_timeout': 4000}",
+        f"--MappingKernelManager.untracked_message_types={UNTRACKED}",
     )
     with serving(tmp_path_factory.mktemp("pending"), *options) as running:
         add_kernelspec(running.home, "broken", "light", argv=["/no/such/program", "{connection_file}"])
@@ -72,6 +77,25 @@ def test_the_old_names_of_the_rate_limit(server: Server) -> None:
         assert "ServerApp.iopub_data_rate_limit=20000.0" in notice
         assert len(numbers(answer.messages)) < 200
         assert answer.states == ["busy", "idle"]
+
+
+OPENS = """
+from comm import create_comm
+import time
+for i in range(200): print(i, 'x' * 10_000, flush=True)
+for i in range(20): create_comm(target_name="x")
+time.sleep(2)
+print("resumed")
+"""
+
+
+def test_what_a_rate_limit_lets_pass_and_when_it_ends(server: Server) -> None:
+    """A widget that is opened passes, or it would never be shown; output goes on when the rate has fallen."""
+    with server.kernel() as kernel, Client(server, kernel) as client:
+        answer = client.run(OPENS)
+        assert len(numbers([m for m in answer.of("stream") if "resumed" not in m.content["text"]])) < 200
+        assert len(answer.of("comm_open")) == 20
+        assert answer.text().endswith("resumed\n")
 
 
 def test_the_default_protocol_can_be_forced(server: Server) -> None:
@@ -234,6 +258,22 @@ def test_what_counts_as_activity(server: Server) -> None:
         assert activity(server, kernel) == before
         client.run("1")
         assert activity(server, kernel) > before
+
+
+def test_what_counts_as_activity_can_be_chosen(pending: Server) -> None:
+    """A cell that is not tracked makes the kernel neither used nor busy; a comm message does, which is."""
+    with pending.kernel("light") as kernel, Client(pending, kernel) as client:
+        client.run("1")
+        pending.until_model(kernel, execution_state="idle")
+        before = activity(pending, kernel)
+        cell = client.execute("sleep 600")
+        client.expect("execute_input")
+        assert pending.model(kernel)["execution_state"] == "idle"
+        pending.interrupt(kernel)
+        client.collect(cell)
+        assert activity(pending, kernel) == before
+        client.send("comm_msg", {"comm_id": "none", "data": {}})
+        until(lambda: activity(pending, kernel) > before, "it was used")
 
 
 # -- events ----------------------------------------------------------------------------------------

@@ -211,6 +211,33 @@ def test_notebooks_through_a_gateway(unlocked: Server, tmp_path: Path, program: 
     until(lambda: unlocked.rest("GET", "/api/kernels")[1] == [], "they end their kernels")
 
 
+# -- VS Code ---------------------------------------------------------------------------------------
+
+#: What it looks for to find out what kind of server this is, and what it lists.
+PROBES = ("/tree", "/hub", "/hub/api", "/login", "/logout", "/api", "/api/status", "/api/kernelspecs", "/api/kernels")
+PROBES += ("/api/sessions", "/api/contents", "/api/me")
+
+
+def test_what_vs_code_asks(server: Server, tmp_path: Path) -> None:
+    """It is answered as by Jupyter Server, and a session brings it to a kernel."""
+    with serving(tmp_path, how=("-m", "jupyter_server")) as stock:
+        for path in PROBES:
+            ours, theirs = server.get(path), stock.get(path)
+            assert ours[0] == theirs[0], path
+            assert ours[1]["Content-Type"] == theirs[1]["Content-Type"], path
+    wanted = {"path": "a.ipynb", "type": "notebook", "name": "", "kernel": {"name": "light"}}
+    status, session = server.rest("POST", "/api/sessions", wanted)
+    assert status == 201
+    kernel = session["kernel"]["id"]
+    with Client(server, kernel, headers={"Origin": server.root}) as client:
+        assert client.run("1").result == "4"
+        (listed,) = server.rest("GET", "/api/sessions")[1]
+        assert (listed["id"], listed["kernel"]["connections"]) == (session["id"], 1)
+        assert server.rest("DELETE", f"/api/sessions/{session['id']}")[0] == 204
+        assert client.closed().code == 1011
+    assert server.rest("GET", f"/api/kernels/{kernel}")[0] == 404
+
+
 # -- jupyter-kernel-client -------------------------------------------------------------------------
 
 KERNEL_CLIENT = """
