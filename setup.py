@@ -41,7 +41,8 @@ def flavour() -> tuple[str, list[str], list[str]]:
     names, compiler, linker = [], [], []
     if SANITIZE:
         names += SANITIZE.split(",")
-        compiler += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-O1", *UNOPTIMISED]
+        # Python is built so that integers wrap around; here they must not.
+        compiler += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-wrapv", "-O1", *UNOPTIMISED]
         linker += [f"-fsanitize={SANITIZE}"]
     if FUZZ:
         os.environ.setdefault("CC", "clang")

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from playwright.sync_api import Browser, expect, sync_playwright
@@ -34,7 +34,10 @@ def launched(what: str) -> Iterator[Browser]:
         missing = f"{what} is NOT tested in a browser: no chromium on PATH (apt-get install chromium)"
         assert os.environ.get("CI") != "true", missing
         pytest.skip(missing)
-    with sync_playwright() as playwright:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("LD_PRELOAD", raising=False)  # tools/sanitized.sh means it for Python
+            playwright = stack.enter_context(sync_playwright())
         # Its profile is a new, empty directory.
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
         yield browser

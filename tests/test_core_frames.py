@@ -458,18 +458,19 @@ from fastwire import _core
 from fastwire.errors import MessageTooBig
 
 parser, other = _core.FrameParser(1 << 40), _core.FrameParser()
-ping, fragment = client_frame(_core.OP_PING, b"mine"), client_frame(0, bytes(200_000), fin=False)
-other.feed(ping)
-assert list(other) == [(_core.OP_PING, b"mine")]
+mine, theirs = (client_frame(_core.OP_PING, data) for data in (b"mine", b"else"))
+chunk = mine + client_frame(0, bytes(200_000), fin=False)
+other.feed(theirs)
+assert list(other) == [(_core.OP_PING, b"else")]
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
 parser.feed(client_frame(_core.OP_BINARY, b"", fin=False))
 while not parser.closed:
     assert list(parser) == []
-    parser.feed(ping + fragment)
+    parser.feed(chunk)
     if not parser.closed:
         assert next(parser) == (_core.OP_PING, b"mine")
-other.feed(client_frame(_core.OP_PING, b"else"))
+other.feed(theirs)
 assert next(parser) == (_core.OP_PING, b"mine")
 try:
     next(parser)

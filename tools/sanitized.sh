@@ -19,17 +19,19 @@ fi
 # libzmq throws C++ exceptions, which AddressSanitizer can intercept only if it saw libstdc++ at its start.
 cxx=$("${CC:-cc}" -print-file-name=libstdc++.so.6)
 
-# A server's stderr belongs to the test that started it, so reports have a place of their own.
+# A server's stderr belongs to the test that started it, so reports have a place of their own. UBSan's message goes to
+# stderr all the same; it aborts then, and AddressSanitizer reports that with the stack.
 reports=$(mktemp -d)
 trap 'rm -rf "$reports"' EXIT
+path=log_path=$reports/report
 
 # CPython leaks at exit, and its own allocator would hide overruns.
 # A test may ask for more memory than there is: that is a MemoryError, no bug.
 code=0
 env \
     LD_PRELOAD="$asan $cxx" \
-    ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:log_path=$reports/asan${ASAN_OPTIONS:+:$ASAN_OPTIONS}" \
-    UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1:log_path=$reports/ubsan${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}" \
+    ASAN_OPTIONS="$path:handle_abort=1:detect_leaks=0:allocator_may_return_null=1${ASAN_OPTIONS:+:$ASAN_OPTIONS}" \
+    UBSAN_OPTIONS="$path:abort_on_error=1:halt_on_error=1:print_stacktrace=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}" \
     PYTHONMALLOC=malloc \
     PYTHONPATH="$PWD" \
     "$@" || code=$?
