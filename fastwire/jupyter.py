@@ -641,12 +641,20 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
 
     async def _async_restart_kernel(self, kernel_id: str, now: bool = False) -> Any:
         """Answered when the new process is heard: who stays connected misses nothing of what it asks next."""
+        self._give_up_restart(kernel_id)
         reply = await super()._async_restart_kernel(kernel_id, now=now)
         self._begin_anew(kernel_id)
         await self._until_heard(self._kernels[kernel_id])
         return reply
 
     restart_kernel = _async_restart_kernel  # type: ignore[assignment]
+
+    def _give_up_restart(self, kernel_id: str) -> None:
+        """Jupyter Server asks each restarted kernel for its info, and keeps the socket until that answers: one that is
+        restarted before never will."""
+        give_up = getattr(self._kernels.get(kernel_id), "_pending_restart_cleanup", None)
+        if give_up is not None:
+            give_up()
 
     async def _until_heard(self, kernel: Any) -> None:
         """Where somebody is connected: who comes later asks for himself. Not longer than a client waits that connects,
@@ -676,8 +684,7 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     def stop_watching_activity(self, kernel_id: str) -> None:
         kernel: Any = self._kernels[kernel_id]
         relays.unobserve(kernel)
-        if getattr(kernel, "_pending_restart_cleanup", None):
-            kernel._pending_restart_cleanup()
+        self._give_up_restart(kernel_id)
 
     def remove_kernel(self, kernel_id: str) -> Any:
         kernel = super().remove_kernel(kernel_id)

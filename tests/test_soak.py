@@ -74,6 +74,18 @@ def test_what_is_closed_is_forgotten(tmp_path: Path) -> None:
         until(lambda: census(server) == before, f"{before} again")
 
 
+def test_a_restart_before_the_last_one_was_answered_takes_its_socket(tmp_path: Path) -> None:
+    """In which Jupyter Server waits for the info of the restarted kernel."""
+    with serving(tmp_path, *SETTINGS) as server, server.kernel("odd-mute") as kernel:
+        ports = [server.connection_info(kernel)[f"{name}_port"] for name in ("iopub", "control", "shell")]
+        server.restart(kernel)
+        until(lambda: all(map(server.connections_to, ports)), "the kernel is there")
+        descriptors = server.outside.num_fds()
+        for _ in range(4):
+            server.restart(kernel)
+        until(lambda: server.outside.num_fds() <= descriptors, f"{descriptors} descriptors again")
+
+
 def one_client(server: Server, kernel: str, number: int) -> None:
     """In each protocol in turn; every fourth vanishes."""
     client = Client(server, kernel, list(PROTOCOLS.values())[number % 2], how=Raw)
