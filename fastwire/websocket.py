@@ -256,6 +256,7 @@ class Connection(WebSocketProtocol13):
         if self._can_take_socket():
             self.stream.io_loop.remove_handler(self.stream.fileno())
             self._fd = cast(socket.socket, self.stream.fileno()).fileno()
+        self._stream_begin = int(self.stream._total_write_index)
         super().start_pinging()
 
     def _can_take_socket(self) -> bool:
@@ -733,13 +734,25 @@ class Connection(WebSocketProtocol13):
         self._ask_timer = self._loop.call_later(self._ask_delay, self._ask_again)
 
     def _sample_taken(self) -> None:
-        if self._fd >= 0 and not self.stream.closed():
-            with contextlib.suppress(OSError):
-                in_buffers = fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4))
-                taken = self.queue.written - int.from_bytes(in_buffers, sys.byteorder)
-                if taken > self.taken:
-                    self._taken = taken
-                    self._is_alive()
+        """What the system was given and has not in its buffers, the peer's TCP has; with TLS, whose bytes are more than
+        ours, so much at least."""
+        waiting = self._in_buffers
+        if waiting is not None and self._given - waiting > self._taken:
+            self._taken = self._given - waiting
+            self._is_alive()
+
+    @property
+    def _in_buffers(self) -> int | None:
+        """Bytes that the system has of what the peer's TCP has not, None when it does not say."""
+        with contextlib.suppress(OSError):
+            if not self.stream.closed():
+                return int.from_bytes(fcntl.ioctl(self.stream.socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return None
+
+    @property
+    def _given(self) -> int:
+        """How far the system has our bytes; Tornado's stream may still hold some of what it was given."""
+        return self.queue.written if self._fd >= 0 else int(self.stream._total_write_done_index) - self._stream_begin
 
     def _is_alive(self) -> None:
         """A sign of life, for whatever keepalive there is: Tornado's, or one that the handler has."""
@@ -762,20 +775,22 @@ class Connection(WebSocketProtocol13):
 
     def _watch_for_stalls(self) -> None:
         if self._stall_timer is None and self._stall_limit:
-            self._look_for_progress(self._moved_bytes, STALL_LOOKS)
+            self._look_for_progress(self._moved, STALL_LOOKS)
 
     @property
-    def _moved_bytes(self) -> int:
-        """What the system took; of what a stream was given, some may still be there."""
-        return self.queue.written if self._fd >= 0 else int(self.stream._total_write_done_index)
+    def _moved(self) -> tuple[int, int | None]:
+        """Changes when the system takes bytes, and when the peer's TCP does: a slow one takes some for a long time
+        before there is room for more."""
+        return self._given, self._in_buffers
 
-    def _look_for_progress(self, moved: int, looks: int) -> None:
+    def _look_for_progress(self, moved: tuple[int, int | None], looks: int) -> None:
         """A few looks within the limit, so that a flush need not note the time."""
         self._stall_timer = None
         if self._ended.done() or not (self.queue.pending_bytes or self._stream_busy):
             return
-        if self._moved_bytes != moved:
-            moved, looks = self._moved_bytes, STALL_LOOKS
+        self._sample_taken()
+        if (now := self._moved) != moved:
+            moved, looks = now, STALL_LOOKS
         elif not looks:
             if self.on_stalled is not None:
                 self.on_stalled()

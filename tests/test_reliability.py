@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
@@ -157,9 +158,30 @@ def test_a_reader_at_a_trickle_is_slow_and_not_dead(hasty: Server) -> None:
         assert numbers(client.log) == [*range(count)]
 
 
-def drip(client: Client) -> None:
+def drip(client: Client, nbytes: int = 4000) -> None:
     """Read a little of TCP into the client's buffer."""
-    client.socket.client._buffer += client.socket.client.sock.recv(4000)
+    client.socket.client._buffer += client.socket.client.sock.recv(nbytes)
+
+
+@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="two minutes: make nightly")
+@pytest.mark.timeout(300)
+def test_a_reader_of_one_kilobyte_a_second(tmp_path: Path) -> None:
+    """Three times as long as `write_deadline`, in which its TCP has made no room for a new write."""
+    with (
+        serving(tmp_path) as server,
+        server.kernel("light") as kernel,
+        Client(server, kernel, None, how=Narrow) as client,
+    ):
+        cell = client.execute("flood 2000 1000")
+        for _ in range(100):
+            drip(client, 1000)
+            time.sleep(1.0)
+        client.receive_until(lambda message: is_end(message, cell))
+        assert numbers(client.log) == [*range(2000)]
+
+
+class Narrow(Raw):
+    receive_buffer = 1 << 13
 
 
 def test_a_reader_that_takes_nothing_is_closed_and_comes_back(hasty: Server) -> None:

@@ -54,6 +54,7 @@ from fastwire.websocket import Connection, connection_for
 
 MB = 1 << 20
 BIG = os.urandom(1 << 16) + bytes(15 << 16)  # one MB, of which permessage-deflate makes 64 KB
+RANDOM = os.urandom(MB)
 
 
 def eventually(reached: Callable[[], object], what: str = "") -> None:
@@ -2651,6 +2652,55 @@ def test_pausing_in_a_callback_holds(site: Site, where: str) -> None:
     eventually(lambda: handler.events == [*first, "two"])
     site.turns()
     site.run(handler.connection.resume_reading)
+
+
+def stuffed(site: Site) -> tuple[Client, Connection]:
+    """A client that reads nothing, and a connection that has more for it than the system takes."""
+    client, handler = site.open_narrow(site.Handler)
+    connection = handler.connection
+    site.run(lambda: handler.write_message(RANDOM, binary=True) and None)
+    before = None
+    while before != (before := moved(site, connection)):  # until the system has no room either
+        site.turns(50)
+        time.sleep(0.05)
+    return client, connection
+
+
+def moved(site: Site, connection: Connection) -> tuple[int, int]:
+    return site.run(lambda: connection._moved)
+
+
+def read_some(client: Client) -> None:
+    client._buffer += client.sock.recv(4096)
+
+
+@on_ours
+def test_what_the_peers_tcp_takes_is_known(site: Site) -> None:
+    client, connection = stuffed(site)
+    site.run(connection._sample_taken)
+    assert connection._taken < connection.queue.queued
+    assert client.message() == RANDOM
+    eventually(lambda: site.run(connection._sample_taken) or connection._taken == connection.queue.queued)
+
+
+@on_ours
+def test_who_takes_a_little_is_slow_and_not_stalled(site: Site) -> None:
+    """Long before the system has room for more of our bytes."""
+    client, connection = stuffed(site)
+    stalls: list[bool] = []
+    connection.on_stalled = lambda: stalls.append(True)
+
+    def last_look(before: tuple[int, int]) -> None:
+        connection._look_for_progress(before, 0)
+        if connection._stall_timer is not None:
+            connection._stall_timer.cancel()
+
+    before = moved(site, connection)
+    while moved(site, connection)[1] >= before[1]:
+        read_some(client)
+    site.run(last_look, before)
+    assert not stalls
+    eventually(lambda: site.run(lambda: last_look(connection._moved)) or stalls)
 
 
 @on_ours

@@ -103,6 +103,9 @@ class Client:
         sock.settimeout(PATIENCE)
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            if sock.family == socket.AF_INET:
+                # As on a network: with the loopback's 64 KB a small buffer opens its window only when it is empty.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
         sock.connect(address)
         if sock.family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
