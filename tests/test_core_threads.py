@@ -193,22 +193,22 @@ def test_a_finalizer_uses_the_queue_that_lets_go_of_its_data(act: str, acknowled
     server, client = socket.socketpair()
     with server, client:
         queue = _core.WriteQueue(copy_threshold=10, acknowledge=acknowledge)
-        large = [bytes([n]) * 1000 for n in range(4)]
+        large = [bytes([n]) * 100 for n in range(4)]
         lost: list[int] = []
         acts = {
-            "append": lambda: [queue.append(large[3]) for _ in range(40)],  # more than there is room for
+            "append": lambda: [queue.append(large[3]) for _ in range(20)],  # more than there is room for
             "flush": lambda: queue.flush(server.fileno()),
             "clear": lambda: lost.append(queue.clear()),
         }
         queue.append(large[0])
         queue.append(Finalized(large[1], acts[act]))
         queue.append(Finalized(large[2], acts[act]))
-        queue.flush(server.fileno(), 2500)
+        queue.flush(server.fileno(), 250)
         while queue.held_buffers:
             queue.flush(server.fileno())
             if acknowledge:
                 queue.acknowledge(queue.written)
         server.shutdown(socket.SHUT_WR)
-        expected = b"".join(large[:3]) + (large[3] * 80 if act == "append" else b"")
+        expected = b"".join(large[:3]) + (large[3] * 40 if act == "append" else b"")
         with client.makefile("rb") as stream:
             assert stream.read() == expected[: len(expected) - sum(lost)]
