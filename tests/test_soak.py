@@ -109,6 +109,7 @@ EACH = 16_000
 SLACK = 4 * MIB
 
 
+@pytest.mark.memory
 @pytest.mark.timeout(120 + 5 * COUNT)
 def test_reconnects_and_restarts_leave_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     with serving(tmp_path, *SETTINGS) as server:
@@ -188,6 +189,7 @@ def one_round(server: Server, kernel: str, number: int) -> None:
     stalled.socket.close()
 
 
+@pytest.mark.memory
 @pytest.mark.timeout(SECONDS * 3 + 120)
 def test_nothing_grows(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Not even over the sessions that are kept for a while."""
