@@ -352,7 +352,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         session = self.relay.session(self.session.session, self.session.bsession, self.user)
         if session.connection is not None:
             session.connection.close()
-            session.detach(session.connection)
+            session.detach(session.connection, replaced=True)
             # That has ended it, where nothing is kept for who is away.
             session = self.relay.session(self.session.session, self.session.bsession, self.user)
         self._session, self._connection = session, connection

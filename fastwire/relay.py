@@ -322,7 +322,10 @@ class KernelRelay:
             self.heard.set_result(None)
         self.neighbour = batch.headers(-1)
         for observe in self.observers:
-            observe(batch)
+            try:
+                observe(batch)
+            except Exception as error:  # clients get their messages all the same
+                log.error("an observer of kernel %s: %s", self.name, error, exc_info=error)
         for session in list(self.sessions.values()):
             session.deliver(batch)
 
@@ -450,6 +453,8 @@ class Session:
         for channel in self._channels:
             channel.catch_up()
             channel.close()
+        if self._closed:  # its last words were too much for it, or it ended while others were told theirs
+            return
         waiting = self._uplink
         self._open_channels()
         self._uplink.adopt(waiting)
@@ -538,8 +543,9 @@ class Session:
             connection.acknowledge()
         self._pump()
 
-    def detach(self, connection: Connection, *, close_code: int | None = None) -> None:
-        """The socket is gone. Nothing when another one has taken its place already."""
+    def detach(self, connection: Connection, *, close_code: int | None = None, replaced: bool = False) -> None:
+        """The socket is gone. Nothing when another one has taken its place already. ``replaced``: the next is attached
+        at once, so that the session does not count as detached."""
         if connection is not self.connection:
             return
         connection.consumer = connection.receiver = connection.on_progress = connection.on_stalled = None
@@ -554,7 +560,8 @@ class Session:
             return
         self.detached_at = self._loop.time()
         self._expiry = self._loop.call_later(resume_time(self.relay.limits, close_code), self.relay.end_session, self)
-        self.relay.limit_detached()
+        if not replaced:
+            self.relay.limit_detached()
 
     # -- kernel to client --
 

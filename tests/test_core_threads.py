@@ -1,9 +1,11 @@
 """The core while Python code runs in the middle of a call: hashlib lets other threads run, and so does a finalizer."""
 
+import gc
 import hmac
 import socket
 import threading
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import builders
@@ -212,3 +214,24 @@ def test_a_finalizer_uses_the_queue_that_lets_go_of_its_data(act: str, acknowled
         expected = b"".join(large[:3]) + (large[3] * 40 if act == "append" else b"")
         with client.makefile("rb") as stream:
             assert stream.read() == expected[: len(expected) - sum(lost)]
+
+
+def test_a_collection_while_a_message_is_handed_out_takes_others(request: pytest.FixtureRequest) -> None:
+    """Python 3.11 collects where it makes a tuple; later ones do between instructions."""
+    parser = _core.FrameParser()
+    parser.feed(b"".join(data_frame(bytes([n])) for n in range(40)))
+    taken: list[tuple[int, bytes]] = []
+
+    def take_one(phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            taken.extend(islice(parser, 1))
+
+    request.addfinalizer(lambda: gc.set_threshold(*threshold))
+    request.addfinalizer(lambda: gc.callbacks.remove(take_one))
+    threshold = gc.get_threshold()
+    gc.callbacks.append(take_one)
+    spare = [(n, n) for n in range(5000)]  # tuples are made anew and not used again
+    gc.set_threshold(1)
+    handed_out = list(parser)
+    assert len(spare) == 5000
+    assert sorted(payload for _, payload in handed_out + taken) == [bytes([n]) for n in range(40)]

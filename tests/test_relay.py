@@ -174,7 +174,7 @@ class Handler(WebSocketHandler):
         session = self.stage.relay.session(session_id, session_id.encode())
         if session.connection is not None:
             session.connection.close()
-            session.detach(session.connection)
+            session.detach(session.connection, replaced=True)
         self.session = session
         session.prepare = self.stage.prepare.get(session_id)
         session.prepare_all = session.prepare is not None
@@ -1007,6 +1007,49 @@ def test_the_oldest_detached_session_goes_first(stage: Stage, kernel: Kernel, li
     kept = names[3 - limit : 3]
     assert sorted(stage.relay.sessions) == sorted([*kept, "four"])
     assert sum(not sock.closed for sock in stage.sockets) == 1 + 3 * (limit + 1)
+
+
+def test_who_takes_over_its_own_session_drives_out_nobody(stage: Stage, kernel: Kernel) -> None:
+    """The server still has its last socket: the session is away for no moment."""
+    stage.start(kernel, detached_sessions=1)
+    leave(stage, stage.connect("bob"), "drop")
+    kernel.publish(*stream(1))
+    stage.connect("ann")
+    stage.connect("ann")
+    assert stage.connect("bob").ids(1) == ["1"]
+
+
+def test_a_session_that_ends_while_its_kernel_moves_opens_no_sockets(stage: Stage, kernel: Kernel) -> None:
+    """The kernel's last words to it were too much."""
+    stage.start(kernel, client_memory_limit=64 * KIB)
+    ann = stage.connect("ann")
+    stage.introduce(ann)
+    leave(stage, ann, "drop")
+    with stage.frozen():
+        for number in range(8):
+            kernel.reply("ann", message("execute_reply", str(number), {"text": "x" * 32 * KIB}))
+        stage.loop.call_soon_threadsafe(stage.session("ann").reopen)
+    stage.turns()
+    assert not stage.relay.sessions
+    assert sum(not sock.closed for sock in stage.sockets) == 1
+    assert "is given up" in stage.take_logs()[0]
+
+
+def test_an_observer_that_raises_takes_no_message_from_a_client(
+    stage: Stage, kernel: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)  # a record would keep the traceback, and that the batch
+    stage.start(kernel)
+
+    def observe(_: Batch) -> None:
+        raise ZeroDivisionError
+
+    stage.run(lambda: stage.relay.observers.append(observe))
+    ann = stage.connect("ann")
+    stage.introduce(ann)
+    kernel.publish(*stream(1))
+    kernel.reply("ann", message("execute_reply", "2"))
+    assert ann.ids(2) == ["1", "2"]
 
 
 def ann_away(stage: Stage, kernel: Kernel, **limits: Any) -> Outbox:

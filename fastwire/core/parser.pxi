@@ -626,9 +626,9 @@ cdef class FrameParser:
             payload = PyUnicode_DecodeUTF8(event.ptr, <Py_ssize_t>event.len, NULL)
         else:
             payload = self.bytes_of(event)
-        item = (event.opcode, payload)
-        self.took()
-        return item
+        opcode = event.opcode
+        self.took()  # first: making the tuple may run a finalizer, which may come back here
+        return opcode, payload
 
     cdef bytes bytes_of(self, Event *event):
         if event.own == NULL and not own_event(event):
