@@ -95,6 +95,7 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	HYPOTHESIS_PROFILE=nightly $(MAKE) test ARGS="--timeout=3600"
 	$(MAKE) sanitize
 	$(MAKE) upstream
+	$(MAKE) soak
 	$(MAKE) fuzz SECONDS=7200
 	$(MAKE) load ARGS="--target fastwire --kernels 64 --rate 10 --seconds 3600"
 	$(MAKE) load ARGS="--matrix --seconds 60 --repeat 1 --protocol legacy --json $(RESULTS)/matrix.json"

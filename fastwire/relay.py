@@ -362,10 +362,11 @@ class KernelRelay:
                 session.say(batch)
         return self.sessions[session_id]
 
-    def end_session(self, session: Session) -> None:
+    def end_session(self, session: Session, level: int = logging.INFO) -> None:
+        """``level`` is that of the line in the log that says what its client did not get."""
         if self.sessions.get(session.session_id) is session:
             del self.sessions[session.session_id]
-        session.close()
+        session.close(level)
 
     def limit_detached(self) -> None:
         """The oldest goes first, of the user who has the most: nobody drives out what is kept for others."""
@@ -388,7 +389,7 @@ class KernelRelay:
         open_relays.discard(self)
         for session in list(self.sessions.values()):
             connection = session.connection
-            self.end_session(session)
+            self.end_session(session, logging.WARNING)
             if connection is not None:
                 connection.close(1011, "the kernel was shut down")
         self._close_iopub()
@@ -751,7 +752,7 @@ class Session:
 
     # -- the end --
 
-    def close(self) -> None:
+    def close(self, level: int = logging.INFO) -> None:
         self._closed = True
         self._can_be_asked.set()
         self._stop_deadline()
@@ -760,7 +761,8 @@ class Session:
         self._caught_up()
         for channel in self._channels:
             channel.close()
+        has_all = self.connection is not None and not self.outbox.waiting  # or it is on its way
         lost = self.outbox.clear()
-        if lost:
-            log.info("session %s ended with %s messages undelivered", self.session_id, lost)
+        if lost and not has_all:
+            log.log(level, "session %s ended with %s messages undelivered", self.session_id, lost)
             self._note("expired", f"its session ended; {lost:,} messages were not delivered")

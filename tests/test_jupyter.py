@@ -20,6 +20,7 @@ from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from server import (
+    FASTWIRE,
     JUPYTER,
     PATIENCE,
     PROTOCOLS,
@@ -882,6 +883,21 @@ def test_the_server_ends_with_clients_connected(tmp_path_factory: pytest.TempPat
             client.socket.close()
         assert "Traceback" not in server.log
         assert "[E " not in server.log
+
+
+@pytest.mark.parametrize("how", [FASTWIRE, JUPYTER], ids=["fastwire.serve", "jupyter_server"])
+def test_at_its_end_the_server_says_what_nobody_got(tmp_path: Path, how: tuple[str, ...]) -> None:
+    """In one line for each session."""
+    with serving(tmp_path, how=how) as server:
+        kernel = server.start_kernel("light")
+        with Client(server, kernel, None, "who-left") as away:
+            away.run("1")
+        server.until_model(kernel, connections=0)
+        with Client(server, kernel) as client:
+            client.run("flood 200 100")
+            assert ended(server) == 0
+        (line,) = server.logged("session who-left ended")
+        assert int(re.search(r"(\d+) messages", line)[1]) >= 200
 
 
 def test_jupyter_server_itself(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -415,7 +415,7 @@ class Stage:
         if hasattr(self, "relay"):
             self.run(self.relay.close)
         assert not self.problems, self.problems
-        assert not self.logs.lines
+        assert [line for line in self.logs.lines if "undelivered" not in line] == []
         assert all(sock.closed for sock in self.sockets)
         watched = self.run(lambda: len(self.loop._selector.get_map()))
         assert watched == 2, "only the server and the loop itself"
@@ -1201,7 +1201,7 @@ def test_all_clients_together_have_a_limit(stage: Stage, kernel: Kernel) -> None
     assert stage.run(lambda: stage.relay.budgets.total.used) < 10 * MIB, "the limit, or 2 MiB for each"
     stage.run(stage.relay.close)
     assert stage.relay.budgets.total.used == 0
-    assert len(stage.take_logs()) <= 4, "once for each"
+    assert sum("too far behind" in line for line in stage.take_logs()) <= 4, "once for each"
 
 
 @pytest.mark.parametrize(("how", "kept"), [("reset", "resume_timeout"), ("close", "resume_timeout_closed")])
