@@ -78,30 +78,35 @@ class Fastwire(Configurable):
 
     resume_timeout = Float(
         Limits.resume_timeout,
+        min=0,
         config=True,
         help="Seconds a session is kept for its client to come back after its connection broke.",
     )
     resume_timeout_closed = Float(
         Limits.resume_timeout_closed,
+        min=0,
         config=True,
         help="Seconds a session is kept for its client to come back after the client closed the connection.",
     )
     detached_sessions = Integer(
-        Limits.detached_sessions, config=True, help="Sessions without a client that one kernel keeps at most."
+        Limits.detached_sessions, min=0, config=True, help="Sessions without a client that one kernel keeps at most."
     )
     client_memory_limit = Integer(
         Limits.client_memory_limit,
+        min=0,
         config=True,
         help="Bytes of memory that one client's undelivered messages may take. Beyond that they are put aside on disk.",
     )
     user_memory_limit = Integer(
         Limits.user_memory_limit,
+        min=0,
         config=True,
         help="Bytes of memory that the undelivered messages of all clients of one user may take together. Clients that "
         "show the server's token and no cookie count as one user.",
     )
     total_memory_limit = Integer(
         Limits.total_memory_limit,
+        min=0,
         config=True,
         help="Bytes of memory that the undelivered messages of all clients may take together.",
     )
@@ -128,60 +133,70 @@ class Fastwire(Configurable):
     )
     client_spill_limit = Integer(
         Limits.client_spill_limit,
+        min=0,
         config=True,
         help="Bytes of one client's messages that may be put aside. Beyond that the oldest output is dropped, and the "
         "client is told in its place.",
     )
     spill_keep_free = Integer(
-        Limits.spill_keep_free, config=True, help="Bytes of the disk of spill_dir that are left to others."
+        Limits.spill_keep_free, min=0, config=True, help="Bytes of the disk of spill_dir that are left to others."
     )
     write_deadline = Float(
         Limits.write_deadline,
+        min=0,
         config=True,
         help="Seconds until a client is closed whose connection takes no byte although some wait. It gets them when it "
         "comes back; a client without a session_id is left to ws_ping_timeout.",
     )
     uplink_deadline = Float(
         Limits.uplink_deadline,
+        min=0,
         config=True,
         help="Seconds until a client is closed that is held back at uplink_limit and whose kernel takes nothing.",
     )
     max_message_size = Integer(
         Limits.max_message_size,
+        min=0,
         config=True,
         help="Bytes of the longest message a client may send; closed with 1009 beyond. "
         "The websocket_max_message_size of ServerApp.tornado_settings wins.",
     )
     max_fragments = Integer(
         Limits.max_fragments,
+        min=0,
         config=True,
         help="Frames in which a client may send one message; closed with 1008 beyond.",
     )
     control_frame_rate = Float(
         Limits.control_frame_rate,
+        min=0,
         config=True,
         help="WebSocket pings and pongs a second that a client may send, on the average of ten seconds; closed with "
         "1008 beyond.",
     )
     handshake_timeout = Float(
         Limits.handshake_timeout,
+        min=0,
         config=True,
         help="Seconds until a connection is closed that has not sent a whole request, the one that opens a WebSocket "
         "included. Of python -m fastwire.serve.",
     )
     clients_per_kernel = Integer(
         Limits.clients_per_kernel,
+        min=0,
         config=True,
         help="WebSockets that may be open to one kernel; closed with 1013 beyond.",
     )
     clients_per_user = Integer(
         Limits.clients_per_user,
+        min=0,
         config=True,
         help="WebSockets that one user may have open to kernels; closed with 1013 beyond. Clients that show the "
         "server's token and no cookie count as one user.",
     )
     uplink_limit = Integer(
         Limits.uplink_limit,
+        min=0,
         config=True,
         help="Bytes of a client's messages that may wait for a kernel that does not take them; "
         "beyond that the client is not read until it does.",

@@ -36,6 +36,7 @@ from server import (
 )
 from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
 from tornado.web import Application
+from traitlets import TraitError
 from traitlets.config import Config
 from websockets.exceptions import InvalidStatus
 from wsclient import close_frame
@@ -842,6 +843,14 @@ def test_every_setting_reaches_the_relay(tmp_path: Path) -> None:
             settings = Fastwire(config=Config({"Fastwire": {field.name: value}}))
             defaults = dataclasses.replace(Limits(), spill_dir=jupyter_runtime_dir())
             assert settings.limits() == dataclasses.replace(defaults, **{field.name: value})
+
+
+def test_no_setting_is_negative() -> None:
+    """-1 is often a word for "no limit": here it is refused, by name."""
+    for field in dataclasses.fields(Limits):
+        if type(field.default) in (int, float) and Fastwire.class_traits(config=True).get(field.name):
+            with pytest.raises(TraitError, match=field.name):
+                Fastwire(config=Config({"Fastwire": {field.name: -1}}))
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")
