@@ -241,6 +241,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._connecting = False
         self._session: Session | None = None
         self._connection: Connection | None = None
+        self._protocol: str | None = None
         self._notice: list[bytes] | None = None
         self._limits = Fastwire(config=self.config).limits()
         handler: Any = self.websocket_handler
@@ -371,6 +372,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             # That has ended it, where nothing is kept for who is away.
             session = self.relay.session(self.session.session, self.session.bsession, self.user)
         self._session, self._connection = session, connection
+        # Another subprotocol that both have agreed to means the default one. The handler forgets it when it closes.
+        self._protocol = PROTOCOL_V1 if self.subprotocol == PROTOCOL_V1 else None
         session.prepare = self._prepare
         session.prepare_all = self.limit_rate
         session.on_ignored = self._warn_ignored
@@ -379,7 +382,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         connection.on_alive = partial(self.websocket_handler.on_pong, b"")
         session.attach(
             connection,
-            self.subprotocol if self.subprotocol == PROTOCOL_V1 else None,
+            self._protocol,
             frozenset(self.multi_kernel_manager.allowed_message_types),
             resumable=has_id and bool(self.multi_kernel_manager.buffer_offline_messages),
         )
@@ -477,7 +480,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             super().handle_incoming_message(incoming_msg)
         elif self._session is not None and self._connection is not None and not self._close_future.done():
             try:
-                self._session.send(incoming_msg)
+                self._session.send_as(self._protocol, incoming_msg)
             except FastwireError as error:
                 self._connection.fail(error)
 

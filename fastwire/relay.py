@@ -443,11 +443,11 @@ class Session:
             CLIENT_CHANNELS[::-1], self.identity, self.deliver, before=self.relay.drain_iopub, after=self._after_wake_up
         )
         self._channels = opened[::-1]
-        self._uplink = self._new_uplink()
+        self._uplink = self._new_uplink(self.protocol)
 
-    def _new_uplink(self) -> Uplink:
+    def _new_uplink(self, protocol: str | None) -> Uplink:
         sockets = {channel.name: channel.socket for channel in self._channels}
-        return Uplink(self.protocol, self.relay.signer, sockets, allowed_message_types=self._allowed)
+        return Uplink(protocol, self.relay.signer, sockets, allowed_message_types=self._allowed)
 
     def reopen(self) -> None:
         """The kernel listens elsewhere now: its last words from the old sockets, what waits for it to the new ones."""
@@ -530,7 +530,7 @@ class Session:
         if any(channel.closed for channel in self._channels):
             self.reopen()
         else:
-            self._uplink = self._new_uplink()
+            self._uplink = self._new_uplink(protocol)
             self._uplink.adopt(waiting)
         connection.consumer = self._consume
         connection.receiver = self.send
@@ -691,7 +691,19 @@ class Session:
 
     def send(self, message: str | bytes) -> None:
         """One message of the client that is in Python's hands already."""
-        self._settle(self._uplink.send(OP_BINARY if isinstance(message, bytes) else OP_TEXT, message))
+        self.send_as(self.protocol, message)
+
+    def send_as(self, protocol: str | None, message: str | bytes) -> None:
+        """The same of a socket that speaks ``protocol``: another may have taken its place, and it not know yet."""
+        uplink = self._uplink
+        if protocol != self.protocol:
+            uplink = self._new_uplink(protocol)
+            uplink.adopt(self._uplink)
+        try:
+            readable = uplink.send(OP_BINARY if isinstance(message, bytes) else OP_TEXT, message)
+        finally:
+            self._uplink.adopt(uplink)
+        self._settle(readable)
 
     def _after_wake_up(self) -> None:
         """A socket of ours woke up: it may have room again, be connected, or be gone."""

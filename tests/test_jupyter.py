@@ -517,6 +517,19 @@ def test_the_same_session_again_takes_the_place_of_the_first(server: Server, ker
     assert server.logged(f"Replacing stale connection: {kernel}:{session_id}")
 
 
+@both_protocols
+def test_what_a_replaced_socket_still_says(server: Server, light: str, protocol: str | None) -> None:
+    """It has not noticed yet that another has taken its place, which may speak the other protocol."""
+    other = None if protocol else PROTOCOL_V1
+    with Client(server, light, protocol, how=Raw) as first:
+        first.run("1")
+        with Client(server, light, other, first.session_id) as second:
+            second.run("1")
+            last = first.execute("1")
+            assert second.collect(last).result == "4"
+            assert first.closed().code in (1000, 1005)
+
+
 # -- what the kernel's model says ------------------------------------------------------------------
 
 
@@ -929,6 +942,7 @@ def test_jupyter_server_itself(tmp_path_factory: pytest.TempPathFactory) -> None
         last_session = clients[-1].session_id
         assert server.connections_to(port) == 2, "the clients' and the manager's, whatever the number of clients"
         server.until_model(kernel, connections=5, execution_state="idle")
+        clients[-1].run("1")  # it reads everything: what it has not read, its library does not read on for a Close
         clients.pop().socket.close()
         server.until_model(kernel, connections=4)
         away = clients[1].run("'the past'")
