@@ -27,6 +27,9 @@ from fastwire.jupyter import FastwireMappingKernelManager, FastwireWebsocketConn
 
 
 class App(ServerApp):
+    def init_logging(self) -> None:
+        """It would make Tornado's loggers its own, of which other tests read."""
+
     def init_signal(self) -> None:
         """Those of the process are pytest's."""
 
