@@ -48,7 +48,7 @@ except ImportError as error:
 from fastwire import __version__, logs, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Activity, Batch, Signer
 from fastwire.errors import FastwireError, MessageError, SignatureError, TooManyClients
-from fastwire.flow import Limits, too_many
+from fastwire.flow import KIB, Limits, too_many
 from fastwire.outbox import Budgets, beside, notice
 from fastwire.relay import KernelRelay, Session, take_socket
 from fastwire.spill import is_in_memory
@@ -93,7 +93,7 @@ class Fastwire(Configurable):
     )
     client_memory_limit = Integer(
         Limits.client_memory_limit,
-        min=0,
+        min=64 * KIB,  # with less a reply of a few lines would be too much
         config=True,
         help="Bytes of memory that one client's undelivered messages may take. Beyond that they are put aside on disk.",
     )

@@ -249,7 +249,7 @@ class KernelRelay:
             self.iopub = self.channel("iopub", None, self._on_iopub)
         if moved:
             for session in list(self.sessions.values()):
-                session.reopen()
+                session.follow()
 
     def channel(
         self,
@@ -461,6 +461,13 @@ class Session:
         self._uplink.adopt(waiting)
         self._settle(self._uplink.retry())
 
+    def follow(self) -> None:
+        """`reopen`, or else try again when the client comes back; the others follow their kernel now."""
+        try:
+            self.reopen()
+        except Exception as error:  # noqa: BLE001 - descriptors have run out, or whatever `connect_*` may raise
+            self._give_up(error, "the server could not follow the kernel to its new ports")
+
     async def until_it_can_be_asked(self) -> None:
         """Wait until stdin is connected: a kernel's ``ROUTER`` drops what it asks a peer that it does not know yet. A
         socket with ``ZMQ_IMMEDIATE`` has room for messages while it is connected, any other has it always."""
@@ -574,13 +581,13 @@ class Session:
             if len(batch):
                 self.say(batch)
         except Exception as error:  # noqa: BLE001 - a policy, or what cannot be said in a protocol; others have theirs
-            self._give_up(error)
+            self._give_up(error, "the server could not handle a message of the kernel")
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: Exception, reason: str) -> None:
         """This client's policy or sockets failed: what it would be sent is not known to be right."""
         log.error("session %s: %s", self.session_id, error, exc_info=error)
         if self.connection is not None:
-            self.connection.close(1011, "the server could not handle a message of the kernel")
+            self.connection.close(1011, reason)
 
     def say(self, batch: Batch, *, momentary: bool = False) -> None:
         """Messages that this client gets as they are. One that is ``momentary`` is for the socket it has now."""

@@ -852,7 +852,7 @@ def test_every_setting_reaches_the_relay(tmp_path: Path) -> None:
     """What `Limits` has and a user may set."""
     for field in dataclasses.fields(Limits):
         if Fastwire.class_traits(config=True).get(field.name):
-            value = {bool: field.default is False, str: str(tmp_path)}.get(type(field.default), 7)
+            value = {bool: field.default is False, str: str(tmp_path)}.get(type(field.default), 77_777)
             settings = Fastwire(config=Config({"Fastwire": {field.name: value}}))
             defaults = dataclasses.replace(Limits(), spill_dir=jupyter_runtime_dir())
             assert settings.limits() == dataclasses.replace(defaults, **{field.name: value})
@@ -864,6 +864,11 @@ def test_no_setting_is_negative() -> None:
         if type(field.default) in (int, float) and Fastwire.class_traits(config=True).get(field.name):
             with pytest.raises(TraitError, match=field.name):
                 Fastwire(config=Config({"Fastwire": {field.name: -1}}))
+
+
+def test_a_client_may_have_a_reply_waiting() -> None:
+    with pytest.raises(TraitError, match=r"client_memory_limit.* 65536"):
+        Fastwire(config=Config({"Fastwire": {"client_memory_limit": 0}}))
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")

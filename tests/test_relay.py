@@ -1601,6 +1601,33 @@ def test_a_kernel_that_cannot_be_reached_leaves_nothing_open(stage: Stage, kerne
     assert client.ids(1) == ["1"]
 
 
+def test_who_cannot_follow_a_kernel_tries_again_when_it_comes_back(
+    stage: Stage, kernel: Kernel, moved: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Descriptors run out while a kernel moves: one session has no sockets, the others do."""
+    caplog.set_level(logging.CRITICAL)  # a record would keep the traceback
+    relay = stage.start(kernel)
+    ann, bob = stage.connect("ann"), stage.connect("bob")
+
+    def fail_for_ann(channel: str, identity: bytes | None) -> zmq.Socket:
+        if identity == b"ann":
+            raise zmq.ZMQError(errno.EMFILE)
+        return stage.open_socket(channel, identity)
+
+    relay._open_socket = fail_for_ann
+    move(stage, moved)
+    relay._open_socket = stage.open_socket
+    bob.say("asked")
+    assert moved.receive()[0] == "bob"
+    assert ann.close_frame()[0] == 1011
+    moved.publish(*stream(1))
+    assert bob.ids(1) == ["1"]
+    ann = stage.connect("ann")
+    assert ann.ids(1) == ["1"]
+    ann.say("asked")
+    assert moved.receive()[0] == "ann"
+
+
 def test_opening_with_the_same_ports_changes_nothing(stage: Stage, kernel: Kernel) -> None:
     stage.start(kernel)
     client = stage.connect("ann")
