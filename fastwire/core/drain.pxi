@@ -755,6 +755,7 @@ cdef Batch drain_directly(socket, str channel, Signer signer, Py_ssize_t max_mes
             return batch
         if count == 0:
             return batch
+        may_be_closed = batch is None   # making it may collect garbage
         try:
             if batch is None:
                 batch = new_batch(channel)
@@ -762,7 +763,7 @@ cdef Batch drain_directly(socket, str channel, Signer signer, Py_ssize_t max_mes
             batch.add_zmq(signer, permissive, incoming, count)
         finally:
             close_frames(incoming)
-        may_be_closed = signer.scheme == HASHLIB or batch.reasons is not None or batch.store.kept is not None
+        may_be_closed |= signer.scheme == HASHLIB or batch.reasons is not None or batch.store.kept is not None
         if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
             counted.budget_hits += 1
             batch.more = True
