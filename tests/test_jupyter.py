@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import wsclient
+import zmq
+from jupyter_client import KernelManager
 from jupyter_core.paths import jupyter_runtime_dir
 from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
@@ -44,7 +46,7 @@ from zmq.eventloop.zmqstream import ZMQStream
 
 from fastwire._core import PROTOCOL_V1
 from fastwire.flow import Limits
-from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection, usable
+from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection, open_socket, usable
 
 both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
@@ -864,6 +866,30 @@ def test_no_setting_is_negative() -> None:
         if type(field.default) in (int, float) and Fastwire.class_traits(config=True).get(field.name):
             with pytest.raises(TraitError, match=field.name):
                 Fastwire(config=Config({"Fastwire": {field.name: -1}}))
+
+
+class BoundingManager(KernelManager):
+    """A provisioner's or a site's own, that gives its sockets a bound."""
+
+    def connect_shell(self, identity: bytes | None = None) -> zmq.Socket:
+        sock = self.context.socket(zmq.DEALER)
+        sock.rcvhwm = self.bound
+        sock.connect("tcp://127.0.0.1:1")
+        return sock
+
+
+@pytest.mark.parametrize("bound", [5, 0])
+def test_sockets_that_could_drop_messages_are_told_of(
+    context: zmq.Context, bound: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = BoundingManager(context=context, iopub_port=1)
+    manager.kernel_id, manager.bound = "mine", bound
+    for channel in "shell", "iopub":
+        with open_socket(manager, channel, None) as opened:
+            assert opened.rcvhwm == (bound if channel == "shell" else 0)
+    expected = ["the shell socket of kernel mine drops messages beyond 5"] if bound else []
+    assert [record.getMessage() for record in caplog.records] == expected
+    assert zmq.RCVHWM not in manager.context.sockopts
 
 
 def test_a_client_may_have_a_reply_waiting() -> None:
