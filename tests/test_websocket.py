@@ -2674,6 +2674,18 @@ def read_some(client: Client) -> None:
     client._buffer += client.sock.recv(4096)
 
 
+def hold_writes(connection: Connection) -> None:
+    """What the peer takes makes no room for more."""
+
+    def no_room(data: memoryview) -> int:
+        raise BlockingIOError
+
+    if connection._fd >= 0:
+        connection._await_writable(False)
+    else:
+        connection.stream.write_to_fd = no_room
+
+
 @on_ours
 def test_what_the_peers_tcp_takes_is_known(site: Site) -> None:
     client, connection = stuffed(site)
@@ -2695,9 +2707,11 @@ def test_who_takes_a_little_is_slow_and_not_stalled(site: Site) -> None:
         if connection._stall_timer is not None:
             connection._stall_timer.cancel()
 
+    site.run(hold_writes, connection)
     before = moved(site, connection)
     while moved(site, connection)[1] >= before[1]:
         read_some(client)
+    assert moved(site, connection)[0] == before[0]
     site.run(last_look, before)
     assert not stalls
     eventually(lambda: site.run(lambda: last_look(connection._moved)) or stalls)
