@@ -425,6 +425,8 @@ class Uplink:
     def adopt(self, other: Uplink) -> None:
         """Take over what waits in another uplink, before what waits here, and its count of `sent`: the client has a
         new socket, or the kernel a new key (what waits is signed anew). The other is empty afterwards."""
+    held: bool
+    """Requests on shell wait, whether the socket has room or not; control and stdin go on."""
     @property
     def waiting_bytes(self) -> int:
         """With 64 for each part: a message of many empty buffers is not free."""

@@ -675,18 +675,14 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
             give_up()
 
     async def _until_heard(self, kernel: Any) -> None:
-        """Where somebody is connected: who comes later asks for himself. Not longer than a client waits that connects,
-        and not for a process that has ended."""
-        connected = [session for session in relays.of(kernel).sessions.values() if session.connection is not None]
-        if not connected:
+        """Where somebody is connected: who comes later asks for himself. Not for a process that has ended, nor for a
+        kernel that was deleted."""
+        if not connected_to(relays.of(kernel)):
             return
-
-        async def wanted() -> bool:
-            return kernel.kernel_id in self and bool(await ensure_async(kernel.is_alive()))
-
         relays.open(kernel)
-        await prove(kernel, wanted, self.kernel_info_timeout)
-        await asyncio.gather(*(session.until_it_can_be_asked() for session in connected))
+        proof = relays.prove(kernel)
+        while not proof.done() and kernel.kernel_id in self and await ensure_async(kernel.is_alive()):
+            await asyncio.wait({proof}, timeout=0.5)
 
     def _begin_anew(self, kernel_id: str) -> None:
         """What the old process was busy with, the new one is not; and the old one will not say so any more."""
@@ -718,6 +714,8 @@ class Relays:
         self._budgets: Budgets | None = None
         #: What runs each kernel: jupyter_client makes a new provisioner for every start.
         self._processes: WeakKeyDictionary[KernelRelay, Any] = WeakKeyDictionary()
+        #: Of each kernel whose iopub connection broke, until it is there again.
+        self._proofs: dict[Any, asyncio.Task[None]] = {}
         self._missing: set[Any] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -735,6 +733,7 @@ class Relays:
                 budgets=self._budgets,
                 permissive=settings.accept_invalid_signatures,
                 on_rejected=partial(tell_rejected, manager),
+                on_disconnect=partial(self._disconnected, manager),
                 name=manager.kernel_id,
             )
             manager.observe(self._follow, PLACE)
@@ -750,6 +749,38 @@ class Relays:
             self._processes[relay] = process
             relay.drain_iopub()  # what the last one said proves nothing
             relay.doubt()
+
+    def _disconnected(self, manager: Any) -> None:
+        """The kernel's process has ended, or the network has."""
+        relay = self._relays[manager]
+        relay.drain_iopub()  # what it has said before proves nothing
+        relay.doubt()
+        if connected_to(relay):
+            self.prove(manager)
+
+    def prove(self, manager: Any) -> asyncio.Task[None]:
+        """Hold what clients request until the kernel is heard and can ask them: earlier, its output would be lost. Not
+        longer than a client waits that connects. Whoever calls this meanwhile waits for the same."""
+        if manager not in self._proofs:
+            relay = self._relays[manager]
+            relay.hold()
+            self._proofs[manager] = asyncio.get_running_loop().create_task(self._prove(manager, relay))
+        return self._proofs[manager]
+
+    async def _prove(self, manager: Any, relay: KernelRelay) -> None:
+        async def wanted() -> bool:
+            while not all(manager.ports):  # noqa: ASYNC110 - it is moving, and others set them
+                await asyncio.sleep(0.05)
+            return is_managed(manager)
+
+        try:
+            await prove(manager, wanted, manager.parent.kernel_info_timeout)
+            await asyncio.gather(*(session.until_it_can_be_asked() for session in connected_to(relay)))
+        except Exception as error:  # descriptors have run out, or whatever `connect_*` may raise
+            log.error("kernel %s is not proven: %s", manager.kernel_id, error, exc_info=error)
+        finally:
+            del self._proofs[manager]
+            relay.release()
 
     def _follow(self, change: Any) -> None:
         """An automatic restart may take a kernel to other ports, and tells no client: their sockets go with it. Ports
@@ -772,6 +803,9 @@ class Relays:
         if relay is not None:
             manager.unobserve(self._follow, PLACE)
             relay.close()
+        proof = self._proofs.get(manager)
+        if proof is not None:
+            proof.cancel()
 
     def close_all(self) -> None:
         if self._sweeper is not None:
@@ -822,6 +856,11 @@ def is_managed(manager: Any) -> bool:
     """Whether a kernel manager still belongs to its multi-kernel manager."""
     multi = manager.parent
     return manager.kernel_id in multi and multi.get_kernel(manager.kernel_id) is manager
+
+
+def connected_to(relay: KernelRelay) -> list[Session]:
+    """The sessions whose client is there."""
+    return [session for session in relay.sessions.values() if session.connection is not None]
 
 
 # -- proving a subscription ------------------------------------------------------------------------

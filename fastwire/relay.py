@@ -16,8 +16,10 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from typing import Any
 from weakref import WeakSet
 
@@ -185,6 +187,46 @@ class Channel:
             self.socket.close()
 
 
+class DisconnectWatch:
+    """Calls ``on_disconnect`` when a ZMQ socket's connection broke. libzmq makes it anew by itself, and tells only who
+    asks for it that what the peer said meanwhile was said to nobody.
+
+    Source: zmq_socket_monitor(3).
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], on_disconnect: Callable[[], None]) -> None:
+        address = f"inproc://fastwire-{next(watches)}"
+        self._socket = socket
+        self._on_disconnect = on_disconnect
+        socket.monitor(address, zmq.EVENT_DISCONNECTED)
+        self._events: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR, socket_class=zmq.Socket)
+        self._events.connect(address)
+        self._fd = int(self._events.getsockopt(zmq.FD))
+        self._turns = Turns.current()
+        self._turns.watch(self._fd, self._on_readable)
+        # What nobody has tried to read is not signalled.
+        asyncio.get_running_loop().call_soon(self._on_readable)
+
+    def _on_readable(self) -> None:
+        disconnected = False
+        with suppress(zmq.ZMQError):  # there is no more, or its context is gone
+            while self._events.recv_multipart(zmq.NOBLOCK):
+                disconnected = True
+        if disconnected:
+            self._on_disconnect()
+
+    def close(self) -> None:
+        """Before the socket is."""
+        self._turns.unwatch(self._fd, self._on_readable)
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+        self._events.close()
+
+
+#: libzmq wants an address for each.
+watches = count()
+
+
 class Ends(list[int]):
     """Where compressed messages end, as `Frames` knows it of plain ones."""
 
@@ -196,7 +238,9 @@ class KernelRelay:
     """One kernel: its iopub subscription and its clients' sessions.
 
     ``observers`` are called with each iopub batch, before the clients get it. ``on_rejected(channel, error)`` hears
-    once of each kind of error for which messages were refused. ``name`` is what people call the kernel.
+    once of each kind of error for which messages were refused. ``on_disconnect`` hears when the connection of iopub
+    broke: until it is there again, what the kernel prints is lost, and requests should be held (`hold`). ``name`` is
+    what people call the kernel.
     """
 
     def __init__(
@@ -208,6 +252,7 @@ class KernelRelay:
         budgets: Budgets | None = None,
         permissive: bool = False,
         on_rejected: Callable[[str, MessageError], None] | None = None,
+        on_disconnect: Callable[[], None] | None = None,
         name: str = "",
     ) -> None:
         self.name = name
@@ -223,6 +268,8 @@ class KernelRelay:
         self._open_socket = open_socket
         self._permissive = permissive
         self._on_rejected = on_rejected
+        self._on_disconnect = on_disconnect
+        self._watch: DisconnectWatch | None = None
         self._causes: set[type[MessageError]] = set()
         self._announced: list[Batch] = []
         self.rejected = 0
@@ -231,6 +278,8 @@ class KernelRelay:
         self.heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         #: Nobody waits a second time for a kernel that does not listen on stdin.
         self.listens_on_stdin = True
+        #: Requests on shell wait.
+        self.held = False
 
     # -- sockets --
 
@@ -243,13 +292,24 @@ class KernelRelay:
             self._close_iopub()
         open_relays.add(self)
         if self.iopub is None or self.iopub.closed:
+            self._close_iopub()
             self.endpoint = endpoint
             self.signer = signer or self.signer
             self.heard = asyncio.get_running_loop().create_future()
-            self.iopub = self.channel("iopub", None, self._on_iopub)
+            self._open_iopub()
         if moved:
             for session in list(self.sessions.values()):
                 session.follow()
+
+    def _open_iopub(self) -> None:
+        self.iopub = self.channel("iopub", None, self._on_iopub)
+        if self._on_disconnect is None:
+            return
+        try:
+            self._watch = DisconnectWatch(self.iopub.socket, self._on_disconnect)
+        except BaseException:
+            self._close_iopub()
+            raise
 
     def channel(
         self,
@@ -341,6 +401,18 @@ class KernelRelay:
         if self.heard.done():
             self.heard = asyncio.get_running_loop().create_future()
 
+    def hold(self) -> None:
+        """Keep requests from a kernel whose answer nobody would hear."""
+        self.held = True
+        for session in self.sessions.values():
+            session.uplink.held = True
+
+    def release(self) -> None:
+        """What was held goes to the kernel."""
+        self.held = False
+        for session in list(self.sessions.values()):
+            session.release()
+
     def announce(self, batch: Batch) -> None:
         """Say something to every session, also to those that come later."""
         self._announced.append(batch)
@@ -380,6 +452,9 @@ class KernelRelay:
             self.end_session(oldest)
 
     def _close_iopub(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         if self.iopub is not None:
             self.iopub.close()
             self.iopub = None
@@ -447,7 +522,9 @@ class Session:
 
     def _new_uplink(self, protocol: str | None) -> Uplink:
         sockets = {channel.name: channel.socket for channel in self._channels}
-        return Uplink(protocol, self.relay.signer, sockets, allowed_message_types=self._allowed)
+        uplink = Uplink(protocol, self.relay.signer, sockets, allowed_message_types=self._allowed)
+        uplink.held = self.relay.held
+        return uplink
 
     def reopen(self) -> None:
         """The kernel listens elsewhere now: its last words from the old sockets, what waits for it to the new ones."""
@@ -716,12 +793,20 @@ class Session:
         """A socket of ours woke up: it may have room again, be connected, or be gone."""
         if not self._can_be_asked.is_set():
             self._look_at_stdin()
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
         if self._uplink.waiting_messages:
             try:
                 self._settle(self._uplink.retry())
             except SocketClosed as error:
                 if self.connection is not None:
                     self.connection.fail(error)
+
+    def release(self) -> None:
+        """What was held goes to the kernel (`KernelRelay.release`)."""
+        self._uplink.held = False
+        self._send_waiting()
 
     def _settle(self, readable: int) -> None:
         """After sending: read what has come meanwhile, send what waited and has room now, until neither is left."""

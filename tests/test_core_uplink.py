@@ -461,8 +461,22 @@ def test_a_full_shell_does_not_hold_up_the_others(narrow: Kernel, protocol: str 
     assert uplink.waiting_messages > 10
 
 
+@both_protocols
+def test_a_shell_that_is_held_does_not_hold_up_the_others(kernel: Kernel, protocol: str | None) -> None:
+    uplink = kernel.uplink(protocol)
+    uplink.held = True
+    payloads = [*numbered(3, protocol), *numbered(2, protocol, "control"), *numbered(2, protocol, "stdin")]
+    uplink.relay(parser_of(*map(data_frame, payloads)))
+    assert ids(kernel.received("control", 2)) == ids(kernel.received("stdin", 2)) == [0, 1]
+    assert (uplink.retry(), uplink.waiting_messages, kernel.silent()) == (0, 3, True)
+    uplink.held = False
+    uplink.relay(parser_of(*map(data_frame, numbered(2, protocol, first=3))))
+    assert ids(kernel.received("shell", 5)) == [*range(5)]
+
+
 def test_any_schedule_of_a_narrow_socket(narrow: Kernel) -> None:
-    steps = st.lists(st.tuples(st.sampled_from(["relay", "retry", "read", "send"]), st.integers(1, 6)), max_size=25)
+    kinds = st.sampled_from(["relay", "retry", "read", "send", "hold"])
+    steps = st.lists(st.tuples(kinds, st.integers(1, 6)), max_size=25)
 
     @given(steps, st.sampled_from(PROTOCOLS))
     def run(schedule: list[tuple[str, int]], protocol: str | None) -> None:
@@ -477,10 +491,13 @@ def test_any_schedule_of_a_narrow_socket(narrow: Kernel) -> None:
                     uplink.send(OP_BINARY if protocol else OP_TEXT, payload)
             elif step == "retry":
                 uplink.retry()
+            elif step == "hold":
+                uplink.held = not uplink.held
             else:
                 received += ids(narrow.received("shell", min(count, uplink.sent - len(received))))
             assert uplink.sent + uplink.waiting_messages == made
             assert (uplink.waiting_bytes == 0) == (uplink.waiting_messages == 0)
+        uplink.held = False
         while len(received) < made:
             uplink.retry()
             received += ids(narrow.received("shell", uplink.sent - len(received)))

@@ -584,11 +584,7 @@ ASK = {"x": "'x' in globals()"}
 
 
 def knows_x(client: Client) -> str:
-    """Ask the kernel, and look only at the reply: a client that stays connected may miss what a kernel says on iopub
-    right after it was restarted by itself (one that comes anew may not)."""
-    asked = client.execute("", user_expressions=ASK)
-    reply = client.receive_until(lambda message: message.type == "execute_reply" and message.parent == asked)
-    return reply.content["user_expressions"]["x"]["data"]["text/plain"]
+    return client.run("", user_expressions=ASK).reply["user_expressions"]["x"]["data"]["text/plain"]
 
 
 @both_protocols
@@ -612,6 +608,18 @@ def test_who_stays_connected_through_a_restart_misses_nothing(server: Server, pr
         for name in ("first", "second", "third"):
             assert asked(client, name) == {"status", "input_request", "stream", "execute_result", "execute_reply"}
             server.restart(kernel)
+
+
+@both_protocols
+def test_who_stays_connected_while_a_kernel_is_restarted_by_itself_misses_nothing(
+    server: Server, protocol: str | None
+) -> None:
+    """What it asks when the old process has ended waits until the new one is heard, and can ask."""
+    with server.kernel("odd-late") as kernel, Client(server, kernel, protocol) as client:
+        for name in ("first", "second", "third"):
+            assert asked(client, name) == {"status", "input_request", "stream", "execute_result", "execute_reply"}
+            server.kernel_process(kernel).kill()
+            client.state("restarting")
 
 
 def asked(client: Client, name: str) -> set[str]:

@@ -136,7 +136,7 @@ def test_a_restart_does_not_wait_for_ever(pending: Server) -> None:
         client.run("one")
         before = len(pending.logged(f"Kernel {kernel} did not answer in 1.0 s"))
         pending.restart(kernel)
-        assert len(pending.logged(f"Kernel {kernel} did not answer in 1.0 s")) == before + 1
+        assert len(pending.logged(f"Kernel {kernel} did not answer in 1.0 s")) > before
         asked = client.execute("one")
         client.receive_until(lambda message: message.type == "execute_reply" and message.parent == asked)
 

@@ -71,10 +71,11 @@ class Kernel:
         self.addresses: dict[str, str] = {}
         self.narrow = narrow
         kinds = dict.fromkeys(CHANNELS, zmq.ROUTER) | {"iopub": zmq.XPUB}
-        self.sockets = {name: self._bind(name, kind, tcp) for name, kind in kinds.items()}
+        own = "tcp://127.0.0.1:*" if tcp else "inproc://{}-{}"
+        self.sockets = {name: self.bind(name, kind, own.format(name, id(self))) for name, kind in kinds.items()}
         self.subscribers = 0
 
-    def _bind(self, name: str, kind: int, tcp: bool) -> zmq.Socket:
+    def bind(self, name: str, kind: int, address: str) -> zmq.Socket:
         sock = self.context.socket(kind)
         room = 1 if self.narrow and name == "shell" else 0
         for option, value in {
@@ -89,12 +90,8 @@ class Kernel:
             sock.setsockopt(zmq.XPUB_VERBOSER, 1)
         else:
             sock.setsockopt(zmq.ROUTER_HANDOVER, 1)  # as ipykernel does
-        if tcp:
-            port = sock.bind_to_random_port("tcp://127.0.0.1")
-            self.addresses[name] = f"tcp://127.0.0.1:{port}"
-        else:
-            self.addresses[name] = f"inproc://{name}-{id(self)}"
-            sock.bind(self.addresses[name])
+        sock.bind(address)
+        self.addresses[name] = sock.getsockopt_string(zmq.LAST_ENDPOINT)
         return sock
 
     def open_socket(self, channel: str, identity: bytes | None) -> zmq.Socket:
@@ -300,6 +297,7 @@ class Stage:
         """Make the relay of a kernel and subscribe."""
         self.kernel = kernel
         permissive = options.pop("permissive", False)
+        on_disconnect = options.pop("on_disconnect", None)
         limits = Limits(**options)
 
         def start() -> None:
@@ -309,6 +307,7 @@ class Stage:
                 limits=limits,
                 permissive=permissive,
                 on_rejected=lambda channel, error: self.rejected.append((channel, error)),
+                on_disconnect=on_disconnect,
                 name="the kernel",
             )
             self.relay.open("first ports")
@@ -1652,6 +1651,50 @@ def test_heard_tells_that_the_subscription_works(stage: Stage, kernel: Kernel, m
     assert not relay.heard.done(), "nor is the old one after a restart"
     moved.sockets["iopub"].send_multipart([b"no message"])
     until(relay.heard.done, "one that is refused proves as much")
+
+
+@both_protocols
+def test_requests_are_held_while_nobody_would_hear_the_answer(
+    stage: Stage, context: zmq.Context, protocol: str | None, transport: bool
+) -> None:
+    """From when the connection of iopub breaks until whoever proves that it is there again releases them."""
+    kernel = Kernel(context, tcp=True)
+    iopub, address = kernel.sockets["iopub"], kernel.addresses["iopub"]
+    stage.start(kernel, on_disconnect=lambda: stage.relay.hold())  # noqa: PLW0108 - it is made by this
+    ann, bob = stage.connect("ann", protocol), stage.connect("bob", protocol)
+    for number in range(3):
+        stage.introduce(ann, "shell")
+        iopub.close()
+        until(lambda: stage.relay.held, "the relay knows")
+        for client in ann, bob:
+            client.say(f"held {number}")
+            client.say("goes on", channel="control")
+            assert kernel.ids(1, "control") == ["goes on"]
+        bob.drop()
+        bob = stage.connect("bob", None)  # takes over what is held
+        bob.say("held, too")
+        assert kernel.silent()
+        kernel.sockets["iopub"] = iopub = kernel.bind("iopub", zmq.XPUB, address)
+        kernel.joined()
+        stage.run(stage.relay.release)
+        received = [(who, json.loads(parts[0])["msg_id"]) for who, parts in (kernel.receive() for _ in range(3))]
+        assert [what for who, what in received if who == "ann"] == [f"held {number}"]
+        assert [what for who, what in received if who == "bob"] == [f"held {number}", "held, too"]
+    kernel.close()
+
+
+def test_a_watch_for_which_there_is_no_descriptor_leaves_nothing_behind(
+    stage: Stage, context: zmq.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("fastwire.relay.DisconnectWatch", fail)
+    kernel = Kernel(context, tcp=True)
+    with pytest.raises(OSError, match="Too many open files"):
+        stage.start(kernel, on_disconnect=lambda: None)
+    assert all(sock.closed for sock in stage.sockets)
+    kernel.close()
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ cdef class Uplink:
     cdef readonly size_t waiting_bytes
     cdef readonly Py_ssize_t waiting_messages
     cdef readonly uint64_t sent
+    cdef public bint held
     cdef object allowed
     cdef list notes
     cdef Message message        # that is being sent
@@ -156,7 +157,7 @@ cdef class Uplink:
         cdef bytes signature = self.signer.hex_signature(self.message.parts.items)
         cdef Spans *parts = &self.message.parts
         cdef size_t nbytes = sum_of(parts.items, <Py_ssize_t>parts.count)
-        if not self.waiting[target] and self.send_spans(target, signature) == SENT:
+        if not self.waiting[target] and not self.holds(target) and self.send_spans(target, signature) == SENT:
             self.sent += 1
             tally(&counted.to_kernels[target], nbytes)
             return 0
@@ -169,6 +170,9 @@ cdef class Uplink:
         self.waiting_messages += 1
         self.waiting_bytes += cost_of(frames)
         return 0
+
+    cdef bint holds(self, int target) noexcept:
+        return self.held and target == SHELL
 
     cdef int send_spans(self, int target, bytes signature) except -1:
         cdef Spans *parts = &self.message.parts
@@ -215,7 +219,7 @@ cdef class Uplink:
         queue = self.waiting[target]
         if queue and self.sockets[target].closed:
             raise SocketClosed("the ZMQ socket is closed")
-        while queue:
+        while queue and not self.holds(target):
             frames = queue[0]
             if self.send_frames(target, frames) == FULL:
                 break
