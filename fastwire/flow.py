@@ -74,9 +74,9 @@ class Limits:
     detached_sessions: int = 4
 
 
-def resume_time(limits: Limits, close_code: int | None) -> float:
-    """Seconds a session waits for its next socket; ``close_code`` is None when TCP broke without a Close frame."""
-    return limits.resume_timeout if close_code is None else limits.resume_timeout_closed
+def resume_time(limits: Limits, *, closed: bool) -> float:
+    """Seconds a session waits for its next socket; ``closed`` when its client ended the last one by a Close frame."""
+    return limits.resume_timeout_closed if closed else limits.resume_timeout
 
 
 class Rate:

@@ -443,10 +443,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             pinging.stop()
 
     def _detach(self) -> None:
-        if self._session is None or self._connection is None:
-            return
-        closed = self.websocket_handler.close_code if self._connection.closed_by_peer else None
-        self._session.detach(self._connection, close_code=closed)
+        if self._session is not None and self._connection is not None:
+            self._session.detach(self._connection)
 
     def _forget_kernel_info(self) -> None:
         """A kernel_info request of ours that was never answered must not be waited for by others."""

@@ -628,7 +628,7 @@ class Session:
             connection.acknowledge()
         self._pump()
 
-    def detach(self, connection: Connection, *, close_code: int | None = None, replaced: bool = False) -> None:
+    def detach(self, connection: Connection, *, replaced: bool = False) -> None:
         """The socket is gone. Nothing when another one has taken its place already. ``replaced``: the next is attached
         at once, so that the session does not count as detached."""
         if connection is not self.connection:
@@ -644,7 +644,8 @@ class Session:
             self.relay.end_session(self)
             return
         self.detached_at = self._loop.time()
-        self._expiry = self._loop.call_later(resume_time(self.relay.limits, close_code), self.relay.end_session, self)
+        patience = resume_time(self.relay.limits, closed=connection.closed_by_peer)
+        self._expiry = self._loop.call_later(patience, self.relay.end_session, self)
         if not replaced:
             self.relay.limit_detached()
 

@@ -184,7 +184,7 @@ class Handler(WebSocketHandler):
         self.session.send(message)
 
     def on_close(self) -> None:
-        self.session.detach(self.connection, close_code=self.close_code if self.connection.closed_by_peer else None)
+        self.session.detach(self.connection)
         self.stage.closed.append(self)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from server import PROTOCOLS, TOKEN, Client, Message, Raw, Server, serving, until
+from wsclient import close_frame
 
 from fastwire.flow import Limits
 
@@ -273,6 +274,17 @@ def spill_files(server: Server) -> list[str]:
         with suppress(FileNotFoundError):  # closed meanwhile
             links.append(str(descriptor.readlink()))
     return [link for link in links if re.search(r"runtime/.*\(deleted\)", link)]
+
+
+def test_who_says_goodbye_without_a_code_is_waited_for_briefly(tmp_path: Path) -> None:
+    """Browsers' ``close()`` sends a Close frame that is empty."""
+    with serving(tmp_path, "--Fastwire.resume_timeout_closed=0") as server, server.kernel("light") as kernel:
+        for code in 1001, None:
+            with Client(server, kernel, None, how=Raw) as client:
+                client.run("1")
+                client.socket.client.send(close_frame(code))
+                client.closed()
+            until(lambda: not kept_for_clients(server, kernel), "nothing is kept for it")
 
 
 # -- what the documentation promises ---------------------------------------------------------------
