@@ -21,6 +21,9 @@ settings.register_profile("default", max_examples=60, deadline=None, suppress_he
 settings.register_profile("nightly", max_examples=3000, deadline=None, suppress_health_check=FINE)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+#: What they assert for all tests of several files is shown as a test's own assertions are.
+pytest.register_assert_rewrite("websocket_site")
+
 FAILED = pytest.StashKey[bool]()
 
 #: Lines for the end of the report: what was counted in this run.
