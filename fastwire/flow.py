@@ -148,9 +148,10 @@ class Acknowledgements:
     def _payload(self) -> bytes:
         return self.PREFIX + self._number.to_bytes(8, "big")
 
-    def answer(self, payload: bytes) -> bool:
-        """A pong came. Returns whether it answers our ping."""
-        if not self.outstanding or payload != self._payload:
+    def answer(self, payload: bytes, written: int) -> bool:
+        """A pong came when ``written`` bytes had gone out. Returns whether it answers our ping: its payload can be
+        guessed, and nobody has what was not written."""
+        if not self.outstanding or payload != self._payload or written <= self._asked:
             return False
         self.outstanding = self.demoted = False
         self._answered = True

@@ -467,7 +467,7 @@ class Connection(WebSocketProtocol13):
             self._call(self.handler.on_ping, control)
         elif opcode == OP_PONG:
             self._received_pong = True
-            if self._acknowledgements is not None and self._acknowledgements.answer(control):
+            if self._acknowledgements is not None and self._acknowledgements.answer(control, self.queue.written):
                 self._is_alive()
                 self._on_acknowledged()
                 return None

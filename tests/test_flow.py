@@ -92,9 +92,15 @@ class Acknowledging(RuleBasedStateMachine):
             assert self.in_flight not in self.old
 
     @precondition(lambda self: self.in_flight)
+    @rule(written=st.integers(0, 100))
+    def pong_too_early(self, written: int) -> None:
+        """Of one who can count: not a byte of the ping was written."""
+        assert not self.acknowledgements.answer(self.in_flight, max(self.asked - written, 0))
+
+    @precondition(lambda self: self.in_flight)
     @rule()
     def pong(self) -> None:
-        assert self.acknowledgements.answer(self.in_flight)
+        assert self.acknowledgements.answer(self.in_flight, self.asked + 1)
         self.old.append(self.in_flight)
         self.in_flight = None
         self.received = self.asked
@@ -102,12 +108,12 @@ class Acknowledging(RuleBasedStateMachine):
     @rule(payload=st.binary(max_size=20))
     def another_pong(self, payload: bytes) -> None:
         """Unsolicited, or to another's ping."""
-        assert not self.acknowledgements.answer(payload)
+        assert not self.acknowledgements.answer(payload, self.written + 1)
 
     @precondition(lambda self: self.old)
     @rule(data=st.data())
     def old_pong(self, data: st.DataObject) -> None:
-        assert not self.acknowledgements.answer(data.draw(st.sampled_from(self.old)))
+        assert not self.acknowledgements.answer(data.draw(st.sampled_from(self.old)), self.written + 1)
 
     @invariant()
     def what_is_acknowledged_was_answered(self) -> None:
@@ -149,7 +155,7 @@ def test_who_answers_in_the_end_is_asked_again() -> None:
     for now, taken in (0.0, 101), (PATIENCE, 102):
         acknowledgements.look(now, taken, waits=True)
     assert acknowledgements.demoted
-    assert acknowledgements.answer(ping)
+    assert acknowledgements.answer(ping, 102)
     assert not acknowledgements.demoted
     acknowledgements.ask(200)
     for now, taken in (2 * PATIENCE, 201), (4 * PATIENCE, 202):
