@@ -235,3 +235,14 @@ def test_a_collection_while_a_message_is_handed_out_takes_others(request: pytest
     handed_out = list(parser)
     assert len(spare) == 5000
     assert sorted(payload for _, payload in handed_out + taken) == [bytes([n]) for n in range(40)]
+
+
+def test_a_finalizer_clears_the_queue_that_is_taken_from() -> None:
+    queue = _core.WriteQueue(copy_threshold=10)
+    pieces = [b"%03d" % n * 10 for n in range(600)]  # more than are gathered at a time
+    for piece in pieces:
+        queue.append(Finalized(piece, queue.clear))
+    del piece
+    taken = queue.take(queue.pending_bytes)
+    assert taken == b"".join(pieces)[: len(taken)], "what it did not get, it does not make up"
+    assert (queue.pending_bytes, queue.held_buffers) == (0, 0)

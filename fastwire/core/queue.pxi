@@ -380,9 +380,11 @@ cdef class WriteQueue:
             for i in range(self.gather(pieces, left, &given)):
                 memcpy(out, pieces[i].iov_base, pieces[i].iov_len)
                 out += pieces[i].iov_len
+            if given == 0:  # a finalizer has cleared the queue
+                break
             self.advance(given)
             left -= given
-        return data
+        return data[: out - PyBytes_AS_STRING(data)]
 
     def acknowledge(self, uint64_t position):
         if not self.acknowledging:
