@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+import resource
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -204,5 +206,40 @@ def test_without_epoll_the_loop_watches_each(monkeypatch: pytest.MonkeyPatch) ->
         await settle()
         assert log == ["plain"]
         pipe.close()
+
+    run(body)
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    lowest = os.dup(0)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_who_comes_when_no_descriptor_is_left_is_watched_all_the_same() -> None:
+    """The last one was his own."""
+
+    async def body(turns: Turns) -> None:
+        for _ in range(2):  # again when all have gone
+            log: list[Any] = []
+            first = Pipe(turns, log, "first")
+            turns.unwatch(first.out, first.read)
+            with no_descriptor_left():
+                with pytest.raises(OSError, match="Too many open files"):
+                    os.dup(0)
+                turns.watch(first.out, first.read)
+            second = Pipe(turns, log, "second")
+            for pipe in first, second:
+                os.write(pipe.into, b"x")
+            await settle()
+            assert sorted(log) == ["first", "second"]
+            for pipe in first, second:
+                pipe.close()
 
     run(body)
