@@ -1,0 +1,473 @@
+"""The relay between real ZMQ sockets and real WebSockets, without Jupyter Server, for the tests of `fastwire.relay`.
+
+The relay and its Tornado server run on a loop in a thread of their own; kernel and clients are blocking sockets of
+the test's thread. Over inproc what a kernel has sent has arrived.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import oracle
+import pytest
+import tornado.web
+import wsclient
+import zmq
+from builders import KEY, client_message, message, wire
+from conftest import FAILED
+from server import PROTOCOLS, Message
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from wsclient import PATIENCE, close_frame
+
+from fastwire import _core
+from fastwire._core import PROTOCOL_V1, Batch
+from fastwire.flow import Limits
+from fastwire.relay import Channel, KernelRelay, Session
+from fastwire.websocket import Connection, WebSocketHandler
+
+KIB, MIB = 1024, 1024 * 1024
+BUDGET = 1024  # messages of one drain
+CHANNELS = ("shell", "control", "stdin")
+
+both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+
+
+def until(reached: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < end, f"not within {PATIENCE} s: {what}"
+        time.sleep(0.002)
+
+
+# -- the kernel ------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """The kernel's end: routers, and a publisher that knows its subscribers. ``narrow``: its shell takes two
+    messages."""
+
+    def __init__(self, context: zmq.Context, *, tcp: bool = False, narrow: bool = False, key: bytes = KEY) -> None:
+        self.context = context
+        self.key = key
+        self.signer = oracle.Signer(key)
+        self.addresses: dict[str, str] = {}
+        self.narrow = narrow
+        kinds = dict.fromkeys(CHANNELS, zmq.ROUTER) | {"iopub": zmq.XPUB}
+        own = "tcp://127.0.0.1:*" if tcp else "inproc://{}-{}"
+        self.sockets = {name: self.bind(name, kind, own.format(name, id(self))) for name, kind in kinds.items()}
+        self.subscribers = 0
+
+    def bind(self, name: str, kind: int, address: str) -> zmq.Socket:
+        sock = self.context.socket(kind)
+        room = 1 if self.narrow and name == "shell" else 0
+        for option, value in {
+            zmq.SNDHWM: room,
+            zmq.RCVHWM: room,
+            zmq.LINGER: 0,
+            zmq.RCVTIMEO: int(1000 * PATIENCE),
+            zmq.SNDTIMEO: int(1000 * PATIENCE),
+        }.items():
+            sock.setsockopt(option, value)
+        if kind == zmq.XPUB:
+            sock.setsockopt(zmq.XPUB_VERBOSER, 1)
+        else:
+            sock.setsockopt(zmq.ROUTER_HANDOVER, 1)  # as ipykernel does
+        sock.bind(address)
+        self.addresses[name] = sock.getsockopt_string(zmq.LAST_ENDPOINT)
+        return sock
+
+    def open_socket(self, channel: str, identity: bytes | None) -> zmq.Socket:
+        """The relay's end of a channel."""
+        sock = self.context.socket(zmq.SUB if channel == "iopub" else zmq.DEALER)
+        room = 1 if self.narrow and channel == "shell" else 0
+        for option, value in {zmq.SNDHWM: room, zmq.RCVHWM: room, zmq.LINGER: 0}.items():
+            sock.setsockopt(option, value)
+        if channel == "iopub":
+            sock.subscribe(b"")
+        elif identity is not None:
+            sock.setsockopt(zmq.IDENTITY, identity)
+        sock.setsockopt(zmq.IMMEDIATE, channel == "stdin")
+        sock.connect(self.addresses[channel])
+        return sock
+
+    def joined(self) -> None:
+        """Wait for one more subscriber."""
+        while self.sockets["iopub"].recv() != b"\x01":
+            pass
+
+    def left(self) -> None:
+        while self.sockets["iopub"].recv() != b"\x00":
+            pass
+
+    def publish(self, *parts_of_messages: Sequence[bytes]) -> None:
+        for parts in parts_of_messages:
+            self.sockets["iopub"].send_multipart(wire(self.signer, parts, b"topic"))
+
+    def reply(self, to: str, parts: Sequence[bytes], channel: str = "shell") -> None:
+        self.sockets[channel].send_multipart(wire(self.signer, parts, to.encode()))
+
+    def receive(self, channel: str = "shell") -> tuple[str, list[bytes]]:
+        """``(from whom, parts)`` of the next message, its signature checked."""
+        (identity,), signature, parts = _core.split_identities(self.sockets[channel].recv_multipart())
+        oracle.Signer(self.key).verify(signature, parts)
+        return identity.decode(), parts
+
+    def ids(self, count: int, channel: str = "shell") -> list[str]:
+        return [json.loads(self.receive(channel)[1][0])["msg_id"] for _ in range(count)]
+
+    def silent(self, channel: str = "shell") -> bool:
+        return not self.sockets[channel].poll(0)
+
+    def close(self) -> None:
+        for sock in self.sockets.values():
+            sock.close()
+
+
+def stream(*numbers: int, size: int = 10) -> list[list[bytes]]:
+    """Numbered messages of about ``size`` bytes."""
+    return [message("stream", str(n), {"name": "stdout", "text": "x" * size}) for n in numbers]
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+class Handler(WebSocketHandler):
+    """What `fastwire.jupyter` does, without Jupyter: one path per session, ``?gone`` for one that is not kept."""
+
+    session: Session
+
+    def initialize(self, stage: "Stage") -> None:
+        self.stage = stage
+
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return PROTOCOL_V1 if PROTOCOL_V1 in subprotocols else None
+
+    def get_compression_options(self) -> dict[str, Any] | None:
+        return {}
+
+    def open(self, session_id: str) -> None:
+        self.connection: Connection = self.ws_connection
+        if session_id in self.stage.send_buffers:
+            sock = self.connection.stream.socket
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.stage.send_buffers[session_id])
+        session = self.stage.relay.session(session_id, session_id.encode())
+        if session.connection is not None:
+            session.connection.close()
+            session.detach(session.connection, replaced=True)
+        self.session = session
+        session.prepare = self.stage.prepare.get(session_id)
+        session.prepare_all = session.prepare is not None
+        session.on_ignored = self.stage.ignored.extend
+        resumable = self.get_argument("gone", None) is None
+        session.attach(self.connection, self.selected_subprotocol, self.stage.allowed, resumable=resumable)
+        self.stage.opened.append(self)
+
+    def on_message(self, message: str | bytes) -> None:
+        self.session.send(message)
+
+    def on_close(self) -> None:
+        self.session.detach(self.connection)
+        self.stage.closed.append(self)
+
+
+class Client(wsclient.Client):
+    """It counts the bytes it was sent behind the handshake."""
+
+    received = 0
+
+    def __init__(self, address: tuple[str, int], session_id: str, protocol: str | None, **options: Any) -> None:
+        self.session_id = session_id
+        self.protocol = protocol
+        path = f"/{session_id}" + ("?gone" if options.pop("gone", False) else "")
+        super().__init__(address, path, headers={"Sec-WebSocket-Protocol": protocol}, **options)
+        self.received = len(self._buffer)
+        assert self.handshake.accepted
+
+    def _fill(self) -> None:
+        before = len(self._buffer)
+        super()._fill()
+        self.received += len(self._buffer) - before
+
+    def take(self, count: int) -> None:
+        """Read from TCP until the server's first ``count`` bytes are here."""
+        while self.received < count:
+            self._fill()
+
+    def whole(self) -> list[Message]:
+        """The messages that are here to their end."""
+        messages = []
+        while self._frame_is_here():
+            if self._buffer[0] & 0x0F == _core.OP_PING:
+                self.acknowledge()
+            else:
+                messages.append(self.next())
+        return messages
+
+    def _frame_is_here(self) -> bool:
+        data = self._buffer
+        if len(data) < 2:
+            return False
+        extended = {126: 2, 127: 8}.get(data[1], 0)
+        length = int.from_bytes(data[2 : 2 + extended]) if extended else data[1]
+        return len(data) >= 2 + extended + length and len(data) >= 2 + extended
+
+    def next(self) -> Message:
+        return Message.of(self.message(), self.protocol)
+
+    def ids(self, count: int) -> list[str]:
+        return [self.next().header["msg_id"] for _ in range(count)]
+
+    def say(
+        self, msg_id: str, msg_type: str = "execute_request", channel: str = "shell", text: str = "", *buffers: bytes
+    ) -> None:
+        self.send_message(self.request(msg_id, msg_type, channel, text, *buffers))
+
+    def request(
+        self, msg_id: str, msg_type: str = "execute_request", channel: str = "shell", text: str = "", *buffers: bytes
+    ) -> str | bytes:
+        return client_message(message(msg_type, msg_id, {"code": text}, *buffers), channel, self.protocol)
+
+
+class Logs(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != "tornado.access":
+            self.lines.append(record.getMessage())
+
+
+class Stage:
+    """A kernel's relay behind a server, on a loop in a thread."""
+
+    def __init__(self, context: zmq.Context) -> None:
+        self.context = context
+        self.prepare: dict[str, Callable[[Batch], Batch]] = {}
+        self.ignored: list[str] = []
+        self.allowed: frozenset[str] = frozenset()
+        self.send_buffers: dict[str, int] = {}
+        self.opened: list[Handler] = []
+        self.closed: list[Handler] = []
+        self.clients: list[Client] = []
+        self.rejected: list[tuple[str, Exception]] = []
+        self.sockets: list[zmq.Socket] = []
+        self.channels: list[Channel] = []
+        self.problems: list[dict[str, Any]] = []
+        self.logs = Logs()
+        logging.getLogger().addHandler(self.logs)
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
+        self._thread.start()
+        self._ready.wait()
+
+    async def _main(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(lambda _, context: self.problems.append(context))
+        self._stop = asyncio.Event()
+        sockets = bind_sockets(0, "127.0.0.1")
+        self.address = sockets[0].getsockname()
+        server = HTTPServer(tornado.web.Application([(r"/(.*)", Handler, {"stage": self})]))
+        server.add_sockets(sockets)
+        self._ready.set()
+        await self._stop.wait()
+        server.stop()
+
+    # -- the relay --
+
+    def start(self, kernel: Kernel, **options: Any) -> KernelRelay:
+        """Make the relay of a kernel and subscribe."""
+        self.kernel = kernel
+        permissive = options.pop("permissive", False)
+        on_disconnect = options.pop("on_disconnect", None)
+        limits = Limits(**options)
+
+        def start() -> None:
+            self.relay = KernelRelay(
+                self.open_socket,
+                _core.Signer(KEY),
+                limits=limits,
+                permissive=permissive,
+                on_rejected=lambda channel, error: self.rejected.append((channel, error)),
+                on_disconnect=on_disconnect,
+                name="the kernel",
+            )
+            self.relay.open("first ports")
+
+        self.run(start)
+        kernel.joined()
+        return self.relay
+
+    def open_socket(self, channel: str, identity: bytes | None) -> zmq.Socket:
+        sock = self.kernel.open_socket(channel, identity)
+        self.sockets.append(sock)
+        return sock
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function on the loop."""
+
+        async def call() -> Any:
+            return function(*args)
+
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(PATIENCE)
+
+    def turns(self, count: int = 20) -> None:
+        """Let the loop go round: long enough for whatever is ready to happen."""
+
+        async def turn() -> None:
+            for _ in range(count):
+                await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(turn(), self.loop).result(PATIENCE)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The loop stands still during the block."""
+        stopped, go_on = threading.Event(), threading.Event()
+
+        def stand_still() -> None:
+            stopped.set()
+            go_on.wait(PATIENCE)
+
+        self.loop.call_soon_threadsafe(stand_still)
+        assert stopped.wait(PATIENCE)
+        try:
+            yield
+        finally:
+            go_on.set()
+
+    def channel(self, name: str, on_batch: Callable[[Batch], None], **options: Any) -> Channel:
+        """A channel of the kernel, without a session."""
+        channel = Channel(name, self.open_socket(name, None), _core.Signer(KEY), on_batch, **options)
+        self.channels.append(channel)
+        return channel
+
+    # -- clients --
+
+    def connect(self, session_id: str, protocol: str | None = None, **options: Any) -> Client:
+        """A client whose session has it."""
+        before = len(self.opened)
+        client = Client(self.address, session_id, protocol, **options)
+        self.clients.append(client)
+        until(lambda: len(self.opened) > before, "the session has the client")
+        return client
+
+    def introduce(self, client: Client, *channels: str) -> None:
+        """Let the kernel's routers know the client, so that they can answer."""
+        for channel in channels or ("shell",):
+            client.say("hello", channel=channel)
+            assert self.kernel.ids(1, channel) == ["hello"]
+
+    def session(self, session_id: str) -> Session:
+        return self.relay.sessions[session_id]
+
+    def wait_detached(self, session_id: str) -> Session:
+        session = self.session(session_id)
+        until(lambda: session.connection is None, f"{session_id} is detached")
+        return session
+
+    def blocked(self, session_id: str) -> Connection:
+        """Wait until the client's TCP takes no more."""
+        connection = self.session(session_id).connection
+
+        def is_blocked() -> bool:
+            return connection.queue.pending_bytes > 0 and connection._awaits_writable
+
+        until(lambda: self.run(is_blocked), "the socket is full")
+        return connection
+
+    # -- the end --
+
+    def take_problems(self) -> list[dict[str, Any]]:
+        problems, self.problems = self.problems, []
+        return problems
+
+    def take_logs(self) -> list[str]:
+        lines, self.logs.lines = self.logs.lines, []
+        return lines
+
+    def check(self) -> None:
+        """Nothing went wrong unseen, and the end of the relay closes every socket."""
+        for client in self.clients:
+            client.drop()
+        until(lambda: len(self.closed) == len(self.opened), "every client's end is seen")
+        for channel in self.channels:
+            self.run(channel.close)
+        if hasattr(self, "relay"):
+            self.run(self.relay.close)
+        assert not self.problems, self.problems
+        assert [line for line in self.logs.lines if "undelivered" not in line] == []
+        assert all(sock.closed for sock in self.sockets)
+        watched = self.run(lambda: len(self.loop._selector.get_map()))
+        assert watched == 2, "only the server and the loop itself"
+
+    def end(self) -> None:
+        for client in self.clients:
+            client.drop()
+        if hasattr(self, "relay"):
+            self.run(self.relay.close)
+            del self.relay  # it keeps what it has announced
+        for channel in self.channels:
+            self.run(channel.close)
+        for sock in self.sockets:
+            sock.close()
+        self.opened.clear()
+        self.closed.clear()
+        self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(PATIENCE)
+        logging.getLogger().removeHandler(self.logs)
+
+
+# -- fixtures --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stage(context: zmq.Context, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    stage = Stage(context)
+    try:
+        yield stage
+        if not request.node.stash.get(FAILED, False):
+            stage.check()
+    finally:
+        stage.end()
+
+
+@pytest.fixture
+def kernel(context: zmq.Context) -> Iterator[Kernel]:
+    kernel = Kernel(context)
+    yield kernel
+    kernel.close()
+
+
+# -- clients that come and go ----------------------------------------------------------------------
+
+
+def settle(stage: Stage, client: Client) -> None:
+    """The client has read all it was given, and says so."""
+    session = stage.session(client.session_id)
+    while stage.run(lambda: session.outbox.sent_memory):
+        client.acknowledge()
+        asked = session.connection._acknowledgements
+        until(lambda asked=asked: stage.run(lambda: not asked.outstanding), "the pong has come")
+
+
+def leave(stage: Stage, client: Client, how: str, *, settled: bool = True) -> None:
+    """End a connection and wait until the session knows. ``settled``: it had read and acknowledged everything."""
+    session = stage.session(client.session_id)
+    connection = session.connection
+    if settled:
+        settle(stage, client)
+    if how == "reset":
+        client.reset()
+    elif how == "close":
+        client.send(close_frame(1001))
+    else:
+        client.drop()
+    until(lambda: session.connection is not connection, "the session knows")
