@@ -697,6 +697,8 @@ class Connection(WebSocketProtocol13):
         """From now on, ask with pings what the peer has received (`flow.Acknowledgements`). Little is left waiting
         in the system's buffers then: what is there cannot be taken back."""
         self._acknowledgements = Acknowledgements()
+        # Its answers come on top of what it may send by itself.
+        self._control_rate = Rate(self._limits.control_frame_rate + 1 / Acknowledgements.INTERVAL)
         if self._fd >= 0 and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             with contextlib.suppress(OSError):  # a Unix socket
                 self.stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)

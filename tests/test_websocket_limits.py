@@ -85,6 +85,22 @@ def test_more_control_frames_than_the_server_accepts(site: Site, opcode: int) ->
 
 
 @on_ours
+def test_answers_to_what_the_server_asks_are_not_too_many(site: Site) -> None:
+    class Limited(site.Handler):
+        limits = Limits(control_frame_rate=0.0)
+
+    client, handler = site.open(Limited)
+    site.run(handler.connection.acknowledge)
+    for word in "one", "two", "three":
+        site.run(lambda word=word: handler.write_message(word))
+        assert client.message() == word
+        client.acknowledge()
+        eventually(lambda: handler.connection.received == handler.connection._data_end)
+    client.send(client_frame(OP_PONG, b"?") * 1000)
+    assert_failed(site, client, 1008)
+
+
+@on_ours
 def test_more_fragments_than_the_server_accepts(site: Site) -> None:
     class Limited(echo_of(site)):
         limits = Limits(max_fragments=100)
