@@ -7,34 +7,43 @@ Importing this package loads the compiled core and nothing of tornado or jupyter
 __version__ = "0.1.0"
 
 from fastwire import errors
-from fastwire._core import (
-    FLUSH_BLOCKED,
-    FLUSH_DEAD,
-    FLUSH_DONE,
-    FLUSH_MORE,
-    FLUSH_NO_BUFFERS,
-    OP_BINARY,
-    OP_CLOSE,
-    OP_PING,
-    OP_PONG,
-    OP_TEXT,
-    PROTOCOL_V1,
-    RSV1,
-    FrameParser,
-    Signer,
-    WriteQueue,
-    build_info,
-    check_json,
-    close_payload,
-    decode_legacy,
-    decode_v1,
-    encode_legacy,
-    encode_v1,
-    frame_header,
-    header_fields,
-    parse_close,
-    split_identities,
-)
+
+try:
+    from fastwire._core import (
+        FLUSH_BLOCKED,
+        FLUSH_DEAD,
+        FLUSH_DONE,
+        FLUSH_MORE,
+        FLUSH_NO_BUFFERS,
+        OP_BINARY,
+        OP_CLOSE,
+        OP_PING,
+        OP_PONG,
+        OP_TEXT,
+        PROTOCOL_V1,
+        RSV1,
+        FrameParser,
+        Signer,
+        WriteQueue,
+        build_info,
+        check_json,
+        close_payload,
+        decode_legacy,
+        decode_v1,
+        encode_legacy,
+        encode_v1,
+        frame_header,
+        header_fields,
+        parse_close,
+        split_identities,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "fastwire._core":
+        raise
+    raise ImportError(
+        f"fastwire is not compiled in {__path__[0]}: `make install` or `pip install --editable .` does it there; "
+        "started in another directory, Python finds the fastwire that is installed"
+    ) from None
 
 __all__ = [
     "FLUSH_BLOCKED",

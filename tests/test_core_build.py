@@ -1,7 +1,12 @@
 """What the core says of its build, and the tests' own switches."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import zmq
+from server import ROOT
 
 from fastwire import _core
 
@@ -69,3 +74,16 @@ def test_a_script_with_a_mistake_is_refused(step: tuple[str, object]) -> None:
     with pytest.raises((KeyError, ValueError, TypeError)):
         _core.script_syscalls([("recv", 1), step])
     _core.script_syscalls([])
+
+
+def test_a_clone_that_was_not_compiled_says_what_to_do(tmp_path: Path) -> None:
+    """Also where fastwire is installed: Python looks first where it was started."""
+    (tmp_path / "fastwire").mkdir()
+    for source in ROOT.glob("fastwire/*.py"):
+        (tmp_path / "fastwire" / source.name).write_text(source.read_text())
+    command = [sys.executable, "-E", "-S", "-c", "import fastwire"]  # not the one that is installed
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: fastwire is not compiled in {tmp_path}/fastwire: "), done.stderr
+    assert "pip install --editable ." in last
