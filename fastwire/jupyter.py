@@ -276,17 +276,74 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         Timers begin in here, and in every step of this request after it, that end long after the client has gone,
         and cancelled ones still hold their context: all of them know the connection and its handler weakly.
 
-        Source: `ZMQChannelsWebsocketConnection.prepare`, whose timer holds its ``self`` for ``kernel_info_timeout``,
-        and which does not forget a request that failed.
+        Source: `ZMQChannelsWebsocketConnection.prepare`, which waits on for a kernel that was shut down, for an answer
+        of a process that has ended, and for a ``ready`` that another has replaced; and which does not forget a request
+        that failed.
         """
         CallContext.set(CallContext.JUPYTER_HANDLER, proxy(self.websocket_handler))
         try:
-            await super().prepare.__func__(proxy(self))  # type: ignore[attr-defined]
+            await self._register_session()
+            await self._until_it_is_ready()
+            await self._until_it_runs()
+            self.session.key = self.kernel_manager.session.key
+            await self._until_it_has_told_what_it_is()
         except BaseException:
             self.disconnect()
             raise
+        self._check_that_it_is_wanted()
+
+    def _check_that_it_is_wanted(self) -> None:
         if self._close_future.done():
             raise HTTPError(499, reason="the client left")
+        if not is_managed(self.kernel_manager):
+            raise HTTPError(404, reason="the kernel was shut down")
+
+    async def _wait_a_moment(self) -> None:
+        await asyncio.sleep(0.1)
+        self._check_that_it_is_wanted()
+
+    async def _until_it_is_ready(self) -> None:
+        """While it is launched, however long that takes. Of a restart and an end that overlap, jupyter_client forgets
+        the ``ready`` of the first and resolves that of the second twice: whether it runs counts more."""
+        kernel: Any = self.kernel_manager
+        while not kernel.ready.done():
+            await self._wait_a_moment()
+        failure = None if kernel.ready.cancelled() else kernel.ready.exception()
+        if failure is not None and not await ensure_async(kernel.is_alive()):
+            kernel.execution_state, kernel.reason = "dead", str(failure)
+            raise HTTPError(500, str(failure)) from failure
+
+    async def _until_it_runs(self) -> None:
+        """One that has died may be started again."""
+        try:
+            async with asyncio.timeout(self.kernel_info_timeout):
+                while not await ensure_async(self.kernel_manager.is_alive()):
+                    await self._wait_a_moment()
+        except TimeoutError:
+            raise HTTPError(503, reason="the kernel is not running") from None
+
+    async def _until_it_has_told_what_it_is(self) -> None:
+        """What a process that has ended was asked, the next one is asked again. A kernel that does not answer is taken
+        for one of today's protocol."""
+        self._check_that_it_is_wanted()
+        kernel: Any = self.kernel_manager
+        told, asked = self.request_kernel_info(), incarnation(kernel)
+        try:
+            async with asyncio.timeout(self.kernel_info_timeout):
+                while not told.done():
+                    await asyncio.wait({told}, timeout=0.1)
+                    self._check_that_it_is_wanted()
+                    if self.kernel_info_channel is not None and kernel.ready.done() and asked != incarnation(kernel):
+                        asked = incarnation(kernel)
+                        self._ask_again()
+        except TimeoutError:
+            self.log.warning("Timeout waiting for kernel_info reply from %s", self.kernel_id)
+
+    def _ask_again(self) -> None:
+        self.kernel_info_channel.close()
+        self.kernel_info_channel = None
+        del self.kernel_manager._kernel_info_future
+        self.request_kernel_info()
 
     async def connect(self) -> None:  # type: ignore[override]
         """Subscribe, prove the subscription, then continue or begin the client's session.
@@ -311,14 +368,18 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             if not self._is_proven:
                 await self.nudge()
             if not connection.is_closing():
+                self._check_that_it_is_wanted()
                 await self._attach(connection).until_it_can_be_asked()
         except BaseException as error:
             # Tornado says nothing more about a connection whose `open` did not return.
             self.disconnect()
             if not isinstance(error, Exception):
                 raise
-            self.log.error("Kernel %s cannot be reached: %s", self.kernel_id, error)
-            connection.close(1011, "the kernel cannot be reached")
+            if is_managed(self.kernel_manager):
+                self.log.error("Kernel %s cannot be reached: %s", self.kernel_id, error)
+                connection.close(1011, "the kernel cannot be reached")
+            else:
+                connection.close(1011, "the kernel was shut down")
 
     # -- who is admitted --
 
@@ -588,6 +649,16 @@ def endpoint(manager: Any) -> object:
     return (manager.transport, manager.ip, *manager.ports, manager.session.key, manager.session.signature_scheme, curve)
 
 
+def incarnation(manager: Any) -> object:
+    """What runs a kernel, and where."""
+    return endpoint(manager), process_of(manager)
+
+
+def process_of(manager: Any) -> object:
+    """jupyter_client may make a new provisioner for a start."""
+    return manager.provisioner, getattr(manager.provisioner, "pid", None)
+
+
 def signer_of(manager: Any) -> Signer:
     session = manager.session
     return Signer(session.key, session.signature_scheme, history_size=session.digest_history_size)
@@ -710,7 +781,7 @@ class Relays:
     def __init__(self) -> None:
         self._relays: dict[Any, KernelRelay] = {}
         self._budgets: Budgets | None = None
-        #: What runs each kernel: jupyter_client makes a new provisioner for every start.
+        #: What runs each kernel.
         self._processes: WeakKeyDictionary[KernelRelay, Any] = WeakKeyDictionary()
         #: Of each kernel whose iopub connection broke, until it is there again.
         self._proofs: dict[Any, asyncio.Task[None]] = {}
@@ -742,9 +813,8 @@ class Relays:
         """Subscribe to the kernel; anew when it moved, with doubt when it was started again since."""
         relay = self.of(manager)
         relay.open(endpoint(manager), signer_of(manager))
-        process = (manager.provisioner, getattr(manager.provisioner, "pid", None))
-        if self._processes.get(relay) != process:
-            self._processes[relay] = process
+        if self._processes.get(relay) != process_of(manager):
+            self._processes[relay] = process_of(manager)
             relay.drain_iopub()  # what the last one said proves nothing
             relay.doubt()
 

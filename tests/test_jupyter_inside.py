@@ -15,7 +15,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.connect import port_names
 from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
-from server import PATIENCE, PROTOCOLS, TOKEN, Message, environment, write_kernelspecs
+from server import PATIENCE, PROTOCOLS, ROOT, TOKEN, Message, environment, write_kernelspecs
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from traitlets.config import Config
@@ -225,7 +225,7 @@ def test_a_kernel_that_vanishes_while_a_client_connects(
             monkeypatch.setattr(FastwireWebsocketConnection, "prepare", and_then_it_ends)
             async with inside.client(kernel) as client:
                 await client.wait_closed()
-                assert client.close_code == 1011
+                assert (client.close_code, client.close_reason) == (1011, "the kernel was shut down")
             assert not FastwireWebsocketConnection._open_sessions
             assert not relays._relays
 
@@ -273,6 +273,134 @@ def test_a_client_that_leaves_before_it_is_answered(tmp_path: Path, monkeypatch:
             left.set()
             await until(lambda: handler._finished, "the request is over")
             assert not FastwireWebsocketConnection._open_sessions
+
+    asyncio.run(use())
+
+
+# -- a kernel that is not there while a client connects --------------------------------------------
+
+
+async def refusal(connecting: connect) -> tuple[int, str]:
+    """Status and reason of a handshake that is refused."""
+    with pytest.raises(InvalidStatus) as refused:
+        await connecting
+    return refused.value.response.status_code, refused.value.response.reason_phrase
+
+
+def test_a_kernel_that_ends_while_a_client_waits_for_it_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jupyter Server asks for a minute whether it runs again."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            asked = asyncio.Event()
+
+            async def is_alive() -> bool:
+                asked.set()
+                return False
+
+            monkeypatch.setattr(inside.manager.get_kernel(kernel), "is_alive", is_alive)
+            client = asyncio.ensure_future(refusal(inside.client(kernel)))
+            await asked.wait()
+            await inside.manager.shutdown_kernel(kernel, now=True)
+            assert await client == (404, "the kernel was shut down")
+            assert not FastwireWebsocketConnection._open_sessions
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_ends_without_telling_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All who wait for its answer are told."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="odd-mute")
+            manager = inside.manager.get_kernel(kernel)
+            clients = [asyncio.ensure_future(refusal(inside.client(kernel, session))) for session in ("ann", "bob")]
+            await until(lambda: len(FastwireWebsocketConnection._open_sessions) == 2, "both are there")
+            await until(lambda: hasattr(manager, "_kernel_info_future"), "the kernel is asked")
+            await inside.manager.shutdown_kernel(kernel, now=True)
+            assert await asyncio.gather(*clients) == [(404, "the kernel was shut down")] * 2
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_is_started_again_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process that ended was asked, the next one is not, which may listen elsewhere."""
+
+    async def use() -> None:
+        config = {"KernelManager": {"cache_ports": False}}  # or they never change
+        async with serving(tmp_path, monkeypatch, **config) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="odd-mute")
+            manager: Any = inside.manager.get_kernel(kernel)
+            clients = [asyncio.ensure_future(opened(inside.client(kernel, session))) for session in ("ann", "bob")]
+            await until(lambda: len(FastwireWebsocketConnection._open_sessions) == 2, "both are there")
+            await until(lambda: hasattr(manager, "_kernel_info_future"), "the kernel is asked")
+            manager.kernel_spec.argv[1] = str(ROOT / "bench" / "light_kernel.py")
+            await manager.restart_kernel(now=True, newports=True)
+            for client in await asyncio.gather(*clients):
+                await execute(client, "1")
+                assert await result(client, "1") == "4"
+                await client.close()
+
+    asyncio.run(use())
+
+
+def test_a_kernel_of_which_nobody_hears_that_it_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two restarts overlap, jupyter_client forgets the ``ready`` of the first: who waits for that, waits for
+    ever."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager: Any = inside.manager.get_kernel(kernel)
+            ready, manager._ready = manager._ready, asyncio.Future()
+            client = asyncio.ensure_future(opened(inside.client(kernel)))
+            await until(lambda: FastwireWebsocketConnection._open_sessions, "the client is there")
+            manager._ready = ready
+            async with asyncio.timeout(PATIENCE):
+                connected = await client
+            await execute(connected, "1")
+            assert await result(connected, "1") == "4"
+            await connected.close()
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_ends_before_it_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The WebSocket is open by then. Nothing is opened for a kernel that is gone."""
+
+    async def use() -> None:
+        monkeypatch.setattr("fastwire.jupyter.SWEEP_INTERVAL", 3600.0)
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="odd-mute")
+            manager: Any = inside.manager.get_kernel(kernel)
+            manager._kernel_info_future = Future()
+            manager._kernel_info_future.set_result({})
+            async with inside.client(kernel) as client:
+                await until(lambda: FastwireWebsocketConnection._open_sockets, "it is proven")
+                await inside.manager.shutdown_kernel(kernel, now=True)
+                async with asyncio.timeout(PATIENCE):
+                    await client.wait_closed()
+                assert (client.close_code, client.close_reason) == (1011, "the kernel was shut down")
+            assert not relays._relays
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not started again while a client waits."""
+
+    async def use() -> None:
+        config = {"MappingKernelManager": {"kernel_info_timeout": 0.1}}
+        async with serving(tmp_path, monkeypatch, **config) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+
+            async def is_alive() -> bool:
+                return False
+
+            monkeypatch.setattr(inside.manager.get_kernel(kernel), "is_alive", is_alive)
+            assert await refusal(inside.client(kernel)) == (503, "the kernel is not running")
 
     asyncio.run(use())
 
