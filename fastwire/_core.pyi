@@ -451,7 +451,7 @@ def scripted_left() -> int:
     """Steps not used yet: a test asserts 0, so that each fault has fired."""
 
 def force_portable(portable: bool) -> None:
-    """Use the portable SHA-256 and UTF-8 code although the CPU could do better."""
+    """Use the portable SHA-256 although the CPU could do better."""
 
 def receive_and_drop(socket: zmq.Socket[bytes]) -> int:
     """Receive and drop every message that waits; returns how many. For benchmarks: what receiving alone costs."""

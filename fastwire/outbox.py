@@ -290,7 +290,9 @@ class Outbox:
     # -- in and out --
 
     def append(self, batch: Batch, *, momentary: bool = False) -> bool:
-        """Keep a batch. False: what may not be dropped is more than the limit."""
+        """Keep a batch, unless this outbox was cleared. False: what may not be dropped is more than the limit."""
+        if self._closed:
+            return True
         whole = Momentary(batch) if momentary else Whole(batch)
         self._fresh.append(whole)
         self._fresh_memory += whole.memory

@@ -568,3 +568,13 @@ def test_a_notice_stands_beside_a_kernels_message() -> None:
     assert with_parent[1] == b'{"msg_id": "its own"}'
     alone = notice((b"{}", b"{}"), "text")[0]
     assert alone[1] == b"{}"
+
+
+def test_what_comes_after_the_end_is_not_kept() -> None:
+    """The word that a kernel restarts, to a client that was given up and has not left yet."""
+    budget = Budget(MIB)
+    outbox = Outbox(budget=budget)
+    outbox.append(batch_of(line(1)))
+    outbox.clear()
+    assert outbox.append(batch_of(other("status", 2)), momentary=True)
+    assert (len(outbox), outbox.memory, budget.used) == (0, 0, 0)
