@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml setup.py $(CORE)
 serve: install ## a Jupyter server on fastwire: make serve ARGS="--port 9999"
 	$(RUN) -m fastwire.serve $(ARGS)
 
-test: install ## all tests, or some: make test ARGS="tests/test_core.py -k sha"
+test: install ## all tests, or some: make test ARGS="tests/test_core_signer.py -k sha"
 	$(RUN) -m pytest $(ARGS)
 
 conformance: install ## RFC 6455 case by case: make conformance ARGS="--targets fastwire,tornado -v"

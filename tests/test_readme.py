@@ -162,6 +162,13 @@ def test_every_command_of_make_that_is_named_exists() -> None:
         assert named <= targets, page.name
 
 
+def test_every_test_file_of_a_command_exists() -> None:
+    for page in (*ROOT.glob("*.md"), *DOCS, ROOT / "Makefile"):
+        for arguments in re.findall(r'make [a-z-]+ ARGS="?([^"`\n]*)', page.read_text()):
+            for file in re.findall(r"tests/\S+", arguments):
+                assert [*ROOT.glob(file)], f"{page.name}: {file}"
+
+
 def anchors(page: Path) -> set[str]:
     """What its headings are called in links, by GitHub's rule."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
