@@ -14,7 +14,7 @@ CORE := $(wildcard fastwire/_core.pyx fastwire/core/*)
 INSTALL := $(RUN) -m pip install --quiet --editable '.[lab,bench,test,dev]'
 COMPILE := $(RUN) setup.py --quiet build_ext --inplace --force
 # What the tests need, for a build that must not touch the one in the source tree.
-TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs etc examples fastwire fuzz tests tools)
+TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs etc fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
 .PHONY: help install serve test conformance lint format bench bench-core bench-check load sanitize coverage soak fuzz upstream nightly docs dist clean

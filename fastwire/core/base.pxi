@@ -44,8 +44,6 @@ cdef extern from "core/zmq_api.h" nogil:
     enum: FW_ZMQ_POLLOUT
     ctypedef struct fw_zmq_msg:
         pass
-    struct fw_zmq_functions "fw_zmq":
-        pass
     int fw_zmq_find(const char *path)
     int zmq_msg_init "fw_zmq.msg_init"(fw_zmq_msg *)
     int zmq_msg_recv "fw_zmq.msg_recv"(fw_zmq_msg *, void *, int)
@@ -57,7 +55,6 @@ cdef extern from "core/zmq_api.h" nogil:
     int zmq_send "fw_zmq.send"(void *, const void *, size_t, int)
     int zmq_getsockopt "fw_zmq.getsockopt"(void *, int, void *, size_t *)
     int zmq_errno "fw_zmq.errno_"()
-    void zmq_version "fw_zmq.version"(int *, int *, int *)
 
 cdef extern from *:
     """
