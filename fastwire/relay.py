@@ -54,6 +54,9 @@ ROUNDS = 32
 
 CLIENT_CHANNELS = ("shell", "control", "stdin")
 
+#: Characters of a session's id that are shown to people; of a longer one a few.
+LONGEST_NAME = 16
+
 #: Seconds that a kernel has to connect a stdin socket.
 STDIN_PATIENCE = 5.0
 
@@ -571,8 +574,8 @@ class Session:
 
     @property
     def label(self) -> str:
-        """Enough of the id to tell clients apart."""
-        return self.session_id[:8]
+        """Enough of the id to tell clients apart: a name whole, of a UUID its first digits."""
+        return self.session_id if len(self.session_id) <= LONGEST_NAME else self.session_id[:8]
 
     @property
     def state(self) -> str:

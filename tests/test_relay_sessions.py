@@ -269,3 +269,12 @@ def test_what_waits_for_the_kernel_comes_before_what_the_next_socket_says(
         again.say(str(number))
     assert kernel.ids(40) == [str(n) for n in range(40)]
     kernel.close()
+
+
+def test_clients_are_told_apart_by_the_names_they_have(stage: Stage, kernel: Kernel) -> None:
+    """On the live page and in its events: a UUID is long, a name may begin like the next."""
+    stage.start(kernel)
+    names = "notebook-1", "notebook-2", "0de8c6f2-1b4e-4f7e-9a55-7d2f4c1b9a10", "f4c1b9a100de8c6f21b4e4f7e9a557d2"
+    for name in names:
+        stage.connect(name)
+    assert [stage.session(name).label for name in names] == ["notebook-1", "notebook-2", "0de8c6f2", "f4c1b9a1"]
