@@ -784,7 +784,7 @@ class Relays:
         #: What runs each kernel.
         self._processes: WeakKeyDictionary[KernelRelay, Any] = WeakKeyDictionary()
         #: Of each kernel whose iopub connection broke, until it is there again.
-        self._proofs: dict[Any, asyncio.Task[None]] = {}
+        self._proofs: dict[KernelRelay, asyncio.Task[None]] = {}
         self._missing: set[Any] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -829,11 +829,11 @@ class Relays:
     def prove(self, manager: Any) -> asyncio.Task[None]:
         """Hold what clients request until the kernel is heard and can ask them: earlier, its output would be lost. Not
         longer than a client waits that connects. Whoever calls this meanwhile waits for the same."""
-        if manager not in self._proofs:
-            relay = self._relays[manager]
+        relay = self._relays[manager]
+        if relay not in self._proofs:
             relay.hold()
-            self._proofs[manager] = asyncio.get_running_loop().create_task(self._prove(manager, relay))
-        return self._proofs[manager]
+            self._proofs[relay] = asyncio.get_running_loop().create_task(self._prove(manager, relay))
+        return self._proofs[relay]
 
     async def _prove(self, manager: Any, relay: KernelRelay) -> None:
         async def wanted() -> bool:
@@ -847,7 +847,7 @@ class Relays:
         except Exception as error:  # descriptors have run out, or whatever `connect_*` may raise
             log.error("kernel %s is not proven: %s", manager.kernel_id, error, exc_info=error)
         finally:
-            del self._proofs[manager]
+            self._proofs.pop(relay, None)
             relay.release()
 
     def _follow(self, change: Any) -> None:
@@ -871,9 +871,9 @@ class Relays:
         if relay is not None:
             manager.unobserve(self._follow, PLACE)
             relay.close()
-        proof = self._proofs.get(manager)
-        if proof is not None:
-            proof.cancel()
+            proof = self._proofs.pop(relay, None)  # one that is cancelled before it has begun does nothing itself
+            if proof is not None:
+                proof.cancel()
 
     def close_all(self) -> None:
         if self._sweeper is not None:

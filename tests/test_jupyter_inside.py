@@ -512,3 +512,20 @@ def test_a_kernel_that_is_deleted_while_it_restarts(tmp_path: Path, monkeypatch:
             assert not relay.sessions
 
     asyncio.run(use())
+
+
+def test_a_kernel_that_ends_before_anybody_could_ask_whether_it_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections end with it, and it is forgotten in the same turn of the loop."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager = inside.manager.get_kernel(kernel)
+            proof = relays.prove(manager)
+            relays.close(manager)
+            await asyncio.wait([proof])
+            assert not relays._proofs
+
+    asyncio.run(use())
