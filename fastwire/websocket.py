@@ -136,14 +136,18 @@ class WebSocketHandler(tornado.websocket.WebSocketHandler):
 def connection_for(
     handler: tornado.websocket.WebSocketHandler, limits: Limits | None = None, max_message_size: int | None = None
 ) -> Connection | None:
-    """The protocol object for a handler before its handshake, None for a version other than 13.
+    """The protocol object for a handler before its handshake; None for a version other than 13, which is answered.
 
     To give any Tornado handler fastwire's data path, let its ``get_websocket_protocol`` return this.
     Without ``max_message_size`` the handler's holds.
     Source: `tornado.websocket.WebSocketHandler.get_websocket_protocol`.
     """
     if handler.request.headers.get("Sec-WebSocket-Version") != "13":
-        handler.set_header("Upgrade", "websocket")  # a 426 has to name it (RFC 9110 section 15.5.22)
+        # Answered here, because Tornado before 6.6 goes on to name versions 7 and 8.
+        handler.set_status(426, "Upgrade Required")
+        handler.set_header("Upgrade", "websocket")  # RFC 9110 section 15.5.22
+        handler.set_header("Sec-WebSocket-Version", "13")
+        handler.finish()
         return None
     return Connection(
         handler,
