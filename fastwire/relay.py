@@ -289,29 +289,30 @@ class KernelRelay:
     def open(self, endpoint: object = None, signer: Signer | None = None) -> None:
         """Subscribe to the kernel, once. ``endpoint`` is whatever tells where it listens: when that is not what it was
         last time, every socket is made anew. ``signer`` is that of sockets that are made now."""
-        moved = self.iopub is not None and self.endpoint != endpoint
+        moved = self.endpoint != endpoint
         if moved:
             self.drain_iopub()
             self._close_iopub()
         open_relays.add(self)
         if self.iopub is None or self.iopub.closed:
             self._close_iopub()
-            self.endpoint = endpoint
             self.signer = signer or self.signer
             self.heard = asyncio.get_running_loop().create_future()
             self._open_iopub()
+        self.endpoint = endpoint
         if moved:
             for session in list(self.sessions.values()):
                 session.follow()
 
     def _open_iopub(self) -> None:
-        self.iopub = self.channel("iopub", None, self._on_iopub)
-        if self._on_disconnect is None:
-            return
         try:
-            self._watch = DisconnectWatch(self.iopub.socket, self._on_disconnect)
-        except BaseException:
+            self.iopub = self.channel("iopub", None, self._on_iopub)
+            if self._on_disconnect is not None:
+                self._watch = DisconnectWatch(self.iopub.socket, self._on_disconnect)
+        except Exception as error:
             self._close_iopub()
+            for session in list(self.sessions.values()):
+                session.stay_behind(error)
             raise
 
     def channel(
@@ -546,7 +547,11 @@ class Session:
         try:
             self.reopen()
         except Exception as error:  # noqa: BLE001 - descriptors have run out, or whatever `connect_*` may raise
-            self._give_up(error, "the server could not follow the kernel to its new ports")
+            self.stay_behind(error)
+
+    def stay_behind(self, error: Exception) -> None:
+        """The kernel is elsewhere, its sockets cannot be: its client comes back for others."""
+        self._give_up(error, "the server could not follow the kernel to its new ports")
 
     async def until_it_can_be_asked(self) -> None:
         """Wait until stdin is connected: a kernel's ``ROUTER`` drops what it asks a peer that it does not know yet. A

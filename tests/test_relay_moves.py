@@ -189,6 +189,31 @@ def test_who_cannot_follow_a_kernel_tries_again_when_it_comes_back(
     assert moved.receive()[0] == "ann"
 
 
+def test_a_relay_that_cannot_follow_its_kernel_does_when_a_client_comes_back(
+    stage: Stage, kernel: Kernel, moved: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Descriptors run out before there is a subscription: nobody stays connected to where the kernel was."""
+    caplog.set_level(logging.CRITICAL)  # a record would keep the traceback
+    relay = stage.start(kernel)
+    ann = stage.connect("ann")
+
+    def fail(channel: str, identity: bytes | None) -> zmq.Socket:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    relay._open_socket = fail
+    with pytest.raises(zmq.ZMQError):
+        stage.run(relay.open, "other ports")
+    relay._open_socket = stage.open_socket
+    assert ann.close_frame()[0] == 1011
+    move(stage, moved)
+    ann = stage.connect("ann")
+    ann.say("asked")
+    assert moved.receive()[0] == "ann"
+    assert kernel.silent()
+    moved.publish(*stream(1))
+    assert ann.ids(1) == ["1"]
+
+
 def test_opening_with_the_same_ports_changes_nothing(stage: Stage, kernel: Kernel) -> None:
     stage.start(kernel)
     client = stage.connect("ann")
