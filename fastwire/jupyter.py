@@ -17,8 +17,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
@@ -684,6 +684,7 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._active: dict[Any, float] = {}
+        self._changing: WeakKeyDictionary[Any, asyncio.Lock] = WeakKeyDictionary()
 
     def start_watching_activity(self, kernel_id: str) -> None:
         """Subscribe to the kernel, at its start and whenever its ports changed."""
@@ -722,19 +723,48 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         self._write_activity()
         await super().cull_kernel_if_idle(kernel_id)
 
+    def pre_start_kernel(self, kernel_name: str | None, kwargs: Any) -> tuple[Any, str, str]:
+        """What its model says is there before the kernel is listed: who asked in that turn of the loop got a 500."""
+        kernel, name, kernel_id = super().pre_start_kernel(kernel_name, kwargs)
+        starting: Any = kernel
+        starting.execution_state, starting.last_activity = "starting", utcnow()
+        return kernel, name, kernel_id
+
     async def _finish_kernel_start(self, kernel_id: str) -> None:
         await super()._finish_kernel_start(kernel_id)
         self.add_restart_callback(kernel_id, partial(self._begin_anew, kernel_id), "restart")
 
     async def _async_restart_kernel(self, kernel_id: str, now: bool = False) -> Any:
         """Answered when the new process is heard: who stays connected misses nothing of what it asks next."""
-        self._give_up_restart(kernel_id)
-        reply = await super()._async_restart_kernel(kernel_id, now=now)
-        self._begin_anew(kernel_id)
+        async with self._alone(kernel_id):
+            self._give_up_restart(kernel_id)
+            reply = await super()._async_restart_kernel(kernel_id, now=now)
+            self._begin_anew(kernel_id)
         await self._until_heard(self._kernels[kernel_id])
         return reply
 
     restart_kernel = _async_restart_kernel  # type: ignore[assignment]
+
+    async def _async_shutdown_kernel(
+        self, kernel_id: str, now: bool | None = False, restart: bool | None = False
+    ) -> None:
+        async with self._alone(kernel_id):
+            if kernel_id in self:
+                await super()._async_shutdown_kernel(kernel_id, now=now, restart=restart)
+
+    shutdown_kernel = _async_shutdown_kernel  # type: ignore[assignment]
+
+    @asynccontextmanager
+    async def _alone(self, kernel_id: str) -> AsyncIterator[None]:
+        """The restarts and the end of a kernel come one after another, also those that it is given by itself. Where
+        they overlap, jupyter_client answers with 500, and leaves a process that nobody ends."""
+        kernel = self.get_kernel(kernel_id)
+        async with self._changing.setdefault(kernel, asyncio.Lock()):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.kernel_info_timeout):
+                    while not kernel.ready.done():  # noqa: ASYNC110 - jupyter_client replaces it
+                        await asyncio.sleep(0.05)
+            yield
 
     def _give_up_restart(self, kernel_id: str) -> None:
         """Jupyter Server asks each restarted kernel for its info, and keeps the socket until that answers: one that is

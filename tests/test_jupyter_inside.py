@@ -529,3 +529,77 @@ def test_a_kernel_that_ends_before_anybody_could_ask_whether_it_is_heard(
             assert not relays._proofs
 
     asyncio.run(use())
+
+
+# -- a kernel of which several things are wanted at once -------------------------------------------
+
+
+def test_two_restarts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of somebody who clicks twice. Both happen, and the kernel is one."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with asyncio.timeout(PATIENCE):
+                await asyncio.gather(inside.manager.restart_kernel(kernel), inside.manager.restart_kernel(kernel))
+            async with inside.client(kernel) as client:
+                await execute(client, "1")
+                assert await result(client, "1") == "4"
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize("first", ["restart", "end"])
+def test_a_restart_and_the_end_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """No process is left that nobody manages."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager = inside.manager.get_kernel(kernel)
+            wanted = [inside.manager.restart_kernel(kernel), inside.manager.shutdown_kernel(kernel)]
+            if first == "end":
+                wanted.reverse()
+            async with asyncio.timeout(PATIENCE):
+                outcome = await asyncio.gather(*wanted, return_exceptions=True)
+            assert [getattr(each, "status_code", each) for each in outcome if isinstance(each, Exception)] == (
+                [404] if first == "end" else []
+            )
+            assert kernel not in inside.manager
+            assert not manager.has_kernel
+
+    asyncio.run(use())
+
+
+def test_the_end_while_a_kernel_is_restarted_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager: Any = inside.manager.get_kernel(kernel)
+            restart = asyncio.ensure_future(manager.restart_kernel(now=True))  # as jupyter_client's restarter does
+            await until(lambda: not manager.ready.done(), "it restarts")
+            async with asyncio.timeout(PATIENCE):
+                await asyncio.gather(restart, inside.manager.shutdown_kernel(kernel))
+            assert kernel not in inside.manager
+            assert not manager.has_kernel
+
+    asyncio.run(use())
+
+
+def test_a_kernel_is_listed_with_all_that_its_model_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the turn of the loop on in which it has started."""
+
+    async def use() -> None:
+        add = FastwireMappingKernelManager._add_kernel_when_ready
+        listed = []
+
+        async def and_look(manager: FastwireMappingKernelManager, *kernel: Any) -> None:
+            await add(manager, *kernel)
+            listed.extend(manager.list_kernels())
+
+        monkeypatch.setattr(FastwireMappingKernelManager, "_add_kernel_when_ready", and_look)
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            assert [(model["id"], model["execution_state"]) for model in listed] == [(kernel, "starting")]
+
+    asyncio.run(use())
