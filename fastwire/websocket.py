@@ -117,8 +117,10 @@ class WebSocketHandler(tornado.websocket.WebSocketHandler):
     """Use it instead of `tornado.websocket.WebSocketHandler`: same methods, same callbacks.
 
     Differences: awaiting `write_message` waits until the transport has taken the bytes (not awaiting it leaves no
-    task and no "never retrieved"); clients that break RFC 6455 get the Close frame it asks for; ``TCP_NODELAY`` is
-    on from the start. A client over ``max_fragments`` or ``control_frame_rate`` of `limits` is closed with 1008.
+    task and no "never retrieved"), and what it returns has the methods of a `Future` without being one, which
+    `IOLoop.add_future` insists on: use its ``add_done_callback``. Clients that break RFC 6455 get the Close frame it
+    asks for. ``TCP_NODELAY`` is on from the start. A client over ``max_fragments`` or ``control_frame_rate`` of
+    `limits` is closed with 1008.
     """
 
     limits = Limits()
