@@ -49,8 +49,9 @@ def counters() -> dict[tuple[str, str, str], int]:
     ``from_kernels`` and ``to_kernels``: "messages" and "bytes" by channel ("shell", "control", "stdin", "iopub",
     "other"). ``from_clients`` and ``to_clients``: data messages, payload bytes in, wire bytes out. ``batches`` drained;
     messages ``rejected``; ``invalid_signatures`` (also of messages that pass with ``permissive``) and
-    ``replayed_signatures``; ``budget_hits``: drains that left messages for the next turn; ``waited``: messages that a
-    full kernel socket made wait; ``flushes`` that wrote, were ``blocked``, had ``no_buffers``.
+    ``replayed_signatures``; ``budget_hits``: drains that left messages for the next turn; ``waited``: messages that
+    were not sent at once, because a kernel's socket was full or `Uplink.held`; ``flushes`` that wrote, were
+    ``blocked``, had ``no_buffers``.
     """
 
 def histograms() -> dict[str, tuple[tuple[float, ...], tuple[int, ...], float]]:

@@ -209,7 +209,7 @@ METRICS = (
     Metric(
         "fastwire_uplink_waits_total",
         "counter",
-        "Messages of clients that had to wait because their kernel took no more.",
+        "Messages of clients that had to wait because their kernel took no more, or was not heard yet.",
         counter("waited"),
     ),
     # What waits now.

@@ -997,7 +997,3 @@ def is_quiet(error: OSError) -> bool:
         errno.ENOTCONN,
         errno.ESHUTDOWN,
     )
-
-
-if sys.platform == "win32":
-    raise ImportError("fastwire.websocket needs a POSIX system")

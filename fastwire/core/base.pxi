@@ -202,7 +202,7 @@ cdef struct Counters:
     uint64_t invalid_signatures     # also of messages that pass all the same
     uint64_t replayed_signatures
     uint64_t budget_hits            # drains that ended with messages still there
-    uint64_t waited                 # messages a full kernel socket made wait
+    uint64_t waited                 # messages that were not sent at once: a socket was full, or shell held
     uint64_t flushes
     uint64_t blocked
     uint64_t no_buffers
