@@ -145,8 +145,8 @@ class Fastwire(Configurable):
         Limits.write_deadline,
         min=0,
         config=True,
-        help="Seconds until a client is closed whose connection takes no byte although some wait. It gets them when it "
-        "comes back; a client without a session_id is left to ws_ping_timeout.",
+        help="Seconds until a client is closed whose connection takes no byte although some wait, 0 for never. It gets "
+        "them when it comes back; a client without a session_id is left to ws_ping_timeout.",
     )
     uplink_deadline = Float(
         Limits.uplink_deadline,
@@ -165,7 +165,7 @@ class Fastwire(Configurable):
         Limits.max_fragments,
         min=0,
         config=True,
-        help="Frames in which a client may send one message; closed with 1008 beyond.",
+        help="Frames in which a client may send one message, 0 for any number; closed with 1008 beyond.",
     )
     control_frame_rate = Float(
         Limits.control_frame_rate,
@@ -179,7 +179,7 @@ class Fastwire(Configurable):
         min=0,
         config=True,
         help="Seconds until a connection is closed that has not sent a whole request, the one that opens a WebSocket "
-        "included. Of python -m fastwire.serve.",
+        "included; 0 for never. Of python -m fastwire.serve.",
     )
     clients_per_kernel = Integer(
         Limits.clients_per_kernel,

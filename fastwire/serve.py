@@ -194,8 +194,8 @@ class FastwireServer(ServerApp):
         if takes_fastwire(self):
             status.install(self.web_app)
         super().init_httpserver()
-        # Tornado's own is an hour.
-        self.http_server.conn_params.header_timeout = Fastwire(config=self.config).handshake_timeout
+        # Tornado's own is an hour; None is no limit, 0 no time.
+        self.http_server.conn_params.header_timeout = Fastwire(config=self.config).handshake_timeout or None
 
     def start_app(self) -> None:
         """Instead of ``ServerApp.start_app``: files, browser and URL wait until the socket listens."""

@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import websockets.exceptions
@@ -426,6 +427,16 @@ def test_whoever_is_closed_for_a_limit_hurts_nobody_else(
 def test_a_handshake_that_takes_too_long(server: Server, kernel: str, slow: socket.socket) -> None:
     assert slow.recv(1) == b""
     assert ask(server, "GET", "/api", {}).status == 200
+
+
+def test_a_handshake_may_take_any_time_if_nobody_sets_it_one(tmp_path: Path) -> None:
+    with serving(tmp_path, "--Fastwire.handshake_timeout=0") as server:
+        slow = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+        with slow, slow.makefile("rb") as answer:
+            slow.sendall(b"GET /api HTTP/1.1\r\n")
+            assert ask(server, "GET", "/api", {}).status == 200
+            slow.sendall(f"Host: 127.0.0.1:{server.port}\r\n\r\n".encode())
+            assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
 
 
 # -- files and logs --------------------------------------------------------------------------------
