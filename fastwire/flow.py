@@ -23,7 +23,7 @@ class Limits:
     max_message_size: int = 10 * MIB
     max_fragments: int = 128 * KIB
 
-    #: Pings and pongs a second that a client may send, on the average of `Rate.WINDOW` seconds.
+    #: Pings and pongs a second that a client may send unasked, on the average of `Rate.WINDOW` seconds.
     control_frame_rate: float = 2000.0
 
     #: How long a connection may be without a whole request, the one that opens a WebSocket included.

@@ -171,8 +171,8 @@ class Fastwire(Configurable):
         Limits.control_frame_rate,
         min=0,
         config=True,
-        help="WebSocket pings and pongs a second that a client may send, on the average of ten seconds; closed with "
-        "1008 beyond.",
+        help="WebSocket pings and pongs a second that a client may send unasked, on the average of ten seconds; closed "
+        "with 1008 beyond.",
     )
     handshake_timeout = Float(
         Limits.handshake_timeout,
