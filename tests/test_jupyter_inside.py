@@ -549,6 +549,32 @@ def test_two_restarts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(use())
 
 
+def test_what_is_asked_while_a_kernel_ends_to_be_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old process would take it with it: the new one is asked."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager: Any = inside.manager.get_kernel(kernel)
+            async with inside.client(kernel) as client:
+                session = (await inside.connection())._session
+                assert session is not None
+                restart, waiting = manager.restart_kernel, []
+
+                async def but_before(*args: Any, **options: Any) -> Any:
+                    await execute(client, "1")
+                    await until(lambda: session.uplink.sent or session.uplink.waiting_messages, "it is asked")
+                    waiting.append(session.uplink.waiting_messages)
+                    return await restart(*args, **options)
+
+                monkeypatch.setattr(manager, "restart_kernel", but_before)
+                await inside.manager.restart_kernel(kernel)
+                assert waiting == [1]
+                assert await result(client, "1") == "4"
+
+    asyncio.run(use())
+
+
 @pytest.mark.parametrize("first", ["restart", "end"])
 def test_a_restart_and_the_end_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
     """No process is left that nobody manages."""
