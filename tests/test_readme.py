@@ -155,6 +155,14 @@ def test_the_pings_of_the_protocol_are_those_of_flow() -> None:
     assert f"has had it for {Acknowledgements.PATIENCE:g} s" in text
 
 
+def test_every_reason_to_close_a_kernels_client_is_told() -> None:
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    sources = "".join((ROOT / "fastwire" / name).read_text() for name in ("relay.py", "jupyter.py", "core/uplink.pxi"))
+    reasons = re.findall(r'(?:close\(\d+, |_give_up\(error, |raise SocketClosed\()"(.+?)"\)', sources)
+    assert len(reasons) > 8
+    assert [reason for reason in reasons if f"| `{reason}` |" not in text] == []
+
+
 def test_every_command_of_make_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in (*ROOT.glob("*.md"), *DOCS, *ROOT.glob("bench/*.md"), *ROOT.glob("fuzz/*.md")):
