@@ -817,7 +817,7 @@ class Relays:
         self._relays: dict[Any, KernelRelay] = {}
         self._budgets: Budgets | None = None
         #: What runs each kernel.
-        self._processes: WeakKeyDictionary[KernelRelay, Any] = WeakKeyDictionary()
+        self._processes: dict[KernelRelay, Any] = {}
         #: Of each kernel whose iopub connection broke, until it is there again.
         self._proofs: dict[KernelRelay, asyncio.Task[None]] = {}
         self._missing: set[Any] = set()
@@ -911,6 +911,7 @@ class Relays:
         relay = self._relays.pop(manager, None)
         if relay is not None:
             manager.unobserve(self._follow, PLACE)
+            self._processes.pop(relay, None)
             relay.close()
             proof = self._proofs.pop(relay, None)  # one that is cancelled before it has begun does nothing itself
             if proof is not None:
