@@ -109,7 +109,7 @@ def test_kernel_gateway(tmp_path: Path) -> None:
         first = Client(server, kernel, how=Raw)
         go_on = tmp_path / "go on"
         cell = first.execute(
-            f"import os, time\nwhile not os.path.exists({str(go_on)!r}): time.sleep(.01)\nprint('late')"
+            f"import os, time\nwhile not os.path.exists({str(go_on)!r}): time.sleep(.01)\nprint('late', end='')"
         )
         server.until_model(kernel, execution_state="busy")
         first.socket.client.send(close_frame(1000))
@@ -118,7 +118,7 @@ def test_kernel_gateway(tmp_path: Path) -> None:
         server.until_model(kernel, connections=0)
         go_on.touch()
         with Client(server, kernel, None, first.session_id) as second:
-            assert second.receive_until(lambda m: m.parent == cell and m.type == "stream").content["text"] == "late\n"
+            assert second.receive_until(lambda m: m.parent == cell and m.type == "stream").content["text"] == "late"
         assert not server.logged("Traceback")
 
 
