@@ -1,6 +1,6 @@
 """Pure policy: how much, how long, and what then. No sockets, no clock of its own.
 
-Every number a user can set has its default here, once; `fastwire.jupyter` makes traits of them and the docs are
+Every number a user can set has its default here, once; `fastwire.settings` makes traits of them and the docs are
 generated from those. Sizes are bytes, times seconds, positions bytes since a connection began.
 """
 

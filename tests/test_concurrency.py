@@ -295,7 +295,7 @@ import asyncio
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler as Handler
 from tornado.web import HTTPError
 
-from fastwire.jupyter import relays
+from fastwire.kernels import relays
 
 
 def cancelled_after(method, name):

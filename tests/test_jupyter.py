@@ -1,7 +1,6 @@
 """Real kernels through the real server, as Jupyter's clients meet them, in both protocols."""
 
 import asyncio
-import dataclasses
 import json
 import re
 import signal
@@ -15,9 +14,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import wsclient
-import zmq
-from jupyter_client import KernelManager
-from jupyter_core.paths import jupyter_runtime_dir
 from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
@@ -38,15 +34,12 @@ from server import (
 )
 from tornado.httputil import HTTPHeaders, HTTPServerRequest, RequestStartLine
 from tornado.web import Application
-from traitlets import TraitError
-from traitlets.config import Config
 from websockets.exceptions import InvalidStatus
 from wsclient import close_frame
 from zmq.eventloop.zmqstream import ZMQStream
 
 from fastwire._core import PROTOCOL_V1
-from fastwire.flow import Limits
-from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection, open_socket, usable
+from fastwire.jupyter import FastwireMappingKernelManager, FastwireWebsocketConnection
 
 both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
@@ -856,62 +849,6 @@ def test_garbage_of_a_client_that_compresses(strict: Server, protocol: str | Non
         assert bad.closed().code == 1007
         assert good.run("1").result == "4"
         assert "Traceback" not in strict.log[before:]
-
-
-def test_every_setting_reaches_the_relay(tmp_path: Path) -> None:
-    """What `Limits` has and a user may set."""
-    for field in dataclasses.fields(Limits):
-        if Fastwire.class_traits(config=True).get(field.name):
-            value = {bool: field.default is False, str: str(tmp_path)}.get(type(field.default), 77_777)
-            settings = Fastwire(config=Config({"Fastwire": {field.name: value}}))
-            defaults = dataclasses.replace(Limits(), spill_dir=jupyter_runtime_dir())
-            assert settings.limits() == dataclasses.replace(defaults, **{field.name: value})
-
-
-def test_no_setting_is_negative() -> None:
-    """-1 is often a word for "no limit": here it is refused, by name."""
-    for field in dataclasses.fields(Limits):
-        if type(field.default) in (int, float) and Fastwire.class_traits(config=True).get(field.name):
-            with pytest.raises(TraitError, match=field.name):
-                Fastwire(config=Config({"Fastwire": {field.name: -1}}))
-
-
-class BoundingManager(KernelManager):
-    """A provisioner's or a site's own, that gives its sockets a bound."""
-
-    def connect_shell(self, identity: bytes | None = None) -> zmq.Socket:
-        sock = self.context.socket(zmq.DEALER)
-        sock.rcvhwm = self.bound
-        sock.connect("tcp://127.0.0.1:1")
-        return sock
-
-
-@pytest.mark.parametrize("bound", [5, 0])
-def test_sockets_that_could_drop_messages_are_told_of(
-    context: zmq.Context, bound: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    manager = BoundingManager(context=context, iopub_port=1)
-    manager.kernel_id, manager.bound = "mine", bound
-    for channel in "shell", "iopub":
-        with open_socket(manager, channel, None) as opened:
-            assert opened.rcvhwm == (bound if channel == "shell" else 0)
-    expected = ["the shell socket of kernel mine drops messages beyond 5"] if bound else []
-    assert [record.getMessage() for record in caplog.records] == expected
-    assert zmq.RCVHWM not in manager.context.sockopts
-
-
-def test_a_client_may_have_a_reply_waiting() -> None:
-    with pytest.raises(TraitError, match=r"client_memory_limit.* 65536"):
-        Fastwire(config=Config({"Fastwire": {"client_memory_limit": 0}}))
-
-
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="there is no /dev/shm")
-def test_memory_is_no_place_to_spill_to(caplog: pytest.LogCaptureFixture) -> None:
-    on_disk = Limits(spill_dir=str(Path(__file__).parent))
-    assert usable(on_disk) is on_disk
-    assert usable(Limits(spill_dir="/dev/shm")).spill_dir == ""
-    assert usable(Limits(spill_dir="/missing")).spill_dir == ""
-    assert ["tmpfs" in record.message for record in caplog.records] == [True, False]
 
 
 # -- the server's end, and another server ----------------------------------------------------------

@@ -30,6 +30,8 @@ ROOMS = (
     "metrics",
     "session",
     "status",
+    "settings",
+    "kernels",
     "jupyter",
     "serve",
 )

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md, the reference of settings, from the traits of `fastwire.jupyter.Fastwire`."""
+"""Writes docs/configuration.md, the reference of settings, from the traits of `fastwire.settings.Fastwire`."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from traitlets import TraitType
 
 from fastwire.flow import GIB, KIB, MIB
-from fastwire.jupyter import Fastwire
+from fastwire.settings import Fastwire
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 

@@ -1,0 +1,193 @@
+"""The settings of fastwire in Jupyter Server, as traits: ``c.Fastwire``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jupyter_core.paths import jupyter_runtime_dir
+from traitlets import Bool, Float, Integer, TraitError, Unicode, default, validate
+from traitlets.config import Configurable
+
+from fastwire.flow import KIB, Limits
+from fastwire.spill import is_in_memory
+
+__all__ = ["Fastwire", "usable"]
+
+log = logging.getLogger(__name__)
+
+
+class Fastwire(Configurable):
+    """Settings of the relay between kernels and clients."""
+
+    resume_timeout = Float(
+        Limits.resume_timeout,
+        min=0,
+        config=True,
+        help="Seconds a session is kept for its client to come back after its connection broke.",
+    )
+    resume_timeout_closed = Float(
+        Limits.resume_timeout_closed,
+        min=0,
+        config=True,
+        help="Seconds a session is kept for its client to come back after the client closed the connection.",
+    )
+    detached_sessions = Integer(
+        Limits.detached_sessions, min=0, config=True, help="Sessions without a client that one kernel keeps at most."
+    )
+    client_memory_limit = Integer(
+        Limits.client_memory_limit,
+        min=64 * KIB,  # with less a reply of a few lines would be too much
+        config=True,
+        help="Bytes of memory that one client's undelivered messages may take. Beyond that they are put aside on disk.",
+    )
+    user_memory_limit = Integer(
+        Limits.user_memory_limit,
+        min=0,
+        config=True,
+        help="Bytes of memory that the undelivered messages of all clients of one user may take together. Clients that "
+        "show the server's token and no cookie count as one user.",
+    )
+    total_memory_limit = Integer(
+        Limits.total_memory_limit,
+        min=0,
+        config=True,
+        help="Bytes of memory that the undelivered messages of all clients may take together.",
+    )
+    acknowledge = Bool(
+        Limits.acknowledge,
+        config=True,
+        help="Ask clients by WebSocket pings what they have received; what they have not, their next connection gets. "
+        "Without it, what the system's TCP buffers took counts as received.",
+    )
+    merge = Bool(
+        Limits.merge,
+        config=True,
+        help="Join the adjacent lines that a cell has printed when a quarter of client_memory_limit is used.",
+    )
+    spill = Bool(
+        Limits.spill,
+        config=True,
+        help="Put aside on disk what does not fit into client_memory_limit. Otherwise the oldest output is dropped.",
+    )
+    spill_dir = Unicode(
+        config=True,
+        help="Directory for messages that are put aside, on a disk and not in memory. Default: Jupyter's runtime "
+        "directory. The files have no name and are readable by nobody else.",
+    )
+    client_spill_limit = Integer(
+        Limits.client_spill_limit,
+        min=0,
+        config=True,
+        help="Bytes of one client's messages that may be put aside. Beyond that the oldest output is dropped, and the "
+        "client is told in its place.",
+    )
+    spill_keep_free = Integer(
+        Limits.spill_keep_free, min=0, config=True, help="Bytes of the disk of spill_dir that are left to others."
+    )
+    write_deadline = Float(
+        Limits.write_deadline,
+        min=0,
+        config=True,
+        help="Seconds until a client is closed whose connection takes no byte although some wait, 0 for never. It gets "
+        "them when it comes back; a client without a session_id is left to ws_ping_timeout.",
+    )
+    uplink_deadline = Float(
+        Limits.uplink_deadline,
+        min=0,
+        config=True,
+        help="Seconds until a client is closed that is held back at uplink_limit and whose kernel takes nothing.",
+    )
+    max_message_size = Integer(
+        Limits.max_message_size,
+        min=0,
+        config=True,
+        help="Bytes of the longest message a client may send; closed with 1009 beyond. "
+        "The websocket_max_message_size of ServerApp.tornado_settings wins.",
+    )
+    max_fragments = Integer(
+        Limits.max_fragments,
+        min=0,
+        config=True,
+        help="Frames in which a client may send one message, 0 for any number; closed with 1008 beyond.",
+    )
+    control_frame_rate = Float(
+        Limits.control_frame_rate,
+        min=0,
+        config=True,
+        help="WebSocket pings and pongs a second that a client may send unasked, on the average of ten seconds; closed "
+        "with 1008 beyond.",
+    )
+    handshake_timeout = Float(
+        Limits.handshake_timeout,
+        min=0,
+        config=True,
+        help="Seconds until a connection is closed that has not sent a whole request, the one that opens a WebSocket "
+        "included; 0 for never. Of python -m fastwire.serve.",
+    )
+    clients_per_kernel = Integer(
+        Limits.clients_per_kernel,
+        min=0,
+        config=True,
+        help="WebSockets that may be open to one kernel; closed with 1013 beyond.",
+    )
+    clients_per_user = Integer(
+        Limits.clients_per_user,
+        min=0,
+        config=True,
+        help="WebSockets that one user may have open to kernels; closed with 1013 beyond. Clients that show the "
+        "server's token and no cookie count as one user.",
+    )
+    uplink_limit = Integer(
+        Limits.uplink_limit,
+        min=0,
+        config=True,
+        help="Bytes of a client's messages that may wait for a kernel that does not take them; "
+        "beyond that the client is not read until it does.",
+    )
+    accept_invalid_signatures = Bool(
+        False,
+        config=True,
+        help="Pass on kernels' messages whose signature does not match, with a warning. Jupyter Server never "
+        "checked signatures for clients of the v1 protocol; use this for a kernel that cannot sign.",
+    )
+
+    @default("spill_dir")
+    def _default_spill_dir(self) -> str:
+        return jupyter_runtime_dir()
+
+    @validate("spill_dir")
+    def _valid_spill_dir(self, proposal: Any) -> str:
+        directory = str(proposal["value"])
+        if self.spill and not Path(directory).is_dir():
+            raise TraitError(f"Fastwire.spill_dir: there is no directory {directory}")
+        return directory
+
+    def limits(self) -> Limits:
+        """What the relays are to keep to."""
+        return Limits(
+            **{field.name: getattr(self, field.name) for field in fields(Limits) if self.has_trait(field.name)}
+        )
+
+
+@cache
+def usable(limits: Limits) -> Limits:
+    """Without a directory to spill to where that would be memory, too."""
+    if not limits.spill or not limits.spill_dir:
+        return limits
+    try:
+        if not is_in_memory(limits.spill_dir):
+            return limits
+        problem = "is memory itself (tmpfs)"
+    except OSError as error:
+        problem = f"cannot be used ({error.strerror})"
+    log.warning(
+        "Fastwire.spill_dir %s %s: what exceeds client_memory_limit will be dropped. Set it to a directory on a disk, "
+        "or Fastwire.spill to False.",
+        limits.spill_dir,
+        problem,
+    )
+    return replace(limits, spill_dir="")

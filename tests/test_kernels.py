@@ -1,0 +1,292 @@
+"""Kernels in a Jupyter Server of the test's own process: how they are followed, proven, restarted and forgotten."""
+
+import asyncio
+import gc
+import weakref
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from inside import execute, result, serving, until
+from jupyter_client import AsyncKernelManager, KernelManager
+from jupyter_client.connect import port_names
+from server import PATIENCE
+
+from fastwire.jupyter import FastwireMappingKernelManager
+from fastwire.kernels import open_socket, relays
+
+
+def test_the_buffering_that_others_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of fastwire's is in Jupyter Server's buffers, and nothing of it gets in their way."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with inside.client(kernel) as client:
+                connection = await inside.connection()
+                key = connection.session_key
+                inside.manager.start_buffering(kernel, key, connection.channels)
+                assert inside.manager.get_buffer(kernel, "another") is None
+                inside.manager.start_buffering(kernel, key, connection.channels)
+                assert inside.manager.get_buffer(kernel, key)["buffer"] == []
+                inside.manager.start_buffering(kernel, key, connection.channels)
+                inside.manager.stop_buffering(kernel)
+                assert not inside.manager.ports_changed(kernel)
+                await execute(client, "1")
+                assert await result(client, "1") == "4"
+            inside.manager.start_buffering(kernel, key, {})
+
+    asyncio.run(use())
+
+
+def test_connected_kernels_are_culled_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use() -> None:
+        config = {"MappingKernelManager": {"cull_idle_timeout": 1, "cull_interval": 1, "cull_connected": True}}
+        async with serving(tmp_path, monkeypatch, **config) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with inside.client(kernel) as client, asyncio.timeout(PATIENCE):
+                await client.wait_closed()
+                assert client.close_code == 1011
+            assert kernel not in inside.manager
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_somebody_else_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jupyter Server finds its connection file; it ends when that disappears."""
+    monkeypatch.setattr("fastwire.kernels.SWEEP_INTERVAL", 0.05)
+    folder = tmp_path / "external"
+    folder.mkdir()
+
+    async def use() -> None:
+        config = {"ServerApp": {"allow_external_kernels": True, "external_connection_dir": str(folder)}}
+        async with serving(tmp_path, monkeypatch, **config) as inside:
+            manager = AsyncKernelManager(kernel_name="light", connection_file=str(folder / "kernel-mine.json"))
+            await manager.start_kernel()
+            try:
+                (kernel,) = inside.manager.list_kernel_ids()
+                async with inside.client(kernel) as client:
+                    await execute(client, "1")
+                    assert await result(client, "1") == "4"
+                    assert inside.manager.kernel_model(kernel)["execution_state"] == "idle"
+                    await manager.shutdown_kernel(now=True)
+                    assert inside.manager.list_kernel_ids() == []
+                    async with asyncio.timeout(PATIENCE):
+                        await client.wait_closed()
+                    assert client.close_code == 1011
+            finally:
+                await manager.shutdown_kernel(now=True)
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_moves_while_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a client waits for, it is asked again where it listens now: an automatic restart may take it anywhere."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            silent, other = [
+                inside.manager.get_kernel(await inside.manager.start_kernel(kernel_name=name))
+                for name in ("odd-mute", "light")
+            ]
+            silent._kernel_info_future = Future()
+            silent._kernel_info_future.set_result({})
+            async with inside.client(silent.kernel_id) as client:
+                await until(lambda: relays.of(silent).iopub, "it is asked")
+                silent.session.key = other.session.key
+                for name in port_names:
+                    setattr(silent, name, getattr(other, name))
+                await execute(client, "1")
+                assert await result(client, "1") == "4"
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_is_deleted_while_it_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="odd-mute")
+            manager = inside.manager.get_kernel(kernel)
+            manager._kernel_info_future = Future()
+            manager._kernel_info_future.set_result({})
+            manager.execution_state = "busy"  # or its client would be asked to wait
+            async with inside.client(kernel) as client:
+                await inside.connection()
+                relay = relays.of(manager)
+                restart = asyncio.ensure_future(inside.manager.restart_kernel(kernel))
+                await until(lambda: manager.execution_state == "starting", "it waits for the new process")
+                assert not restart.done()
+                await inside.manager.shutdown_kernel(kernel, now=True)
+                async with asyncio.timeout(PATIENCE):
+                    await restart
+                    await client.wait_closed()
+            assert not relay.sessions
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_ends_before_anybody_could_ask_whether_it_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections end with it, and it is forgotten in the same turn of the loop."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager = inside.manager.get_kernel(kernel)
+            proof = relays.prove(manager)
+            relays.close(manager)
+            await asyncio.wait([proof])
+            assert not relays._proofs
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_has_ended_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that knew it: its clients' connections are among its callbacks."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with inside.client(kernel) as client:
+                await execute(client, "1")
+                assert await result(client, "1") == "4"
+                manager = weakref.ref(inside.manager.get_kernel(kernel))
+                await inside.manager.shutdown_kernel(kernel, now=True)
+
+            def forgotten() -> bool:
+                gc.collect()
+                return manager() is None
+
+            await until(forgotten, "its manager is collected")
+
+    asyncio.run(use())
+
+
+# -- a kernel of which several things are wanted at once -------------------------------------------
+
+
+def test_two_restarts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of somebody who clicks twice. Both happen, and the kernel is one."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with asyncio.timeout(PATIENCE):
+                await asyncio.gather(inside.manager.restart_kernel(kernel), inside.manager.restart_kernel(kernel))
+            async with inside.client(kernel) as client:
+                await execute(client, "1")
+                assert await result(client, "1") == "4"
+
+    asyncio.run(use())
+
+
+def test_what_is_asked_while_a_kernel_ends_to_be_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old process would take it with it: the new one is asked."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager: Any = inside.manager.get_kernel(kernel)
+            async with inside.client(kernel) as client:
+                session = (await inside.connection())._session
+                assert session is not None
+                restart, waiting = manager.restart_kernel, []
+
+                async def but_before(*args: Any, **options: Any) -> Any:
+                    await execute(client, "1")
+                    await until(lambda: session.uplink.sent or session.uplink.waiting_messages, "it is asked")
+                    waiting.append(session.uplink.waiting_messages)
+                    return await restart(*args, **options)
+
+                monkeypatch.setattr(manager, "restart_kernel", but_before)
+                await inside.manager.restart_kernel(kernel)
+                assert waiting == [1]
+                assert await result(client, "1") == "4"
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize("first", ["restart", "end"])
+def test_a_restart_and_the_end_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    """No process is left that nobody manages."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager = inside.manager.get_kernel(kernel)
+            wanted = [inside.manager.restart_kernel(kernel), inside.manager.shutdown_kernel(kernel)]
+            if first == "end":
+                wanted.reverse()
+            async with asyncio.timeout(PATIENCE):
+                outcome = await asyncio.gather(*wanted, return_exceptions=True)
+            assert [getattr(each, "status_code", each) for each in outcome if isinstance(each, Exception)] == (
+                [404] if first == "end" else []
+            )
+            assert kernel not in inside.manager
+            assert not manager.has_kernel
+
+    asyncio.run(use())
+
+
+def test_the_end_while_a_kernel_is_restarted_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager: Any = inside.manager.get_kernel(kernel)
+            restart = asyncio.ensure_future(manager.restart_kernel(now=True))  # as jupyter_client's restarter does
+            await until(lambda: not manager.ready.done(), "it restarts")
+            async with asyncio.timeout(PATIENCE):
+                await asyncio.gather(restart, inside.manager.shutdown_kernel(kernel))
+            assert kernel not in inside.manager
+            assert not manager.has_kernel
+
+    asyncio.run(use())
+
+
+def test_a_kernel_is_listed_with_all_that_its_model_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the turn of the loop on in which it has started."""
+
+    async def use() -> None:
+        add = FastwireMappingKernelManager._add_kernel_when_ready
+        listed = []
+
+        async def and_look(manager: FastwireMappingKernelManager, *kernel: Any) -> None:
+            await add(manager, *kernel)
+            listed.extend(manager.list_kernels())
+
+        monkeypatch.setattr(FastwireMappingKernelManager, "_add_kernel_when_ready", and_look)
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            assert [(model["id"], model["execution_state"]) for model in listed] == [(kernel, "starting")]
+
+    asyncio.run(use())
+
+
+# -- sockets ---------------------------------------------------------------------------------------
+
+
+class BoundingManager(KernelManager):
+    """A provisioner's or a site's own, that gives its sockets a bound."""
+
+    def connect_shell(self, identity: bytes | None = None) -> zmq.Socket:
+        sock = self.context.socket(zmq.DEALER)
+        sock.rcvhwm = self.bound
+        sock.connect("tcp://127.0.0.1:1")
+        return sock
+
+
+@pytest.mark.parametrize("bound", [5, 0])
+def test_sockets_that_could_drop_messages_are_told_of(
+    context: zmq.Context, bound: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = BoundingManager(context=context, iopub_port=1)
+    manager.kernel_id, manager.bound = "mine", bound
+    for channel in "shell", "iopub":
+        with open_socket(manager, channel, None) as opened:
+            assert opened.rcvhwm == (bound if channel == "shell" else 0)
+    expected = ["the shell socket of kernel mine drops messages beyond 5"] if bound else []
+    assert [record.getMessage() for record in caplog.records] == expected
+    assert zmq.RCVHWM not in manager.context.sockopts
