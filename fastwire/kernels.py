@@ -133,15 +133,16 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     async def _async_restart_kernel(self, kernel_id: str, now: bool = False) -> Any:
         """Answered when the new process is heard: who stays connected misses nothing of what it asks next. What is
         asked before waits for that, too: the old process would take it with it."""
+        relay = relays.of(self.get_kernel(kernel_id))
+        relay.hold()
         try:
             async with self._alone(kernel_id):
                 self._give_up_restart(kernel_id)
-                relays.of(self.get_kernel(kernel_id)).hold()
                 reply = await super()._async_restart_kernel(kernel_id, now=now)
                 self._begin_anew(kernel_id)
             await self._until_heard(self._kernels[kernel_id])
         finally:
-            relays.release(self._kernels.get(kernel_id))
+            relay.release()
         return reply
 
     restart_kernel = _async_restart_kernel  # type: ignore[assignment]
@@ -265,12 +266,6 @@ class Relays:
             relay.hold()
             self._proofs[relay] = asyncio.get_running_loop().create_task(self._prove(manager, relay))
         return self._proofs[relay]
-
-    def release(self, manager: Any) -> None:
-        """What is held goes to the kernel, now or when it is proven."""
-        relay = self._relays.get(manager)
-        if relay is not None and relay not in self._proofs:
-            relay.release()
 
     async def _prove(self, manager: Any, relay: KernelRelay) -> None:
         async def wanted() -> bool:

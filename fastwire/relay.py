@@ -281,8 +281,7 @@ class KernelRelay:
         self.heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         #: Nobody waits a second time for a kernel that does not listen on stdin.
         self.listens_on_stdin = True
-        #: Requests on shell wait.
-        self.held = False
+        self._holds = 0
 
     # -- sockets --
 
@@ -292,9 +291,8 @@ class KernelRelay:
         moved = self.endpoint != endpoint
         if moved:
             self.drain_iopub()
-            self._close_iopub()
         open_relays.add(self)
-        if self.iopub is None or self.iopub.closed:
+        if moved or self.iopub is None or self.iopub.closed:
             self._close_iopub()
             self.signer = signer or self.signer
             self.heard = asyncio.get_running_loop().create_future()
@@ -405,17 +403,23 @@ class KernelRelay:
         if self.heard.done():
             self.heard = asyncio.get_running_loop().create_future()
 
+    @property
+    def held(self) -> bool:
+        """Whether requests on shell wait."""
+        return self._holds > 0
+
     def hold(self) -> None:
-        """Keep requests from a kernel whose answer nobody would hear."""
-        self.held = True
+        """Keep requests from a kernel whose answer nobody would hear, until whoever holds them has called `release`."""
+        self._holds += 1
         for session in self.sessions.values():
             session.uplink.held = True
 
     def release(self) -> None:
-        """What was held goes to the kernel."""
-        self.held = False
-        for session in list(self.sessions.values()):
-            session.release()
+        """What was held goes to the kernel, unless somebody else holds it."""
+        self._holds -= 1
+        if not self.held:
+            for session in list(self.sessions.values()):
+                session.release()
 
     def announce(self, batch: Batch) -> None:
         """Say something to every session, also to those that come later."""

@@ -359,6 +359,13 @@ class Stage:
         until(lambda: len(self.opened) > before, "the session has the client")
         return client
 
+    def overtake(self, client: Client, count: int) -> None:
+        """Numbered requests, more than a narrow shell takes: when what was said behind them is there, they wait."""
+        for number in range(count):
+            client.say(str(number))
+        client.say("control", channel="control")
+        assert self.kernel.ids(1, "control") == ["control"]
+
     def introduce(self, client: Client, *channels: str) -> None:
         """Let the kernel's routers know the client, so that they can answer."""
         for channel in channels or ("shell",):
@@ -367,6 +374,15 @@ class Stage:
 
     def session(self, session_id: str) -> Session:
         return self.relay.sessions[session_id]
+
+    def close_sockets(self) -> None:
+        """As a kernel manager does that destroys its context."""
+
+        def close_all() -> None:
+            for sock in self.sockets:
+                sock.close()
+
+        self.run(close_all)
 
     def wait_detached(self, session_id: str) -> Session:
         session = self.session(session_id)

@@ -120,10 +120,7 @@ def test_a_kernel_that_comes_back_with_another_key(stage: Stage, context: zmq.Co
     old, new = Kernel(context, narrow=True), Kernel(context, key=b"another key")
     stage.start(old)
     client = stage.connect("ann")
-    for number in range(10):
-        client.say(str(number))
-    client.say("control", channel="control")
-    assert old.ids(1, "control") == ["control"]
+    stage.overtake(client, 10)
     waiting = stage.session("ann")._uplink.waiting_messages
     assert waiting > 5
     stage.kernel = new
@@ -270,6 +267,19 @@ def test_requests_are_held_while_nobody_would_hear_the_answer(
     kernel.close()
 
 
+def test_requests_are_held_as_long_as_anybody_holds_them(stage: Stage, kernel: Kernel) -> None:
+    """A restart and a broken connection may overlap."""
+    stage.start(kernel)
+    ann = stage.connect("ann")
+    for _ in range(2):
+        stage.run(stage.relay.hold)
+    stage.overtake(ann, 1)
+    stage.run(stage.relay.release)
+    assert stage.session("ann").uplink.waiting_messages == 1
+    stage.run(stage.relay.release)
+    assert kernel.ids(1) == ["0"]
+
+
 def test_a_watch_for_which_there_is_no_descriptor_leaves_nothing_behind(
     stage: Stage, context: zmq.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,16 +374,10 @@ def test_nothing_of_an_ended_session_is_kept_for_later(stage: Stage, kernel: Ker
 
 
 def test_sockets_that_are_closed_under_the_relay(stage: Stage, kernel: Kernel, transport: bool) -> None:
-    """As a kernel manager does that destroys its context."""
     relay = stage.start(kernel)
     client = stage.connect("ann")
     stage.introduce(client)
-
-    def close_all() -> None:
-        for sock in stage.sockets:
-            sock.close()
-
-    stage.run(close_all)
+    stage.close_sockets()
     client.say("asked")
     assert client.close_frame()[0] == 1011
     stage.run(relay.drain_iopub)
@@ -394,12 +398,7 @@ def test_sockets_that_are_closed_while_messages_wait(stage: Stage, context: zmq.
     for number in range(10):
         client.say(str(number))
     until(lambda: stage.session("ann")._uplink.waiting_messages, "the shell waits")
-
-    def close_all() -> None:
-        for sock in stage.sockets:
-            sock.close()
-
-    stage.run(close_all)
+    stage.close_sockets()
     client.say("more")
     assert client.close_frame()[0] == 1011
     assert len(stage.take_problems()) == 0
@@ -412,12 +411,7 @@ def test_a_session_can_be_resumed_after_its_sockets_were_closed(stage: Stage, co
     relay = stage.start(kernel)
     client = stage.connect("ann")
     stage.introduce(client)
-
-    def close_all() -> None:
-        for sock in stage.sockets:
-            sock.close()
-
-    stage.run(close_all)
+    stage.close_sockets()
     client.say("asked")
     assert client.close_frame()[0] == 1011
     client.drop()

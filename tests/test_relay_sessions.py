@@ -242,10 +242,7 @@ def test_messages_of_a_client_that_left_still_reach_the_kernel(stage: Stage, con
     kernel = Kernel(context, narrow=True)
     stage.start(kernel)
     client = stage.connect("ann")
-    for number in range(30):
-        client.say(str(number))
-    client.say("control", channel="control")
-    assert kernel.ids(1, "control") == ["control"]
+    stage.overtake(client, 30)
     assert stage.session("ann")._uplink.waiting_messages > 20
     leave(stage, client, "reset")
     assert kernel.ids(30) == [str(n) for n in range(30)]
@@ -259,10 +256,7 @@ def test_what_waits_for_the_kernel_comes_before_what_the_next_socket_says(
     kernel = Kernel(context, narrow=True)
     stage.start(kernel)
     client = stage.connect("ann", protocol)
-    for number in range(20):
-        client.say(str(number))
-    client.say("control", channel="control")
-    assert kernel.ids(1, "control") == ["control"]
+    stage.overtake(client, 20)
     leave(stage, client, "close")
     again = stage.connect("ann", PROTOCOL_V1 if protocol is None else None)
     for number in range(20, 40):

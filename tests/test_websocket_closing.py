@@ -68,13 +68,13 @@ def test_the_server_closes(site: Site, arguments: tuple, sent: tuple[int | None,
 
 def test_close_handshakes_with_the_library(site: Site) -> None:
     async def the_client() -> None:
-        async with site.library() as client:
+        async with site.websockets_client() as client:
             await client.close(4001, "the client's")
             eventually(lambda: site.handler.closes == [(4001, "the client's")])
             assert client.close_code == 4001
 
     async def the_server() -> None:
-        async with site.library() as client:
+        async with site.websockets_client() as client:
             site.run(site.handler.close, 4002, "the server's")
             with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
                 async with asyncio.timeout(PATIENCE):

@@ -191,7 +191,7 @@ def test_get_compression_options(site: Site, options: dict[str, int] | None) -> 
             return options
 
     async def talk() -> None:
-        async with site.library(compression="deflate") as client:
+        async with site.websockets_client(compression="deflate") as client:
             assert bool(client.protocol.extensions) == (options is not None)
             for text in ("hello " * 100, "", "hello " * 100):
                 await client.send(text)

@@ -292,7 +292,7 @@ def test_many_small_messages(site: Site) -> None:
     texts = [f"message {i}" for i in range(3000)]
 
     async def talk() -> None:
-        async with site.library() as client:
+        async with site.websockets_client() as client:
             for text in texts:
                 await client.send(text)
             assert [await client.recv() for _ in texts] == texts

@@ -66,7 +66,7 @@ def test_a_coroutine_on_pong_is_waited_for(site: Site) -> None:
 
 def test_the_library_pings_and_is_pinged(site: Site) -> None:
     async def talk() -> None:
-        async with site.library() as client:
+        async with site.websockets_client() as client:
             async with asyncio.timeout(PATIENCE):
                 await (await client.ping("there?"))
             site.handler.on_pong = site.handler.events.append

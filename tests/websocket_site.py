@@ -255,7 +255,7 @@ class Site:
         self.run(lambda: handler.connection.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 15))
         return client, handler
 
-    def library(self, path: str = "/", **options: Any) -> websockets.asyncio.client.connect:
+    def websockets_client(self, path: str = "/", **options: Any) -> websockets.asyncio.client.connect:
         """The client of the websockets library.
 
         Not the one in `websockets.sync`: it reads and writes from two threads, and OpenSSL forbids that over TLS. One
