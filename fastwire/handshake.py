@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import binascii
 import re
-from collections.abc import Iterator
 
 __all__ = ["agree_on_deflate", "problem"]
 
-# Possessive, so that no field takes longer than its length.
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
-SPACE = r"[ \t]*+"
-VALUE = rf'(?:{TOKEN}|"(?:[^"\\]|\\.)*+")'
-PARAMETER = rf"{SPACE};{SPACE}({TOKEN})(?:{SPACE}={SPACE}({VALUE}))?"
-#: One element of a list, which may be empty (RFC 9110 section 5.6.1), and the comma behind it.
-EXTENSION = re.compile(rf"{SPACE}(?:({TOKEN})((?:{PARAMETER})*+))?{SPACE}(?:,|$)")
+# One step each, from left to right. A possessive group would be all of them in one, but in Python 3.11.2, which is
+# Debian's, it takes "a;", too.
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+VALUE = rf'(?:{TOKEN}|"(?:[^"\\]|\\.)*")'
+NAME = re.compile(rf"[ \t]*({TOKEN})?")  # or none: elements of a list may be empty (RFC 9110 section 5.6.1)
+PARAMETER = re.compile(rf"[ \t]*;[ \t]*({TOKEN})(?:[ \t]*=[ \t]*({VALUE}))?")
+END = re.compile(r"[ \t]*(?:,|\Z)")
 
 WINDOW_BITS = re.compile(r"[89]|1[0-5]")
 
@@ -55,24 +54,29 @@ def extensions(field: str) -> list[tuple[str, list[tuple[str, str | None]]]]:
     """Names and parameters, in order."""
     found, position = [], 0
     while position < len(field):
-        match = EXTENSION.match(field, position)
-        if match is None or match.end() == position:
+        name = NAME.match(field, position)
+        assert name is not None
+        position, parameters = name.end(), []
+        while name[1] and (parameter := PARAMETER.match(field, position)):
+            parameters.append((parameter[1], plain(parameter[2])))
+            position = parameter.end()
+        end = END.match(field, position)
+        if end is None:
             raise ValueError("Sec-WebSocket-Extensions is malformed")
-        position = match.end()
-        if match[1] is not None:
-            found.append((match[1], list(parameters_of(match[2]))))
+        position = end.end()
+        if name[1]:
+            found.append((name[1], parameters))
     return found
 
 
-def parameters_of(text: str) -> Iterator[tuple[str, str | None]]:
-    for name, value in re.findall(PARAMETER, text):
-        if not value.startswith('"'):
-            yield name, value or None
-            continue
-        plain = re.sub(r"\\(.)", r"\1", value[1:-1])
-        if not re.fullmatch(TOKEN, plain):
-            raise ValueError("a quoted parameter of Sec-WebSocket-Extensions is not a token")
-        yield name, plain
+def plain(value: str | None) -> str | None:
+    """A parameter's value without the quotes and backslashes that it may have."""
+    if value is None or not value.startswith('"'):
+        return value
+    token = re.sub(r"\\(.)", r"\1", value[1:-1])
+    if not re.fullmatch(TOKEN, token):
+        raise ValueError("a quoted parameter of Sec-WebSocket-Extensions is not a token")
+    return token
 
 
 def accepted(parameters: list[tuple[str, str | None]]) -> Parameters | None:
