@@ -39,7 +39,7 @@ from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch
 from fastwire.errors import FastwireError, TooManyClients
 from fastwire.flow import too_many
 from fastwire.kernels import FastwireMappingKernelManager, incarnation, is_managed, prove, relays
-from fastwire.outbox import beside
+from fastwire.notices import beside
 from fastwire.relay import KernelRelay, Session
 from fastwire.settings import Fastwire
 from fastwire.websocket import Connection, connection_for

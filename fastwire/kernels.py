@@ -24,7 +24,8 @@ from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelMana
 
 from fastwire._core import Activity, Batch, Signer
 from fastwire.errors import MessageError, SignatureError
-from fastwire.outbox import Budgets, notice
+from fastwire.notices import notice
+from fastwire.outbox import Budgets
 from fastwire.relay import KernelRelay, Session, take_socket
 from fastwire.settings import Fastwire, usable
 

@@ -18,22 +18,20 @@ knows a loop or a clock: jobs on the file are given to ``run``, and their result
 from __future__ import annotations
 
 import errno
-import json
 import logging
-import uuid
 from collections import Counter, deque
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
-from fastwire._core import PROTOCOL_V1, Batch, Signer, batch_of, batch_of_frames, compacted
+from fastwire._core import PROTOCOL_V1, Batch, batch_of_frames, compacted
 from fastwire.errors import MalformedMessage
 from fastwire.flow import KIB, MIB, Limits
+from fastwire.notices import NOBODY, notice
 from fastwire.spill import Record, SpillFile
 
-__all__ = ["Budget", "Budgets", "Outbox", "Result", "Sent", "beside", "local_batch", "notice", "totals"]
+__all__ = ["Budget", "Budgets", "Outbox", "Result", "Sent", "totals"]
 
 log = logging.getLogger(__name__)
 
@@ -81,38 +79,6 @@ class Result(Protocol):
 Run = Callable[[Callable[[], Any], Callable[[Result], None]], None]
 
 
-# -- messages that the server itself makes ---------------------------------------------------------
-
-
-def local_batch(channel: str, parts: list[bytes]) -> Batch:
-    """A message that the server itself says to clients."""
-    return batch_of(channel, [[b"<IDS|MSG>", b"", *parts]], Signer(b""))
-
-
-def beside(neighbour: tuple[bytes, bytes], parts: list[bytes]) -> Batch:
-    """A message of the server's own, told as if the kernel had said it after one with the header and parent_header of
-    ``neighbour``: its session (JupyterLab takes the kernel's session from every message), and its parent unless it has
-    one."""
-    header = json.loads(parts[0])
-    header["session"] = json.loads(neighbour[0]).get("session", header.get("session"))
-    parent_header = neighbour[1] if parts[1] == b"{}" else parts[1]
-    return local_batch("iopub", [json.dumps(header).encode(), parent_header, *parts[2:]])
-
-
-def notice(neighbour: tuple[bytes, bytes], text: str) -> Batch:
-    """A line on stderr."""
-    header = {
-        "msg_id": uuid.uuid4().hex,
-        "msg_type": "stream",
-        "username": "",
-        "session": "",
-        "date": datetime.now(UTC).isoformat(),
-        "version": "5.3",
-    }
-    content = {"name": "stderr", "text": text}
-    return beside(neighbour, [json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode()])
-
-
 class Whole:
     """A batch, what it takes of memory, and whether it is known to have no output that could be dropped."""
 
@@ -158,7 +124,7 @@ class Gap:
     def __init__(self) -> None:
         self._messages = 0
         self._nbytes = 0
-        self._neighbour = (b"{}", b"{}")
+        self._neighbour = NOBODY
 
     def __len__(self) -> int:
         return 1

@@ -41,6 +41,7 @@ from fastwire._core import (
 from fastwire.errors import MessageError, SocketClosed
 from fastwire.events import note
 from fastwire.flow import Limits, resume_time
+from fastwire.notices import NOBODY, Neighbour
 from fastwire.outbox import Budgets, Outbox, Result, Sent
 from fastwire.turns import Turns
 from fastwire.websocket import Connection
@@ -266,8 +267,8 @@ class KernelRelay:
         self.sessions: dict[str, Session] = {}
         self.observers: list[Callable[[Batch], None]] = []
         self.endpoint: object = None
-        #: ``(header, parent_header)`` of the last message on iopub: what the server itself says stands beside it.
-        self.neighbour: tuple[bytes, bytes] = (b"{}", b"{}")
+        #: The last message on iopub: what the server itself says stands beside it.
+        self.neighbour: Neighbour = NOBODY
         self._open_socket = open_socket
         self._permissive = permissive
         self._on_rejected = on_rejected

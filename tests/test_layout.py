@@ -22,6 +22,7 @@ ROOMS = (
     "events",
     "logs",
     "turns",
+    "notices",
     "spill",
     "outbox",
     "handshake",
@@ -43,6 +44,7 @@ STRANGERS = {
     "flow": {"asyncio", "socket", "time", "tornado", "zmq"},
     "events": {"asyncio", "tornado", "zmq"},
     "logs": {"asyncio", "tornado", "zmq"},
+    "notices": {"asyncio", "tornado", "zmq"},
     "websocket": {"jupyter_client", "jupyter_core", "jupyter_server"},
     "relay": {"jupyter_server"},
 }

@@ -21,7 +21,7 @@ import fastwire.outbox
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.flow import Limits
-from fastwire.outbox import FLOOR, Budget, Budgets, Gap, Outbox, Sent, beside, notice, totals
+from fastwire.outbox import FLOOR, Budget, Budgets, Gap, Outbox, Sent, totals
 
 SIGNER = _core.Signer(b"")
 KIB, MIB = 1024, 1024 * 1024
@@ -559,15 +559,15 @@ def test_a_disk_that_is_slower_than_the_kernel_is_waited_for(limits: Limits, mon
     assert given_to(Socket(None), outbox, disk) == [*range(2000)]
 
 
-def test_a_notice_stands_beside_a_kernels_message() -> None:
-    neighbour = builders.header("stream", "1", session="the kernel"), b'{"msg_id": "asked"}'
-    (said,) = [notice(neighbour, "text")[0]]
-    assert json.loads(said[0])["session"] == "the kernel"
-    assert said[1] == b'{"msg_id": "asked"}'
-    with_parent = beside(neighbour, [builders.header(), b'{"msg_id": "its own"}', b"{}", b"{}"])[0]
-    assert with_parent[1] == b'{"msg_id": "its own"}'
-    alone = notice((b"{}", b"{}"), "text")[0]
-    assert alone[1] == b"{}"
+def test_the_line_where_output_is_missing_stands_beside_a_header_that_is_not_utf_8(limits: Limits) -> None:
+    header = builders.header("stream", username="@").replace(b"@", "José".encode("latin-1"))
+    outbox = Outbox(Limits(**{**vars(limits), "spill": False}))
+    for number in range(1000):
+        assert outbox.append(batch_of([header, *line(number, 1000)[1:]]))
+    socket = Socket(None)
+    while outbox.waiting:
+        assert outbox.feed(socket.send)
+    assert any("are missing here" in json.loads(parts[3])["text"] for _, parts in socket.messages)
 
 
 def test_what_comes_after_the_end_is_not_kept() -> None:

@@ -15,7 +15,7 @@ from relay_stage import BUDGET, CHANNELS, KIB, Kernel, Stage, both_protocols, le
 from fastwire import _core, events
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.errors import DuplicateSignature, InvalidSignature, MalformedMessage
-from fastwire.outbox import local_batch
+from fastwire.notices import local_batch
 from fastwire.relay import Channel, open_relays
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`

@@ -13,7 +13,8 @@ from wsclient import close_frame
 
 from fastwire._core import PROTOCOL_V1
 from fastwire.flow import Acknowledgements
-from fastwire.outbox import local_batch, totals
+from fastwire.notices import local_batch
+from fastwire.outbox import totals
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 

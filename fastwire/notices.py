@@ -1,0 +1,70 @@
+"""What the server itself tells clients, in messages that stand beside those of a kernel.
+
+A client takes the kernel's session from every message, and shows output below the cell whose request is its parent:
+both are taken from the kernel's last message, its `Neighbour`. What a kernel puts there need be neither UTF-8 nor JSON,
+and a client is told all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from datetime import UTC, datetime
+
+from fastwire._core import Batch, Signer, batch_of, check_json
+from fastwire.errors import MalformedMessage
+
+__all__ = ["NOBODY", "Neighbour", "beside", "local_batch", "notice"]
+
+#: ``(header, parent_header)`` of a kernel's message, as `Batch.headers` has them.
+Neighbour = tuple[bytes, bytes]
+
+#: Of a kernel that has said nothing.
+NOBODY: Neighbour = (b"{}", b"{}")
+
+
+def local_batch(channel: str, parts: list[bytes]) -> Batch:
+    """A message that the server itself says to clients."""
+    return batch_of(channel, [[b"<IDS|MSG>", b"", *parts]], Signer(b""))
+
+
+def beside(neighbour: Neighbour, parts: list[bytes]) -> Batch:
+    """A message of the server's own, told as if the kernel had said it after its ``neighbour``: in its session, and
+    with its parent unless it has one."""
+    header = json.loads(parts[0])
+    header["session"] = session_of(neighbour[0]) or header.get("session", "")
+    parent_header = parent_of(neighbour[1]) if parts[1] == b"{}" else parts[1]
+    return local_batch("iopub", [json.dumps(header).encode(), parent_header, *parts[2:]])
+
+
+def notice(neighbour: Neighbour, text: str) -> Batch:
+    """A line on stderr."""
+    header = {
+        "msg_id": uuid.uuid4().hex,
+        "msg_type": "stream",
+        "username": "",
+        "session": "",
+        "date": datetime.now(UTC).isoformat(),
+        "version": "5.3",
+    }
+    content = {"name": "stderr", "text": text}
+    return beside(neighbour, [json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode()])
+
+
+def session_of(header: bytes) -> str:
+    """The session in a kernel's header, "" where there is none."""
+    try:
+        session = json.loads(header.decode("utf-8", "replace"))["session"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return session if isinstance(session, str) else ""
+
+
+def parent_of(parent_header: bytes) -> bytes:
+    """A kernel's parent_header as every client can read it, ``{}`` where that is not JSON."""
+    text = parent_header.decode("utf-8", "replace").encode()
+    try:
+        check_json(text)
+    except MalformedMessage:
+        return b"{}"
+    return text
