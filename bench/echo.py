@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+import fastwire
 from bench import options as common
 from bench import report
 from bench.messages import frame
@@ -396,7 +397,7 @@ def main(arguments: list[str] | None = None) -> int:
         return common.finish([str(error)])
     for load in options.loads:
         print_table(runs, options.names, str(load), options.against)
-    versions = {name: metadata.version(name) for name in options.names}
+    versions = {name: fastwire.__version__ if name == "fastwire" else metadata.version(name) for name in options.names}
     report.write_json(options.json, "echo", vars(options) | {"versions": versions}, runs)
     return 0
 

@@ -12,11 +12,13 @@ import time
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import fastwire
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-_PACKAGES = ("fastwire", "jupyter_server", "jupyter_client", "ipykernel", "tornado", "pyzmq")
+_PACKAGES = ("jupyter_server", "jupyter_client", "ipykernel", "tornado", "pyzmq")
 
 
 def percentile(values: Iterable[float], share: float) -> float:
@@ -29,7 +31,7 @@ def percentile(values: Iterable[float], share: float) -> float:
 
 def environment() -> dict[str, Any]:
     """Where figures come from: machine, load, versions."""
-    versions = {}
+    versions = {"fastwire": fastwire.__version__}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)

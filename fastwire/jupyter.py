@@ -31,10 +31,10 @@ try:
     from traitlets import default
 except ImportError as error:
     raise ImportError(
-        f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'fastwire[serve]'"
+        f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
     ) from error
 
-from fastwire import __version__, logs, status
+from fastwire import __version__, installed, logs, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch
 from fastwire.errors import FastwireError, TooManyClients
 from fastwire.flow import too_many
@@ -497,6 +497,8 @@ def _link_jupyter_server_extension(app: Any) -> None:
 def _load_jupyter_server_extension(app: Any) -> None:
     """Called by a ``ServerApp`` when everything is made: add the live page, keep tokens out of the log, and say in one
     line who carries its messages."""
+    if trouble := installed.mixed_up():
+        app.log.warning("%s", trouble)
     if not takes_fastwire(app):
         taken = app.kernel_websocket_connection_class
         reason = obstacle(app) or f"messages of kernels go through {taken.__module__}.{taken.__qualname__}"

@@ -23,7 +23,9 @@ try:
     )
     from prometheus_client.registry import Collector
 except ImportError as error:
-    raise ImportError(f"fastwire.metrics needs prometheus_client ({error}): pip install 'fastwire[serve]'") from error
+    raise ImportError(
+        f"fastwire.metrics needs prometheus_client ({error}): pip install 'jupyter-fastwire[serve]'"
+    ) from error
 
 from fastwire import events
 from fastwire._core import build_info, counters, histograms, live

@@ -58,7 +58,7 @@ try:
     from fastwire import logs, status
     from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection, takes_fastwire
 except ModuleNotFoundError as error:
-    MISSING = f"fastwire.serve needs Jupyter Server ({error}): pip install 'fastwire[serve]'"
+    MISSING = f"fastwire.serve needs Jupyter Server ({error}): pip install 'jupyter-fastwire[serve]'"
     if __name__ == "__main__":
         refuse(MISSING)
     raise ImportError(MISSING) from error
@@ -418,7 +418,7 @@ def check_kernels(app: ServerApp) -> None:
         return
     names = sorted(specs.find_kernel_specs())
     if not names:
-        refuse("no kernel is installed: pip install 'fastwire[serve]' brings ipykernel, the one for Python")
+        refuse("no kernel is installed: pip install 'jupyter-fastwire[serve]' brings ipykernel, the one for Python")
     name = app.kernel_manager.default_kernel_name
     if name not in names and name != NATIVE_KERNEL_NAME:
         refuse(f"MappingKernelManager.default_kernel_name is {name!r}, installed are {', '.join(names)}")

@@ -22,7 +22,7 @@ try:
     from jupyter_client.session import Session as StockSession
 except ImportError as error:
     raise ImportError(
-        f"fastwire.session needs jupyter_client ({error.name} is missing): pip install 'fastwire[serve]'"
+        f"fastwire.session needs jupyter_client ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
     ) from error
 
 from fastwire._core import Signer

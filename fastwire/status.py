@@ -20,7 +20,7 @@ try:
     from tornado import web
 except ImportError as error:
     raise ImportError(
-        f"fastwire.status needs Jupyter Server ({error.name} is missing): pip install 'fastwire[serve]'"
+        f"fastwire.status needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
     ) from error
 
 from fastwire import __version__, events, metrics

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,11 +23,12 @@ from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from server import PATIENCE, ROOT, TOKEN, WITHOUT_OTHERS, Client, Server, environment, free_port, serving, until
+from test_installed import other_fastwire
 from traitlets import default
 from traitlets.config import Config
 
 import fastwire
-from fastwire import jupyter
+from fastwire import installed, jupyter
 from fastwire.jupyter import FastwireMappingKernelManager, FastwireWebsocketConnection
 
 # Each test starts a server of its own, or several kernels.
@@ -69,6 +71,13 @@ def test_installing_the_package_switches_it_on(tmp_path: Path) -> None:
         assert said(server) == ACTIVE
         assert server.get("/fastwire/api/status")[0] == 200
         assert not server.logged("resume_timeout"), "its settings are known"
+
+
+def test_another_projects_files_among_ours_are_told_in_one_line(tmp_path: Path) -> None:
+    path = f"{ROOT}{os.pathsep}{other_fastwire(tmp_path / 'site')}"
+    with serving(tmp_path, how=STOCK, extensions=WITHOUT_OTHERS, variables={"PYTHONPATH": path}) as server:
+        (line,) = server.logged(installed.MIXED_UP)
+        assert line.startswith("[W ")
 
 
 @pytest.fixture

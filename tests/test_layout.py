@@ -21,6 +21,7 @@ ROOMS = (
     "flow",
     "events",
     "logs",
+    "installed",
     "turns",
     "notices",
     "spill",
@@ -213,7 +214,7 @@ def requirements() -> tuple[set[str], set[str]]:
     base = project["project"]["dependencies"]
     lists = [base, project["build-system"]["requires"], *project["project"]["optional-dependencies"].values()]
     everything = {distribution(each) for each in chain(*lists)}
-    return set(map(distribution, base)), everything - {"fastwire"}
+    return set(map(distribution, base)), everything - {"jupyter-fastwire"}
 
 
 def reasons() -> dict[str, str]:

@@ -493,7 +493,7 @@ def test_what_jupyter_server_takes_is_taken(options: list[str]) -> None:
         ("--certfile=missing.pem", r"--certfile=missing\.pem: no such file"),
         ("--ServerApp.base_url=http://me.example/", r"--ServerApp\.base_url=\S+ is not a path like .*"),
         ("--MappingKernelManager.default_kernel_name=no", r"\S+ is 'no', installed are .*"),
-        ("--KernelSpecManager.allowed_kernelspecs=no", r"no kernel .*: pip install 'fastwire\[serve\]' .*"),
+        ("--KernelSpecManager.allowed_kernelspecs=no", r"no kernel .*: pip install 'jupyter-fastwire\[serve\]' .*"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(home: Home, option: str, says: str) -> None:
@@ -582,7 +582,7 @@ WITHOUT_THE_EXTRA = "sys.modules['jupyter_server'] = None"
 
 def test_jupyter_server_is_not_installed(home: Home) -> None:
     line = refused(home, how=altered(WITHOUT_THE_EXTRA))
-    assert re.fullmatch(r"fastwire: .*jupyter_server.*: pip install 'fastwire\[serve\]'", line)
+    assert re.fullmatch(r"fastwire: .*jupyter_server.*: pip install 'jupyter-fastwire\[serve\]'", line)
 
 
 def test_the_import_says_the_same(home: Home) -> None:
@@ -590,7 +590,7 @@ def test_the_import_says_the_same(home: Home) -> None:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env=home.environment(), check=False)
     last = result.stderr.splitlines()[-1]
-    assert re.fullmatch(r"ImportError: .*jupyter_server.*: pip install 'fastwire\[serve\]'", last)
+    assert re.fullmatch(r"ImportError: .*jupyter_server.*: pip install 'jupyter-fastwire\[serve\]'", last)
 
 
 # -- root ------------------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ def test_without_jupyter_client_it_says_what_to_install(missing: str) -> None:
     said = rf"ImportError: fastwire\.session needs jupyter_client \({missing}\S* is missing\): (.*)"
     found = re.fullmatch(said, result.stderr.splitlines()[-1])
     assert found is not None
-    assert found[1] == "pip install 'fastwire[serve]'"
+    assert found[1] == "pip install 'jupyter-fastwire[serve]'"
 
 
 # -- jupyter_client's own tests ----------------------------------------------------------------------
