@@ -50,8 +50,11 @@ __all__ = ["Channel", "KernelRelay", "Session", "Traffic", "open_relays", "take_
 
 log = logging.getLogger(__name__)
 
-#: Budgets that are read from a socket before something else is done.
-ROUNDS = 32
+#: Turns of the loop that a reply waits for output that came before it. More is a kernel that prints without an end.
+LONGEST_WAIT = 32
+
+#: Budgets that are read in one turn of the loop when the kernel has ended or moved: these are its last words.
+LAST_WORDS = 8
 
 CLIENT_CHANNELS = ("shell", "control", "stdin")
 
@@ -98,9 +101,11 @@ class Traffic:
 
 class Channel:
     """One ZMQ socket on the loop. What it receives goes to ``on_batch``, and before that to ``on_faulty`` when
-    messages were refused; ``before`` and ``after`` frame each wake-up.
+    messages were refused. ``before`` and ``after`` frame each wake-up; as long as ``before`` returns that something
+    else has to come first, nothing is received for `LONGEST_WAIT` turns.
 
-    Its descriptor is edge-triggered: every wake-up drains it to EAGAIN, or comes back in the next turn.
+    Its descriptor is edge-triggered: every wake-up drains it to EAGAIN, or comes back in the next turn. However fast
+    the kernel sends, no turn receives more than a budget.
     """
 
     def __init__(
@@ -111,15 +116,15 @@ class Channel:
         on_batch: Callable[[Batch], None],
         *,
         on_faulty: Callable[[Batch], None] | None = None,
-        before: Callable[[], None] | None = None,
+        before: Callable[[], object] | None = None,
         after: Callable[[], None] | None = None,
         permissive: bool = False,
     ) -> None:
         self.name = name
         self.socket = socket
-        self.budget_hits = 0
         self.traffic = Traffic()
         self._comes_back = False
+        self._waited = 0
         self._signer = signer.fork()
         self._on_batch = on_batch
         self._on_faulty = on_faulty
@@ -135,19 +140,28 @@ class Channel:
     def _on_readable(self) -> None:
         if self._fd < 0:  # closed since the loop was told to call this
             return
-        if self._before is not None:
-            self._before()
-        self.drain()
+        self.read()
         if self._after is not None:
             self._after()
 
-    def _come_back_later(self) -> None:
-        self.budget_hits += 1
+    def read(self) -> None:
+        """What is there, up to the budget of one turn, or later when something else has to come first."""
+        if self._comes_back:
+            return
+        if self._before is not None and self._before() and self._waited < LONGEST_WAIT:
+            self._waited += 1
+            self.come_back()
+            return
+        self._waited = 0
+        self.drain()
+
+    def come_back(self) -> None:
+        """Look again in the next turn of the loop: others are to have theirs."""
         if not self._comes_back:
             self._comes_back = True
-            asyncio.get_running_loop().call_soon(self._come_back)
+            asyncio.get_running_loop().call_soon(self._is_back)
 
-    def _come_back(self) -> None:
+    def _is_back(self) -> None:
         self._comes_back = False
         self._on_readable()
 
@@ -163,7 +177,7 @@ class Channel:
         if batch is None:
             return False
         if batch.more:
-            self._come_back_later()
+            self.come_back()
         if batch.faulty and self._on_faulty is not None:
             self._on_faulty(batch)
         if len(batch):
@@ -172,11 +186,14 @@ class Channel:
             self._on_batch(batch)
         return batch.more
 
-    def catch_up(self) -> None:
-        """Receive everything that is there. The bound is for a kernel that sends faster than it can be read."""
-        for _ in range(ROUNDS):
-            if not self.drain():
-                break
+    def has_more(self) -> bool:
+        """Whether more is waiting than one turn of the loop receives, and has received then, however many ask."""
+        return self._comes_back or self.drain()
+
+    def catch_up(self) -> bool:
+        """Receive everything that is there, or, of a kernel that sends without an end, several budgets of it. Returns
+        whether more is waiting."""
+        return all(self.drain() for _ in range(LAST_WORDS))
 
     @property
     def closed(self) -> bool:
@@ -321,7 +338,7 @@ class KernelRelay:
         on_batch: Callable[[Batch], None],
         *,
         on_faulty: Callable[[Batch], None] | None = None,
-        before: Callable[[], None] | None = None,
+        before: Callable[[], object] | None = None,
         after: Callable[[], None] | None = None,
     ) -> Channel:
         """A socket of this kernel on the loop."""
@@ -351,7 +368,7 @@ class KernelRelay:
         on_batch: Callable[[Batch], None],
         *,
         on_faulty: Callable[[Batch], None] | None = None,
-        before: Callable[[], None] | None = None,
+        before: Callable[[], object] | None = None,
         after: Callable[[], None] | None = None,
     ) -> list[Channel]:
         """All of them or, when one cannot be opened, none."""
@@ -428,8 +445,13 @@ class KernelRelay:
         for session in list(self.sessions.values()):
             session.say(batch)
 
+    def iopub_is_behind(self) -> bool:
+        """Before a reply is passed on: what the kernel printed first must come first. A turn's budget of it has been
+        delivered; is there more?"""
+        return self.iopub is not None and self.iopub.has_more()
+
     def drain_iopub(self) -> None:
-        """Before a reply or a status of ours is passed on: what the kernel printed first must come first."""
+        """What the kernel has said so far, before something happens to it."""
         if self.iopub is not None:
             self.iopub.catch_up()
 
@@ -524,7 +546,11 @@ class Session:
     def _open_channels(self) -> None:
         # stdin first, shell last: what a kernel asks on a socket that is not there yet, it drops.
         opened = self.relay.channels(
-            CLIENT_CHANNELS[::-1], self.identity, self.deliver, before=self.relay.drain_iopub, after=self._after_wake_up
+            CLIENT_CHANNELS[::-1],
+            self.identity,
+            self.deliver,
+            before=self.relay.iopub_is_behind,
+            after=self._after_wake_up,
         )
         self._channels = opened[::-1]
         self._uplink = self._new_uplink(self.protocol)
@@ -577,8 +603,7 @@ class Session:
             self._can_be_asked.set()
         if events & zmq.POLLIN:
             # Looking took the edge of its descriptor.
-            self.relay.drain_iopub()
-            stdin.drain()
+            stdin.read()
 
     # -- for whoever runs the server --
 
@@ -823,17 +848,20 @@ class Session:
         self._send_waiting()
 
     def _settle(self, readable: int) -> None:
-        """After sending: read what has come meanwhile, send what waited and has room now, until neither is left."""
-        while readable:
-            # Sending took the edge of these descriptors with it, as receiving takes that of a socket with room again.
-            self.relay.drain_iopub()
-            for index, channel in enumerate(self._channels):
-                if readable & (1 << index):
-                    channel.drain()
-            readable = self._uplink.retry() if self._uplink.waiting_messages else 0
+        """After sending: read what has come meanwhile, send what waited and has room now. A kernel that goes on sending
+        is read on in the next turn: here it would be as long as it likes."""
+        # Sending took the edge of these descriptors with it, as receiving takes that of a socket with room again.
+        for channel in self._among(readable):
+            channel.read()
+        if readable and self._uplink.waiting_messages:
+            for channel in self._among(self._uplink.retry()):
+                channel.come_back()
         if self.on_ignored is not None and (notes := self._uplink.ignored):
             self.on_ignored(notes)
         self._hold_back()
+
+    def _among(self, bits: int) -> list[Channel]:
+        return [channel for index, channel in enumerate(self._channels) if bits & (1 << index)]
 
     def _hold_back(self) -> None:
         """At the bound of what may wait for the kernel, leave the client's bytes in its TCP."""

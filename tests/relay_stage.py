@@ -68,7 +68,7 @@ class Kernel:
         sock = self.context.socket(kind)
         room = 1 if self.narrow and name == "shell" else 0
         for option, value in {
-            zmq.SNDHWM: room,
+            zmq.SNDHWM: 0,
             zmq.RCVHWM: room,
             zmq.LINGER: 0,
             zmq.RCVTIMEO: int(1000 * PATIENCE),
@@ -87,7 +87,7 @@ class Kernel:
         """The relay's end of a channel."""
         sock = self.context.socket(zmq.SUB if channel == "iopub" else zmq.DEALER)
         room = 1 if self.narrow and channel == "shell" else 0
-        for option, value in {zmq.SNDHWM: room, zmq.RCVHWM: room, zmq.LINGER: 0}.items():
+        for option, value in {zmq.SNDHWM: room, zmq.RCVHWM: 0, zmq.LINGER: 0}.items():
             sock.setsockopt(option, value)
         if channel == "iopub":
             sock.subscribe(b"")

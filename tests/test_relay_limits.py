@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import zmq
 from builders import message
-from relay_stage import KIB, MIB, Kernel, Stage, both_protocols, leave, settle, stream, until
+from relay_stage import BUDGET, KIB, MIB, Kernel, Stage, both_protocols, leave, settle, stream, until
 
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.outbox import Outbox
+from fastwire.relay import Session
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
@@ -321,6 +322,73 @@ def test_a_client_faster_than_its_kernel(
     assert client.ids(1) == ["reply"]
     assert stage.session("ann")._uplink.waiting_bytes == 0
     kernel.close()
+
+
+class PerTurn:
+    """Counts the messages that a session is given in each turn of the loop."""
+
+    def __init__(self, stage: Stage, session: Session) -> None:
+        self.counts = [0]
+        self._loop = stage.loop
+        self._say = session.say
+        session.say = self.say  # type: ignore[method-assign]
+        stage.run(self.turn)
+
+    def turn(self) -> None:
+        if self.counts[-1]:
+            self.counts.append(0)
+        self._loop.call_soon(self.turn)
+
+    def say(self, batch: Batch, **options: bool) -> None:
+        self.counts[-1] += len(batch)
+        self._say(batch, **options)
+
+    def stop(self) -> None:
+        self.turn = lambda: None  # type: ignore[method-assign]
+
+
+def test_a_kernel_that_sends_while_messages_wait_for_it(stage: Stage, context: zmq.Context, transport: bool) -> None:
+    """The loop goes round between its budgets: others would be stopped for as long as it sends."""
+    kernel = Kernel(context, narrow=True)
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    stage.overtake(client, 50)
+    per_turn = PerTurn(stage, stage.session("ann"))
+    with stage.frozen():
+        for number in range(20 * BUDGET):
+            kernel.reply("ann", message("comm_msg", str(number)))
+        client.say("next")
+    assert client.ids(20 * BUDGET) == [str(number) for number in range(20 * BUDGET)]
+    per_turn.stop()
+    assert max(per_turn.counts) <= BUDGET
+    kernel.close()
+
+
+def test_a_reply_comes_after_output_of_many_turns(stage: Stage, kernel: Kernel, transport: bool) -> None:
+    """And no turn of the loop is longer for it."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    per_turn = PerTurn(stage, stage.session("ann"))
+    with stage.frozen():
+        kernel.publish(*stream(*range(10 * BUDGET)))
+        kernel.reply("ann", message("execute_reply", "reply"))
+    assert client.ids(10 * BUDGET + 1) == [*map(str, range(10 * BUDGET)), "reply"]
+    per_turn.stop()
+    assert max(per_turn.counts) <= BUDGET + 1
+
+
+def test_a_kernel_that_prints_without_an_end_is_read_on_all_channels(
+    stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its replies wait for what it printed before, but not for ever."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    monkeypatch.setattr(stage.relay.iopub, "has_more", lambda: True)
+    kernel.reply("ann", message("execute_reply", "reply"))
+    assert client.ids(1) == ["reply"]
 
 
 @both_protocols
