@@ -9,10 +9,17 @@ BEFORE ?= $(RESULTS)/core.json
 SANITIZERS ?= address,undefined
 
 RUN := $(abspath $(VENV))/bin/python
-STAMP := $(VENV)/fastwire.stamp
-CORE := $(wildcard fastwire/_core.pyx fastwire/core/*)
-INSTALL := $(RUN) -m pip install --quiet --editable '.[lab,bench,test,dev]'
-COMPILE := $(RUN) setup.py --quiet build_ext --inplace --force
+# Of an environment that has what serving needs, and of one that has what tests and benchmarks need as well.
+SERVING := $(VENV)/serving.stamp
+DEVELOPING := $(VENV)/developing.stamp
+SOURCES := pyproject.toml setup.py $(wildcard fastwire/_core.pyx fastwire/core/*)
+# Not quiet: minutes of silence look like a hang.
+PIP := $(RUN) -m pip install --disable-pip-version-check
+SERVER := $(PIP) --editable '.[lab]'
+DEVELOPER := $(PIP) --editable '.[lab,bench,test,dev]'
+# Where only serving was asked for there is no Cython: pip brings it for the build.
+COMPILE = echo "compiling the core"; if $(RUN) -c 'import Cython' 2>/dev/null; \
+	then $(RUN) setup.py --quiet build_ext --inplace --force; else $(PIP) --quiet --no-deps --editable .; fi
 # What the tests need, for a build that must not touch the one in the source tree.
 TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs etc fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
@@ -23,17 +30,24 @@ COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd buil
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-install: $(STAMP) ## .venv with all a developer needs; quick when nothing changed
+install: $(DEVELOPING) ## .venv with all a developer needs; quick when nothing changed
 
-# A new pyproject.toml means new dependencies; new sources only compile again.
-$(STAMP): pyproject.toml setup.py $(CORE)
+$(RUN):
 	@command -v $(PYTHON) >/dev/null || { echo "fastwire needs Python 3.11 or newer: no $(PYTHON) on PATH"; exit 1; }
 	@$(PYTHON) tools/preflight.py
-	@test -x $(RUN) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	$(if $(filter pyproject.toml,$?),$(INSTALL),$(COMPILE))
-	@touch $@
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
-serve: install ## a Jupyter server on fastwire: make serve ARGS="--port 9999"
+# A new pyproject.toml means new dependencies; new sources only compile again, once for both.
+$(SERVING): $(SOURCES) | $(RUN)
+	@$(if $(filter pyproject.toml,$?),echo "installing JupyterLab and the core: a minute or two"; $(SERVER),$(COMPILE))
+	@touch $@ $(if $(filter pyproject.toml,$?),,$(wildcard $(DEVELOPING)))
+
+$(DEVELOPING): $(SOURCES) | $(RUN)
+	@$(if $(filter pyproject.toml,$?),echo "installing all for tests and benchmarks: two minutes"; $(DEVELOPER),$(COMPILE))
+	@touch $(SERVING) $@
+
+serve: $(SERVING) ## a Jupyter server on fastwire: make serve ARGS="--port 9999"
 	$(RUN) -m fastwire.serve $(ARGS)
 
 test: install ## all tests, or some: make test ARGS="tests/test_core_signer.py -k sha"
@@ -112,5 +126,5 @@ dist: install ## sdist, and the wheel built from it, in dist/
 
 clean: ## remove what was built (not .venv)
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f fastwire/*.so fastwire/_core.c fastwire/_core.html $(STAMP)
+	rm -f fastwire/*.so fastwire/_core.c fastwire/_core.html $(SERVING) $(DEVELOPING)
 	find bench fastwire fuzz tests tools -name __pycache__ -exec rm -rf {} + 2>/dev/null || true

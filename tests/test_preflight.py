@@ -101,3 +101,18 @@ def test_make_says_it_and_makes_nothing(tmp_path: Path) -> None:
     assert result.returncode != 0
     assert "fastwire needs Python 3.11 or newer: no no-such-python on PATH" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("target", "extras"), [("serve", "lab"), ("test", "lab,bench,test,dev")])
+def test_each_command_installs_what_it_needs(tmp_path: Path, target: str, extras: str) -> None:
+    said = subprocess.run(
+        ["make", "--dry-run", target, f"VENV={tmp_path}/venv"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+    ).stdout
+    (line,) = [line for line in said.splitlines() if "pip install" in line]
+    assert line.endswith(f"--editable '.[{extras}]'")
+    assert "--quiet" not in line, "minutes of silence look like a hang"
