@@ -34,7 +34,7 @@ except ImportError as error:
         f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
     ) from error
 
-from fastwire import __version__, installed, logs, status
+from fastwire import __version__, installed, logs, other_websockets, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch
 from fastwire.errors import FastwireError, TooManyClients
 from fastwire.flow import too_many
@@ -505,9 +505,17 @@ def _load_jupyter_server_extension(app: Any) -> None:
         app.log.info("fastwire steps aside: %s", reason)
     else:
         status.install(app.web_app)
+        carry_other_websockets(app)
         for handler in getattr(app.log, "logger", app.log).handlers:  # `log` may be an adapter
             handler.addFilter(logs.without_tokens_of_requests)
         app.log.info("fastwire %s carries the messages of kernels", __version__)
+
+
+def carry_other_websockets(app: Any) -> None:
+    """Terminals and whatever else speaks WebSocket in ``app``, if its user wants that."""
+    settings = Fastwire(config=app.config)
+    if settings.all_websockets:
+        other_websockets.carry(app.web_app, settings.limits())
 
 
 def default_class(trait: str, theirs: Callable[[Any], Any], app: Any) -> Any:

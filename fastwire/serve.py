@@ -56,7 +56,13 @@ try:
     from traitlets.config.loader import KVArgParseConfigLoader
 
     from fastwire import logs, status
-    from fastwire.jupyter import Fastwire, FastwireMappingKernelManager, FastwireWebsocketConnection, takes_fastwire
+    from fastwire.jupyter import (
+        Fastwire,
+        FastwireMappingKernelManager,
+        FastwireWebsocketConnection,
+        carry_other_websockets,
+        takes_fastwire,
+    )
 except ModuleNotFoundError as error:
     MISSING = f"fastwire.serve needs Jupyter Server ({error}): pip install 'jupyter-fastwire[serve]'"
     if __name__ == "__main__":
@@ -193,6 +199,7 @@ class FastwireServer(ServerApp):
         check_dotted_options(self.argv, complete=True)
         if takes_fastwire(self):
             status.install(self.web_app)
+            carry_other_websockets(self)
         super().init_httpserver()
         # Tornado's own is an hour; None is no limit, 0 no time.
         self.http_server.conn_params.header_timeout = Fastwire(config=self.config).handshake_timeout or None

@@ -155,6 +155,13 @@ class Fastwire(Configurable):
         "checked signatures for clients of the v1 protocol; use this for a kernel that cannot sign.",
     )
 
+    all_websockets = Bool(
+        False,
+        config=True,
+        help="Carry the server's other WebSockets too: terminals, language servers, collaboration. A terminal's "
+        "program waits for a slow client; any other client for which more than client_memory_limit waits is closed.",
+    )
+
     @default("spill_dir")
     def _default_spill_dir(self) -> str:
         return jupyter_runtime_dir()

@@ -34,6 +34,7 @@ ROOMS = (
     "status",
     "settings",
     "kernels",
+    "other_websockets",
     "jupyter",
     "serve",
 )
