@@ -495,8 +495,8 @@ def _link_jupyter_server_extension(app: Any) -> None:
 
 
 def _load_jupyter_server_extension(app: Any) -> None:
-    """Called by a ``ServerApp`` when everything is made: add the live page, keep tokens out of the log, and say in one
-    line who carries its messages."""
+    """Called by a ``ServerApp`` when everything is made: add the live page, keep tokens and misleading advice out of
+    the log, and say in one line who carries its messages."""
     if trouble := installed.mixed_up():
         app.log.warning("%s", trouble)
     if not takes_fastwire(app):
@@ -507,6 +507,7 @@ def _load_jupyter_server_extension(app: Any) -> None:
         status.install(app.web_app)
         carry_other_websockets(app)
         for handler in getattr(app.log, "logger", app.log).handlers:  # `log` may be an adapter
+            handler.addFilter(logs.is_meant)
             handler.addFilter(logs.without_tokens_of_requests)
         app.log.info("fastwire %s carries the messages of kernels", __version__)
 

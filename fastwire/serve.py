@@ -26,6 +26,7 @@ import ssl
 import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -145,11 +146,12 @@ class FastwireServer(ServerApp):
     # -- the start ---------------------------------------------------------------------------------
 
     def get_default_logging_config(self) -> Any:
-        """Extends ``Application.get_default_logging_config``: no handler of logs writes tokens."""
+        """Extends ``Application.get_default_logging_config``: no handler of logs writes tokens, or what misleads."""
         config: Any = super().get_default_logging_config()
-        config.setdefault("filters", {})["without_tokens"] = {"()": lambda: logs.without_tokens}
+        ours = {"is_meant": logs.is_meant, "without_tokens": logs.without_tokens}
+        config.setdefault("filters", {}).update({name: {"()": partial(lambda it: it, it)} for name, it in ours.items()})
         for handler in config["handlers"].values():
-            handler["filters"] = [*handler.get("filters", ()), "without_tokens"]
+            handler["filters"] = [*handler.get("filters", ()), *ours]
         return config
 
     def _create_loader(self, argv: list[str] | None, aliases: Any, flags: Any, classes: Any) -> CommandLine:

@@ -22,18 +22,32 @@ import wsclient
 from jupyter_server.serverapp import ServerApp
 from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-from server import PATIENCE, ROOT, TOKEN, WITHOUT_OTHERS, Client, Server, environment, free_port, serving, until
+from server import (
+    PATIENCE,
+    ROOT,
+    TOKEN,
+    WITHOUT_OTHERS,
+    Client,
+    Server,
+    Usual,
+    environment,
+    free_port,
+    serving,
+    until,
+)
 from test_installed import other_fastwire
 from traitlets import default
 from traitlets.config import Config
 
 import fastwire
 from fastwire import installed, jupyter
+from fastwire._core import PROTOCOL_V1
 from fastwire.jupyter import FastwireMappingKernelManager, FastwireWebsocketConnection
 
 # Each test starts a server of its own, or several kernels.
 pytestmark = pytest.mark.timeout(180)
 
+SERVE = ("-m", "fastwire.serve")
 STOCK = ("-m", "jupyter_server")
 STOCK_CONNECTION = "jupyter_server.services.kernels.connection.channels.ZMQChannelsWebsocketConnection"
 ACTIVE = f"fastwire {fastwire.__version__} carries the messages of kernels"
@@ -71,6 +85,22 @@ def test_installing_the_package_switches_it_on(tmp_path: Path) -> None:
         assert said(server) == ACTIVE
         assert server.get("/fastwire/api/status")[0] == 200
         assert not server.logged("resume_timeout"), "its settings are known"
+
+
+#: What a kernel itself says on stderr, and what root deserves to hear of `fastwire.serve`.
+OTHERS_WORDS = re.compile(r"\[IPKernelApp\] |\[W .*\] Running as root is not recommended")
+
+
+@pytest.mark.parametrize("how", [SERVE, STOCK], ids=["serve", "extension"])
+def test_a_default_start_and_the_first_connections_log_no_warning(tmp_path: Path, how: tuple[str, ...]) -> None:
+    """With JupyterLab and all other extensions, and the WebSockets that its page opens."""
+    with serving(tmp_path, how=how, extensions={}) as server:
+        events = Usual(server, f"/api/events/subscribe?token={TOKEN}", None, {})
+        with server.kernel() as kernel, Client(server, kernel) as one, Client(server, kernel, PROTOCOL_V1) as other:
+            assert one.run("1 + 1").result == other.run("2").result == "2"
+            said = server.log.splitlines()
+        events.close()
+    assert [line for line in said if not line.startswith("[I ") and not OTHERS_WORDS.match(line)] == []
 
 
 def test_another_projects_files_among_ours_are_told_in_one_line(tmp_path: Path) -> None:

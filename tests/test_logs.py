@@ -5,9 +5,11 @@ import logging
 from collections.abc import Iterator
 from inspect import getsourcefile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from jupyter_server.serverapp import ServerApp
+from tornado.websocket import WebSocketProtocol13, _WebSocketParams
 
 from fastwire import logs
 
@@ -69,3 +71,20 @@ def test_the_url_by_which_the_user_of_a_stock_server_signs_in() -> None:
         record = logging.LogRecord("ServerApp", logging.INFO, path, 1, url, (), None)
         assert logs.without_tokens_of_requests(record)
         assert record.getMessage() == said
+
+
+def test_tornados_opinion_of_jupyter_servers_milliseconds() -> None:
+    """The real one: its text is its own. In seconds, which somebody has chosen, it is right."""
+    for number, dropped in {90_000: True, 90: False}.items():
+        said: list[logging.LogRecord] = []
+        logger = logging.getLogger("tornado.general")
+        handler = logging.Handler()
+        handler.emit = said.append  # type: ignore[method-assign]
+        handler.addFilter(logs.is_meant)
+        logger.addHandler(handler)
+        try:
+            params = _WebSocketParams(ping_interval=number / 3, ping_timeout=number)
+            assert WebSocketProtocol13(SimpleNamespace(), False, params).ping_timeout == number / 3
+        finally:
+            logger.removeHandler(handler)
+        assert (said == []) is dropped
