@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Acknowledgements", "Limits", "Rate", "resume_time", "too_many"]
+__all__ = ["Acknowledgements", "Limits", "Rate", "has_room", "resume_time", "too_many"]
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -103,6 +103,17 @@ def too_many(limits: Limits, of_kernel: int, of_user: int) -> str | None:
     if of_user >= limits.clients_per_user:
         return f"the user has {of_user} clients, as many as the server allows"
     return None
+
+
+def has_room(limit: int, used: int) -> bool:
+    """Whether one more client or kernel is admitted where ``used`` descriptors or sockets are in use: an eighth of the
+    ``limit`` is left to what is there. A kernel that is restarted needs ten for a moment, a request or a file one."""
+    return used + MOST_FOR_ONE <= limit - max(limit // 8, LEAST_RESERVE)
+
+
+#: Descriptors, and sockets, that a kernel with its first client takes at most, and what is always left to others.
+MOST_FOR_ONE = 16
+LEAST_RESERVE = 48
 
 
 class Acknowledgements:

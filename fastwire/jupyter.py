@@ -42,6 +42,7 @@ from fastwire.kernels import FastwireMappingKernelManager, incarnation, is_manag
 from fastwire.notices import beside
 from fastwire.relay import KernelRelay, Session
 from fastwire.settings import Fastwire
+from fastwire.sockets import raise_limits, shortage
 from fastwire.websocket import Connection, connection_for
 
 __all__ = ["Fastwire", "FastwireMappingKernelManager", "FastwireWebsocketConnection"]
@@ -113,6 +114,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         """
         CallContext.set(CallContext.JUPYTER_HANDLER, proxy(self.websocket_handler))
         try:
+            self._check_that_there_is_room()
             await self._register_session()
             await self._until_it_is_ready()
             await self._until_it_runs()
@@ -122,6 +124,20 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             self.disconnect()
             raise
         self._check_that_it_is_wanted()
+
+    def _check_that_there_is_room(self) -> None:
+        problem = self._shortage
+        if problem is not None:
+            self.log.warning("Refused a client of kernel %s: %s", self.kernel_id, problem)
+            raise HTTPError(503, reason=problem)
+
+    @property
+    def _shortage(self) -> str | None:
+        """Who continues a session, or takes it over, needs nothing more."""
+        kernel: Any = self.kernel_manager
+        if not is_managed(kernel) or self.session.session in self.relay.sessions:
+            return None
+        return shortage(kernel.context)
 
     def _check_that_it_is_wanted(self) -> None:
         if self._close_future.done():
@@ -241,8 +257,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         await super()._register_session()
 
     def _is_admitted(self) -> bool:
-        """Whether there is room for one more client of this kernel and of this user. One that takes over its session
-        is no more."""
+        """Whether there is room for one more client of this kernel, of this user and of the server. One that takes over
+        its session is no more."""
         others = [
             each
             for each in self._open_sockets
@@ -250,7 +266,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         ]
         of_kernel = sum(each.kernel_id == self.kernel_id for each in others)
         of_user = sum(each.user == self.user for each in others)
-        refusal = too_many(self._limits, of_kernel, of_user)
+        refusal = too_many(self._limits, of_kernel, of_user) or self._shortage
         if refusal is not None:
             self.log.warning("Refused a client of kernel %s: %s", self.kernel_id, refusal)
             self.websocket_handler.close(TooManyClients.close_code, refusal)
@@ -504,6 +520,8 @@ def _load_jupyter_server_extension(app: Any) -> None:
         reason = obstacle(app) or f"messages of kernels go through {taken.__module__}.{taken.__qualname__}"
         app.log.info("fastwire steps aside: %s", reason)
     else:
+        if hasattr(app, "kernel_manager"):
+            raise_limits(app.kernel_manager.context)  # of whichever class: its first kernel is still to come
         status.install(app.web_app)
         carry_other_websockets(app)
         for handler in getattr(app.log, "logger", app.log).handlers:  # `log` may be an adapter

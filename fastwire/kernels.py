@@ -9,25 +9,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import zmq
+import zmq.asyncio
 from jupyter_client.connect import port_names
 from jupyter_core.utils import ensure_async
 from jupyter_server._tz import utcnow
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from tornado.web import HTTPError
+from traitlets import default
 
 from fastwire._core import Activity, Batch, Signer
 from fastwire.errors import MessageError, SignatureError
 from fastwire.notices import notice
 from fastwire.outbox import Budgets
-from fastwire.relay import KernelRelay, Session, take_socket
+from fastwire.relay import KernelRelay, Session
 from fastwire.settings import Fastwire, usable
+from fastwire.sockets import open_socket, raise_limits, shortage
 
 __all__ = ["FastwireMappingKernelManager", "Relays", "incarnation", "is_managed", "prove", "relays"]
 
@@ -82,6 +85,22 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         super().__init__(**kwargs)
         self._active: dict[Any, float] = {}
         self._changing: WeakKeyDictionary[Any, asyncio.Lock] = WeakKeyDictionary()
+
+    @default("context")
+    def _context_default(self) -> zmq.asyncio.Context:
+        context = super()._context_default()
+        raise_limits(context)
+        return context
+
+    async def _async_start_kernel(self, *, kernel_id: str | None = None, **kwargs: Any) -> str:
+        """Not one more than can be served: those that are there need sockets, too, to be restarted and ended."""
+        problem = None if kernel_id is not None and kernel_id in self else shortage(self.context)
+        if problem is not None:
+            self.log.warning("No kernel is started: %s", problem)
+            raise HTTPError(503, reason=problem)
+        return await super()._async_start_kernel(kernel_id=kernel_id, **kwargs)
+
+    start_kernel = _async_start_kernel  # type: ignore[assignment]
 
     def start_watching_activity(self, kernel_id: str) -> None:
         """Subscribe to the kernel, at its start and whenever its ports changed."""
@@ -401,32 +420,3 @@ async def half_a_second(manager: Any, answered: asyncio.Future[None], heard: asy
             await asyncio.wait({answered, heard})
             while getattr(manager, "execution_state", None) == "starting":  # noqa: ASYNC110 - others set it
                 await asyncio.sleep(0.01)
-
-
-# -- sockets ---------------------------------------------------------------------------------------
-
-
-def open_socket(manager: Any, channel: str, identity: bytes | None) -> zmq.Socket[bytes]:
-    """A socket of a kernel, through its manager's ``connect_*`` (provisioners, keys and remote addresses are its
-    own), with an unbounded receive queue: libzmq must not drop what the kernel sends. That of stdin tells whether it is
-    connected (`Session.until_it_can_be_asked`)."""
-    options: dict[int, int] = {zmq.RCVHWM: 0}
-    if channel == "stdin":
-        options[zmq.IMMEDIATE] = 1
-    with defaults(manager.context, options):
-        opened = take_socket(getattr(manager, f"connect_{channel}")(identity=identity))
-    if opened.rcvhwm != 0:
-        log.warning("the %s socket of kernel %s drops messages beyond %s", channel, manager.kernel_id, opened.rcvhwm)
-    return opened
-
-
-@contextmanager
-def defaults(context: zmq.Context[Any], options: Mapping[int, int]) -> Iterator[None]:
-    """Sockets made meanwhile have these options; they count only when set before they connect."""
-    before = dict(context.sockopts)
-    context.sockopts.update(options)
-    try:
-        yield
-    finally:
-        context.sockopts.clear()
-        context.sockopts.update(before)

@@ -363,6 +363,8 @@ class Raw:
         self.client = wsclient.Client(
             ("127.0.0.1", server.port), path, headers=fields, receive_buffer=self.receive_buffer
         )
+        if not self.client.handshake.accepted:
+            self.client.drop()
         assert self.client.handshake.accepted, self.client.handshake.status
         assert self.client.handshake.headers.get("sec-websocket-protocol") == protocol
         self.send = self.client.send_message

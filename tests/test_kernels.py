@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
 from inside import execute, result, serving, until
-from jupyter_client import AsyncKernelManager, KernelManager
+from jupyter_client import AsyncKernelManager
 from jupyter_client.connect import port_names
 from server import PATIENCE
 
 from fastwire.jupyter import FastwireMappingKernelManager
-from fastwire.kernels import open_socket, relays
+from fastwire.kernels import relays
 
 
 def test_the_buffering_that_others_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,30 +262,3 @@ def test_a_kernel_is_listed_with_all_that_its_model_says(tmp_path: Path, monkeyp
             assert [(model["id"], model["execution_state"]) for model in listed] == [(kernel, "starting")]
 
     asyncio.run(use())
-
-
-# -- sockets ---------------------------------------------------------------------------------------
-
-
-class BoundingManager(KernelManager):
-    """A provisioner's or a site's own, that gives its sockets a bound."""
-
-    def connect_shell(self, identity: bytes | None = None) -> zmq.Socket:
-        sock = self.context.socket(zmq.DEALER)
-        sock.rcvhwm = self.bound
-        sock.connect("tcp://127.0.0.1:1")
-        return sock
-
-
-@pytest.mark.parametrize("bound", [5, 0])
-def test_sockets_that_could_drop_messages_are_told_of(
-    context: zmq.Context, bound: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    manager = BoundingManager(context=context, iopub_port=1)
-    manager.kernel_id, manager.bound = "mine", bound
-    for channel in "shell", "iopub":
-        with open_socket(manager, channel, None) as opened:
-            assert opened.rcvhwm == (bound if channel == "shell" else 0)
-    expected = ["the shell socket of kernel mine drops messages beyond 5"] if bound else []
-    assert [record.getMessage() for record in caplog.records] == expected
-    assert zmq.RCVHWM not in manager.context.sockopts

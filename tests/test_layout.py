@@ -33,6 +33,7 @@ ROOMS = (
     "session",
     "status",
     "settings",
+    "sockets",
     "kernels",
     "other_websockets",
     "jupyter",
