@@ -88,7 +88,7 @@ def write(name: str) -> Callable[[], object]:
 
 def observe(name: str) -> Callable[[], object]:
     batch, activity = drained(name), _core.Activity(["comm_info_request"])
-    return lambda: activity.observe(batch, "busy")
+    return lambda: activity.observe(batch)
 
 
 def relay() -> Callable[[], object]:

@@ -387,12 +387,28 @@ def batch_of_frames(channel: str, data: bytes) -> Batch:
 
 @final
 class Activity:
-    """What a kernel does, by the rules of `jupyter_server`'s `MappingKernelManager.start_watching_activity`."""
+    """What a kernel does, by the rules of `jupyter_server`'s `MappingKernelManager.start_watching_activity`. Two
+    differ: it is busy until each request that it said to be busy with has ended, and what it says of requests on
+    control says nothing about its state, as it answers them while it is at work."""
 
-    def __init__(self, untracked_message_types: Iterable[str]) -> None: ...
-    def observe(self, batch: Batch, state: str) -> tuple[bool, str]:
-        """``(active, state)`` after an iopub batch: whether it is a sign of use, and the execution state that follows
-        ``state``. A message type, its own or its parent's, is a sign of use unless it is untracked."""
+    def __init__(self, untracked_message_types: Iterable[str], state: str = "starting") -> None: ...
+    @property
+    def state(self) -> str:
+        """The execution state, by what was observed."""
+    def observe(self, batch: Batch) -> tuple[bool, str | None]:
+        """``(active, state)`` after an iopub batch: whether it is a sign of use, and the execution state if the batch
+        says something about it. A message type, its own or its parent's, is a sign of use unless it is untracked."""
+    def answered(self, batch: Batch) -> None:
+        """Replies have come: what they answer has ended, even if the word of that was lost on iopub. A kernel drops
+        there what its socket has no room for."""
+    @property
+    def status(self) -> list[bytes] | None:
+        """The parts of the status that said the kernel busy, of the request that it has worked on for longest. None
+        when it is not busy, or when that status has more than 8 KiB."""
+    def forget(self) -> None:
+        """Messages may have been missed: what the kernel was busy with need not be said to have ended any more."""
+    def begin_anew(self) -> None:
+        """The kernel is another process: what the old one was busy with, it is not."""
 
 # -- uplink: client to kernel ----------------------------------------------------------------------
 

@@ -107,15 +107,13 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         kernel: Any = self._kernels[kernel_id]
         kernel.reason = ""
         kernel.last_activity = utcnow()
-        relays.of(kernel).observers[:] = [partial(self._record, kernel, Activity(self.untracked_message_types))]
+        relays.of(kernel).observers[:] = [partial(self._record, kernel)]
         relays.open(kernel)
 
-    def _record(self, kernel: Any, activity: Activity, batch: Batch) -> None:
-        before = kernel.execution_state
-        active, state = activity.observe(batch, before)
-        if active:
+    def _record(self, kernel: Any, active: bool, state: str | None) -> None:
+        if active or kernel.execution_state == "busy":
             self._note_activity(kernel)
-        if state != before:
+        if state is not None and state != kernel.execution_state:
             kernel.execution_state = state
 
     def _note_activity(self, kernel: Any) -> None:
@@ -247,7 +245,7 @@ class Relays:
             limits = usable(settings.limits())
             if self._budgets is None:
                 self._budgets = Budgets(limits)
-            self._relays[manager] = KernelRelay(
+            relay = self._relays[manager] = KernelRelay(
                 partial(open_socket, manager),
                 signer_of(manager),
                 limits=limits,
@@ -257,6 +255,7 @@ class Relays:
                 on_disconnect=partial(self._disconnected, manager),
                 name=manager.kernel_id,
             )
+            relay.activity = Activity(getattr(manager.parent, "untracked_message_types", ()))
             manager.observe(self._follow, PLACE)
             self._sweep_later()
         return self._relays[manager]

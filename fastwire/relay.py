@@ -30,6 +30,7 @@ from fastwire._core import (
     OP_BINARY,
     OP_TEXT,
     PROTOCOL_V1,
+    Activity,
     Batch,
     FrameParser,
     Signer,
@@ -41,7 +42,7 @@ from fastwire._core import (
 from fastwire.errors import MessageError, SocketClosed
 from fastwire.events import note
 from fastwire.flow import Limits, resume_time
-from fastwire.notices import NOBODY, Neighbour
+from fastwire.notices import NOBODY, Neighbour, local_batch
 from fastwire.outbox import Budgets, Outbox, Result, Sent
 from fastwire.turns import Turns
 from fastwire.websocket import Connection
@@ -258,10 +259,10 @@ class Ends(list[int]):
 class KernelRelay:
     """One kernel: its iopub subscription and its clients' sessions.
 
-    ``observers`` are called with each iopub batch, before the clients get it. ``on_rejected(channel, error)`` hears
-    once of each kind of error for which messages were refused. ``on_disconnect`` hears when the connection of iopub
-    broke: until it is there again, what the kernel prints is lost, and requests should be held (`hold`). ``name`` is
-    what people call the kernel.
+    ``observers`` are called with what `activity` says of each iopub batch, before the clients get it.
+    ``on_rejected(channel, error)`` hears once of each kind of error for which messages were refused. ``on_disconnect``
+    hears when the connection of iopub broke: until it is there again, what the kernel prints is lost, and requests
+    should be held (`hold`). ``name`` is what people call the kernel.
     """
 
     def __init__(
@@ -282,7 +283,9 @@ class KernelRelay:
         self.budgets = budgets or Budgets(self.limits)
         self.signer = signer
         self.sessions: dict[str, Session] = {}
-        self.observers: list[Callable[[Batch], None]] = []
+        #: What the kernel is doing. Who knows of message types that do not count sets another before it is opened.
+        self.activity = Activity(())
+        self.observers: list[Callable[[bool, str | None], None]] = []
         self.endpoint: object = None
         #: The last message on iopub: what the server itself says stands beside it.
         self.neighbour: Neighbour = NOBODY
@@ -401,9 +404,10 @@ class KernelRelay:
         if not self.heard.done():
             self.heard.set_result(None)
         self.neighbour = batch.headers(-1)
+        active, state = self.activity.observe(batch)
         for observe in self.observers:
             try:
-                observe(batch)
+                observe(active, state)
             except Exception as error:  # clients get their messages all the same
                 log.error("an observer of kernel %s: %s", self.name, error, exc_info=error)
         for session in list(self.sessions.values()):
@@ -412,12 +416,14 @@ class KernelRelay:
     def begin_anew(self) -> None:
         """The kernel was started again: what it has said before is its last word, and not repeated to anyone."""
         self.drain_iopub()
+        self.activity.begin_anew()
         self.listens_on_stdin = True
         for session in self.sessions.values():
             session.outbox.barrier()
 
     def doubt(self) -> None:
-        """The kernel was started anew: its subscription has to be proven again."""
+        """The kernel was started anew, or its connection broke: its subscription has to be proven again."""
+        self.activity.forget()
         if self.heard.done():
             self.heard = asyncio.get_running_loop().create_future()
 
@@ -461,9 +467,17 @@ class KernelRelay:
         """The session of that id, made when there is none, for ``user``."""
         if session_id not in self.sessions:
             self.sessions[session_id] = session = Session(self, session_id, identity, user)
-            for batch in self._announced:
-                session.say(batch)
+            self._greet(session)
         return self.sessions[session_id]
+
+    def _greet(self, session: Session) -> None:
+        """Before anything else a newcomer hears that the kernel is at work, in the kernel's own words. One that is idle
+        is asked by the newcomer, and says so."""
+        busy = self.activity.status
+        if busy is not None:
+            session.say(local_batch("iopub", busy))
+        for batch in self._announced:
+            session.say(batch)
 
     def end_session(self, session: Session, level: int = logging.INFO) -> None:
         """``level`` is that of the line in the log that says what its client did not get."""
@@ -688,6 +702,11 @@ class Session:
             self.relay.limit_detached()
 
     # -- kernel to client --
+
+    def _answer(self, batch: Batch) -> None:
+        """Messages of the kernel on this client's own sockets."""
+        self.relay.activity.answered(batch)
+        self.deliver(batch)
 
     def deliver(self, batch: Batch) -> None:
         """Messages of the kernel for this client, in order."""

@@ -537,22 +537,6 @@ def value_of(part: bytes, name: str) -> object:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def observed(messages: list[list[bytes]], state: str) -> tuple[bool, str]:
-    """By the rules of jupyter_server; a status that says nothing changes nothing."""
-    active = False
-    for parts in messages:
-        own, parent = oracle.header_fields(parts[0])[1], value_of(parts[1], "msg_type")
-        active = active or own not in UNTRACKED or parent not in UNTRACKED or state == "busy"
-        said = value_of(parts[3], "execution_state") if own == "status" else None
-        if not isinstance(said, str):
-            continue
-        if parent not in UNTRACKED:
-            state = said
-        elif state == "starting" and said != "starting":
-            state = "idle"
-    return active, state
-
-
 @target
 def activity(data: memoryview) -> None:
     if not data:
@@ -560,10 +544,12 @@ def activity(data: memoryview) -> None:
     state = STATES[data[0] & 3]
     messages = multipart(data[1:], b"")
     made = _core.batch_of("iopub", messages, _core.Signer(b""))
-    core = _core.Activity(UNTRACKED).observe(made, state)
-    plain = attempt(observed, [made[i] for i in range(len(made))], state)
-    if plain is not MalformedMessage and not is_too_deep(messages):  # else nobody says what it should be
-        agree(core, plain)
+    core, plain = _core.Activity(UNTRACKED, state), oracle.OracleActivity(UNTRACKED, state)
+    answer = core.observe(made)
+    expected = attempt(plain.observe, [made[i] for i in range(len(made))])
+    if expected is not MalformedMessage and not is_too_deep(messages):  # else nobody says what it should be
+        agree(answer, expected)
+        agree(core.state, plain.state)
 
 
 # -- client to kernel ------------------------------------------------------------------------------

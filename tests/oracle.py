@@ -9,7 +9,7 @@ import json
 import re
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 
 from fastwire.errors import (
@@ -286,6 +286,68 @@ def forgery(signature: bytes, parts: Sequence[bytes], signer: Signer, *, permiss
 
 def message_class(msg_type: str) -> str:
     return CLASS_OF_TYPE.get(msg_type, "reply" if msg_type.endswith("_reply") else "other")
+
+
+# -- activity --------------------------------------------------------------------------------------
+
+OF_CONTROL = (
+    "shutdown_request",
+    "interrupt_request",
+    "debug_request",
+    "usage_request",
+    "create_subshell_request",
+    "delete_subshell_request",
+    "list_subshell_request",
+)
+MOST_BUSY = 64
+
+
+class OracleActivity:
+    """By the rules of jupyter_server, with a memory for the requests that have not ended; a status that says nothing
+    changes nothing."""
+
+    def __init__(self, untracked: Collection[str], state: str = "starting") -> None:
+        self.untracked, self.state = untracked, state
+        self.busy: dict[object, list[bytes]] = {}
+
+    def observe(self, messages: Sequence[list[bytes]]) -> tuple[bool, str | None]:
+        active = said = False
+        for parts in messages:
+            own, parent = header_fields(parts[0])[1], fields(parts[1])
+            tracked = parent.get("msg_type") not in self.untracked
+            active = active or own not in self.untracked or tracked or self.state == "busy"
+            state = fields(parts[3]).get("execution_state") if own == "status" else None
+            if not isinstance(state, str):
+                continue
+            if tracked and parent.get("msg_type") not in OF_CONTROL:
+                self.hear(state, parent, parts)
+                said = True
+            elif self.state == "starting" and state != "starting":
+                self.state, said = "idle", True
+        return active, self.state if said else None
+
+    def hear(self, state: str, parent: dict, parts: list[bytes]) -> None:
+        raw = dict(members(text_of(parts[1]))) if parent else {}
+        request = (raw.get("session"), raw.get("msg_id")) if isinstance(parent.get("msg_id"), str) else None
+        if state == "busy" and request is not None:
+            if request not in self.busy and len(self.busy) == MOST_BUSY:
+                del self.busy[next(iter(self.busy))]
+            self.busy.setdefault(request, parts)
+        elif state == "starting" or (request is None and state != "busy"):
+            self.busy = {}
+        elif state == "idle":
+            self.busy.pop(request, None)
+        self.state = "busy" if state == "idle" and self.busy else state
+
+    @property
+    def status(self) -> list[bytes] | None:
+        """Of requests whose status is short and of protocol 5."""
+        return next(iter(self.busy.values()), None) if self.state == "busy" else None
+
+
+def fields(part: bytes) -> dict:
+    value = loads(text_of(part))
+    return value if isinstance(value, dict) else {}
 
 
 # -- frames ----------------------------------------------------------------------------------------

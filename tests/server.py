@@ -425,11 +425,18 @@ class Client:
         channel: str | None = "shell",
         buffers: Sequence[bytes] = (),
         metadata: dict | None = None,
+        header: dict | None = None,
     ) -> str:
         """Send one message; returns its id."""
         msg_id = uuid.uuid4().hex
-        header = builders.header(msg_type, msg_id, session=self.session_id or "a client")
-        parts = [header, b"{}", json.dumps(metadata or {}).encode(), json.dumps(content).encode(), *buffers]
+        fields = {"session": self.session_id or "a client"} | (header or {})
+        parts = [
+            builders.header(msg_type, msg_id, **fields),
+            b"{}",
+            json.dumps(metadata or {}).encode(),
+            json.dumps(content).encode(),
+            *buffers,
+        ]
         self.socket.send(builders.client_message(parts, channel, self.protocol))
         return msg_id
 

@@ -179,6 +179,23 @@ def test_input_asks_and_gets_the_answer(lab: Lab) -> None:
     notebook.expect_output(0, "Good day, Zoë 🦉")
 
 
+def test_a_page_that_is_reloaded_in_the_middle_of_a_cell_shows_that_the_kernel_is_busy(lab: Lab) -> None:
+    """And that it is idle when the cell has ended."""
+    stop = lab.server.home / f"{lab.name}-stop"
+    cell = "import time\nfrom pathlib import Path\nprint('runs')\nwhile not Path({!r}).exists():\n    time.sleep(0.1)"
+    notebook = lab.open(cell.format(str(stop)), "'done'")
+    notebook.run(0)
+    notebook.expect_output(0, "runs")
+    notebook.page.keyboard.press("Control+s")
+    notebook.page.reload()
+    notebook.expect_kernel("Busy")
+    notebook.page.screenshot(path=SCREENSHOTS / f"{lab.name}-reloaded.png")
+    stop.touch()
+    notebook.expect_kernel("Idle")
+    notebook.run(1)
+    notebook.expect_output(1, "done")
+
+
 # -- widgets ---------------------------------------------------------------------------------------
 
 SLIDER = """

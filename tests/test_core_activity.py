@@ -1,10 +1,12 @@
-"""Activity against jupyter_server's own record of it: the same signs of use, the same execution states."""
+"""Activity against jupyter_server's own record of it: the same signs of use, the same execution states, where one
+request follows another; and against the oracle where a kernel works on several."""
 
 import json
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import builders
+import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,11 +37,18 @@ def by_jupyter_server(messages: Sequence[list[bytes]], state: str) -> tuple[bool
     return kernel.last_activity is not None, kernel.execution_state
 
 
-def by_core(messages: Sequence[list[bytes]], state: str) -> tuple[bool, str]:
+def batch_of(messages: Sequence[list[bytes]]) -> _core.Batch:
     signer = _core.Signer(b"")
     batch = _core.batch_of("iopub", [builders.wire(signer, parts) for parts in messages], signer)
     assert len(batch) == len(messages)
-    return _core.Activity(UNTRACKED).observe(batch, state)
+    return batch
+
+
+def by_core(messages: Sequence[list[bytes]], state: str) -> tuple[bool, str]:
+    activity = _core.Activity(UNTRACKED, state)
+    active, said = activity.observe(batch_of(messages))
+    assert said in (None, activity.state)
+    return active, activity.state
 
 
 def iopub(msg_type: str, parent: object, content: object) -> list[bytes]:
@@ -110,3 +119,128 @@ def test_a_status_that_says_nothing_changes_nothing(content: bytes) -> None:
 def test_an_empty_batch() -> None:
     for state in STATES:
         assert by_core([], state) == (False, state)
+
+
+# -- several requests at a time --------------------------------------------------------------------
+
+
+def asked(state: str, msg_id: str, msg_type: str = "execute_request", **parent: object) -> list[bytes]:
+    """A status of a request."""
+    return iopub("status", {"msg_id": msg_id, "msg_type": msg_type, **parent}, {"execution_state": state})
+
+
+def states(*messages: list[bytes]) -> list[str]:
+    """After each."""
+    activity = _core.Activity(UNTRACKED, "idle")
+    return [activity.observe(batch_of([each])) and activity.state for each in messages]
+
+
+def test_busy_until_every_request_has_ended() -> None:
+    cell, slider = asked("busy", "cell"), asked("busy", "slider", "comm_msg", subshell_id="s")
+    ended = asked("idle", "slider", "comm_msg", subshell_id="s"), asked("idle", "cell")
+    assert states(cell, slider, *ended) == ["busy", "busy", "busy", "idle"]
+    assert states(slider, cell, *ended[::-1]) == ["busy", "busy", "busy", "idle"]
+    assert states(cell, cell, asked("idle", "cell")) == ["busy", "busy", "idle"], "it says so twice"
+
+
+@pytest.mark.parametrize("msg_type", oracle.OF_CONTROL)
+def test_what_comes_on_control_says_nothing_about_the_state(msg_type: str) -> None:
+    polled = [asked(state, "poll", msg_type) for state in ("busy", "idle")]
+    assert states(asked("busy", "cell"), *polled, asked("idle", "cell")) == ["busy", "busy", "busy", "idle"]
+    assert states(*polled) == ["idle", "idle"]
+
+
+def test_requests_of_two_clients_may_have_one_id() -> None:
+    both = [asked("busy", "1", session="ann"), asked("busy", "1", session="bob")]
+    assert states(*both, asked("idle", "1", session="ann"), asked("idle", "1", session="bob"))[-2:] == ["busy", "idle"]
+
+
+def test_an_idle_that_names_no_request_ends_all() -> None:
+    assert states(asked("busy", "1"), asked("busy", "2"), status("idle", "execute_request"))[-1] == "busy"
+    nameless = iopub("status", {}, {"execution_state": "idle"})
+    assert states(asked("busy", "1"), asked("busy", "2"), nameless)[-1] == "idle"
+
+
+def test_a_process_that_starts_is_busy_with_nothing() -> None:
+    said = (
+        asked("busy", "1"),
+        iopub("status", {}, {"execution_state": "starting"}),
+        asked("busy", "2"),
+        asked("idle", "2"),
+    )
+    assert states(*said) == ["busy", "starting", "busy", "idle"]
+
+
+def test_a_newcomer_is_told_of_the_oldest_request() -> None:
+    activity = _core.Activity(UNTRACKED, "idle")
+    assert activity.status is None
+    cell, slider = asked("busy", "cell"), asked("busy", "slider", "comm_msg")
+    activity.observe(batch_of([cell, slider]))
+    assert activity.status == cell
+    activity.observe(batch_of([asked("idle", "cell")]))
+    assert activity.status == slider
+    activity.observe(batch_of([asked("idle", "slider", "comm_msg")]))
+    assert activity.status is None
+
+
+def test_what_a_kernel_chooses_is_not_kept_without_bound() -> None:
+    """Neither long statuses nor many."""
+    activity = _core.Activity(UNTRACKED, "idle")
+    long, foreign = asked("busy", "long", x="x" * 10_000), asked("busy", "4")
+    foreign[0] = builders.header("status", version="4.1")
+    activity.observe(batch_of([long, foreign]))
+    assert (activity.state, activity.status) == ("busy", None)
+    requests = [asked("busy", str(n)) for n in range(1000)]
+    activity.observe(batch_of(requests))
+    assert activity.status == requests[-oracle.MOST_BUSY]
+
+
+def test_a_reply_ends_a_request_whose_idle_is_lost() -> None:
+    """The state waits for a status all the same, as in jupyter_server."""
+    activity = _core.Activity(UNTRACKED, "idle")
+    activity.observe(batch_of([asked("busy", "lost"), asked("busy", "on")]))
+    reply = iopub("execute_reply", {"msg_id": "lost", "msg_type": "execute_request"}, {})
+    activity.answered(batch_of([iopub("stream", {"msg_id": "on"}, {}), reply]))
+    assert (activity.state, activity.status) == ("busy", asked("busy", "on"))
+    assert activity.observe(batch_of([asked("idle", "on")])) == (True, "idle")
+
+
+def test_what_may_have_been_missed_is_not_waited_for() -> None:
+    activity = _core.Activity(UNTRACKED, "idle")
+    activity.observe(batch_of([asked("busy", "1")]))
+    activity.forget()
+    assert (activity.state, activity.status) == ("busy", None)
+    assert activity.observe(batch_of([asked("busy", "2"), asked("idle", "2")])) == (True, "idle")
+
+
+def test_another_process_is_busy_with_nothing() -> None:
+    activity = _core.Activity(UNTRACKED, "idle")
+    activity.observe(batch_of([asked("busy", "1")]))
+    activity.begin_anew()
+    assert (activity.state, activity.status) == ("starting", None)
+    assert activity.observe(batch_of([status("idle", "kernel_info_request")])) == (False, "idle")
+
+
+requests = st.builds(
+    asked,
+    st.sampled_from(STATES) | st.sampled_from(["busy", "idle"]),
+    st.sampled_from("abc"),
+    st.sampled_from(["execute_request", "comm_msg", "usage_request", "kernel_info_request"]),
+    session=st.sampled_from(["ann", "bob", None]),
+)
+others = st.builds(iopub, types, parents, contents)
+
+
+@given(st.lists(st.lists(requests | others, max_size=8), max_size=8), st.sampled_from(STATES))
+def test_several_requests_at_a_time(batches: list[list[list[bytes]]], state: str) -> None:
+    core, plain = _core.Activity(UNTRACKED, state), oracle.OracleActivity(UNTRACKED, state)
+    for messages in batches:
+        assert core.observe(batch_of(messages)) == plain.observe(messages)
+        assert (core.state, core.status) == (plain.state, plain.status)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=10))
+def test_one_request_after_another_as_jupyter_server_says(ids: list[str]) -> None:
+    messages = [asked(state, each) for each in ids for state in ("busy", "idle")]
+    assert by_core(messages, "idle") == by_jupyter_server(messages, "idle")
+    assert by_core(messages[:-1], "idle") == by_jupyter_server(messages[:-1], "idle")

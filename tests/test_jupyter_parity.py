@@ -1,6 +1,7 @@
 """What people rely on in Jupyter Server beside messages: settings by all names, errors, culling, events, pings."""
 
 import json
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -45,6 +46,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     )
     with serving(tmp_path_factory.mktemp("classic"), *options) as running:
         add_kernelspec(running.home, "short-lived", "light", metadata={"cull_idle_timeout": 1})
+        ipykernel = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        add_kernelspec(running.home, "short-lived-python", "short-lived", argv=ipykernel)
         yield running
 
 
@@ -230,6 +233,32 @@ def test_idle_kernels_are_culled_and_others_are_not(server: Server) -> None:
         until(lambda: server.rest("GET", f"/api/kernels/{busy}")[0] == 404, "it is culled when it is done")
         assert client.run("1").result == "4"
     until(lambda: server.rest("GET", f"/api/kernels/{watched}")[0] == 404, "it is culled when nobody watches")
+
+
+def test_a_kernel_at_work_is_busy_whatever_else_it_answers(server: Server) -> None:
+    """What comes on control or to a subshell is answered in the middle of a cell."""
+    with server.kernel("short-lived-python") as kernel, Client(server, kernel) as client:
+        client.run("import time")
+        subshell = client.collect(client.send("create_subshell_request", {}, channel="control")).reply["subshell_id"]
+        cell = client.execute("while True: time.sleep(0.1)")
+        client.expect("execute_input")
+        for msg_type in "usage_request", "list_subshell_request", "create_subshell_request":
+            client.collect(client.send(msg_type, {}, channel="control"))
+            assert server.model(kernel)["execution_state"] == "busy"
+        slider = client.send("comm_msg", {"comm_id": "x", "data": {}}, header={"subshell_id": subshell})
+        client.receive_until(lambda m: m.parent == slider and m.content.get("execution_state") == "idle")
+        assert server.model(kernel)["execution_state"] == "busy"
+        with Client(server, kernel) as newcomer:
+            told = newcomer.receive()
+            assert (told.type, told.parent, told.content) == ("status", cell, {"execution_state": "busy"})
+        client.socket.close()
+        later = server.start_kernel("short-lived")
+        with Client(server, later) as asker:
+            asker.run("1")
+        until(lambda: server.rest("GET", f"/api/kernels/{later}")[0] == 404, "it is culled")
+        assert server.model(kernel)["execution_state"] == "busy"
+        server.interrupt(kernel)
+        until(lambda: server.rest("GET", f"/api/kernels/{kernel}")[0] == 404, "it is culled when it is done")
 
 
 def test_a_kernel_that_died_busy_is_not_busy_any_more(server: Server) -> None:

@@ -226,6 +226,34 @@ def test_what_is_announced_reaches_those_who_come_later(stage: Stage, kernel: Ke
     assert again.ids(1) == ann.ids(1) == ["1"]
 
 
+def status(state: str, own_id: str, **parent: str) -> list[bytes]:
+    header, _, *rest = message("status", own_id, {"execution_state": state})
+    return [header, json.dumps(parent).encode(), *rest]
+
+
+@both_protocols
+def test_who_comes_in_the_middle_of_a_cell_hears_first_that_the_kernel_is_at_work(
+    stage: Stage, kernel: Kernel, protocol: str | None
+) -> None:
+    """In its own words, and not in those it answers a poll with meanwhile."""
+    relay = stage.start(kernel)
+    ann = stage.connect("ann", protocol)
+    stage.introduce(ann)
+    stage.run(relay.announce, local_batch("iopub", message("stream", "notice")))
+    busy = status("busy", "busy", msg_id="cell", msg_type="execute_request")
+    polled = [status(state, state + " poll", msg_id="poll", msg_type="usage_request") for state in ("busy", "idle")]
+    kernel.publish(busy, *polled)
+    assert ann.ids(4) == ["notice", "busy", "busy poll", "idle poll"]
+    bob = stage.connect("bob", protocol)
+    first = bob.next()
+    assert (first.channel, first.header, first.parent_header) == ("iopub", json.loads(busy[0]), json.loads(busy[1]))
+    assert bob.ids(1) == ["notice"]
+    kernel.publish(status("idle", "idle", msg_id="cell", msg_type="execute_request"))
+    assert ann.ids(1) == bob.ids(1) == ["idle"]
+    cid = stage.connect("cid", protocol)
+    assert cid.ids(1) == ["notice"]
+
+
 # -- what is no message ----------------------------------------------------------------------------
 
 

@@ -73,7 +73,7 @@ def test_an_observer_that_raises_takes_no_message_from_a_client(
     caplog.set_level(logging.CRITICAL)  # a record would keep the traceback, and that the batch
     stage.start(kernel)
 
-    def observe(_: Batch) -> None:
+    def observe(active: bool, state: str | None) -> None:
         raise ZeroDivisionError
 
     stage.run(lambda: stage.relay.observers.append(observe))

@@ -24,41 +24,147 @@ cdef fw_span member_of(fw_span text, const char *name, size_t length) noexcept n
     return found
 
 
+# -- whose words a status is --
+
+cdef struct Parent:
+    fw_span msg_type    # JSON values; a NULL ptr where there is none
+    fw_span msg_id
+    fw_span session
+
+
+cdef void scan_parent(fw_span text, Parent *parent) noexcept nogil:
+    cdef Members members
+    cdef Member m
+    memset(parent, 0, sizeof(Parent))
+    if members_of(&members, text) == NOT_JSON:
+        return
+    while next_member(&members, &m) == MEMBER:
+        if spells(m.key, b"msg_type", 8):
+            parent.msg_type = m.value
+        elif spells(m.key, b"msg_id", 6):
+            parent.msg_id = m.value
+        elif spells(m.key, b"session", 7):
+            parent.session = m.value
+
+
+# Requests that come on control: a kernel answers them while it is at work.
+cdef list OF_CONTROL = [
+    b"shutdown_request", b"interrupt_request", b"debug_request", b"usage_request",
+    b"create_subshell_request", b"delete_subshell_request", b"list_subshell_request",
+]
+
+cdef enum:
+    MOST_BUSY = 64          # requests; of more, which no kernel works on at a time, the oldest are forgotten
+    LARGEST_STATUS = 8192   # bytes of a status that is kept
+
+
 @cython.final
 cdef class Activity:
     cdef list untracked
+    cdef readonly str state
+    cdef dict busy          # of each request that is worked on: the status that said so, or None if that was too large
 
-    def __init__(self, untracked_message_types):
+    def __init__(self, untracked_message_types, str state not None="starting"):
         self.untracked = [name.encode() for name in untracked_message_types]
+        self.state = state
+        self.busy = {}
 
     cdef bint is_tracked(self, fw_span msg_type) noexcept:
         """A message type that is missing is tracked, as in jupyter_server."""
         return msg_type.ptr == NULL or not is_string(msg_type) or not in_names(inside(msg_type), self.untracked)
 
-    def observe(self, Batch batch not None, str state):
+    def observe(self, Batch batch not None):
         cdef Py_ssize_t i
         cdef Indexed *m
-        cdef fw_span parent, said
-        cdef bint active = False, parent_tracked = False
-        parent.ptr = NULL
-        parent.len = 0
+        cdef Parent parent
+        cdef fw_span before
+        cdef bint active = False, tracked = False, said = False
         for i in range(batch.count):
             m = &batch.messages[i]
             # The messages of one request have the same parent, byte for byte.
-            if i == 0 or m.parts[1].len != parent.len or memcmp(m.parts[1].ptr, parent.ptr, parent.len):
-                parent = m.parts[1]
-                parent_tracked = self.is_tracked(member_of(parent, b"msg_type", 8))
+            if i == 0 or not same_bytes(before, m.text[1]):
+                before = m.text[1]
+                scan_parent(before, &parent)
+                tracked = self.is_tracked(parent.msg_type)
             if not active:
-                active = parent_tracked or state == "busy" or self.is_tracked(m.header.msg_type)
-            if m.kind == STATUS:
-                said = member_of(m.parts[3], b"execution_state", 15)
-                if said.ptr == NULL or not is_string(said):
-                    continue
-                if parent_tracked:
-                    state = state_name(said)
-                elif state == "starting" and not spells(inside(said), b"starting", 8):
-                    state = "idle"
-        return active, state
+                active = tracked or self.state == "busy" or self.is_tracked(m.header.msg_type)
+            if m.kind == STATUS and self.follow(m, &parent, tracked):
+                said = True
+        return active, self.state if said else None
+
+    cdef bint follow(self, const Indexed *m, const Parent *parent, bint tracked) except -1:
+        """Whether a status says something about the state."""
+        cdef fw_span said = member_of(m.text[3], b"execution_state", 15)
+        if said.ptr == NULL or not is_string(said):
+            return False
+        if tracked and not is_of_control(parent.msg_type):
+            self.hear(m, parent, state_name(said))
+            return True
+        if self.state == "starting" and not spells(inside(said), b"starting", 8):
+            self.state = "idle"
+            return True
+        return False
+
+    cdef int hear(self, const Indexed *m, const Parent *parent, str said) except -1:
+        """The kernel is busy until all requests that it said to be busy with have ended. An idle that names none ends
+        them all."""
+        key = key_of(parent)
+        if said == "busy":
+            if key is not None and key not in self.busy:
+                self.begin(m, key)
+        elif said == "starting" or key is None:
+            self.busy.clear()
+        elif said == "idle":
+            self.busy.pop(key, None)
+        self.state = "busy" if said == "idle" and self.busy else said
+        return 0
+
+    cdef int begin(self, const Indexed *m, object key) except -1:
+        if len(self.busy) == MOST_BUSY:
+            del self.busy[next(iter(self.busy))]
+        self.busy[key] = None
+        # jupyter_client would have to adapt what is foreign.
+        if not m.foreign and sum_of(m.parts, m.count) <= LARGEST_STATUS:
+            self.busy[key] = [span_bytes(m.parts[i]) for i in range(m.count)]
+        return 0
+
+    def answered(self, Batch batch not None):
+        cdef Py_ssize_t i
+        cdef Parent parent
+        if not self.busy:
+            return
+        for i in range(batch.count):
+            if batch.messages[i].kind == REPLY:
+                scan_parent(batch.messages[i].text[1], &parent)
+                self.busy.pop(key_of(&parent), None)
+
+    @property
+    def status(self):
+        if self.state == "busy":
+            for parts in self.busy.values():
+                if parts is not None:
+                    return list(parts)
+        return None
+
+    def forget(self):
+        self.busy.clear()
+
+    def begin_anew(self):
+        self.forget()
+        if self.state == "busy":
+            self.state = "starting"
+
+
+cdef bint is_of_control(fw_span msg_type) noexcept:
+    return msg_type.ptr != NULL and is_string(msg_type) and in_names(inside(msg_type), OF_CONTROL)
+
+
+cdef object key_of(const Parent *parent):
+    """What tells a request from others: its id, of the client that chose it. None for a parent that is no request. As
+    a hash, which no kernel can foresee: the id may be long."""
+    if parent.msg_id.ptr == NULL or not is_string(parent.msg_id):
+        return None
+    return hash((span_bytes(parent.msg_id), span_bytes(parent.session) if parent.session.ptr != NULL else None))
 
 
 cdef str state_name(fw_span said):
