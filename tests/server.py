@@ -361,7 +361,7 @@ class Raw:
     def __init__(self, server: Server, path: str, protocol: str | None, headers: dict[str, str]) -> None:
         fields = {"Host": f"127.0.0.1:{server.port}", "Sec-WebSocket-Protocol": protocol, **headers}
         self.client = wsclient.Client(
-            ("127.0.0.1", server.port), path, headers=fields, receive_buffer=self.receive_buffer
+            ("127.0.0.1", server.port), server.base + path, headers=fields, receive_buffer=self.receive_buffer
         )
         if not self.client.handshake.accepted:
             self.client.drop()

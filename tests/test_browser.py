@@ -63,6 +63,17 @@ def lab(server: Server, windows: BrowserContext, request: pytest.FixtureRequest)
         server.end_kernel(kernel["id"])
 
 
+def write_notebook(path: Path, *cells: str) -> None:
+    empty = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
+    notebook = {
+        "cells": [empty | {"id": f"cell-{number}", "source": source} for number, source in enumerate(cells)],
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    path.write_text(json.dumps(notebook))
+
+
 @dataclass
 class Lab:
     """JupyterLab, on a server of the tests."""
@@ -73,15 +84,8 @@ class Lab:
 
     def write(self, name: str, *cells: str) -> Path:
         """A notebook with these cells, to be opened."""
-        empty = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
-        notebook = {
-            "cells": [empty | {"id": f"cell-{number}", "source": source} for number, source in enumerate(cells)],
-            "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-            "nbformat": 4,
-            "nbformat_minor": 5,
-        }
         path = self.server.home / f"{self.name}-{name}.ipynb"
-        path.write_text(json.dumps(notebook))
+        write_notebook(path, *cells)
         return path
 
     def open(self, *cells: str, name: str = "notebook", port: int | None = None) -> "Notebook":
