@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 #: Ways to name PyPI's `fastwire` where ours is meant.
 OTHERS = re.compile(
-    r"(?<![\w-])fastwire\[[a-z]"  # with an extra
+    r"(?<![\w/.-])fastwire\[[a-z]"  # with an extra
     r"|pip3? (?:install|download|wheel)\b[^`'\"\n]*(?<![\w./-])['\"]?fastwire(?![\w./-])"
     r"|pypi\.org/(?:project|simple)/fastwire\b"
     r"|(?<!jupyter_)(?<![\w/])fastwire-[\d*]"  # a wheel, an sdist
@@ -55,6 +55,7 @@ def test_the_other_one_is_found(text: str) -> None:
         "pip install jupyter_fastwire-0.1.0-cp311-abi3.whl",
         "`pip install .` and fastwire is on",
         "pip install /tmp/fastwire/dist",
+        "pip install '/tmp/fastwire[serve]'",
     ],
 )
 def test_ours_is_not(text: str) -> None:
