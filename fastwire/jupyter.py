@@ -16,7 +16,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any
 from weakref import WeakValueDictionary, proxy
@@ -24,6 +24,8 @@ from weakref import WeakValueDictionary, proxy
 try:
     from jupyter_core.utils import ensure_async
     from jupyter_server import CallContext
+    from jupyter_server.auth.identity import IdentityProvider, PasswordIdentityProvider
+    from jupyter_server.auth.login import LoginFormHandler
     from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
     from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
@@ -232,11 +234,12 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     @cached_property
     def user(self) -> str:
-        """Whose client this is, "" for all who need not tell: Jupyter Server gives a new name to each request that
-        shows the server's own token and no cookie."""
+        """Whose client this is, "" for all who need not tell."""
         handler: Any = self.websocket_handler
         provider = handler.identity_provider
-        if not provider.auth_enabled or (provider.token and provider.get_token(handler) == provider.token):
+        if not provider.auth_enabled or makes_up_users(provider):
+            return ""
+        if provider.token and provider.get_token(handler) == provider.token:
             return ""
         try:
             user = handler.current_user
@@ -249,12 +252,21 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
         Source: `ZMQChannelsWebsocketConnection._register_session`, which hands the session over to whoever asks.
         """
-        session = self.relay.sessions.get(self.session.session)
-        open_in = self._open_sessions.get(f"{self.kernel_id}:{self.session.session}")
-        owners = {getattr(holder, "user", self.user) for holder in (session, getattr(open_in, "connection", None))}
-        if owners - {self.user}:
+        if set(self._owners()) - {self.user}:
             raise HTTPError(403, reason="the session belongs to another user")
         await super()._register_session()
+
+    def _owners(self) -> Iterator[str]:
+        """The user of this session, wherever it is: kept for a client that comes back, or with one that is here."""
+        key = f"{self.kernel_id}:{self.session.session}"
+        session, handler = self.relay.sessions.get(self.session.session), self._open_sessions.get(key)
+        buffer = self.multi_kernel_manager._kernel_buffers.get(self.kernel_id, {})
+        if session is not None:
+            yield session.user
+        if handler is not None:
+            yield getattr(handler.connection, "user", self.user)
+        if buffer.get("session_key") == key:
+            yield buffer.get("user", self.user)
 
     def _is_admitted(self) -> bool:
         """Whether there is room for one more client of this kernel, of this user and of the server. One that takes over
@@ -329,6 +341,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._stop_pinging()
         if self._connecting and not self._fast:
             super().disconnect()
+            self._sign_buffer()
             return
         manager = self.multi_kernel_manager
         if self._connecting:  # or it was never counted
@@ -343,6 +356,12 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._detach()
         self._open_sockets.discard(self)
         self._close_future.set_result(None)
+
+    def _sign_buffer(self) -> None:
+        """What jupyter_server keeps for a client of its own path says whose it is."""
+        buffer = self.multi_kernel_manager._kernel_buffers.get(self.kernel_id, {})
+        if buffer.get("session_key") == self.session_key:
+            buffer["user"] = self.user
 
     def _stop_pinging(self) -> None:
         """jupyter_server's keepalive finds out when it is time for a ping, and holds the handler until then."""
@@ -475,6 +494,30 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         if self._session is not None:
             self._session.relay.drain_iopub()
             self._say(self.session.msg("status", {"execution_state": status}), momentary=True)
+
+
+#: What decides who somebody is.
+WHO = (
+    "get_user",
+    "get_user_token",
+    "get_user_cookie",
+    "user_from_cookie",
+    "process_login_form",
+    "generate_anonymous_user",
+)
+
+
+def makes_up_users(provider: Any) -> bool:
+    """Whether this is Jupyter Server's own sign-in. All who know its one secret, token or password, are one user, who
+    is given a new name at each sign-in, or with each request that shows the token and no cookie."""
+    own = provider.login_handler_class is LoginFormHandler
+    return own and all(
+        any(
+            getattr(type(provider), name) is getattr(stock, name)
+            for stock in (IdentityProvider, PasswordIdentityProvider)
+        )
+        for name in WHO
+    )
 
 
 def check_session_id(name: str) -> None:

@@ -1,12 +1,15 @@
 """Who gets in, and what those who are in can do to others: `python -m fastwire.serve` with real kernels and clients."""
 
 import http.client
+import http.cookiejar
 import json
 import re
 import socket
 import stat
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ import pytest
 import websockets.exceptions
 import wsclient
 from builders import client_frame
+from jupyter_server.auth import passwd
 from server import PATIENCE, ROOT, TOKEN, Client, Raw, Server, environment, serving, until
 
 from fastwire._core import OP_PING, OP_TEXT, PROTOCOL_V1
@@ -326,6 +330,49 @@ def test_another_user_is_not_given_what_a_client_has_missed(server: Server, kern
     assert status_of_refusal(server, kernel, "eve", session) == 403
     with open_as(server, kernel, "ann", session) as ann:
         assert ann.run("1").result == "4"
+
+
+def test_another_user_is_not_given_what_a_client_of_an_old_kernel_has_missed(server: Server) -> None:
+    """Protocol 4, which goes through jupyter_server's own code."""
+    session = uuid.uuid4().hex
+    with server.kernel("odd-old") as old:
+        with open_as(server, old, "ann", session, how=Raw) as ann:
+            assert ann.run("1").reply["status"] == "ok"
+            ann.execute("a secret")
+            ann.socket.reset()
+        until(lambda: server.model(old)["connections"] == 0, "the server to see that she is gone")
+        assert status_of_refusal(server, old, "eve", session) == 403
+        with open_as(server, old, "ann", session) as ann:
+            assert status_of_refusal(server, old, "eve", session) == 403
+            assert ann.run("1").reply["status"] == "ok"
+
+
+def cookie_of(server: Server, password: str) -> str:
+    """Of a browser that has signed in."""
+    jar = http.cookiejar.CookieJar()
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(jar))
+    url = f"http://127.0.0.1:{server.port}/login"
+    with browser.open(url, timeout=PATIENCE):
+        (xsrf,) = [cookie.value for cookie in jar if cookie.name == "_xsrf"]
+    form = urllib.parse.urlencode({"password": password, "_xsrf": xsrf}).encode()
+    with browser.open(urllib.request.Request(url, form), timeout=PATIENCE):
+        return "; ".join(f"{cookie.name}={cookie.value}" for cookie in jar)
+
+
+@pytest.mark.parametrize("way", ["password", "token"])
+def test_who_signs_in_again_continues_the_session(tmp_path: Path, way: str) -> None:
+    """Jupyter Server makes up another user at each sign-in."""
+    options = () if way == "token" else (f"--PasswordIdentityProvider.hashed_password={passwd('secret', 'sha1')}",)
+    secret = TOKEN if way == "token" else "secret"
+    session = uuid.uuid4().hex
+    with serving(tmp_path, *options) as server, server.kernel("light") as kernel:
+        names = set()
+        for _ in range(2):
+            headers = {"Cookie": cookie_of(server, secret)}
+            names.add(json.loads(ask(server, "GET", "/api/me", headers).body)["identity"]["username"])
+            with Client(server, kernel, None, session, token=None, headers=headers) as client:
+                assert client.run("1").result == "4"
+        assert len(names) == 2
 
 
 def test_another_user_cannot_drive_out_what_is_kept_for_a_client(server: Server, kernel: str) -> None:
