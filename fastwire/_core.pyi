@@ -410,6 +410,109 @@ class Activity:
     def begin_anew(self) -> None:
         """The kernel is another process: what the old one was busy with, it is not."""
 
+# -- zmtp: one connection to a kernel --------------------------------------------------------------
+
+@final
+class ZmtpStream:
+    """One connection to a kernel that speaks ZMTP 3 (ZeroMQ RFC 37, and 23 for 3.0), from the side that connects, with
+    the NULL mechanism. It touches no socket but the descriptors it is given: `feed` or `drain` bring bytes in, `flush`
+    or `take` bring them out, `renew` begins the next connection. One that is being drained refuses with RuntimeError.
+
+    A SUB subscribes to everything. PING is answered, unknown commands are ignored.
+    """
+
+    def __init__(self, socket_type: str, identity: Buffer | None = None, *, max_message_size: int = 4294967296) -> None:
+        """``socket_type`` is "DEALER" or "SUB"; ``identity`` of a DEALER at most 255 bytes, the first not 0. Else
+        ValueError. ``max_message_size`` bounds the frames of one message together."""
+
+    socket_type: str
+
+    @property
+    def state(self) -> str:
+        """ "greeting", "handshake", "ready", or "over" after an error."""
+
+    @property
+    def ready(self) -> bool:
+        """Messages go both ways."""
+
+    @property
+    def minor(self) -> int:
+        """Of the peer's version 3; 0 before its greeting."""
+
+    @property
+    def ended(self) -> bool:
+        """The peer sends no more: its end, or `errno`."""
+
+    @property
+    def errno(self) -> int:
+        """Of the read that failed; 0 when the stream came to its end."""
+
+    @property
+    def foreign(self) -> bool:
+        """The peer speaks an older ZMTP, another mechanism, or something else: leave it to libzmq."""
+
+    @property
+    def refused(self) -> bool:
+        """The peer said ERROR: to connect again is of no use."""
+
+    @property
+    def more(self) -> bool:
+        """The last `drain` ended at a budget or an error; there may be more."""
+
+    @property
+    def sent(self) -> int:
+        """Messages that were wholly written."""
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that wait to be written, also those for the next connection."""
+
+    @property
+    def pending_messages(self) -> int:
+        """Messages that were not wholly written."""
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes that came and are no whole message yet."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that both take."""
+
+    def feed(self, data: Buffer) -> None:
+        """Bytes of the peer, that the next `drain` looks at."""
+
+    def drain(
+        self,
+        fd: int,
+        channel: str,
+        signer: Signer,
+        *,
+        max_messages: int = ...,
+        max_bytes: int = ...,
+        permissive: bool = False,
+    ) -> Batch | None:
+        """Read from a non-blocking socket until EAGAIN or a budget is reached, and answer what is to be answered (not
+        before `flush`); None when no message has ended. ``fd`` -1: look only at what was fed.
+
+        Raises ZmtpError for what breaks the protocol, and again at each call until `renew`; MemoryError, after which
+        nothing is lost. Messages before either are returned first, with ``more`` set.
+        """
+
+    def send(self, frames: Sequence[Buffer]) -> bool:
+        """Queue one message. False when it was not taken: the connection is not ready, or 64 KiB wait already."""
+
+    def flush(self, fd: int) -> int:
+        """Write until everything is written (FLUSH_DONE) or the socket takes no more; the other answers are those of
+        `WriteQueue.flush`."""
+
+    def take(self, limit: int) -> bytes:
+        """At most ``limit`` bytes of what would be written, which count as written."""
+
+    def renew(self) -> None:
+        """The connection is gone: begin the next one. What was received in part is dropped; messages that were not
+        wholly written are said again, behind the handshake."""
+
 # -- uplink: client to kernel ----------------------------------------------------------------------
 
 @final

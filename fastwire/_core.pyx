@@ -20,7 +20,7 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8, PyUnicode_GET_LENGTH
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memchr, memcmp, memcpy, memset
+from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import json
@@ -36,6 +36,7 @@ from fastwire.errors import (
     PolicyViolation,
     ProtocolError,
     SocketClosed,
+    ZmtpError,
 )
 
 include "core/base.pxi"
@@ -48,4 +49,5 @@ include "core/queue.pxi"
 include "core/drain.pxi"
 include "core/backlog.pxi"
 include "core/activity.pxi"
+include "core/zmtp.pxi"
 include "core/uplink.pxi"

@@ -14,6 +14,7 @@
     │   ├── InvalidPayload     1007     text that is not UTF-8 (RFC 6455 section 8.1)
     │   ├── MessageTooBig      1009     over the limit the server set (RFC 6455 section 7.4.1)
     │   └── PolicyViolation    1008     allowed by RFC 6455, but more of it than the server takes
+    ├── ZmtpError                       a kernel's bytes break ZMTP 3: its connection is closed and made anew
     ├── TooManyClients         1013     of one kernel or of one user: come back later
     └── SocketClosed           1011     the kernel's ZMQ sockets are closed: it was shut down
 
@@ -39,6 +40,7 @@ __all__ = [
     "SignatureError",
     "SocketClosed",
     "TooManyClients",
+    "ZmtpError",
 ]
 
 
@@ -98,6 +100,10 @@ class PolicyViolation(FrameError):
     """More fragments in a message, or more control frames, than the server takes."""
 
     close_code = 1008
+
+
+class ZmtpError(FastwireError):
+    """Bytes that are not ZMTP 3, sizes no kernel may send, or a peer that refuses the connection (ERROR)."""
 
 
 class TooManyClients(FastwireError):

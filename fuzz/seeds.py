@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import cycle, product
 
 from fuzz.targets import FRAME, LARGE, MEDIUM, MESSAGE, SIGN_HERE, oracle
+from fuzz.targets import zmtp_oracle as peer
 
 CELL = {"msg_id": "9a1f_1", "msg_type": "execute_request", "username": "ann", "session": "9a1f", "version": "5.3"}
 
@@ -218,10 +219,37 @@ def activity() -> list[bytes]:
     return [bytes([state]) + each for each in (*multiparts(), *statuses) for state in range(4)]
 
 
+def zmtp() -> list[bytes]:
+    """Behind the options: the type of socket, whether the handshake is done, its minor version, the pieces' length."""
+    head = kernels()[0]
+    messages = b"".join(peer.multipart([b"topic", b"<IDS|MSG>", b"", *parts]) for parts in (head, kernels()[-1]))
+    first = peer.frame(b"topic", peer.MORE)
+    handshakes = [
+        peer.greeting() + peer.ready(b"XPUB", Identity=b"") + messages,
+        peer.greeting(0, padding=b"\0\0\0\0\0\0\0\1") + peer.ready(b"ROUTER") + messages,
+        peer.greeting(mechanism=b"PLAIN"),
+        b"\xff\0\0\0\0\0\0\0\1\x7f\1\5",
+        b"\1\0",
+        peer.greeting() + peer.command(b"ERROR", b"\4full"),
+    ]
+    others = [
+        messages,
+        first + peer.ping(b"context", 3) + messages,
+        peer.command(b"ERROR", b"\0"),
+        peer.command(b"NEW", b"x") + peer.frame(b"x" * 300, long=True),
+        b"\3\x80" + bytes(7),
+        first + b"\2\0\0\0\1" + bytes(4),
+    ]
+    return [bytes([option]) + each for each in handshakes for option in (0x00, 0x01, 0x09)] + [
+        bytes([option]) + each for each in others for option in (0x02, 0x07, 0x3B)
+    ]
+
+
 SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "frames": frames, "close": close, "json_text": json_text, "header": header, "v1": v1,
     "legacy_text": legacy_text, "legacy_binary": legacy_binary, "split": multiparts, "batch": batch,
     "spill": spill, "compact": compact, "drain": drain, "activity": activity, "uplink": uplink,
+    "zmtp": zmtp,
 }  # fmt: skip
 
 

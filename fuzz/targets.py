@@ -21,11 +21,12 @@ from pathlib import Path
 import zmq
 
 from fastwire import _core
-from fastwire.errors import FrameError, MalformedMessage, MessageError
+from fastwire.errors import FrameError, MalformedMessage, MessageError, ZmtpError
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import oracle
+import zmtp_oracle
 
 Target = Callable[[memoryview], None]
 TARGETS: dict[str, Target] = {}
@@ -524,6 +525,45 @@ def check_drained(batches: list[_core.Batch], messages: list[list[bytes]]) -> No
             check_replaced(made, mine, 0, None)
         del made
     check_encoded(results)
+
+
+# -- zmtp ------------------------------------------------------------------------------------------
+
+
+@target
+def zmtp(data: memoryview) -> None:
+    """What a peer says on a ZMTP connection, in pieces of one length, behind a handshake or from its beginning."""
+    if not data:
+        return
+    options = data[0]
+    socket_type, peer_type = (("DEALER", b"ROUTER"), ("SUB", b"XPUB"))[options & 1]
+    said = bytes(data[1:])
+    if options & 2:
+        said = zmtp_oracle.greeting(options >> 2 & 1) + zmtp_oracle.ready(peer_type) + said
+    expected = zmtp_oracle.Peer(said, socket_type)
+    if is_too_deep(expected.messages):
+        return
+    size = options >> 3 or len(said) or 1
+    stream = _core.ZmtpStream(socket_type)
+    heard = hear(stream, [said[start : start + size] for start in range(0, len(said), size)])
+    accepted, refused, _ = judged(expected.messages, oracle.Signer(b""), permissive=False)
+    agree(heard, (accepted, refused, expected.end))
+    agree(stream.take(len(expected.answered) + 1), expected.answered)
+
+
+def hear(stream: _core.ZmtpStream, pieces: Sequence[bytes]) -> tuple[list[list[bytes]], int, str]:
+    """The messages, how many were refused, and how the stream ended."""
+    messages: list[list[bytes]] = []
+    refused = 0
+    try:
+        for piece in pieces:
+            stream.feed(piece)
+            while (batch := stream.drain(-1, "iopub", _core.Signer(b""))) is not None:
+                messages += [batch[i] for i in range(len(batch))]
+                refused += batch.rejected_count
+    except ZmtpError:
+        return messages, refused, "foreign" if stream.foreign else "refused" if stream.refused else "broken"
+    return messages, refused, "open"
 
 
 # -- activity --------------------------------------------------------------------------------------

@@ -208,7 +208,9 @@ cdef struct Counters:
     uint64_t no_buffers
 
 cdef Counters counted
+cdef Counters uncounted     # of queues that are no client's
 memset(&counted, 0, sizeof(counted))
+memset(&uncounted, 0, sizeof(uncounted))
 
 
 cdef inline void tally(Traffic *traffic, uint64_t nbytes) noexcept nogil:

@@ -104,6 +104,19 @@ cdef struct Indexed:
 
 
 @cython.final
+cdef class Received:
+    """A block that a connection received into, and that parts of a batch lie in (`ZmtpStream`)."""
+
+    cdef char *data
+    cdef size_t size
+    cdef void *store        # of that batch
+
+    def __dealloc__(self):
+        if self.data != NULL:
+            block_put(self.data, self.size)
+
+
+@cython.final
 cdef class Store:
     """The memory that parts lie in, shared by a batch and its frames."""
 
@@ -165,6 +178,8 @@ cdef size_t size_of_kept(object data):
         return (<Store>data).memory()
     if isinstance(data, bytes):
         return len(data)
+    if isinstance(data, Received):
+        return (<Received>data).size
     return sum([len(part) for part in data])
 
 
@@ -322,6 +337,35 @@ cdef class Batch:
             if is_kept(incoming, spans[i]):
                 kept += 1
         # The header moved: what was found in it moves along.
+        self.rebase(message, &header, spans[first].ptr)
+        tally(&counted.from_kernels[self.channel_number], sum_of(message.parts, message.count))
+        return self.index(message)
+
+    cdef int add_spans(self, Signer signer, bint permissive, const fw_span *spans, Py_ssize_t count,
+                       bint large_stay) except -1:
+        """One message whose frames lie where others will be received. ``large_stay``: the batch's store keeps them."""
+        cdef Py_ssize_t first = 0, i
+        cdef Header header
+        cdef Indexed *message
+        cdef char *copied
+        cdef size_t copied_bytes = 0
+        error = self.judge(signer, permissive, spans, count, &first, &header)
+        if error is not None:
+            return self.reject(error)
+        message = self.new_message()
+        message.count = <uint32_t>(count - first)
+        message.parts = <fw_span *>self.store.get(message.count * sizeof(fw_span))
+        for i in range(first, count):
+            if spans[i].len <= COPY_LIMIT or not large_stay:
+                copied_bytes += spans[i].len
+        copied = <char *>self.store.get(copied_bytes)
+        for i in range(first, count):
+            if spans[i].len <= COPY_LIMIT or not large_stay:
+                memcpy(copied, spans[i].ptr, spans[i].len)
+                message.parts[i - first] = fixed(copied, spans[i].len)
+                copied += spans[i].len
+            else:
+                message.parts[i - first] = spans[i]
         self.rebase(message, &header, spans[first].ptr)
         tally(&counted.from_kernels[self.channel_number], sum_of(message.parts, message.count))
         return self.index(message)

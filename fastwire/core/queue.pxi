@@ -121,10 +121,12 @@ cdef class WriteQueue:
     cdef readonly uint64_t written
     cdef uint64_t acked
     cdef int failed
+    cdef Counters *counts
 
     def __init__(self, *, size_t copy_threshold=COPY_LIMIT, bint acknowledge=False):
         self.copy_threshold = copy_threshold
         self.acknowledging = acknowledge
+        self.counts = &counted
 
     def __dealloc__(self):
         self.release_all()
@@ -292,6 +294,9 @@ cdef class WriteQueue:
     # -- out --
 
     def flush(self, int fd, size_t limit=FLUSH_LIMIT):
+        return self.write_to(fd, limit)
+
+    cdef int write_to(self, int fd, size_t limit) noexcept:
         cdef iovec pieces[FW_MAX_IOVECS]
         cdef size_t given
         cdef int count
@@ -303,20 +308,20 @@ cdef class WriteQueue:
         sent = fw_sendmsg(fd, pieces, count)
         if sent < 0:
             return self.judge_failure()
-        counted.flushes += 1
+        self.counts.flushes += 1
         self.advance(<uint64_t>sent)
         if <size_t>sent < given:
-            counted.blocked += 1
+            self.counts.blocked += 1
             return BLOCKED
         return DONE if self.queued == self.written else MORE
 
     cdef int judge_failure(self) noexcept:
         self.failed = errno
         if self.failed == EAGAIN:
-            counted.blocked += 1
+            self.counts.blocked += 1
             return BLOCKED
         if self.failed in (ENOBUFS, ENOMEM):
-            counted.no_buffers += 1
+            self.counts.no_buffers += 1
             return NO_BUFFERS
         return DEAD
 
@@ -340,7 +345,7 @@ cdef class WriteQueue:
 
     cdef void advance(self, uint64_t count) noexcept:
         self.written += count
-        counted.to_clients.bytes += count
+        self.counts.to_clients.bytes += count
         while self.next_write < self.last and self.entry(self.next_write).end <= self.written:
             self.next_write += 1
         if self.first_stamp < self.last_stamp:
@@ -391,13 +396,29 @@ cdef class WriteQueue:
             raise ValueError("this queue does not wait for acknowledgement")
         if position > self.written:
             raise ValueError("what was not written cannot be acknowledged")
-        if position > self.acked:
-            self.acked = position
-            self.release_passed()
+        self.release_until(position)
 
     # -- letting go --
 
     # An entry is out of the queue before its bytes are let go: a finalizer may come back here.
+
+    cdef void release_until(self, uint64_t position) noexcept:
+        if position > self.acked:
+            self.acked = position
+            self.release_passed()
+
+    cdef bytes kept_bytes(self):
+        """What is queued and was not acknowledged, written or not."""
+        cdef bytes data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>(self.queued - self.acked))
+        cdef char *out = PyBytes_AS_STRING(data)
+        cdef Entry *entry
+        cdef size_t index, skip
+        for index in range(self.first, self.last):
+            entry = self.entry(index)
+            skip = <size_t>(max(self.acked, entry.end - entry.len) - (entry.end - entry.len))
+            memcpy(out, entry.ptr + skip, entry.len - skip)
+            out += entry.len - skip
+        return data
 
     cdef void let_go_first(self) noexcept:
         cdef Entry entry = self.entry(self.first)[0]

@@ -2,12 +2,6 @@
 
 from collections import deque
 
-# What became of a message.
-cdef enum:
-    SENT
-    FULL
-
-
 cdef enum:
     FRAME_COST = 64     # of a Python object that holds a frame: a million empty ones are not free
 
