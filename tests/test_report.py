@@ -193,7 +193,7 @@ def test_another_projects_files_over_ours(home: Home, tmp_path: Path) -> None:
     """Installed after ours: the package's own `__init__` is theirs."""
     site = other_fastwire(tmp_path / "site")
     ignore: Callable[..., set[str]] = shutil.ignore_patterns("__pycache__", "page")
-    shutil.copytree(ROOT / "fastwire", site / "fastwire", ignore=ignore)
+    shutil.copytree(ROOT / "fastwire", site / "fastwire", ignore=ignore, dirs_exist_ok=True)
     (site / "fastwire" / "__init__.py").write_text('"""Signals."""\n')
     out = subprocess.run(
         [sys.executable, "-m", "fastwire"],
