@@ -118,6 +118,7 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 docs: install ## rewrite the references in docs/ from docstrings and settings
 	$(RUN) tools/api.py
 	$(RUN) tools/configuration.py
+	$(RUN) tools/closing.py
 
 dist: install ## sdist, and the wheel built from it, in dist/
 	rm -rf dist

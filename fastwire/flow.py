@@ -120,16 +120,22 @@ class Acknowledgements:
     """Which bytes of a connection its peer has received, as the pongs of numbered pings tell.
 
     A pong says that the peer's WebSocket stack has taken everything before its ping (RFC 6455 section 5.5.3). At most
-    one ping is outstanding, and none is sent while nothing is unacknowledged. A peer that never answers, although its
-    TCP took a ping `PATIENCE` ago and takes more bytes or has them all, is believed to have received what was written
-    (`demoted`), until it does answer. One that has answered before is only slow: a browser does not while its page's
-    script is busy.
+    one ping is outstanding, and none is sent while nothing is unacknowledged. One that is due goes with the next
+    bytes; the last bytes of a burst have nothing to ride with and are asked about by themselves (`delay`). A peer
+    that never answers, although its TCP took a ping `PATIENCE` ago and takes more bytes or has them all, is believed
+    to have received what was written (`demoted`), until it does answer. One that has answered before is only slow: a
+    browser does not while its page's script is busy.
     """
 
     PREFIX = b"fastwire"
 
     #: Seconds between two pings, at least.
     INTERVAL = 0.050
+
+    #: Seconds until the last bytes of a burst are asked about, unless so many bytes are unacknowledged that whoever
+    #: gives them out may be waiting for that.
+    TAIL = 0.100
+    MUCH = 32 * KIB
 
     PATIENCE = 30.0
 
@@ -140,18 +146,28 @@ class Acknowledgements:
         self.demoted = False
         self._number = 0
         self._asked = 0
+        self._due = 0.0
         self._answered = False
         self._taken = 0
         self._silent_since: float | None = None
 
-    def wanted(self, position: int) -> bool:
-        """Whether a ping is to ask about the bytes before ``position``."""
-        return position > self._asked and not self.outstanding
+    def wanted(self, position: int, now: float) -> bool:
+        """Whether a ping that goes out now is to ask about the bytes before ``position``."""
+        return position > self._asked and not self.outstanding and now >= self._due
 
-    def ask(self, position: int) -> bytes:
+    def delay(self, position: int, now: float) -> float | None:
+        """Seconds until the bytes before ``position`` are asked about although nothing follows them; None when they
+        have been."""
+        if position <= self._asked or self.outstanding:
+            return None
+        rest = 0.0 if position - self.position >= self.MUCH else self.TAIL - self.INTERVAL
+        return max(self._due + rest - now, 0.0)
+
+    def ask(self, position: int, now: float) -> bytes:
         """The payload of a ping that is queued behind ``position``."""
         self._number += 1
         self._asked = position
+        self._due = now + self.INTERVAL
         self.outstanding = True
         return self._payload
 

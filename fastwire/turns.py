@@ -4,6 +4,9 @@ asyncio spends about as much on a ready descriptor (a handle, a context, a selec
 behind it. So the descriptors of kernels and clients stand in an epoll of their own, which the loop watches as one.
 Where there is no epoll, or no descriptor left for one, the loop watches each of them.
 
+What connections have to look at now and then (`Timers`) shares wake-ups for the same reason: a timer of the loop is
+one each.
+
 Tried and left: resting 1 ms between turns under load. It saved 5 % of the CPU at 16 kernels x 100 requests/s, and
 made their median latency four times as long.
 """
@@ -15,11 +18,105 @@ import select
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
+from heapq import heappop, heappush
+from math import ceil
 from typing import Any
 
-__all__ = ["Turns"]
+__all__ = ["Timer", "Timers", "Turns"]
 
 Callback = Callable[[], None]
+
+
+class Timer:
+    """One call that will be made, unless it is cancelled."""
+
+    __slots__ = ("_callback", "_slot", "_timers")
+
+    def __init__(self, timers: Timers, slot: set[Timer], callback: Callback) -> None:
+        self._timers = timers
+        self._slot = slot
+        self._callback = callback
+
+    def cancel(self) -> None:
+        """Nothing when it was made or cancelled already."""
+        if self in self._slot:
+            self._slot.remove(self)
+            self._timers.forget_one()
+
+    def call(self) -> None:
+        self._callback()
+
+
+class Timers:
+    """Calls after a while, for whom a few milliseconds more do not matter: all that are due within `TICK` share one
+    wake-up. A tick costs what is due at it, and there are no more ticks ahead than the longest delay has, however many
+    calls are made and cancelled.
+    """
+
+    #: Seconds.
+    TICK = 0.020
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._slots: dict[int, set[Timer]] = {}
+        self._ticks: list[int] = []  # a heap of the keys
+        self._count = 0
+        self._next = 0  # the tick that the loop's timer is set to
+        self._handle: asyncio.TimerHandle | None = None
+
+    def later(self, delay: float, callback: Callback) -> Timer:
+        """Call ``callback`` after ``delay`` seconds and at most a `TICK` more."""
+        tick = ceil((self._loop.time() + delay) / self.TICK)
+        slot = self._slots.get(tick)
+        if slot is None:
+            slot = self._slots[tick] = set()
+            heappush(self._ticks, tick)
+        timer = Timer(self, slot, callback)
+        slot.add(timer)
+        self._count += 1
+        if self._handle is None or tick < self._next:
+            self._set()
+        return timer
+
+    def _set(self) -> None:
+        """The loop's timer to the first tick."""
+        if self._handle is not None:
+            self._handle.cancel()
+        self._next = self._ticks[0]
+        # In an empty context, as the epoll of `Turns`.
+        self._handle = self._loop.call_at(self._next * self.TICK, self._on_tick, context=Context())
+
+    def forget_one(self) -> None:
+        """It was cancelled. When it was the last, nothing is left of any."""
+        self._count -= 1
+        self._go_on()
+
+    def _on_tick(self) -> None:
+        self._handle = None
+        due = []
+        while self._ticks and self._ticks[0] <= self._next:
+            due.append(self._slots.pop(heappop(self._ticks)))
+        for slot in due:
+            while slot:
+                self._call(slot.pop())
+        self._go_on()
+
+    def _call(self, timer: Timer) -> None:
+        self._count -= 1
+        try:
+            timer.call()
+        except Exception as error:  # noqa: BLE001 - the boundary to others' code
+            self._loop.call_exception_handler({"message": f"Exception in {timer!r}", "exception": error})
+
+    def _go_on(self) -> None:
+        if not self._count:
+            if self._handle is not None:
+                self._handle.cancel()
+            self._handle = None
+            self._slots.clear()
+            self._ticks.clear()
+        elif self._handle is None:
+            self._set()
 
 
 class Turns:
@@ -27,6 +124,7 @@ class Turns:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self.timers = Timers(loop)
         self._readers: dict[int, Callback] = {}
         self._at_end: dict[Callback, None] = {}
         self._in_turn = False

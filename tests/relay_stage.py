@@ -30,6 +30,7 @@ from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.flow import Limits
 from fastwire.relay import Channel, KernelRelay, Session
+from fastwire.transport import Wait
 from fastwire.websocket import Connection, WebSocketHandler
 
 KIB, MIB = 1024, 1024 * 1024
@@ -394,7 +395,7 @@ class Stage:
         connection = self.session(session_id).connection
 
         def is_blocked() -> bool:
-            return connection.queue.pending_bytes > 0 and connection._awaits_writable
+            return connection.queue.pending_bytes > 0 and connection.conversation.transport.wait is Wait.WRITABLE
 
         until(lambda: self.run(is_blocked), "the socket is full")
         return connection
@@ -470,7 +471,7 @@ def settle(stage: Stage, client: Client) -> None:
     session = stage.session(client.session_id)
     while stage.run(lambda: session.outbox.sent_memory):
         client.acknowledge()
-        asked = session.connection._acknowledgements
+        asked = session.connection.conversation.probe.acknowledgements
         until(lambda asked=asked: stage.run(lambda: not asked.outstanding), "the pong has come")
 
 

@@ -76,6 +76,12 @@ class Acknowledging(RuleBasedStateMachine):
         self.in_flight: bytes | None = None
         self.old: list[bytes] = []
         self.received = 0
+        self.now = 0.0
+        self.due = 0.0
+
+    @rule(seconds=st.floats(0.0, 2 * Acknowledgements.INTERVAL))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
 
     @rule(size=st.integers(1, 100))
     def write(self, size: int) -> None:
@@ -83,11 +89,16 @@ class Acknowledging(RuleBasedStateMachine):
 
     @rule()
     def ask(self) -> None:
-        wanted = self.acknowledgements.wanted(self.written)
-        assert wanted == (self.in_flight is None and self.written > self.asked)
+        wanted = self.acknowledgements.wanted(self.written, self.now)
+        has_more = self.in_flight is None and self.written > self.asked
+        assert wanted == (has_more and self.now >= self.due)
+        delay = self.acknowledgements.delay(self.written, self.now)
+        assert (delay is not None) == has_more
+        assert delay is None or self.due <= self.now + delay <= max(self.due + Acknowledgements.TAIL, self.now)
         if wanted:
-            self.in_flight = self.acknowledgements.ask(self.written)
+            self.in_flight = self.acknowledgements.ask(self.written, self.now)
             self.asked = self.written
+            self.due = self.now + Acknowledgements.INTERVAL
             assert len(self.in_flight) <= 125
             assert self.in_flight not in self.old
 
@@ -126,7 +137,7 @@ TestAcknowledging = Acknowledging.TestCase
 
 def asked() -> Acknowledgements:
     acknowledgements = Acknowledgements()
-    acknowledgements.ask(100)
+    acknowledgements.ask(100, 0.0)
     return acknowledgements
 
 
@@ -138,7 +149,7 @@ def test_who_never_answers_is_believed_after_a_while() -> None:
     assert not acknowledgements.demoted, "it takes nothing either"
     acknowledgements.look(2 * PATIENCE, 103, waits=True)
     assert acknowledgements.demoted
-    assert not acknowledgements.wanted(1000), "asked no more"
+    assert not acknowledgements.wanted(1000, 1e9), "asked no more"
 
 
 def test_who_has_everything_and_is_silent_is_believed_too() -> None:
@@ -151,13 +162,13 @@ def test_who_has_everything_and_is_silent_is_believed_too() -> None:
 
 def test_who_answers_in_the_end_is_asked_again() -> None:
     acknowledgements = Acknowledgements()
-    ping = acknowledgements.ask(100)
+    ping = acknowledgements.ask(100, 0.0)
     for now, taken in (0.0, 101), (PATIENCE, 102):
         acknowledgements.look(now, taken, waits=True)
     assert acknowledgements.demoted
     assert acknowledgements.answer(ping, 102)
     assert not acknowledgements.demoted
-    acknowledgements.ask(200)
+    acknowledgements.ask(200, 0.0)
     for now, taken in (2 * PATIENCE, 201), (4 * PATIENCE, 202):
         acknowledgements.look(now, taken, waits=True)
     assert not acknowledgements.demoted, "who has answered before is only slow"

@@ -443,7 +443,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> events.Log:
     """The events of this test."""
     log = events.Log()
     monkeypatch.setattr("fastwire.relay.note", log.note)
-    monkeypatch.setattr("fastwire.websocket.note", log.note)
+    monkeypatch.setattr("fastwire.conversation.note", log.note)
     return log
 
 
@@ -521,7 +521,7 @@ def test_a_system_without_buffers_is_told_of_once(stage: Stage, kernel: Kernel, 
         kernel.publish(*stream(1))
     assert client.ids(1) == ["1"]
     assert "ENOBUFS" in event(noted, "no_buffers").text
-    assert stage.session("ann").connection.no_buffers == 3
+    assert stage.session("ann").connection.conversation.no_buffers == 3
 
 
 def test_refused_messages_are_told_of(stage: Stage, kernel: Kernel, noted: events.Log) -> None:

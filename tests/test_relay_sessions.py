@@ -162,7 +162,7 @@ def test_a_client_that_answers_no_pings(stage: Stage, kernel: Kernel, monkeypatc
     client = stage.connect("ann")
     client.acknowledges = False
     session = stage.session("ann")
-    asked = session.connection._acknowledgements
+    asked = session.connection.conversation.probe.acknowledgements
 
     numbers = iter(range(1, 10_000))
 
@@ -197,7 +197,7 @@ def test_pings_are_few(stage: Stage, kernel: Kernel, answers: bool) -> None:
     for number in range(50):
         kernel.publish(*stream(number))
         assert client.ids(1) == [str(number)]
-    asked = stage.session("ann").connection._acknowledgements
+    asked = stage.session("ann").connection.conversation.probe.acknowledgements
     if answers:
         settle(stage, client)
         pings = asked._number

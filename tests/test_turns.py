@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastwire.turns import Turns
+from fastwire.turns import Timers, Turns
 
 
 def run(test: Callable[[Turns], Coroutine[Any, Any, None]]) -> None:
@@ -242,3 +243,118 @@ def test_who_comes_when_no_descriptor_is_left_is_watched_all_the_same() -> None:
                 pipe.close()
 
     run(body)
+
+
+# -- timers ----------------------------------------------------------------------------------------
+
+
+def run_timed(body: Callable[[Timers, list[float]], Awaitable[None]]) -> None:
+    """On a loop whose clock goes as fast as its timers: no test waits."""
+
+    async def main() -> None:
+        loop: Any = asyncio.get_running_loop()
+        wakes: list[float] = []
+        now = [0.0]
+        call_at = loop.call_at
+
+        def at_once(when: float, callback: Callable[..., None], *args: Any, context: Any = None) -> asyncio.TimerHandle:
+            def wake() -> None:
+                now[0] = max(now[0], when)
+                wakes.append(when)
+                callback(*args)
+
+            return call_at(0, wake, context=context)
+
+        loop.time, loop.call_at = lambda: now[0], at_once
+        try:
+            await body(Timers(loop), wakes)
+        finally:
+            del loop.time, loop.call_at
+
+    asyncio.run(main())
+
+
+async def all_due(timers: Timers) -> None:
+    while timers._count:  # noqa: ASYNC110 - the loop's next turn is all there is to wait for
+        await asyncio.sleep(0)
+
+
+def test_timers_of_one_tick_share_a_wake_up() -> None:
+    async def body(timers: Timers, wakes: list[float]) -> None:
+        log: list[int] = []
+        for number in range(100):
+            timers.later(Timers.TICK * (0.1 + 0.008 * number), partial(log.append, number))
+        await all_due(timers)
+        assert sorted(log) == [*range(100)]
+        assert len(wakes) == 1
+
+    run_timed(body)
+
+
+def test_timers_come_in_their_order_and_not_too_early() -> None:
+    async def body(timers: Timers, wakes: list[float]) -> None:
+        log: list[float] = []
+        delays = [7.5, 0.05, 1.0, 0.1, 30.0, 0.0]
+        for delay in delays:
+            timers.later(delay, lambda delay=delay: log.append((delay, wakes[-1])))
+        await all_due(timers)
+        assert [delay for delay, _ in log] == sorted(delays)
+        assert all(delay <= when <= delay + Timers.TICK for delay, when in log)
+
+    run_timed(body)
+
+
+def test_what_is_cancelled_leaves_nothing() -> None:
+    """However often: a peer may be the reason."""
+
+    async def body(timers: Timers, wakes: list[float]) -> None:
+        for _ in range(10_000):
+            timer = timers.later(1.0, pytest.fail)
+            timer.cancel()
+            timer.cancel()
+        assert not timers._slots
+        assert not timers._ticks
+        kept = timers.later(0.5, lambda: None)
+        for _ in range(10_000):
+            timers.later(1.0, pytest.fail).cancel()
+        assert len(timers._slots) == len(timers._ticks) == 2
+        assert timers._count == 1
+        kept.cancel()
+        await all_due(timers)
+        assert wakes == []
+
+    run_timed(body)
+
+
+def test_timers_may_be_made_and_cancelled_by_those_of_the_same_tick() -> None:
+    async def body(timers: Timers, wakes: list[float]) -> None:
+        log: list[str] = []
+        made: list[Any] = []
+
+        def first_wins(other: int) -> None:
+            log.append("one")
+            made[other].cancel()
+            if len(log) < 5:
+                made[:] = [timers.later(0.01, partial(first_wins, 1)), timers.later(0.01, partial(first_wins, 0))]
+
+        made[:] = [timers.later(0.01, partial(first_wins, 1)), timers.later(0.01, partial(first_wins, 0))]
+        await all_due(timers)
+        assert log == ["one"] * 5
+        assert not timers._count
+
+    run_timed(body)
+
+
+def test_a_timer_that_raises_keeps_none_from_its_turn() -> None:
+    async def body(timers: Timers, wakes: list[float]) -> None:
+        log: list[str] = []
+        problems: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+        timers.later(0.01, [].pop)
+        timers.later(0.01, partial(log.append, "good"))
+        timers.later(1.0, partial(log.append, "later"))
+        await all_due(timers)
+        assert log == ["good", "later"]
+        assert [type(problem["exception"]) for problem in problems] == [IndexError]
+
+    run_timed(body)

@@ -10,11 +10,26 @@ from typing import Any
 import pytest
 import tornado.websocket
 from builders import client_frame
-from websocket_site import FAILURES, MB, PROMPT, CutClient, EarlyBytes, Site, echo_of, eventually, gone, on, on_ours
+from websocket_site import (
+    FAILURES,
+    MB,
+    PROMPT,
+    TORNADO,
+    CutClient,
+    EarlyBytes,
+    Recording,
+    Site,
+    echo_of,
+    eventually,
+    gone,
+    on,
+    on_ours,
+)
 from wsclient import PATIENCE, close_frame
 
 from fastwire._core import OP_TEXT
-from fastwire.websocket import Connection
+from fastwire.transport import TornadoStream
+from fastwire.websocket import Connection, connection_for
 
 pytest_plugins = "websocket_site"  # the fixture `site`
 
@@ -26,7 +41,7 @@ def test_the_variants_are_what_they_say(site: Site) -> None:
     if site.fastwire:
         connection = handler.connection
         assert isinstance(connection, Connection)
-        assert (connection._fd < 0) == (site.variant.tls or site.variant.late)
+        assert isinstance(connection.conversation.transport, TornadoStream) == (site.variant.tls or site.variant.late)
         assert connection.compresses == site.variant.deflate
     else:
         assert type(handler.connection) is tornado.websocket.WebSocketProtocol13
@@ -263,3 +278,25 @@ def test_early_garbage(site: Site) -> None:
     client.drop()
     eventually(lambda: site.handler.closes)
     assert "closing with 1002" in site.take_logs()[0]
+
+
+@on_ours
+def test_connection_for_any_tornado_handler(site: Site) -> None:
+    """`connection_for` gives a handler that is not ours the same data path."""
+
+    class Plain(Recording, TORNADO):
+        def get_websocket_protocol(self) -> Any:
+            self.connection = connection_for(self)
+            return self.connection
+
+        def get_compression_options(self) -> dict[str, int] | None:
+            return {} if self.site.variant.deflate else None
+
+        def on_message(self, message: str) -> None:
+            self.write_message(message)
+
+    client, handler = site.open(Plain)
+    client.send_message("hello")
+    assert client.message() == "hello"
+    assert isinstance(handler.connection, Connection)
+    assert site.connect(headers={"Sec-WebSocket-Version": "8"}).handshake.status == 426

@@ -13,6 +13,7 @@ from tornado.websocket import WebSocketClosedError
 from websocket_site import MB, NOISE, Site, assert_failed, echo_of, eventually, filled, gone, on, on_ours
 from wsclient import OP_CONTINUATION, PATIENCE, close_frame, parsed_close
 
+import fastwire.conversation
 import fastwire.websocket
 from fastwire._core import OP_BINARY, OP_CLOSE, OP_PING, OP_PONG, OP_TEXT, RSV1
 from fastwire.flow import Limits
@@ -95,7 +96,7 @@ def test_answers_to_what_the_server_asks_are_not_too_many(site: Site) -> None:
         site.run(lambda word=word: handler.write_message(word))
         assert client.message() == word
         client.acknowledge()
-        eventually(lambda: handler.connection.received == handler.connection._data_end)
+        eventually(lambda: handler.connection.received == handler.connection.conversation.writer.data_end)
     client.send(client_frame(OP_PONG, b"?") * 1000)
     assert_failed(site, client, 1008)
 
@@ -209,7 +210,7 @@ def test_every_byte_is_asked_for(site: Site) -> None:
         site.run(lambda word=word: handler.write_message(word))
         assert client.message() == word
         client.acknowledge()
-        eventually(lambda: handler.connection.received == handler.connection._data_end)
+        eventually(lambda: handler.connection.received == handler.connection.conversation.writer.data_end)
 
 
 @on_ours
@@ -254,8 +255,9 @@ def test_records_that_have_come_are_read_in_one_turn(site: Site) -> None:
 
     client, handler = site.open(Handler)
     fed = []
-    feed_more = handler.connection._feed_more
-    handler.connection._feed_more = lambda: (feed_more(), fed.append(1))
+    transport = site.run(lambda: handler.connection.conversation.transport)
+    feed_more = transport._feed_more
+    transport._feed_more = lambda: (feed_more(), fed.append(1))
     client.send_message("wait")
     for i in range(100):
         client.send_message(f"{i}")
@@ -298,14 +300,14 @@ def test_a_broken_frame_after_our_close(site: Site) -> None:
 
 @on_ours
 def test_a_broken_client_that_never_stops_sending(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastwire.websocket, "CLOSE_TIMEOUT", 0.05)
+    monkeypatch.setattr(fastwire.conversation, "CLOSE_TIMEOUT", 0.05)
     client, handler = site.open(site.Handler)
     client.send(b"\xff" * 20)
     with pytest.raises((BrokenPipeError, ConnectionResetError, ssl.SSLError)):  # noqa: PT012
         while True:
             client.send(os.urandom(1000))
     eventually(lambda: handler.closes)
-    assert handler.connection.parser.buffered_bytes == 0
+    assert handler.connection.conversation.transport.parser.buffered_bytes == 0
     assert len(site.take_logs()) == 1
 
 

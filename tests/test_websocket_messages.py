@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import tornado.gen
 from builders import client_frame
-from tornado.websocket import WebSocketClosedError
-from websocket_site import BIG, FAILURES, MB, NOISE, Site, blocked, echo_of, eventually, fail_now, gone, on_ours
-from wsclient import OP_CONTINUATION, PATIENCE, close_frame
+from websocket_site import BIG, FAILURES, MB, Site, echo_of, eventually, fail_now, gone, on_ours
+from wsclient import OP_CONTINUATION, PATIENCE
 
-import fastwire.websocket
 from fastwire._core import OP_PING, OP_PONG, OP_TEXT
-from fastwire.websocket import Connection
+from fastwire.reading import MESSAGES_A_TURN
 
 pytest_plugins = "websocket_site"  # the fixture `site`
 
@@ -133,7 +131,7 @@ def test_a_flood_of_small_messages_leaves_the_loop_its_turns(site: Site, early: 
         client.send(b"".join(map(client.frames_of, texts)))
     eventually(lambda: len(site.handler.events) == len(texts))
     assert site.handler.events == texts
-    assert site.handler.longest <= 2 * fastwire.websocket.MESSAGES_A_TURN
+    assert site.handler.longest <= 2 * MESSAGES_A_TURN
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -299,177 +297,3 @@ def test_many_small_messages(site: Site) -> None:
 
     site.serve(echo_of(site))
     asyncio.run(talk())
-
-
-# -- awaiting write_message ------------------------------------------------------------------------
-
-
-async def until_blocked(connection: Connection) -> None:
-    while not blocked(connection):  # noqa: ASYNC110 - there is nothing to be told by
-        await asyncio.sleep(0)
-
-
-@on_ours
-@pytest.mark.parametrize("late", [False, True])
-def test_awaiting_waits_until_the_bytes_are_taken(site: Site, late: bool) -> None:
-    client, handler = site.open_narrow(site.Handler)
-
-    async def write() -> None:
-        written = handler.write_message(NOISE, binary=True)
-        if late:
-            await until_blocked(handler.connection)
-        await written
-
-    writing = site.start(write())
-    eventually(lambda: blocked(handler.connection))
-    site.turns()
-    assert not writing.done()
-    assert client.message() == NOISE
-    writing.result(PATIENCE)
-
-
-@on_ours
-def test_each_wait_is_for_its_own_bytes(site: Site) -> None:
-    client, handler = site.open_narrow(site.Handler)
-    order = []
-
-    async def write(name: str, data: bytes) -> None:
-        await handler.write_message(data, binary=True)
-        order.append(name)
-
-    async def write_all() -> None:
-        await asyncio.gather(*(write(name, data) for name, data in messages))
-
-    messages = [("small", b"1"), ("large", NOISE), ("behind", b"3")]
-    writing = site.start(write_all())
-    eventually(lambda: blocked(handler.connection))
-    site.turns()
-    assert "large" not in order
-    assert "behind" not in order
-    assert client.messages(3) == [data for _, data in messages]
-    writing.result(PATIENCE)
-    assert order == ["small", "large", "behind"]
-
-
-@on_ours
-def test_not_awaiting_leaves_nothing(site: Site) -> None:
-    """No task, and no exception that nobody retrieves (`Site.check` collects garbage and looks)."""
-    client, handler = site.open_narrow(site.Handler)
-
-    def write() -> int:
-        before = len(asyncio.all_tasks())
-        for _ in range(100):
-            handler.write_message(NOISE[: MB // 10], binary=True)
-        return len(asyncio.all_tasks()) - before
-
-    assert site.run(write) == 0
-    eventually(lambda: blocked(handler.connection))
-    client.reset()
-    eventually(lambda: handler.closes)
-
-
-@on_ours
-def test_looking_is_not_awaiting(site: Site) -> None:
-    """Who only asks whether it is done is not told by the loop that he missed an exception."""
-    client, handler = site.open_narrow(site.Handler)
-    site.run(lambda: [handler.write_message(NOISE, binary=True).done() for _ in range(3)])
-    eventually(lambda: blocked(handler.connection))
-    client.reset()
-    eventually(lambda: handler.closes)
-
-
-@on_ours
-def test_a_wait_that_is_given_up(site: Site) -> None:
-    """Cancelling the wait does not take the message back."""
-    client, handler = site.open_narrow(site.Handler)
-
-    async def write() -> None:
-        waiting = asyncio.ensure_future(handler.write_message(NOISE, binary=True))
-        await until_blocked(handler.connection)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        handler.write_message("next")
-
-    site.wait_for(write())
-    assert client.messages(2) == [NOISE, "next"]
-
-
-@on_ours
-@pytest.mark.parametrize("end", ["the client resets", "the client drops", "on_message raises", "no answer to Close"])
-def test_the_end_while_awaiting(site: Site, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastwire.websocket, "CLOSE_TIMEOUT", 0.02)
-
-    class Handler(site.Handler):
-        def on_message(self, message: str) -> None:
-            fail_now()
-
-    client, handler = site.open_narrow(Handler)
-
-    async def write() -> None:
-        with pytest.raises(WebSocketClosedError):
-            await handler.write_message(NOISE, binary=True)
-
-    writing = [site.start(write()) for _ in range(3)]
-    eventually(lambda: blocked(handler.connection))
-    match end:
-        case "the client resets":
-            client.reset()
-        case "the client drops":
-            client.drop()
-        case "on_message raises":
-            client.send_message("fail")
-        case _:
-            site.run(handler.close, 1001)
-    for each in writing:
-        each.result(PATIENCE)
-    eventually(lambda: handler.closes)
-    assert bool(site.take_logs()) == (end == "on_message raises")
-
-
-@on_ours
-def test_bytes_that_go_out_behind_close_are_written(site: Site) -> None:
-    """Closing is no loss: what was queued before it goes out, and who waits for that is told so."""
-    client, handler = site.open_narrow(site.Handler)
-
-    async def write() -> None:
-        written = handler.write_message(NOISE, binary=True)
-        handler.close(1001)
-        await written
-
-    writing = site.start(write())
-    assert client.message() == NOISE
-    assert client.close_frame() == (1001, "")
-    writing.result(PATIENCE)
-
-
-def test_what_was_written_stays_written(site: Site) -> None:
-    """Awaited only after the connection has ended."""
-    client, handler = site.open(site.Handler)
-    writes = []
-    site.run(lambda: writes.append(handler.write_message("arrives")))
-    assert client.message() == "arrives"
-    site.turns()
-    client.send(close_frame(1000))
-    eventually(lambda: handler.closes)
-
-    async def wait() -> None:
-        await writes[0]
-
-    site.wait_for(wait())
-
-
-@on_ours
-def test_what_was_lost_is_not_written(site: Site) -> None:
-    client, handler = site.open_narrow(site.Handler)
-    writes = []
-    site.run(lambda: writes.append(handler.write_message(NOISE, binary=True)))
-    eventually(lambda: blocked(handler.connection))
-    client.reset()
-    eventually(lambda: handler.closes)
-
-    async def wait() -> None:
-        with pytest.raises(WebSocketClosedError):
-            await writes[0]
-
-    site.wait_for(wait())

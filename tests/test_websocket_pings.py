@@ -9,8 +9,8 @@ from jupyter_server.base.websocket import WebSocketMixin
 from websocket_site import NOISE, TORNADO, Site, blocked, eventually, filled, on, on_ours
 from wsclient import PATIENCE, close_frame
 
-import fastwire.websocket
 from fastwire._core import OP_BINARY, OP_CLOSE, OP_PING, OP_PONG
+from fastwire.writing import PONGS_WAITING
 
 pytest_plugins = "websocket_site"  # the fixture `site`
 
@@ -155,8 +155,8 @@ def test_pings_of_a_client_that_does_not_read(site: Site) -> None:
     client.send(*(client_frame(OP_PING, data) for data in pings))
     eventually(lambda: len(handler.events) == len(pings))
     if site.fastwire:
-        assert handler.connection.queue.pending_bytes <= waiting + fastwire.websocket.PONGS_WAITING + 127
-        assert handler.connection.parser.buffered_bytes == 0
+        assert handler.connection.queue.pending_bytes <= waiting + PONGS_WAITING + 127
+        assert handler.connection.conversation.transport.parser.buffered_bytes == 0
     assert client.message() == NOISE
     pongs = [client.payload(OP_PONG)]
     while pongs[-1] != pings[-1]:
@@ -172,7 +172,7 @@ def test_no_pong_behind_a_close_frame(site: Site) -> None:
     client, handler = site.open_narrow(site.Handler)
     filled(site, handler)
     client.send(*(client_frame(OP_PING, b"%0125d" % i) for i in range(10000)))
-    eventually(lambda: handler.connection._newest_ping == b"%0125d" % 9999)
+    eventually(lambda: handler.connection.conversation.writer._pongs._newest == b"%0125d" % 9999)
     site.run(handler.close, 1001)
     client.send(close_frame(1001))
     opcodes = [opcode for opcode, _ in client.frames()]

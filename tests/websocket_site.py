@@ -34,8 +34,10 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from wsclient import PATIENCE, Client
 
+import fastwire.conversation
 import fastwire.turns
 import fastwire.websocket
+from fastwire.transport import Wait
 from fastwire.websocket import Connection
 
 MB = 1 << 20
@@ -211,7 +213,7 @@ class Site:
     def interest(self, connection: Connection) -> int:
         """The events the loop watches a connection's socket for."""
         watched = self.run(lambda: dict(self.loop._selector.get_map()))
-        key = watched.get(connection._fd)
+        key = watched.get(connection.conversation.transport._fd)
         return key.events if key else 0
 
     # -- server and clients --
@@ -353,7 +355,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, frozen_heap: None) -> Iterator[Site]:
     variant = VARIANTS[request.param]
     # What should end by itself must not end by this timer; tests of the timer set it to their own.
-    monkeypatch.setattr(fastwire.websocket, "CLOSE_TIMEOUT", 1000.0)
+    monkeypatch.setattr(fastwire.conversation, "CLOSE_TIMEOUT", 1000.0)
     if variant.late:
         monkeypatch.setattr(tornado.tcpserver, "IOStream", LateStream)
     if not variant.epoll:
@@ -424,7 +426,7 @@ NOISE = random.Random(6455).randbytes(3 * MB)  # does not shrink
 
 def blocked(connection: Connection) -> bool:
     """There are bytes that the peer's TCP does not take."""
-    waiting = connection._awaits_writable or connection.stream.writing()
+    waiting = connection.conversation.transport.wait is Wait.WRITABLE or connection.stream.writing()
     return bool(waiting and connection.queue.pending_bytes)
 
 

@@ -58,9 +58,10 @@ def serve_tornado(base: Any = None, *, coroutines: bool = False) -> Serve:
 
 
 def serve_fastwire() -> Serve:
+    import fastwire.conversation
     import fastwire.websocket
 
-    fastwire.websocket.CLOSE_TIMEOUT = 60.0  # a judge on a busy machine may be slow
+    fastwire.conversation.CLOSE_TIMEOUT = 60.0  # a judge on a busy machine may be slow
     return serve_tornado(fastwire.websocket.WebSocketHandler)
 
 
@@ -68,10 +69,11 @@ def serve_connection_for() -> Serve:
     """fastwire's data path given to a handler of Tornado, whose callbacks are coroutines."""
     import tornado.websocket
 
+    import fastwire.conversation
     import fastwire.websocket
     from fastwire.websocket import Connection, connection_for
 
-    fastwire.websocket.CLOSE_TIMEOUT = 60.0
+    fastwire.conversation.CLOSE_TIMEOUT = 60.0
 
     class Handler(tornado.websocket.WebSocketHandler):
         def get_websocket_protocol(self) -> Connection | None:

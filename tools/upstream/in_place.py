@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     # Tornado's tests fail when anything is logged. Its own runner silences the first; in the second fastwire says why
     # it ends a connection, on purpose.
-    for name in ("tornado.access", "fastwire.websocket"):
+    for name in ("tornado.access", "fastwire.conversation"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if early_config.known_args_namespace.on == "fastwire":
         put_in_place(pairs())

@@ -1,9 +1,7 @@
-"""What the relay hooks into: reading that pauses, what the peer took, consumers of messages, frames made elsewhere."""
+"""Reading that pauses and goes on, and consumers of messages."""
 
 import asyncio
 import contextlib
-import os
-import time
 from typing import Any
 
 import pytest
@@ -13,27 +11,20 @@ from websocket_site import (
     HUNDRED,
     MB,
     NOISE,
-    TORNADO,
     EarlyBytes,
-    Recording,
     Site,
     assert_failed,
     eventually,
-    filled,
     on,
     on_ours,
 )
-from wsclient import PATIENCE, Client, close_frame
+from wsclient import PATIENCE, close_frame
 
 from fastwire import _core
 from fastwire._core import OP_BINARY, OP_CLOSE, OP_PING, OP_PONG, OP_TEXT, PROTOCOL_V1
 from fastwire.errors import MalformedMessage
-from fastwire.websocket import Connection, connection_for
 
 pytest_plugins = "websocket_site"  # the fixture `site`
-
-
-RANDOM = os.urandom(MB)
 
 
 @on_ours
@@ -69,7 +60,7 @@ def test_a_paused_connection_holds_its_client_back(site: Site) -> None:
         while sent < len(data):
             sent += client.sock.send(data[sent : sent + 10_000])
     assert sent < len(data)
-    assert connection.parser.buffered_bytes <= 64 * 1024 + 64
+    assert connection.conversation.transport.parser.buffered_bytes <= 64 * 1024 + 64
     assert handler.events == []
     client.sock.settimeout(PATIENCE)
     site.run(connection.resume_reading)
@@ -114,69 +105,6 @@ def test_pausing_in_a_callback_holds(site: Site, where: str) -> None:
     eventually(lambda: handler.events == [*first, "two"])
     site.turns()
     site.run(handler.connection.resume_reading)
-
-
-def stuffed(site: Site) -> tuple[Client, Connection]:
-    """A client that reads nothing, and a connection that has more for it than the system takes."""
-    client, handler = site.open_narrow(site.Handler)
-    connection = handler.connection
-    site.run(lambda: handler.write_message(RANDOM, binary=True) and None)
-    before = None
-    while before != (before := moved(site, connection)):  # until the system has no room either
-        site.turns(50)
-        time.sleep(0.05)
-    return client, connection
-
-
-def moved(site: Site, connection: Connection) -> tuple[int, int]:
-    return site.run(lambda: connection._moved)
-
-
-def read_some(client: Client) -> None:
-    client._buffer += client.sock.recv(4096)
-
-
-def hold_writes(connection: Connection) -> None:
-    """What the peer takes makes no room for more."""
-
-    def no_room(data: memoryview) -> int:
-        raise BlockingIOError
-
-    if connection._fd >= 0:
-        connection._await_writable(False)
-    else:
-        connection.stream.write_to_fd = no_room
-
-
-@on_ours
-def test_what_the_peers_tcp_takes_is_known(site: Site) -> None:
-    client, connection = stuffed(site)
-    site.run(connection._sample_taken)
-    assert connection._taken < connection.queue.queued
-    assert client.message() == RANDOM
-    eventually(lambda: site.run(connection._sample_taken) or connection._taken == connection.queue.queued)
-
-
-@on_ours
-def test_who_takes_a_little_is_slow_and_not_stalled(site: Site) -> None:
-    """Long before the system has room for more of our bytes."""
-    client, connection = stuffed(site)
-    stalls: list[bool] = []
-    connection.on_stalled = lambda: stalls.append(True)
-
-    def last_look(before: tuple[int, int]) -> None:
-        connection._look_for_progress(before, 0)
-        if connection._stall_timer is not None:
-            connection._stall_timer.cancel()
-
-    site.run(hold_writes, connection)
-    before = moved(site, connection)
-    while moved(site, connection)[1] >= before[1]:
-        read_some(client)
-    assert moved(site, connection)[0] == before[0]
-    site.run(last_look, before)
-    assert not stalls
-    eventually(lambda: site.run(lambda: last_look(connection._moved)) or stalls)
 
 
 @on_ours
@@ -228,7 +156,7 @@ def test_resuming_before_a_finished_read_was_handled(site: Site) -> None:
         client.send_message("one")
         while connection.stream.reading():  # noqa: ASYNC110
             await asyncio.sleep(0)
-        met.append(connection._reading)
+        met.append(connection.conversation.transport.reading)
         connection.pause_reading()
         connection.resume_reading()
 
@@ -341,7 +269,7 @@ def test_what_comes_behind_a_refused_message_is_not_kept(site: Site) -> None:
     frames = client_frame(OP_BINARY, bytes(1000)) * 1000
     for _ in range(12):  # more than the buffers of both sockets hold
         client.send(frames)
-    assert handler.connection.parser.buffered_bytes <= MB
+    assert handler.connection.conversation.transport.parser.buffered_bytes <= MB
     assert_failed(site, client, 1007)
 
 
@@ -390,86 +318,3 @@ def test_a_consumer_that_comes_and_goes(site: Site) -> None:
     client.send(client_frame(OP_TEXT, "four"))
     eventually(lambda: handler.events == ["one", "four"])
     assert [str(text) for text in taken] == ["two", "three"]
-
-
-@on("fastwire", "fastwire-tls", "fastwire-stream")
-def test_write_frames(site: Site) -> None:
-    """Encoded once for several clients; in order with messages; silent on a connection that is closing."""
-    site.serve(site.Handler)
-    clients = [site.connect() for _ in range(2)]
-    handlers = [*site.handlers]
-    signer = _core.Signer(b"")
-    parts = [message("stream", f"id-{i}", {"text": "x" * 10**i}) for i in range(6)]
-
-    def write() -> None:
-        batch = _core.batch_of("iopub", [[b"", b"<IDS|MSG>", b"", *each] for each in parts], signer)
-        frames = batch.frames(PROTOCOL_V1)
-        for handler in handlers:
-            handler.write_message("first")
-            handler.connection.write_frames(frames)
-            handler.write_message("last")
-            handler.close()
-            handler.connection.write_frames(frames)
-
-    site.run(write)
-    for client in clients:
-        assert client.messages(8) == ["first", *(_core.encode_v1("iopub", each) for each in parts), "last"]
-        assert client.close_frame() == (None, "")
-        client.send(close_frame())
-        assert client.ended()
-    eventually(lambda: all(handler.closes for handler in handlers))
-    site.run(lambda: handlers[0].connection.write_frames(_core.batch_of("iopub", [], signer).frames(None)))
-
-
-@on_ours
-def test_on_progress_feeds_a_slow_client(site: Site) -> None:
-    """Called after bytes went out: enough to keep a queue short however much there is to send."""
-    client, handler = site.open_narrow(site.Handler)
-    connection = handler.connection
-    chunks = [NOISE[i * 50_000 : (i + 1) * 50_000] for i in range(60)]
-    left, longest = iter(chunks), [0]
-
-    def feed() -> None:
-        while connection.queue.pending_bytes < 100_000:
-            chunk = next(left, None)
-            if chunk is None:
-                break
-            handler.write_message(chunk, binary=True)
-        longest[0] = max(longest[0], connection.queue.pending_bytes)
-
-    def start() -> None:
-        connection.on_progress = feed
-        feed()
-
-    site.run(start)
-    assert client.messages(60) == chunks
-    assert longest[0] < 200_000
-    site.turns()
-    calls = []
-    connection.on_progress = lambda: calls.append(connection.queue.pending_bytes)
-    filled(site, handler)
-    client.reset()
-    eventually(lambda: handler.closes)
-    assert 0 not in calls  # what is lost is no progress
-
-
-@on_ours
-def test_connection_for_any_tornado_handler(site: Site) -> None:
-    """`connection_for` gives a handler that is not ours the same data path."""
-
-    class Plain(Recording, TORNADO):
-        def get_websocket_protocol(self) -> Any:
-            self.connection = connection_for(self)
-            return self.connection
-
-        def get_compression_options(self) -> dict[str, int] | None:
-            return {} if self.site.variant.deflate else None
-
-        def on_message(self, message: str) -> None:
-            self.write_message(message)
-
-    client, handler = site.open(Plain)
-    client.send_message("hello")
-    assert client.message() == "hello"
-    assert isinstance(handler.connection, Connection)
-    assert site.connect(headers={"Sec-WebSocket-Version": "8"}).handshake.status == 426

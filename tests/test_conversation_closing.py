@@ -21,9 +21,11 @@ from tornado.websocket import WebSocketClosedError
 from websocket_site import BIG, NOISE, PROMPT, Site, echo_of, eventually, filled, on, on_ours
 from wsclient import PATIENCE, close_frame
 
+import fastwire.conversation
 import fastwire.websocket
 from fastwire import _core
 from fastwire._core import OP_CLOSE, OP_PING
+from fastwire.transport import Wait
 from fastwire.websocket import Connection
 
 pytest_plugins = "websocket_site"  # the fixture `site`
@@ -489,7 +491,7 @@ def test_a_unix_domain_socket(site: Site) -> None:
 
 @on_ours
 def test_a_client_that_never_answers_our_close(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastwire.websocket, "CLOSE_TIMEOUT", 0.02)
+    monkeypatch.setattr(fastwire.conversation, "CLOSE_TIMEOUT", 0.02)
     client, handler = site.open(site.Handler)
     site.run(handler.close, 1001)
     assert client.close_frame() == (1001, "")
@@ -499,7 +501,7 @@ def test_a_client_that_never_answers_our_close(site: Site, monkeypatch: pytest.M
 
 @on_ours
 def test_a_client_that_never_reads_our_close(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastwire.websocket, "CLOSE_TIMEOUT", 0.02)
+    monkeypatch.setattr(fastwire.conversation, "CLOSE_TIMEOUT", 0.02)
     client, handler = site.open_narrow(site.Handler)
     filled(site, handler)
     client.send(close_frame(1001))
@@ -533,7 +535,7 @@ def test_bytes_are_not_lost_when_the_last_of_them_are_on_their_way(site: Site) -
         handler.close(1001)
 
     site.run(write)
-    eventually(lambda: connection._awaits_writable or connection.stream.writing())
+    eventually(lambda: connection.conversation.transport.wait is Wait.WRITABLE or connection.stream.writing())
     client.send(close_frame(1000))
     eventually(lambda: connection.client_terminated)
     site.turns()

@@ -31,14 +31,15 @@ PASS = 1 << 40  # bytes: as much as the call would do
 def counted(site: Site, connection: Connection) -> list[int]:
     """Counts the calls of flush, each of which is at most one sendmsg."""
     calls = [0]
-    flush = connection.flush
-
-    def counting() -> None:
-        calls[0] += 1
-        flush()
 
     def install() -> None:
-        connection.flush = counting
+        write = connection.conversation.transport.write
+
+        def counting() -> None:
+            calls[0] += 1
+            write()
+
+        connection.conversation.transport.write = counting
 
     site.run(install)
     return calls
@@ -124,7 +125,7 @@ def test_a_system_short_of_buffers_is_asked_ever_less_often(site: Site, name: st
     site.run(lambda: delattr(site.loop, "call_later"))
     assert delays == [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.050, 0.050, 0.001]
     assert not any(interests)
-    assert connection.no_buffers == 9
+    assert connection.conversation.no_buffers == 9
     assert calls[0] == 12
     assert _core.scripted_left() == 0
 

@@ -1,0 +1,159 @@
+"""What a peer has received and takes, as pings and looks at its TCP show."""
+
+import os
+import time
+
+from builders import client_frame
+from websocket_site import MB, Site, eventually, on_ours
+from wsclient import Client
+
+from fastwire._core import OP_PING, OP_PONG, OP_TEXT
+from fastwire.flow import Acknowledgements
+from fastwire.probe import Stalls
+from fastwire.transport import PlainSocket
+from fastwire.websocket import Connection
+
+pytest_plugins = "websocket_site"  # the fixture `site`
+
+RANDOM = os.urandom(MB)
+
+
+def stuffed(site: Site) -> tuple[Client, Connection]:
+    """A client that reads nothing, and a connection that has more for it than the system takes."""
+    client, handler = site.open_narrow(site.Handler)
+    connection = handler.connection
+    site.run(lambda: handler.write_message(RANDOM, binary=True) and None)
+    before = None
+    while before != (before := moved(site, connection)):  # until the system has no room either
+        site.turns(50)
+        time.sleep(0.05)
+    return client, connection
+
+
+def moved(site: Site, connection: Connection) -> tuple[int, int]:
+    return site.run(lambda: connection.conversation.transport.position)
+
+
+def read_some(client: Client) -> None:
+    client._buffer += client.sock.recv(4096)
+
+
+def hold_writes(connection: Connection) -> None:
+    """What the peer takes makes no room for more."""
+
+    def no_room(data: memoryview) -> int:
+        raise BlockingIOError
+
+    if isinstance(connection.conversation.transport, PlainSocket):
+        connection.conversation.transport._stop_waiting()
+    else:
+        connection.stream.write_to_fd = no_room
+
+
+@on_ours
+def test_what_the_peers_tcp_takes_is_known(site: Site) -> None:
+    client, connection = stuffed(site)
+    transport = connection.conversation.transport
+    site.run(transport.sample)
+    assert transport.taken < connection.queue.queued
+    assert client.message() == RANDOM
+    eventually(lambda: site.run(transport.sample) or transport.taken == connection.queue.queued)
+
+
+@on_ours
+def test_who_takes_a_little_is_slow_and_not_stalled(site: Site) -> None:
+    """Long before the system has room for more of our bytes."""
+    client, connection = stuffed(site)
+    stalls: list[bool] = []
+    watch = site.run(Stalls, connection.conversation.transport, lambda: stalls.append(True))
+
+    def last_look(before: tuple[int, int]) -> None:
+        watch._position, watch._looks = before, 1
+        watch.look()
+        watch.end()
+
+    site.run(hold_writes, connection)
+    before = moved(site, connection)
+    while moved(site, connection)[1] >= before[1]:
+        read_some(client)
+    assert moved(site, connection)[0] == before[0]
+    site.run(last_look, before)
+    assert not stalls
+    eventually(lambda: site.run(lambda: last_look(connection.conversation.transport.position)) or stalls)
+
+
+# -- pings --
+
+
+@on_ours
+def test_pings_ride(site: Site) -> None:
+    """One that is due is written with the bytes that it asks about, and none before it is due."""
+    client, handler = site.open(site.Handler)
+    connection = handler.connection
+    site.run(connection.acknowledge)
+    acknowledgements = connection.conversation.probe.acknowledgements
+
+    def written_at_once(text: str) -> list[int]:
+        """The opcodes of what is queued by one message and written in its flush."""
+        site.run(handler.write_message, text)
+        opcodes = [client._frame()[0]]
+        while acknowledgements._asked > acknowledgements.position and opcodes[-1] != OP_PING:
+            opcodes.append(client._frame()[0])
+        return opcodes
+
+    assert written_at_once("one") == [OP_TEXT, OP_PING]
+    ping = acknowledgements._payload
+    assert not site.run(acknowledgements.wanted, 1 << 40, site.loop.time()), "one is outstanding"
+    client.send(client_frame(OP_PONG, ping))
+    eventually(lambda: acknowledgements.position)
+
+    def pretend(due: float) -> None:
+        acknowledgements._due = due
+
+    site.run(pretend, 1e9)
+    assert written_at_once("two") == [OP_TEXT]
+    site.run(pretend, 0.0)
+    assert written_at_once("three") == [OP_TEXT, OP_PING]
+
+
+@on_ours
+def test_the_end_of_a_burst_is_asked_about(site: Site) -> None:
+    """Nothing follows that a ping could ride with."""
+    client, handler = site.open(site.Handler)
+    connection = handler.connection
+    site.run(connection.acknowledge)
+    for text in ("begin", "end"):
+        site.run(handler.write_message, text)
+    pings = 0
+    while connection.received < connection.conversation.writer.data_end:
+        opcode, payload = client._frame()
+        if opcode == OP_PING:
+            pings += 1
+            client.send(client_frame(OP_PONG, payload))
+            eventually(lambda: not connection.conversation.probe.acknowledgements.outstanding)
+    assert pings == 2
+
+
+@on_ours
+def test_silence_is_looked_at_ever_less_often(site: Site) -> None:
+    client, handler = site.open(site.Handler)
+    connection = handler.connection
+    site.run(connection.acknowledge)
+    delays = []
+
+    def watch() -> None:
+        probe = connection.conversation.probe
+        look_after = probe._look_after
+
+        def noting(delay: float) -> None:
+            delays.append(delay)
+            look_after(min(delay, 0.001))
+
+        probe._look_after = noting
+
+    site.run(watch)
+    site.run(handler.write_message, "never answered")
+    eventually(lambda: len(delays) >= 8)
+    interval = Acknowledgements.INTERVAL
+    assert delays[:7] == [Acknowledgements.TAIL, *(interval * 2**n for n in range(1, 5)), 1.0, 1.0]
+    assert client.frame()[0] == OP_TEXT
