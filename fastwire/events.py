@@ -21,6 +21,8 @@ KINDS = {
     "demoted": "a client answers no pings: what was written to it counts as received",
     "overflow": "a client was given up: more waited for it than it may have waiting",
     "expired": "a client did not come back in time, or too much waited for it: what was kept is gone",
+    "unsent": "a session or its kernel ended before messages of its client had reached the kernel",
+    "unproven": "a kernel cannot be asked whether it is heard, and requests wait; or it publishes nothing",
     "drop": "output was dropped, because there was no room to keep it for a client",
     "no_buffers": "the system was short of buffers (ENOBUFS); the bytes were kept and written later",
     "refused": "a kernel's messages were refused: malformed, replayed or wrongly signed",

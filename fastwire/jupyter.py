@@ -40,7 +40,14 @@ from fastwire import __version__, installed, logs, other_websockets, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch
 from fastwire.errors import FastwireError, TooManyClients
 from fastwire.flow import too_many
-from fastwire.kernels import FastwireMappingKernelManager, incarnation, is_managed, prove, relays
+from fastwire.kernels import (
+    FastwireMappingKernelManager,
+    Kernel,
+    close_ended,
+    incarnation,
+    is_managed,
+    kernel_of,
+)
 from fastwire.notices import beside
 from fastwire.relay import KernelRelay, Session
 from fastwire.settings import Fastwire
@@ -98,9 +105,13 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     # -- the kernel's relay --
 
     @property
+    def kernel(self) -> Kernel:
+        return kernel_of(self.kernel_manager)
+
+    @property
     def relay(self) -> KernelRelay:
         """The kernel's relay, shared by its clients."""
-        return relays.of(self.kernel_manager)
+        return self.kernel.relay
 
     # -- opening --
 
@@ -212,13 +223,15 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         try:
             self.multi_kernel_manager.add_restart_callback(self.kernel_id, self.on_kernel_restarted)
             self.multi_kernel_manager.add_restart_callback(self.kernel_id, self.on_restart_failed, "dead")
-            relays.open(self.kernel_manager)
+            self.kernel.open()
             # A proven one is joined in the turn that answers the handshake: nothing that comes after is missed.
-            if not self._is_proven:
+            if not self.kernel.is_heard:
                 await self.nudge()
             if not connection.is_closing():
                 self._check_that_it_is_wanted()
-                await self._attach(connection).until_it_can_be_asked()
+                session = self._attach(connection)
+                self.kernel.settle_doubt()
+                await session.until_it_can_be_asked()
         except BaseException as error:
             # Tornado says nothing more about a connection whose `open` did not return.
             self.disconnect()
@@ -263,8 +276,11 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         buffer = self.multi_kernel_manager._kernel_buffers.get(self.kernel_id, {})
         if session is not None:
             yield session.user
-        if handler is not None:
-            yield getattr(handler.connection, "user", self.user)
+        connection = getattr(handler, "connection", None)
+        if (
+            getattr(connection, "kernel_manager", None) is self.kernel_manager
+        ):  # not of an earlier kernel of the same id
+            yield getattr(connection, "user", self.user)
         if buffer.get("session_key") == key:
             yield buffer.get("user", self.user)
 
@@ -276,7 +292,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             for each in self._open_sockets
             if isinstance(each, FastwireWebsocketConnection) and each.session_key != self.session_key
         ]
-        of_kernel = sum(each.kernel_id == self.kernel_id for each in others)
+        of_kernel = sum(each.kernel_manager is self.kernel_manager for each in others)
         of_user = sum(each.user == self.user for each in others)
         refusal = too_many(self._limits, of_kernel, of_user) or self._shortage
         if refusal is not None:
@@ -316,18 +332,12 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             return super().nudge()
         return asyncio.ensure_future(self._nudge())
 
-    @property
-    def _is_proven(self) -> bool:
-        # A busy kernel answers only when it is done, and its subscription has surely been established.
-        return self.relay.heard.done() or getattr(self.kernel_manager, "execution_state", None) == "busy"
-
     async def _nudge(self) -> None:
-        if not self._is_proven:
-            await prove(self.kernel_manager, self._wants_proof, self.kernel_info_timeout)
+        await self.kernel.until_heard(self._wants_proof)
 
     async def _wants_proof(self) -> bool:
         connection = self.websocket_handler.ws_connection
-        return self.kernel_id in self.multi_kernel_manager and connection is not None and not connection.is_closing()
+        return is_managed(self.kernel_manager) and connection is not None and not connection.is_closing()
 
     # -- closing --
 
@@ -344,11 +354,12 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             self._sign_buffer()
             return
         manager = self.multi_kernel_manager
-        if self._connecting:  # or it was never counted
+        is_there = self._connecting and is_managed(self.kernel_manager)  # and not another of the same id
+        if is_there:  # or it was never counted
             manager.notify_disconnect(self.kernel_id)
         if self._open_sessions.get(self.session_key) is self.websocket_handler:
             self._open_sessions.pop(self.session_key)
-        if self._connecting and self.kernel_id in manager:
+        if is_there:
             manager.remove_restart_callback(self.kernel_id, self.on_kernel_restarted)
             manager.remove_restart_callback(self.kernel_id, self.on_restart_failed, "dead")
         self._forget_kernel_info()
@@ -393,9 +404,15 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     @classmethod
     async def close_all(cls) -> None:
-        """Close every connection and relay, at the server's end."""
-        await super().close_all()
-        relays.close_all()
+        """At the server's end: close every connection and relay of a kernel that is gone. Jupyter Server ends its
+        kernels before, and another server of this process goes on.
+
+        Source: `ZMQChannelsWebsocketConnection.close_all`.
+        """
+        for connection in list(cls._open_sockets):
+            if not is_managed(connection.kernel_manager):
+                connection.disconnect()
+        close_ended()
 
     # -- client to kernel --
 

@@ -1,7 +1,8 @@
 """Jupyter Server's kernels: the manager of all, the relay of each, and the proof that it is heard.
 
-`relays` has the relay of each kernel manager, whichever class that is: `FastwireMappingKernelManager` follows a kernel
-from its start, `fastwire.jupyter.FastwireWebsocketConnection` works with jupyter_server's own, too.
+`kernel_of` has the `Kernel` of each kernel manager, whichever class that is: `FastwireMappingKernelManager` follows a
+kernel from its start, `fastwire.jupyter.FastwireWebsocketConnection` works with jupyter_server's own, too. Those of one
+server are its `Kernels`: another server in the same process has others, and limits of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -26,18 +27,23 @@ from traitlets import default
 
 from fastwire._core import Activity, Batch, Signer
 from fastwire.errors import MessageError, SignatureError
+from fastwire.events import note
+from fastwire.hearing import Event
 from fastwire.notices import notice
 from fastwire.outbox import Budgets
 from fastwire.relay import KernelRelay, Session
 from fastwire.settings import Fastwire, usable
 from fastwire.sockets import open_socket, raise_limits, shortage
 
-__all__ = ["FastwireMappingKernelManager", "Relays", "incarnation", "is_managed", "prove", "relays"]
+__all__ = ["FastwireMappingKernelManager", "Kernel", "Kernels", "incarnation", "is_managed", "kernel_of", "kernels_of"]
 
 log = logging.getLogger(__name__)
 
 #: Seconds between looks for kernels that are gone while their relay is still open.
 SWEEP_INTERVAL = 5.0
+
+#: Times that a kernel answers without a word on iopub until it is clear that it publishes none: half a second each.
+SILENT_ANSWERS = 6
 
 #: Traits of a kernel manager that say where its kernel listens.
 PLACE = ("ip", *port_names)
@@ -64,16 +70,6 @@ def signer_of(manager: Any) -> Signer:
     return Signer(session.key, session.signature_scheme, history_size=session.digest_history_size)
 
 
-def tell_rejected(manager: Any, channel: str, error: MessageError) -> None:
-    """Messages of a kernel are being refused: say why in the log, and to its users when it is about signatures."""
-    manager.log.warning("Refusing messages of kernel %s on %s: %s", manager.kernel_id, channel, str(error))
-    if not isinstance(error, SignatureError):
-        return
-    relay = relays.of(manager)
-    text = f"Jupyter Server refuses messages of this kernel on {channel}: {error}\n"
-    relay.announce(notice(relay.neighbour, text))
-
-
 class FastwireMappingKernelManager(AsyncMappingKernelManager):
     """Jupyter Server's kernel manager with one iopub subscription per kernel: activity, execution state and all
     clients are served by the kernel's relay.
@@ -83,6 +79,7 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        kernels_of(self)  # what is set wrongly is said at the start
         self._active: dict[Any, float] = {}
         self._changing: WeakKeyDictionary[Any, asyncio.Lock] = WeakKeyDictionary()
 
@@ -107,8 +104,9 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         kernel: Any = self._kernels[kernel_id]
         kernel.reason = ""
         kernel.last_activity = utcnow()
-        relays.of(kernel).observers[:] = [partial(self._record, kernel)]
-        relays.open(kernel)
+        followed = kernel_of(kernel)
+        followed.relay.observers[:] = [partial(self._record, kernel)]
+        followed.open()
 
     def _record(self, kernel: Any, active: bool, state: str | None) -> None:
         if active or kernel.execution_state == "busy":
@@ -149,18 +147,19 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         self.add_restart_callback(kernel_id, partial(self._begin_anew, kernel_id), "restart")
 
     async def _async_restart_kernel(self, kernel_id: str, now: bool = False) -> Any:
-        """Answered when the new process is heard: who stays connected misses nothing of what it asks next. What is
-        asked before waits for that, too: the old process would take it with it."""
-        relay = relays.of(self.get_kernel(kernel_id))
-        relay.hold()
+        """Answered when the new process runs. What clients ask waits until that is heard, also what they ask before:
+        the old process would take it with it."""
+        kernel = kernel_of(self.get_kernel(kernel_id))
+        kernel.restarts()
         try:
-            async with self._alone(kernel_id):
+            async with self._alone(kernel_id) as is_there:
+                if not is_there:
+                    raise HTTPError(404, reason="the kernel was shut down")
                 self._give_up_restart(kernel_id)
                 reply = await super()._async_restart_kernel(kernel_id, now=now)
                 self._begin_anew(kernel_id)
-            await self._until_heard(self._kernels[kernel_id])
         finally:
-            relay.release()
+            kernel.has_restarted()
         return reply
 
     restart_kernel = _async_restart_kernel  # type: ignore[assignment]
@@ -168,23 +167,24 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     async def _async_shutdown_kernel(
         self, kernel_id: str, now: bool | None = False, restart: bool | None = False
     ) -> None:
-        async with self._alone(kernel_id):
-            if kernel_id in self:
+        async with self._alone(kernel_id) as is_there:
+            if is_there:
                 await super()._async_shutdown_kernel(kernel_id, now=now, restart=restart)
 
     shutdown_kernel = _async_shutdown_kernel  # type: ignore[assignment]
 
     @asynccontextmanager
-    async def _alone(self, kernel_id: str) -> AsyncIterator[None]:
+    async def _alone(self, kernel_id: str) -> AsyncIterator[bool]:
         """The restarts and the end of a kernel come one after another, also those that it is given by itself. Where
-        they overlap, jupyter_client answers with 500, and leaves a process that nobody ends."""
+        they overlap, jupyter_client answers with 500, and leaves a process that nobody ends. Yields whether it is still
+        there, and not another of the same id."""
         kernel = self.get_kernel(kernel_id)
         async with self._changing.setdefault(kernel, asyncio.Lock()):
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.kernel_info_timeout):
                     while not kernel.ready.done():  # noqa: ASYNC110 - jupyter_client replaces it
                         await asyncio.sleep(0.05)
-            yield
+            yield self._kernels.get(kernel_id) is kernel
 
     def _give_up_restart(self, kernel_id: str) -> None:
         """Jupyter Server asks each restarted kernel for its info, and keeps the socket until that answers: one that is
@@ -193,163 +193,356 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         if give_up is not None:
             give_up()
 
-    async def _until_heard(self, kernel: Any) -> None:
-        """Where somebody is connected: who comes later asks for himself. Not for a process that has ended, nor for a
-        kernel that was deleted."""
-        if not connected_to(relays.of(kernel)):
-            return
-        relays.open(kernel)
-        proof = relays.prove(kernel)
-        while not proof.done() and kernel.kernel_id in self and await ensure_async(kernel.is_alive()):
-            await asyncio.wait({proof}, timeout=0.5)
-
     def _begin_anew(self, kernel_id: str) -> None:
         """What the old process was busy with, the new one is not; and the old one will not say so any more."""
         kernel: Any = self._kernels[kernel_id]
-        relays.of(kernel).begin_anew()
+        kernel_of(kernel).relay.begin_anew()
         if kernel.execution_state == "busy":
             kernel.execution_state = "starting"
 
     def _handle_kernel_died(self, kernel_id: str) -> None:
         """After the clients' own callbacks for the same event: they are to hear "dead" before their relay closes."""
-        asyncio.get_running_loop().call_soon(super()._handle_kernel_died, kernel_id)
+        asyncio.get_running_loop().call_soon(self._forget_dead, kernel_id, self._kernels.get(kernel_id))
+
+    def _forget_dead(self, kernel_id: str, kernel: Any) -> None:
+        if kernel is not None and self._kernels.get(kernel_id) is kernel:
+            super()._handle_kernel_died(kernel_id)
 
     def stop_watching_activity(self, kernel_id: str) -> None:
         kernel: Any = self._kernels[kernel_id]
-        relays.unobserve(kernel)
+        kernels_of(self).unobserve(kernel)
         self._give_up_restart(kernel_id)
 
     def remove_kernel(self, kernel_id: str) -> Any:
         kernel = super().remove_kernel(kernel_id)
-        relays.close(kernel)
+        kernels_of(self).close(kernel)
         return kernel
 
 
-class Relays:
-    """The relay of each kernel manager, as long as its kernel is managed."""
+class Kernel:
+    """What is known of one kernel: its relay, what runs it, and the proof that it is heard, while one is made.
 
-    def __init__(self) -> None:
-        self._relays: dict[Any, KernelRelay] = {}
-        self._budgets: Budgets | None = None
-        #: What runs each kernel.
-        self._processes: dict[KernelRelay, Any] = {}
-        #: Of each kernel whose iopub connection broke, until it is there again.
-        self._proofs: dict[KernelRelay, asyncio.Task[None]] = {}
-        self._missing: set[Any] = set()
-        self._sweeper: asyncio.TimerHandle | None = None
+    ``manager`` is its kernel manager, ``kernels`` those of the same server.
+    """
 
-    def of(self, manager: Any) -> KernelRelay:
-        """The kernel's relay; made at the first call."""
-        if manager not in self._relays:
-            settings = Fastwire(config=manager.config)
-            limits = usable(settings.limits())
-            if self._budgets is None:
-                self._budgets = Budgets(limits)
-            relay = self._relays[manager] = KernelRelay(
-                partial(open_socket, manager),
-                signer_of(manager),
-                limits=limits,
-                budgets=self._budgets,
-                permissive=settings.accept_invalid_signatures,
-                on_rejected=partial(tell_rejected, manager),
-                on_disconnect=partial(self._disconnected, manager),
-                name=manager.kernel_id,
-            )
-            relay.activity = Activity(getattr(manager.parent, "untracked_message_types", ()))
-            manager.observe(self._follow, PLACE)
-            self._sweep_later()
-        return self._relays[manager]
+    def __init__(self, manager: Any, kernels: Kernels) -> None:
+        self.manager = manager
+        self.relay = KernelRelay(
+            partial(open_socket, manager),
+            signer_of(manager),
+            limits=kernels.limits,
+            budgets=kernels.budgets,
+            permissive=kernels.permissive,
+            on_rejected=self._tell_rejected,
+            on_doubt=self.settle_doubt,
+            name=manager.kernel_id,
+        )
+        self.relay.activity = Activity(getattr(manager.parent, "untracked_message_types", ()))
+        self.hearing = self.relay.hearing
+        #: Gone from its manager's list when somebody looked last.
+        self.missing = False
+        self.proof: asyncio.Task[None] | None = None
+        self._process: object = None
+        self._waiting = 0
+        self._news = asyncio.Event()
+        self.hearing.listeners.append(self._news.set)
+        manager.observe(self._follow, PLACE)
 
-    def open(self, manager: Any) -> None:
-        """Subscribe to the kernel; anew when it moved, with doubt when it was started again since."""
-        relay = self.of(manager)
-        relay.open(endpoint(manager), signer_of(manager))
-        if self._processes.get(relay) != process_of(manager):
-            self._processes[relay] = process_of(manager)
-            relay.drain_iopub()  # what the last one said proves nothing
-            relay.doubt()
-
-    def _disconnected(self, manager: Any) -> None:
-        """The kernel's process has ended, or the network has."""
-        relay = self._relays[manager]
-        relay.drain_iopub()  # what it has said before proves nothing
-        relay.doubt()
-        if connected_to(relay):
-            self.prove(manager)
-
-    def prove(self, manager: Any) -> asyncio.Task[None]:
-        """Hold what clients request until the kernel is heard and can ask them: earlier, its output would be lost. Not
-        longer than a client waits that connects. Whoever calls this meanwhile waits for the same."""
-        relay = self._relays[manager]
-        if relay not in self._proofs:
-            relay.hold()
-            self._proofs[relay] = asyncio.get_running_loop().create_task(self._prove(manager, relay))
-        return self._proofs[relay]
-
-    async def _prove(self, manager: Any, relay: KernelRelay) -> None:
-        async def wanted() -> bool:
-            while not all(manager.ports):  # noqa: ASYNC110 - it is moving, and others set them
-                await asyncio.sleep(0.05)
-            return is_managed(manager)
-
-        try:
-            await prove(manager, wanted, manager.parent.kernel_info_timeout)
-            await asyncio.gather(*(session.until_it_can_be_asked() for session in connected_to(relay)))
-        except Exception as error:  # descriptors have run out, or whatever `connect_*` may raise
-            log.error("kernel %s is not proven: %s", manager.kernel_id, error, exc_info=error)
-        finally:
-            self._proofs.pop(relay, None)
-            relay.release()
+    def open(self) -> None:
+        """Subscribe; anew when the kernel moved, with doubt when it was started again since."""
+        self.relay.open(endpoint(self.manager), signer_of(self.manager))
+        if self._process != process_of(self.manager):
+            self._process = process_of(self.manager)
+            self.relay.doubt()
 
     def _follow(self, change: Any) -> None:
         """An automatic restart may take a kernel to other ports, and tells no client: their sockets go with it. Ports
         are set one by one, and are 0 meanwhile."""
         with suppress(RuntimeError):  # the loop has ended, and the manager is cleaned up
-            asyncio.get_running_loop().call_soon(self._go_there, change["owner"])
+            asyncio.get_running_loop().call_soon(self._go_there)
 
-    def _go_there(self, manager: Any) -> None:
-        relay = self._relays.get(manager)
-        if relay is not None and relay.iopub is not None and all(manager.ports) and relay.endpoint != endpoint(manager):
-            self.open(manager)
+    def _go_there(self) -> None:
+        relay, manager = self.relay, self.manager
+        if relay.iopub is not None and all(manager.ports) and relay.endpoint != endpoint(manager):
+            self.open()
+
+    def _tell_rejected(self, channel: str, error: MessageError) -> None:
+        """Messages are being refused: say why in the log, and to the users when it is about signatures."""
+        manager, relay = self.manager, self.relay
+        manager.log.warning("Refusing messages of kernel %s on %s: %s", manager.kernel_id, channel, str(error))
+        if isinstance(error, SignatureError):
+            text = f"Jupyter Server refuses messages of this kernel on {channel}: {error}\n"
+            relay.announce(notice(relay.neighbour, text))
+
+    def close(self) -> None:
+        """The kernel is gone."""
+        self.manager.unobserve(self._follow, PLACE)
+        self.relay.close()
+        if self.proof is not None:
+            self.proof.cancel()
+
+    # -- restarts --
+
+    def restarts(self) -> None:
+        """Its process is about to be replaced: what is asked now would go with it."""
+        self.hearing.happens(Event.RESTART)
+        self._end_proof()
+
+    def has_restarted(self) -> None:
+        """Or not; what was asked waits until it is heard."""
+        self.hearing.happens(Event.STARTED)
+        if self.hearing.doubtful and is_managed(self.manager):
+            try:
+                self.open()
+            except Exception as error:  # noqa: BLE001 - its clients are told, and come back for other sockets
+                log.error("kernel %s has restarted, and cannot be followed: %s", self.manager.kernel_id, error)
+            self.settle_doubt()
+
+    # -- the proof that it is heard --
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether a client that comes now misses nothing. A busy kernel answers only when it is done, and the
+        subscription has surely been established."""
+        return self.hearing.heard or self._state == "busy"
+
+    async def until_heard(self, wanted: Callable[[], Awaitable[bool]]) -> None:
+        """Wait until the subscription is proven, while it is ``wanted``, and not longer than the kernel has to answer:
+        after that, what is asked waits instead of the client."""
+        self._waiting += 1
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._patience):
+                    while not self.is_heard and await wanted():
+                        if self.hearing.doubtful:
+                            await asyncio.wait({self.prove()}, timeout=0.5)
+                        else:
+                            await asyncio.sleep(0.05)
+        finally:
+            self._waiting -= 1
+
+    def prove(self) -> asyncio.Task[None]:
+        """Ask until the kernel is heard. Whoever calls this meanwhile waits for the same."""
+        if self.proof is None:
+            self.proof = asyncio.get_running_loop().create_task(self._prove())
+            self.proof.add_done_callback(self._proof_is_done)
+        return self.proof
+
+    def _proof_is_done(self, proof: asyncio.Task[None]) -> None:
+        if self.proof is proof:
+            self.proof = None
+
+    def _end_proof(self) -> None:
+        if self.proof is not None:
+            self.proof.cancel()
+            self.proof = None
+
+    def settle_doubt(self) -> None:
+        """Where somebody is connected, whose requests wait. Who comes later asks for himself."""
+        if connected_to(self.relay) and self.hearing.doubtful:
+            self.prove()
+
+    @property
+    def _state(self) -> str | None:
+        return getattr(self.manager, "execution_state", None)
+
+    @property
+    def _patience(self) -> float:
+        return float(self.manager.parent.kernel_info_timeout)
+
+    def _is_wanted(self) -> bool:
+        return is_managed(self.manager) and bool(self._waiting or connected_to(self.relay))
+
+    async def _prove(self) -> None:
+        """Until it is proven, given up, or not wanted any more. A proof that cannot be made lets nobody's requests go:
+        they wait until it can."""
+        told = False
+        while True:
+            try:
+                if await self._is_proven():
+                    return
+            except Exception as error:  # noqa: BLE001 - descriptors have run out, or whatever `connect_*` may raise
+                if not told:
+                    log.error("kernel %s cannot be asked yet, and requests wait: %s", self.manager.kernel_id, error)
+                    note("unproven", f"cannot be asked, and requests wait: {error}", kernel=self.relay.name)
+                told = True
+                await asyncio.sleep(1.0)
+            if not self._is_wanted():
+                return
+
+    async def _is_proven(self) -> bool:
+        event = await self._verdict()
+        if event is None:
+            await asyncio.sleep(0.05)
+            return False
+        await asyncio.gather(*(session.until_it_can_be_asked() for session in connected_to(self.relay)))
+        self.hearing.happens(event)
+        return not self.hearing.doubtful
+
+    async def _verdict(self) -> Event | None:
+        """None when it has to be asked again."""
+        try:
+            async with asyncio.timeout(self._patience):
+                return await self._ask()
+        except TimeoutError:
+            return await self._without_an_answer()
+
+    async def _without_an_answer(self) -> Event | None:
+        """A kernel that runs, and with which there is a connection, is given up. With any other there is nobody yet who
+        would hear what it says."""
+        name, warn = self.manager.kernel_id, self.manager.log.warning
+        if not self.relay.is_connected or not await ensure_async(self.manager.is_alive()):
+            warn("Kernel %s is not there after %s s: what is asked of it waits", name, self._patience)
+            return None
+        warn("Kernel %s did not answer in %s s", name, self._patience)
+        return Event.GIVEN_UP
+
+    async def _ask(self) -> Event | None:
+        """Ask the kernel for its info until it answers, iopub was heard, and the kernel manager has heard it too (its
+        own subscription may have joined late, and a quiet kernel would count as starting for ever). One that turns out
+        to be busy has been heard, and answers when it is done. None when it moves, and what was asked was asked of
+        nobody, or when it is not wanted any more.
+
+        Source: `ZMQChannelsWebsocketConnection.nudge`; here once per subscription and not once per client.
+        """
+        while not all(self.manager.ports):  # noqa: ASYNC110 - it is moving, and others set them
+            await asyncio.sleep(0.05)
+        place, silent = self.relay.endpoint, 0
+        with closing(Questions(self.relay, self._news.set)) as questions:
+            while self.relay.endpoint == place:
+                if self._is_there(questions):
+                    return Event.PROVEN
+                if silent == SILENT_ANSWERS:
+                    return self._publishes_nothing()
+                silent += await self._ask_once(questions) and not self.hearing.heard and self.relay.is_connected
+                if not self._is_wanted():
+                    break
+        return None
+
+    def _is_there(self, questions: Questions) -> bool:
+        return self.hearing.heard and (self._state == "busy" or (questions.answers > 0 and self._state != "starting"))
+
+    def _publishes_nothing(self) -> Event:
+        name = self.manager.kernel_id
+        self.manager.log.warning("Kernel %s answers without a word on iopub: what it publishes is not waited for", name)
+        note("unproven", "answers without a word on iopub: what it publishes is not waited for", kernel=self.relay.name)
+        return Event.GIVEN_UP
+
+    async def _ask_once(self, questions: Questions) -> bool:
+        """Whether it has answered, when everything is there or when it is time to ask again."""
+        before = questions.answers
+        questions.ask(self.manager.session)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                while not self._is_there(questions):
+                    self._news.clear()
+                    if self.hearing.heard and questions.answers:
+                        await asyncio.sleep(0.01)  # its manager's state is set by others
+                    else:
+                        await self._news.wait()
+        return questions.answers > before
+
+
+class Questions:
+    """Sockets on which a kernel is asked for its info, and how often it has answered."""
+
+    def __init__(self, relay: KernelRelay, on_answer: Callable[[], None]) -> None:
+        self.answers = 0
+        self._tell = on_answer
+        # One that signs wrongly answers too; what it says will be refused, and its users are told.
+        self._channels = relay.channels(("shell", "control"), None, self._on_answer, on_faulty=self._on_answer)
+
+    def _on_answer(self, _: Batch) -> None:
+        self.answers += 1
+        self._tell()
+
+    def ask(self, session: Any) -> None:
+        for channel in self._channels:
+            session.send(channel.socket, "kernel_info_request")
+            channel.drain()
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+
+
+class Kernels:
+    """The kernels of one server, as long as its manager manages them. ``config`` is the server's."""
+
+    def __init__(self, config: Any) -> None:
+        settings = Fastwire(config=config)
+        self.limits = usable(settings.limits())
+        self.budgets = Budgets(self.limits)
+        self.permissive = settings.accept_invalid_signatures
+        self._kernels: dict[Any, Kernel] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._kernels)
+
+    def __contains__(self, manager: object) -> bool:
+        return manager in self._kernels
+
+    def of(self, manager: Any) -> Kernel:
+        """What is known of a kernel; made at the first call."""
+        if manager not in self._kernels:
+            self._kernels[manager] = Kernel(manager, self)
+            self._sweep_later()
+        return self._kernels[manager]
 
     def unobserve(self, manager: Any) -> None:
-        if manager in self._relays:
-            self._relays[manager].observers.clear()
+        if manager in self._kernels:
+            self._kernels[manager].relay.observers.clear()
 
     def close(self, manager: Any) -> None:
         """The kernel is gone."""
-        relay = self._relays.pop(manager, None)
-        if relay is not None:
-            manager.unobserve(self._follow, PLACE)
-            self._processes.pop(relay, None)
-            relay.close()
-            proof = self._proofs.pop(relay, None)  # one that is cancelled before it has begun does nothing itself
-            if proof is not None:
-                proof.cancel()
+        kernel = self._kernels.pop(manager, None)
+        if kernel is not None:
+            kernel.close()
 
-    def close_all(self) -> None:
-        if self._sweeper is not None:
+    def close_ended(self) -> None:
+        """Of kernels that are not managed any more."""
+        for manager in [each for each in self._kernels if not is_managed(each)]:
+            self.close(manager)
+        if not self._kernels and self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
-        for manager in list(self._relays):
-            self.close(manager)
 
     def _sweep(self) -> None:
         """Close the relays of kernels that are gone: the stock kernel manager tells nobody. A restart may take a
         kernel off its manager's list for a moment, so it has to be missing twice."""
         self._sweeper = None
-        missing = {manager for manager in self._relays if not is_managed(manager)}
-        for manager in missing & self._missing:
-            self.close(manager)
-        self._missing = missing
+        for manager, kernel in list(self._kernels.items()):
+            was_missing, kernel.missing = kernel.missing, not is_managed(manager)
+            if was_missing and kernel.missing:
+                self.close(manager)
         self._sweep_later()
 
     def _sweep_later(self) -> None:
-        if self._relays and self._sweeper is None:
+        if self._kernels and self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL, self._sweep)
 
 
-relays = Relays()
+#: By the kernel manager of each server.
+servers: WeakKeyDictionary[Any, Kernels] = WeakKeyDictionary()
+
+
+def kernels_of(multi: Any) -> Kernels:
+    """Those of a multi-kernel manager."""
+    if multi not in servers:
+        servers[multi] = Kernels(multi.config)
+    return servers[multi]
+
+
+def kernel_of(manager: Any) -> Kernel:
+    """What is known of the kernel of a kernel manager; made at the first call."""
+    return kernels_of(manager.parent).of(manager)
+
+
+def close_ended() -> None:
+    """Forget the kernels that are not managed any more, of every server."""
+    for kernels in list(servers.values()):
+        kernels.close_ended()
 
 
 def is_managed(manager: Any) -> bool:
@@ -361,61 +554,3 @@ def is_managed(manager: Any) -> bool:
 def connected_to(relay: KernelRelay) -> list[Session]:
     """The sessions whose client is there."""
     return [session for session in relay.sessions.values() if session.connection is not None]
-
-
-# -- proving a subscription ------------------------------------------------------------------------
-
-
-async def prove(manager: Any, wanted: Callable[[], Awaitable[bool]], patience: float) -> None:
-    """Wait until the kernel's iopub subscription is proven, at most ``patience`` seconds and while it is ``wanted``.
-
-    Source: `ZMQChannelsWebsocketConnection.nudge`; here once per subscription and not once per client.
-    """
-    relay = relays.of(manager)
-    try:
-        async with asyncio.timeout(patience):
-            while await wanted() and not relay.heard.cancelled():
-                if await is_proven(manager, relay, relay.endpoint, wanted):
-                    break
-    except TimeoutError:
-        manager.log.warning("Kernel %s did not answer in %s s", manager.kernel_id, patience)
-
-
-async def is_proven(manager: Any, relay: KernelRelay, place: object, wanted: Callable[[], Awaitable[bool]]) -> bool:
-    """Ask the kernel for its info until it answers, iopub was heard, and the kernel manager has heard it too (its own
-    subscription may have joined late, and a quiet kernel would count as starting for ever). A kernel that welcomes its
-    subscribers (JEP 65) has been heard by then, and is not asked. One that turns out to be busy has been heard, and
-    answers when it is done.
-
-    Not proven when it moves, and what was asked was asked of nobody; nor when it is not wanted any more.
-    """
-    answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def on_answer(_: Batch) -> None:
-        if not answered.done():
-            answered.set_result(None)
-
-    # One that signs wrongly answers too; what it says will be refused, and its users are told.
-    channels = relay.channels(("shell", "control"), None, on_answer, on_faulty=on_answer)
-    try:
-        while relay.endpoint == place and not relay.heard.cancelled() and await wanted():
-            state = getattr(manager, "execution_state", None)
-            if relay.heard.done() and (state == "busy" or (answered.done() and state != "starting")):
-                return True
-            for channel in channels:
-                manager.session.send(channel.socket, "kernel_info_request")
-                channel.drain()
-            await half_a_second(manager, answered, relay.heard)
-    finally:
-        for channel in channels:
-            channel.close()
-    return False
-
-
-async def half_a_second(manager: Any, answered: asyncio.Future[None], heard: asyncio.Future[None]) -> None:
-    """Until everything is there, or until it is time to ask again."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(0.5):
-            await asyncio.wait({answered, heard})
-            while getattr(manager, "execution_state", None) == "starting":  # noqa: ASYNC110 - others set it
-                await asyncio.sleep(0.01)

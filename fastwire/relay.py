@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -42,6 +43,7 @@ from fastwire._core import (
 from fastwire.errors import MessageError, SocketClosed
 from fastwire.events import note
 from fastwire.flow import Limits, resume_time
+from fastwire.hearing import Event, Hearing
 from fastwire.notices import NOBODY, Neighbour, local_batch
 from fastwire.outbox import Budgets, Outbox, Result, Sent
 from fastwire.turns import Turns
@@ -211,16 +213,18 @@ class Channel:
 
 class DisconnectWatch:
     """Calls ``on_disconnect`` when a ZMQ socket's connection broke. libzmq makes it anew by itself, and tells only who
-    asks for it that what the peer said meanwhile was said to nobody.
+    asks for it that what the peer said meanwhile was said to nobody. ``connected`` is False until it is there again.
 
     Source: zmq_socket_monitor(3).
     """
 
     def __init__(self, socket: zmq.Socket[bytes], on_disconnect: Callable[[], None]) -> None:
         address = f"inproc://fastwire-{next(watches)}"
+        #: What was before somebody watched is not told: believed to be there.
+        self.connected = True
         self._socket = socket
         self._on_disconnect = on_disconnect
-        socket.monitor(address, zmq.EVENT_DISCONNECTED)
+        socket.monitor(address, zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._events: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR, socket_class=zmq.Socket)
         self._events.connect(address)
         self._fd = int(self._events.getsockopt(zmq.FD))
@@ -232,8 +236,10 @@ class DisconnectWatch:
     def _on_readable(self) -> None:
         disconnected = False
         with suppress(zmq.ZMQError):  # there is no more, or its context is gone
-            while self._events.recv_multipart(zmq.NOBLOCK):
-                disconnected = True
+            while True:
+                event = int.from_bytes(self._events.recv_multipart(zmq.NOBLOCK)[0][:2], sys.byteorder)
+                self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+                disconnected |= not self.connected
         if disconnected:
             self._on_disconnect()
 
@@ -260,9 +266,9 @@ class KernelRelay:
     """One kernel: its iopub subscription and its clients' sessions.
 
     ``observers`` are called with what `activity` says of each iopub batch, before the clients get it.
-    ``on_rejected(channel, error)`` hears once of each kind of error for which messages were refused. ``on_disconnect``
-    hears when the connection of iopub broke: until it is there again, what the kernel prints is lost, and requests
-    should be held (`hold`). ``name`` is what people call the kernel.
+    ``on_rejected(channel, error)`` hears once of each kind of error for which messages were refused. ``on_doubt`` is
+    called when iopub may not be heard any more, and requests wait until whoever it is has told `hearing` otherwise;
+    without it they never do. ``name`` is what people call the kernel.
     """
 
     def __init__(
@@ -274,7 +280,7 @@ class KernelRelay:
         budgets: Budgets | None = None,
         permissive: bool = False,
         on_rejected: Callable[[str, MessageError], None] | None = None,
-        on_disconnect: Callable[[], None] | None = None,
+        on_doubt: Callable[[], None] | None = None,
         name: str = "",
     ) -> None:
         self.name = name
@@ -292,17 +298,17 @@ class KernelRelay:
         self._open_socket = open_socket
         self._permissive = permissive
         self._on_rejected = on_rejected
-        self._on_disconnect = on_disconnect
+        self._on_doubt = on_doubt
         self._watch: DisconnectWatch | None = None
         self._causes: set[type[MessageError]] = set()
         self._announced: list[Batch] = []
         self.rejected = 0
         self.iopub: Channel | None = None
-        #: Resolves when iopub was heard for the first time: the subscription is proven.
-        self.heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        #: Whether iopub is heard, and whether requests wait for that.
+        self.hearing = Hearing()
+        self.hearing.listeners.append(self._on_hearing)
         #: Nobody waits a second time for a kernel that does not listen on stdin.
         self.listens_on_stdin = True
-        self._holds = 0
 
     # -- sockets --
 
@@ -316,8 +322,8 @@ class KernelRelay:
         if moved or self.iopub is None or self.iopub.closed:
             self._close_iopub()
             self.signer = signer or self.signer
-            self.heard = asyncio.get_running_loop().create_future()
             self._open_iopub()
+            self._lose()
         self.endpoint = endpoint
         if moved:
             for session in list(self.sessions.values()):
@@ -326,8 +332,8 @@ class KernelRelay:
     def _open_iopub(self) -> None:
         try:
             self.iopub = self.channel("iopub", None, self._on_iopub)
-            if self._on_disconnect is not None:
-                self._watch = DisconnectWatch(self.iopub.socket, self._on_disconnect)
+            if self._on_doubt is not None:
+                self._watch = DisconnectWatch(self.iopub.socket, self.doubt)
         except Exception as error:
             self._close_iopub()
             for session in list(self.sessions.values()):
@@ -396,13 +402,12 @@ class KernelRelay:
                 self._causes.add(type(error))
                 if self._on_rejected is not None:
                     self._on_rejected(batch.channel, error)
-        if batch.channel == "iopub" and not self.heard.done():
+        if batch.channel == "iopub":
             # A message that is refused proves the subscription as well as any.
-            self.heard.set_result(None)
+            self.hearing.happens(Event.SPOKE)
 
     def _on_iopub(self, batch: Batch) -> None:
-        if not self.heard.done():
-            self.heard.set_result(None)
+        self.hearing.happens(Event.SPOKE)
         self.neighbour = batch.headers(-1)
         active, state = self.activity.observe(batch)
         for observe in self.observers:
@@ -421,29 +426,28 @@ class KernelRelay:
         for session in self.sessions.values():
             session.outbox.barrier()
 
+    # -- whether iopub is heard --
+
     def doubt(self) -> None:
-        """The kernel was started anew, or its connection broke: its subscription has to be proven again."""
+        """The connection broke, or the kernel's process is another: its subscription has to be proven again."""
+        self.drain_iopub()  # what was said before proves nothing
         self.activity.forget()
-        if self.heard.done():
-            self.heard = asyncio.get_running_loop().create_future()
+        self._lose()
+
+    def _lose(self) -> None:
+        if self._on_doubt is not None:
+            self.hearing.happens(Event.BROKE)
+            self._on_doubt()
 
     @property
-    def held(self) -> bool:
-        """Whether requests on shell wait."""
-        return self._holds > 0
+    def is_connected(self) -> bool:
+        """Whether there is a connection on which the kernel could be heard, as far as libzmq has told."""
+        return self.iopub is not None and (self._watch is None or self._watch.connected)
 
-    def hold(self) -> None:
-        """Keep requests from a kernel whose answer nobody would hear, until whoever holds them has called `release`."""
-        self._holds += 1
-        for session in self.sessions.values():
-            session.uplink.held = True
-
-    def release(self) -> None:
-        """What was held goes to the kernel, unless somebody else holds it."""
-        self._holds -= 1
-        if not self.held:
-            for session in list(self.sessions.values()):
-                session.release()
+    def _on_hearing(self) -> None:
+        """Requests wait, or go to the kernel."""
+        for session in list(self.sessions.values()):
+            session.hold(held=self.hearing.held)
 
     def announce(self, batch: Batch) -> None:
         """Say something to every session, also to those that come later."""
@@ -508,13 +512,13 @@ class KernelRelay:
         """The kernel is gone: clients are told and every socket is closed."""
         open_relays.discard(self)
         for session in list(self.sessions.values()):
-            connection = session.connection
+            connection, unsent = session.connection, session.uplink.waiting_messages
             self.end_session(session, logging.WARNING)
             if connection is not None:
-                connection.close(1011, "the kernel was shut down")
+                lost = f"; {unsent} messages did not reach it" if unsent else ""
+                connection.close(1011, f"the kernel was shut down{lost}")
         self._close_iopub()
-        if not self.heard.done():
-            self.heard.cancel()
+        self.hearing.happens(Event.CLOSE)
 
 
 #: Those that may have sockets now, for metrics.
@@ -572,7 +576,7 @@ class Session:
     def _new_uplink(self, protocol: str | None) -> Uplink:
         sockets = {channel.name: channel.socket for channel in self._channels}
         uplink = Uplink(protocol, self.relay.signer, sockets, allowed_message_types=self._allowed)
-        uplink.held = self.relay.held
+        uplink.held = self.relay.hearing.held
         return uplink
 
     def reopen(self) -> None:
@@ -861,10 +865,15 @@ class Session:
                 if self.connection is not None:
                     self.connection.fail(error)
 
-    def release(self) -> None:
-        """What was held goes to the kernel (`KernelRelay.release`)."""
-        self._uplink.held = False
-        self._send_waiting()
+    def hold(self, *, held: bool) -> None:
+        """Requests on shell wait from now on, or go to the kernel; those of others do, whatever becomes of these."""
+        self._uplink.held = held
+        if held:
+            return
+        try:
+            self._send_waiting()
+        except Exception as error:  # noqa: BLE001 - memory, or whatever libzmq may refuse
+            self._give_up(error, "the server could not pass on what waited for the kernel")
 
     def _settle(self, readable: int) -> None:
         """After sending: read what has come meanwhile, send what waited and has room now. A kernel that goes on sending
@@ -926,8 +935,16 @@ class Session:
         self._caught_up()
         for channel in self._channels:
             channel.close()
+        self._tell_unsent()
         has_all = self.connection is not None and not self.outbox.waiting  # or it is on its way
         lost = self.outbox.clear()
         if lost and not has_all:
             log.log(level, "session %s ended with %s messages undelivered", self.session_id, lost)
             self._note("expired", f"its session ended; {lost:,} messages were not delivered")
+
+    def _tell_unsent(self) -> None:
+        unsent = self._uplink.waiting_messages
+        if unsent:
+            text = f"its session ended; {unsent:,} of its messages had not reached the kernel"
+            log.warning("session %s: %s", self.session_id, text)
+            self._note("unsent", text)

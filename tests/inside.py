@@ -53,8 +53,8 @@ class Inside:
         return found()[0]
 
     async def end(self) -> None:
-        await FastwireWebsocketConnection.close_all()
         await self.manager.shutdown_all(now=True)
+        await FastwireWebsocketConnection.close_all()
         self.server.stop()
         await self.server.close_all_connections()
         self.app.event_logger = None

@@ -11,6 +11,8 @@ connection.json``.
 ``counts``          a cell's result is how many kernel_info requests there were
 ``welcome``         the same, and it welcomes subscribers (JEP 65)
 ``once``            it can be started once
+``gated``           at its second start it waits for a file, ``2`` behind the name of the connection file, and so on
+``silent``          it publishes nothing about kernel_info requests
 ``late``            it listens on iopub, and then on stdin, after it has begun to answer; a cell asks for input
 =================  =================================================================================
 
@@ -101,7 +103,9 @@ class Kernel:
         self.info_requests += msg_type == "kernel_info_request"
         if ODD == "mute" and msg_type == "kernel_info_request":
             return
-        self.publish("status", header, {"execution_state": "busy"})
+        tells = ODD != "silent" or msg_type != "kernel_info_request"
+        if tells:
+            self.publish("status", header, {"execution_state": "busy"})
         reply = {"status": "ok"}
         if msg_type == "execute_request":
             if ODD == "late":
@@ -113,7 +117,8 @@ class Kernel:
         elif msg_type == "shutdown_request":
             self.alive = False
         self.say(socket, identity, msg_type.replace("_request", "_reply"), header, reply)
-        self.publish("status", header, {"execution_state": "idle"})
+        if tells:
+            self.publish("status", header, {"execution_state": "idle"})
 
     def info(self) -> dict:
         if ODD in ("versionless", "old"):  # without a version in the header, this is read as protocol 4
@@ -136,7 +141,17 @@ class Kernel:
         self.publish("pyout" if old else "execute_result", parent, result)
 
 
+def wait_for_the_gate(name: str) -> None:
+    starts = Path(f"{name}.starts")
+    number = len(starts.read_text()) + 1 if starts.exists() else 1
+    starts.write_text("x" * number)
+    while number > 1 and not Path(f"{name}.{number}").exists() and os.getppid() == PARENT:
+        time.sleep(0.01)
+
+
 if __name__ == "__main__":
+    if ODD == "gated":
+        wait_for_the_gate(sys.argv[sys.argv.index("-f") + 1])
     if ODD == "once":
         Path(sys.argv[sys.argv.index("-f") + 1] + ".once").touch(exist_ok=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # servers interrupt a kernel before they end it

@@ -49,7 +49,20 @@ WITHOUT_OTHERS = dict.fromkeys(("jupyterlab", "jupyter_lsp", "jupyter_server_ter
 WITHOUT_EXTENSIONS = WITHOUT_OTHERS | {"fastwire": False}
 
 #: Kernels besides ipykernel: a light one that floods, and the ways of `odd_kernel`.
-ODD = ("wrong-key", "sometimes", "versionless", "old", "not-json", "mute", "counts", "welcome", "once", "late")
+ODD = (
+    "wrong-key",
+    "sometimes",
+    "versionless",
+    "old",
+    "not-json",
+    "mute",
+    "counts",
+    "welcome",
+    "once",
+    "late",
+    "gated",
+    "silent",
+)
 
 
 def until(reached: Callable[[], object], what: str) -> None:

@@ -295,7 +295,7 @@ import asyncio
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler as Handler
 from tornado.web import HTTPError
 
-from fastwire.kernels import relays
+from fastwire.kernels import kernel_of
 
 
 def cancelled_after(method, name):
@@ -303,7 +303,7 @@ def cancelled_after(method, name):
         turns = int(self.get_argument(name, "-1"))
         if turns < 0:
             return await method(self, *args, **kwargs)
-        relays.of(self.kernel_manager.get_kernel(self.kernel_id)).doubt()  # so that it is asked again
+        kernel_of(self.kernel_manager.get_kernel(self.kernel_id)).relay.doubt()  # so that it is asked again
         task = asyncio.ensure_future(method(self, *args, **kwargs))
         for _ in range(turns):
             await asyncio.sleep(0)

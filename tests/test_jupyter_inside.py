@@ -17,7 +17,7 @@ from websockets.exceptions import InvalidStatus
 
 from fastwire._core import PROTOCOL_V1
 from fastwire.jupyter import FastwireWebsocketConnection
-from fastwire.kernels import relays
+from fastwire.kernels import kernel_of, kernels_of
 
 
 def test_a_connection_that_is_disconnected_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def test_a_connection_that_is_disconnected_twice(tmp_path: Path, monkeypatch: py
                 assert inside.manager.kernel_model(kernel)["connections"] == 1
                 await execute(bob, "1")
                 assert await result(bob, "1") == "4"
-                session = relays.of(inside.manager.get_kernel(kernel)).sessions["ann"]
+                session = kernel_of(inside.manager.get_kernel(kernel)).relay.sessions["ann"]
                 assert session.uplink.sent == 0
                 assert session.identity == b"ann", "by which kernels route what they ask"
 
@@ -70,7 +70,7 @@ class Late(ServerKernelManager):
     """A kernel on a machine that decides on the key itself, as gateway_provisioners have it; its client comes early."""
 
     async def start_kernel(self, *args: Any, **options: Any) -> Any:
-        await until(lambda: self in relays._relays, "the client's session is registered")
+        await until(lambda: self in kernels_of(self.parent), "the client's session is registered")
         self.session.key = b"the machine's own"
         return await super().start_kernel(*args, **options)
 
@@ -132,7 +132,7 @@ def test_a_kernel_that_vanishes_while_a_client_connects(
                 await client.wait_closed()
                 assert (client.close_code, client.close_reason) == (1011, "the kernel was shut down")
             assert not FastwireWebsocketConnection._open_sessions
-            assert not relays._relays
+            assert not kernels_of(inside.manager)
 
     asyncio.run(use())
     assert "Traceback" not in caplog.text
@@ -288,7 +288,7 @@ def test_a_kernel_that_ends_before_it_is_heard(tmp_path: Path, monkeypatch: pyte
                 async with asyncio.timeout(PATIENCE):
                     await client.wait_closed()
                 assert (client.close_code, client.close_reason) == (1011, "the kernel was shut down")
-            assert not relays._relays
+            assert not kernels_of(inside.manager)
 
     asyncio.run(use())
 

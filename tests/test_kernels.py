@@ -1,6 +1,7 @@
 """Kernels in a Jupyter Server of the test's own process: how they are followed, proven, restarted and forgotten."""
 
 import asyncio
+import errno
 import gc
 import weakref
 from concurrent.futures import Future
@@ -11,10 +12,11 @@ import pytest
 from inside import execute, result, serving, until
 from jupyter_client import AsyncKernelManager
 from jupyter_client.connect import port_names
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from server import PATIENCE
 
 from fastwire.jupyter import FastwireMappingKernelManager
-from fastwire.kernels import relays
+from fastwire.kernels import kernel_of, kernels_of
 
 
 def test_the_buffering_that_others_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +95,7 @@ def test_a_kernel_that_moves_while_it_is_asked(tmp_path: Path, monkeypatch: pyte
             silent._kernel_info_future = Future()
             silent._kernel_info_future.set_result({})
             async with inside.client(silent.kernel_id) as client:
-                await until(lambda: relays.of(silent).iopub, "it is asked")
+                await until(lambda: kernel_of(silent).relay.iopub, "it is asked")
                 silent.session.key = other.session.key
                 for name in port_names:
                     setattr(silent, name, getattr(other, name))
@@ -113,15 +115,162 @@ def test_a_kernel_that_is_deleted_while_it_restarts(tmp_path: Path, monkeypatch:
             manager.execution_state = "busy"  # or its client would be asked to wait
             async with inside.client(kernel) as client:
                 await inside.connection()
-                relay = relays.of(manager)
-                restart = asyncio.ensure_future(inside.manager.restart_kernel(kernel))
-                await until(lambda: manager.execution_state == "starting", "it waits for the new process")
-                assert not restart.done()
+                relay = kernel_of(manager).relay
+                await inside.manager.restart_kernel(kernel)
+                proof = kernel_of(manager).proof
+                assert proof is not None, "its client waits for the new process"
                 await inside.manager.shutdown_kernel(kernel, now=True)
                 async with asyncio.timeout(PATIENCE):
-                    await restart
+                    await asyncio.wait({proof})
                     await client.wait_closed()
             assert not relay.sessions
+
+    asyncio.run(use())
+
+
+def open_the_gate(manager: Any, number: int) -> None:
+    """Of an ``odd-gated`` kernel, at its start of that number."""
+    Path(f"{manager.connection_file}.{number}").touch()
+
+
+def test_a_restart_is_answered_before_the_kernel_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of Spark are that take their time. What is asked meanwhile waits, and nothing of it is lost."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="odd-gated")
+            manager: Any = inside.manager.get_kernel(kernel)
+            async with inside.client(kernel) as client:
+                await execute(client, "1")
+                assert await result(client, "1") == "'1'"
+                for number in range(2, 4):
+                    await inside.manager.restart_kernel(kernel)
+                    await execute(client, str(number))
+                    session = (await inside.connection())._session
+                    assert session is not None
+                    await until(lambda session=session: session.uplink.waiting_messages, "it is asked")
+                    assert kernel_of(manager).hearing.held
+                    open_the_gate(manager, number)
+                    assert await result(client, str(number)) == "'1'"
+                    assert session.uplink.waiting_messages == 0
+
+    asyncio.run(use())
+
+
+def test_a_proof_that_cannot_be_made_lets_nothing_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Descriptors have run out: until there are some, nobody would hear what the kernel answers."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with inside.client(kernel) as client:
+                await execute(client, "1")
+                assert await result(client, "1") == "4"
+                session = (await inside.connection())._session
+                assert session is not None
+                relay = kernel_of(inside.manager.get_kernel(kernel)).relay
+                with monkeypatch.context() as lack:
+
+                    def fail(channel: str, identity: bytes | None) -> None:
+                        raise OSError(errno.EMFILE, "Too many open files")
+
+                    lack.setattr(relay, "_open_socket", fail)
+                    await inside.manager.restart_kernel(kernel)
+                    await execute(client, "2")
+                    await until(lambda: "cannot be asked yet" in caplog.text, "it is tried")
+                    await until(lambda: session.uplink.waiting_messages, "it is asked")
+                assert await result(client, "2") == "4"
+
+    asyncio.run(use())
+    assert caplog.text.count("cannot be asked yet") == 1
+
+
+def test_a_kernel_that_says_nothing_about_being_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several answers without a word on iopub show that it publishes none. Nobody waits as long as for a kernel that
+    does not answer."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch, MappingKernelManager={"kernel_info_timeout": 1000.0}) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="odd-silent")
+            async with inside.client(kernel) as client:
+                for number in "1", "2":
+                    await execute(client, number)
+                    assert await result(client, number) == "'1'"
+                    await inside.manager.restart_kernel(kernel)
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_welcomes_only_who_subscribes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An XPUB socket without ``XPUB_VERBOSE``: Jupyter Server's own subscription has had the welcome."""
+
+    async def use() -> None:
+        config = {"ServerApp": {"kernel_manager_class": AsyncMappingKernelManager}}
+        async with serving(tmp_path, monkeypatch, **config) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="odd-welcome")
+            manager: Any = inside.manager.get_kernel(kernel)
+            async with inside.client(kernel) as client:
+                await execute(client, "1")
+                assert int(await result(client, "1")) > 1, "it was asked until it was heard"
+                kernel_of(manager).relay.doubt()
+                await execute(client, "2")
+                assert int(await result(client, "2")) > 2
+
+    asyncio.run(use())
+
+
+def test_a_kernel_of_the_same_id_inherits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the end of a client of the one before."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with inside.client(kernel) as client:
+                await execute(client, "1")
+                assert await result(client, "1") == "4"
+                old = await inside.connection()
+                disconnect, old.disconnect = old.disconnect, lambda: None  # type: ignore[method-assign]
+                before = kernel_of(inside.manager.get_kernel(kernel))
+                await inside.manager.shutdown_kernel(kernel, now=True)
+                await inside.manager.start_kernel(kernel_name="light", kernel_id=kernel)
+                after = kernel_of(inside.manager.get_kernel(kernel))
+                assert after is not before
+                assert not after.relay.sessions
+                async with inside.client(kernel) as again:
+                    await execute(again, "1")
+                    assert await result(again, "1") == "4"
+                    disconnect()
+                    assert inside.manager.kernel_model(kernel)["connections"] == 1
+                    assert list(after.relay.sessions) == ["ann"]
+                    inside.manager._forget_dead(kernel, before.manager)
+                    await execute(again, "2")
+                    assert await result(again, "2") == "4"
+
+    asyncio.run(use())
+
+
+def test_two_servers_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own limits, and the end of one is not that of the other."""
+
+    async def use() -> None:
+        first, second = tmp_path / "first", tmp_path / "second"
+        first.mkdir(), second.mkdir()
+        async with serving(first, monkeypatch, Fastwire={"client_memory_limit": 1 << 20}) as one:
+            kernel = await one.manager.start_kernel(kernel_name="light")
+            async with one.client(kernel) as client:
+                async with serving(second, monkeypatch) as two:
+                    other = await two.manager.start_kernel(kernel_name="light")
+                    async with two.client(other, "bob") as bob:
+                        await execute(bob, "1")
+                        assert await result(bob, "1") == "4"
+                    mine, others = kernels_of(one.manager), kernels_of(two.manager)
+                    assert mine.budgets is not others.budgets
+                    assert mine.limits.client_memory_limit == 1 << 20 < others.limits.client_memory_limit
+                assert len(others) == 0
+                await execute(client, "1")
+                assert await result(client, "1") == "4"
 
     asyncio.run(use())
 
@@ -135,10 +284,11 @@ def test_a_kernel_that_ends_before_anybody_could_ask_whether_it_is_heard(
         async with serving(tmp_path, monkeypatch) as inside:
             kernel = await inside.manager.start_kernel(kernel_name="light")
             manager = inside.manager.get_kernel(kernel)
-            proof = relays.prove(manager)
-            relays.close(manager)
+            followed = kernel_of(manager)
+            proof = followed.prove()
+            kernels_of(inside.manager).close(manager)
             await asyncio.wait([proof])
-            assert not relays._proofs
+            assert followed.proof is None
 
     asyncio.run(use())
 

@@ -13,8 +13,9 @@ from builders import client_message, message, wire
 from relay_stage import Kernel, Stage, both_protocols, leave, stream, until
 from wsclient import PATIENCE, close_frame
 
-from fastwire import _core
+from fastwire import _core, events
 from fastwire._core import PROTOCOL_V1
+from fastwire.hearing import Event, State
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
@@ -222,34 +223,37 @@ def test_opening_with_the_same_ports_changes_nothing(stage: Stage, kernel: Kerne
 
 
 def test_heard_tells_that_the_subscription_works(stage: Stage, kernel: Kernel, moved: Kernel) -> None:
-    relay = stage.start(kernel)
-    assert not relay.heard.done()
+    relay = stage.start(kernel, on_doubt=lambda: None)
+    assert not relay.hearing.heard
     welcome = message("iopub_welcome", "w", {"subscription": ""})  # JEP 65; ipykernel sends it without a topic
     kernel.sockets["iopub"].send_multipart(wire(kernel.signer, welcome))
-    until(relay.heard.done, "it was heard")
+    until(lambda: relay.hearing.heard, "it was heard")
     move(stage, moved)
-    assert not relay.heard.done(), "the new subscription is not proven"
+    assert not relay.hearing.heard, "the new subscription is not proven"
     moved.publish(*stream(1))
-    until(relay.heard.done, "it was heard")
+    until(lambda: relay.hearing.heard, "it was heard")
     stage.run(relay.doubt)
-    assert not relay.heard.done(), "nor is the old one after a restart"
+    assert not relay.hearing.heard, "nor is the old one after a restart"
     moved.sockets["iopub"].send_multipart([b"no message"])
-    until(relay.heard.done, "one that is refused proves as much")
+    until(lambda: relay.hearing.heard, "one that is refused proves as much")
 
 
 @both_protocols
 def test_requests_are_held_while_nobody_would_hear_the_answer(
     stage: Stage, context: zmq.Context, protocol: str | None, transport: bool
 ) -> None:
-    """From when the connection of iopub breaks until whoever proves that it is there again releases them."""
+    """From when the connection of iopub breaks until whoever proves that it is there again says so."""
     kernel = Kernel(context, tcp=True)
     iopub, address = kernel.sockets["iopub"], kernel.addresses["iopub"]
-    stage.start(kernel, on_disconnect=lambda: stage.relay.hold())  # noqa: PLW0108 - it is made by this
+    hearing = stage.start(kernel, on_doubt=lambda: None).hearing
+    kernel.publish(*stream(1))
+    until(lambda: hearing.heard, "it is heard")
     ann, bob = stage.connect("ann", protocol), stage.connect("bob", protocol)
     for number in range(3):
         stage.introduce(ann, "shell")
         iopub.close()
-        until(lambda: stage.relay.held, "the relay knows")
+        until(lambda: hearing.held, "the relay knows")
+        assert not stage.relay.is_connected
         for client in ann, bob:
             client.say(f"held {number}")
             client.say("goes on", channel="control")
@@ -260,7 +264,11 @@ def test_requests_are_held_while_nobody_would_hear_the_answer(
         assert kernel.silent()
         kernel.sockets["iopub"] = iopub = kernel.bind("iopub", zmq.XPUB, address)
         kernel.joined()
-        stage.run(stage.relay.release)
+        until(lambda: stage.relay.is_connected, "the relay knows")
+        kernel.publish(*stream(number + 2))
+        until(lambda: hearing.state is State.RETURNING, "it is heard again")
+        assert kernel.silent()
+        stage.run(hearing.happens, Event.PROVEN)
         received = [(who, json.loads(parts[0])["msg_id"]) for who, parts in (kernel.receive() for _ in range(3))]
         assert [what for who, what in received if who == "ann"] == [f"held {number}"]
         assert [what for who, what in received if who == "bob"] == [f"held {number}", "held, too"]
@@ -271,13 +279,43 @@ def test_requests_are_held_as_long_as_anybody_holds_them(stage: Stage, kernel: K
     """A restart and a broken connection may overlap."""
     stage.start(kernel)
     ann = stage.connect("ann")
+    hearing = stage.relay.hearing
     for _ in range(2):
-        stage.run(stage.relay.hold)
+        stage.run(hearing.happens, Event.RESTART)
     stage.overtake(ann, 1)
-    stage.run(stage.relay.release)
-    assert stage.session("ann").uplink.waiting_messages == 1
-    stage.run(stage.relay.release)
+    kernel.publish(*stream(1))
+    assert ann.ids(1) == ["1"]
+    stage.run(hearing.happens, Event.STARTED)
+    stage.run(hearing.happens, Event.PROVEN)
+    assert stage.session("ann").uplink.waiting_messages == 1, "of the second restart"
+    stage.run(hearing.happens, Event.STARTED)
+    stage.run(hearing.happens, Event.PROVEN)
+    assert stage.session("ann").uplink.waiting_messages == 1, "nobody has heard the new process"
+    kernel.publish(*stream(2))
+    assert ann.ids(1) == ["2"]
+    stage.run(hearing.happens, Event.PROVEN)
     assert kernel.ids(1) == ["0"]
+
+
+def test_what_is_held_goes_to_the_kernel_whatever_becomes_of_one_session(
+    stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)  # a record would keep the traceback
+    hearing = stage.start(kernel).hearing
+    ann, bob = stage.connect("ann"), stage.connect("bob")
+    stage.run(hearing.happens, Event.RESTART)
+    stage.overtake(ann, 1)
+    stage.overtake(bob, 1)
+
+    def fail() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(stage.session("ann"), "_send_waiting", fail)
+    stage.run(hearing.happens, Event.STARTED)
+    stage.run(hearing.happens, Event.GIVEN_UP)
+    assert kernel.receive()[0] == "bob"
+    assert ann.close_frame()[0] == 1011
+    monkeypatch.undo()
 
 
 def test_a_watch_for_which_there_is_no_descriptor_leaves_nothing_behind(
@@ -289,7 +327,7 @@ def test_a_watch_for_which_there_is_no_descriptor_leaves_nothing_behind(
     monkeypatch.setattr("fastwire.relay.DisconnectWatch", fail)
     kernel = Kernel(context, tcp=True)
     with pytest.raises(OSError, match="Too many open files"):
-        stage.start(kernel, on_disconnect=lambda: None)
+        stage.start(kernel, on_doubt=lambda: None)
     assert all(sock.closed for sock in stage.sockets)
     kernel.close()
 
@@ -358,6 +396,23 @@ def test_the_end_of_a_kernel(stage: Stage, kernel: Kernel, transport: bool) -> N
     for client in (ann, bob):
         client.send(close_frame(1011))
         assert client.ended()
+
+
+@pytest.mark.parametrize("end", ["the kernel's", "the session's"])
+def test_messages_that_have_not_reached_a_kernel_are_told_of(stage: Stage, kernel: Kernel, end: str) -> None:
+    """To whoever runs the server, and to the client if it is there."""
+    relay = stage.start(kernel)
+    client = stage.connect("ann")
+    stage.run(relay.hearing.happens, Event.RESTART)
+    stage.overtake(client, 3)
+    if end == "the kernel's":
+        stage.run(relay.close)
+        assert client.close_frame() == (1011, "the kernel was shut down; 3 messages did not reach it")
+    else:
+        leave(stage, client, "drop")
+        stage.run(relay.end_session, stage.session("ann"))
+    assert [line for line in stage.take_logs() if "3 of its messages had not reached the kernel" in line]
+    assert [event for event in events.recent() if event.kind == "unsent" and event.client == "ann"]
 
 
 def test_nothing_of_an_ended_session_is_kept_for_later(stage: Stage, kernel: Kernel) -> None:

@@ -502,8 +502,17 @@ def test_what_is_wrong_is_said_in_one_line(home: Home, option: str, says: str) -
     assert re.fullmatch(f"fastwire: {says}", line), line
 
 
-def test_what_traitlets_refuses_is_one_line_too(home: Home) -> None:
-    assert "Bad config encountered" in refused(home, "--port=many")
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--port=many", "Bad config encountered"),
+        ("--Fastwire.spill_dir=/missing", "Fastwire.spill_dir: there is no directory /missing"),
+        ("--Fastwire.uplink_limit=-1", "'uplink_limit' trait of a Fastwire instance should not be less than 0"),
+    ],
+)
+def test_what_traitlets_refuses_is_one_line_too(home: Home, option: str, says: str) -> None:
+    """At the start, and not when the first client connects."""
+    assert says in refused(home, option, "--port=0")
 
 
 def test_an_unknown_option_of_an_extension_is_named(home: Home) -> None:

@@ -14,6 +14,8 @@ const KINDS = {
   paused: "Client paused",
   resume: "Client came back",
   expired: "Session ended",
+  unsent: "Requests lost",
+  unproven: "Not heard",
   drop: "Output dropped",
   no_buffers: "No buffers",
   refused: "Messages refused",
