@@ -12,29 +12,17 @@ import zmq
 from hypothesis import strategies as st
 
 from fastwire import _core
+from fastwire.testing import KEY as KEY
+from fastwire.testing import client_frame as client_frame
+from fastwire.testing import header as header
+from fastwire.testing import length_octets as length_octets
+from fastwire.testing import mask_with as mask_with
+from fastwire.testing import message as message
 
-KEY = b"0f1e2d3c-4b5a69788796a5b4c3d2e1f0"
 PATIENCE_MS = 20_000  # how long to wait for what must come; never part of a test's result
 
 
 # -- Jupyter messages ------------------------------------------------------------------------------
-
-
-def header(msg_type: str = "stream", msg_id: str = "id-1", **fields: object) -> bytes:
-    base = {
-        "msg_id": msg_id,
-        "msg_type": msg_type,
-        "username": "ann",
-        "session": "s",
-        "date": "2024-05-06T07:08:09.123456Z",
-        "version": "5.3",
-    }
-    return json.dumps({**base, **fields}).encode()
-
-
-def message(msg_type: str = "stream", msg_id: str = "id-1", content: object = None, *buffers: bytes) -> list[bytes]:
-    """The parts of one message."""
-    return [header(msg_type, msg_id), b"{}", b"{}", json.dumps(content or {}).encode(), *buffers]
 
 
 def wire(signer: "oracle.Signer | _core.Signer", parts: Sequence[bytes], *identities: bytes) -> list[bytes]:
@@ -58,37 +46,6 @@ def client_message(parts: Sequence[bytes], channel: str | None, protocol: str | 
 
 
 # -- frames ----------------------------------------------------------------------------------------
-
-
-def mask_with(data: bytes, mask: bytes) -> bytes:
-    count = len(data)
-    repeated = int.from_bytes((mask * (count // 4 + 1))[:count])
-    return (int.from_bytes(data) ^ repeated).to_bytes(count)
-
-
-def length_octets(second: int, length: int, size: int | None = None) -> bytes:
-    """The second octet and the extended length, in the shortest form or one of ``size`` octets."""
-    if size is None:
-        size = 0 if length < 126 else 2 if length < 1 << 16 else 8
-    return bytes([second | {0: length, 2: 126, 8: 127}[size]]) + (length.to_bytes(size) if size else b"")
-
-
-def client_frame(
-    opcode: int,
-    payload: str | bytes = b"",
-    *,
-    fin: bool = True,
-    rsv: int = 0,
-    mask: bytes | None = b"\x01\x80\xfe\x37",
-    length: int | None = None,
-    length_size: int | None = None,
-) -> bytes:
-    """A frame from a client; ``length`` declares another length than the payload's."""
-    data = payload.encode() if isinstance(payload, str) else payload
-    declared = len(data) if length is None else length
-    head = bytes([opcode | rsv | (0x80 if fin else 0)])
-    head += length_octets(0 if mask is None else 0x80, declared, length_size)
-    return head + data if mask is None else head + mask + mask_with(data, mask)
 
 
 def data_frame(payload: str | bytes) -> bytes:

@@ -6,20 +6,18 @@ the test's thread. Over inproc what a kernel has sent has arrived.
 
 import asyncio
 import contextlib
-import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import oracle
 import pytest
 import tornado.web
 import wsclient
 import zmq
-from builders import KEY, client_message, message, wire
+from builders import KEY, client_message, message
 from conftest import FAILED
 from server import PROTOCOLS, Message
 from tornado.httpserver import HTTPServer
@@ -30,6 +28,7 @@ from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.flow import Limits
 from fastwire.relay import Channel, KernelRelay, Session
+from fastwire.testing import Kernel as Kernel
 from fastwire.transport import Wait
 from fastwire.websocket import Connection, WebSocketHandler
 
@@ -48,87 +47,6 @@ def until(reached: Callable[[], object], what: str) -> None:
 
 
 # -- the kernel ------------------------------------------------------------------------------------
-
-
-class Kernel:
-    """The kernel's end: routers, and a publisher that knows its subscribers. ``narrow``: its shell takes two
-    messages."""
-
-    def __init__(self, context: zmq.Context, *, tcp: bool = False, narrow: bool = False, key: bytes = KEY) -> None:
-        self.context = context
-        self.key = key
-        self.signer = oracle.Signer(key)
-        self.addresses: dict[str, str] = {}
-        self.narrow = narrow
-        kinds = dict.fromkeys(CHANNELS, zmq.ROUTER) | {"iopub": zmq.XPUB}
-        own = "tcp://127.0.0.1:*" if tcp else "inproc://{}-{}"
-        self.sockets = {name: self.bind(name, kind, own.format(name, id(self))) for name, kind in kinds.items()}
-        self.subscribers = 0
-
-    def bind(self, name: str, kind: int, address: str) -> zmq.Socket:
-        sock = self.context.socket(kind)
-        room = 1 if self.narrow and name == "shell" else 0
-        for option, value in {
-            zmq.SNDHWM: 0,
-            zmq.RCVHWM: room,
-            zmq.LINGER: 0,
-            zmq.RCVTIMEO: int(1000 * PATIENCE),
-            zmq.SNDTIMEO: int(1000 * PATIENCE),
-        }.items():
-            sock.setsockopt(option, value)
-        if kind == zmq.XPUB:
-            sock.setsockopt(zmq.XPUB_VERBOSER, 1)
-        else:
-            sock.setsockopt(zmq.ROUTER_HANDOVER, 1)  # as ipykernel does
-        sock.bind(address)
-        self.addresses[name] = sock.getsockopt_string(zmq.LAST_ENDPOINT)
-        return sock
-
-    def open_socket(self, channel: str, identity: bytes | None) -> zmq.Socket:
-        """The relay's end of a channel."""
-        sock = self.context.socket(zmq.SUB if channel == "iopub" else zmq.DEALER)
-        room = 1 if self.narrow and channel == "shell" else 0
-        for option, value in {zmq.SNDHWM: room, zmq.RCVHWM: 0, zmq.LINGER: 0}.items():
-            sock.setsockopt(option, value)
-        if channel == "iopub":
-            sock.subscribe(b"")
-        elif identity is not None:
-            sock.setsockopt(zmq.IDENTITY, identity)
-        sock.setsockopt(zmq.IMMEDIATE, channel == "stdin")
-        sock.connect(self.addresses[channel])
-        return sock
-
-    def joined(self) -> None:
-        """Wait for one more subscriber."""
-        while self.sockets["iopub"].recv() != b"\x01":
-            pass
-
-    def left(self) -> None:
-        while self.sockets["iopub"].recv() != b"\x00":
-            pass
-
-    def publish(self, *parts_of_messages: Sequence[bytes]) -> None:
-        for parts in parts_of_messages:
-            self.sockets["iopub"].send_multipart(wire(self.signer, parts, b"topic"))
-
-    def reply(self, to: str, parts: Sequence[bytes], channel: str = "shell") -> None:
-        self.sockets[channel].send_multipart(wire(self.signer, parts, to.encode()))
-
-    def receive(self, channel: str = "shell") -> tuple[str, list[bytes]]:
-        """``(from whom, parts)`` of the next message, its signature checked."""
-        (identity,), signature, parts = _core.split_identities(self.sockets[channel].recv_multipart())
-        oracle.Signer(self.key).verify(signature, parts)
-        return identity.decode(), parts
-
-    def ids(self, count: int, channel: str = "shell") -> list[str]:
-        return [json.loads(self.receive(channel)[1][0])["msg_id"] for _ in range(count)]
-
-    def silent(self, channel: str = "shell") -> bool:
-        return not self.sockets[channel].poll(0)
-
-    def close(self) -> None:
-        for sock in self.sockets.values():
-            sock.close()
 
 
 def stream(*numbers: int, size: int = 10) -> list[list[bytes]]:

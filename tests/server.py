@@ -6,14 +6,13 @@ WebSocket of one kernel. Nothing here waits longer than `PATIENCE`, and no durat
 
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -31,6 +30,7 @@ from websockets.exceptions import ConnectionClosed
 
 import fastwire
 from fastwire._core import OP_CLOSE, OP_PING, OP_PONG, PROTOCOL_V1
+from fastwire.testing import free_port as free_port
 
 ROOT = Path(fastwire.__file__).parents[1]
 TOKEN = "a-token-of-the-tests"
@@ -71,15 +71,6 @@ def until(reached: Callable[[], object], what: str) -> None:
     while not reached():
         assert time.monotonic() < end, f"not within {PATIENCE} s: {what}"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    """A port that was free a moment ago, not of those that systems give to whoever asks for any."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 # -- the server ------------------------------------------------------------------------------------

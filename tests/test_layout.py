@@ -35,6 +35,7 @@ ROOMS = (
     "writing",
     "conversation",
     "websocket",
+    "testing",
     "relay",
     "metrics",
     "session",

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 import pytest
 import zmq
-from builders import client_message, message, wire
+from builders import client_message, message
 from relay_stage import Kernel, Stage, both_protocols, leave, stream, until
 from wsclient import PATIENCE, close_frame
 
@@ -226,7 +226,7 @@ def test_heard_tells_that_the_subscription_works(stage: Stage, kernel: Kernel, m
     relay = stage.start(kernel, on_doubt=lambda: None)
     assert not relay.hearing.heard
     welcome = message("iopub_welcome", "w", {"subscription": ""})  # JEP 65; ipykernel sends it without a topic
-    kernel.sockets["iopub"].send_multipart(wire(kernel.signer, welcome))
+    kernel.sockets["iopub"].send_multipart(kernel.wire(welcome))
     until(lambda: relay.hearing.heard, "it was heard")
     move(stage, moved)
     assert not relay.hearing.heard, "the new subscription is not proven"
