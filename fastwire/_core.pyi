@@ -38,9 +38,9 @@ def build_info() -> dict[str, str]:
     ("sha-ni" or "portable"), ``cython``, ``compiler``."""
 
 def live() -> dict[str, int]:
-    """Objects alive now, by kind: ``messages``, ``zmq_messages``, ``blocks``, ``buffers``.
+    """Objects alive now, by kind: ``messages``, ``zmq_messages``, ``blocks``, ``buffers``, ``records``.
 
-    All return to zero when no batch, frames, parser or queue is held: the tests fail on a leak.
+    All return to zero when no batch, frames, parser, queue or uplink is held: the tests fail on a leak.
     """
 
 def counters() -> dict[tuple[str, str, str], int]:
@@ -536,20 +536,25 @@ class Uplink:
 
         Returns a set of bits: 1 << index in ("shell", "control", "stdin") for each socket that was sent to and has
         something to read: sending can swallow the edge of its descriptor. Raises MalformedMessage for the first
-        message that is not one; it has been taken, and the bits come with the next call. Raises SocketClosed.
+        message that is not one, and SocketClosed; that message has been taken, and the bits come with the next call.
+        Any other error (MemoryError, RuntimeError while this uplink is sending) leaves the message in the parser.
         """
     def send(self, opcode: int, payload: str | Buffer) -> int:
         """The same for one message that is already in Python's hands."""
     def retry(self) -> int:
         """Send again what waits; the result is that of `relay`."""
     def adopt(self, other: Uplink) -> None:
-        """Take over what waits in another uplink, before what waits here, and its count of `sent`: the client has a
-        new socket, or the kernel a new key (what waits is signed anew). The other is empty afterwards."""
+        """Take over what waits in another uplink, before what waits here, and its counts of `sent` and `sending_bytes`:
+        the client has a new socket, or the kernel a new key (what waits is signed anew). The other is empty afterwards.
+        Without memory nothing is taken over."""
     held: bool
     """Requests on shell wait, whether the socket has room or not; control and stdin go on."""
     @property
     def waiting_bytes(self) -> int:
-        """With 64 for each part: a message of many empty buffers is not free."""
+        """What waits here, with 80 for each part: a message of many empty buffers is not free."""
+    @property
+    def sending_bytes(self) -> int:
+        """What libzmq was given and has not passed on to the kernel's TCP, counted the same way."""
     @property
     def waiting_messages(self) -> int: ...
     @property
@@ -565,10 +570,15 @@ class Uplink:
 def script_syscalls(steps: Sequence[tuple[str, str | int]]) -> None:
     """Script the core's system calls: each step is ``(call, outcome)``, call "recv" or "sendmsg", outcome an errno
     name ("EAGAIN", "EINTR", "ENOBUFS", ...), or a number n: let at most n bytes through (0: the call answers 0).
+    Of "zmq_send", a frame for libzmq, n is a descriptor that must be readable before (0: none).
     Steps are used up in order by calls of that name; afterwards calls are real again. [] ends the script."""
 
 def scripted_left() -> int:
     """Steps not used yet: a test asserts 0, so that each fault has fired."""
+
+def fail_allocation(number: int) -> None:
+    """Let the core's allocation of that number, from now on, fail; 0 ends the script. Those of Python's objects are
+    not among them."""
 
 def force_portable(portable: bool) -> None:
     """Use the portable SHA-256 although the CPU could do better."""

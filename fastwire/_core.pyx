@@ -19,7 +19,7 @@ from cpython.sequence cimport PySequence_Fast
 from cpython.unicode cimport PyUnicode_DecodeUTF8, PyUnicode_GET_LENGTH
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport free
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -29,6 +29,7 @@ from errno import errorcode
 
 from fastwire.errors import (
     DuplicateSignature,
+    FastwireError,
     InvalidPayload,
     InvalidSignature,
     MalformedMessage,

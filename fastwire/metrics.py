@@ -60,7 +60,7 @@ def client_numbers(session: Session) -> dict[str, Any]:
         "unacknowledged_bytes": connection.written - connection.received if connection is not None else 0,
         "kept_bytes": session.outbox.memory,
         "spilled_bytes": session.outbox.spilled_bytes,
-        "uplink_bytes": session.uplink.waiting_bytes,
+        "uplink_bytes": session.uplink_bytes,
         "sent_messages": messages,
         "sent_bytes": queue.written if queue is not None else 0,
         "flush_seconds": seconds,
@@ -250,7 +250,7 @@ METRICS = (
     Metric(
         "fastwire_uplink_waiting_bytes",
         "gauge",
-        "Bytes of clients' messages that wait for their kernels.",
+        "Bytes of clients' messages that their kernels have not taken, libzmq's queues included.",
         sum_over_clients("uplink_bytes"),
     ),
     # What became of what waited.

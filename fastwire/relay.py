@@ -42,7 +42,7 @@ from fastwire._core import (
 )
 from fastwire.errors import MessageError, SocketClosed
 from fastwire.events import note
-from fastwire.flow import Limits, resume_time
+from fastwire.flow import KIB, Limits, resume_time
 from fastwire.hearing import Event, Hearing
 from fastwire.notices import NOBODY, Neighbour, local_batch
 from fastwire.outbox import Budgets, Outbox, Result, Sent
@@ -66,6 +66,12 @@ LONGEST_NAME = 16
 
 #: Seconds that a kernel has to connect a stdin socket.
 STDIN_PATIENCE = 5.0
+
+#: Bytes on their way to a kernel that nobody counts: those of a request are gone in a moment.
+UPLINK_FREE = 64 * KIB
+
+#: Seconds until somebody looks how many are left of those that are counted, and at most, when nothing moves.
+UPLINK_LOOK, UPLINK_LOOK_SELDOM = 0.01, 0.32
 
 #: ``open_socket(channel, identity)`` connects a ZMQ socket to the kernel.
 OpenSocket = Callable[[str, bytes | None], "zmq.Socket[bytes]"]
@@ -538,7 +544,8 @@ class Session:
         self.identity = identity
         #: Whose session it is: nobody else may continue it.
         self.user = user
-        self.outbox = Outbox(relay.limits, relay.budgets.of(user), run_aside)
+        self._budget = relay.budgets.of(user)
+        self.outbox = Outbox(relay.limits, self._budget, run_aside)
         self.outbox.on_ready = self._pump
         self.outbox.on_drop = self._on_drop
         self.connection: Connection | None = None
@@ -554,6 +561,10 @@ class Session:
         self._high_water = relay.limits.high_water
         self._allowed: frozenset[str] = frozenset()
         self._expiry: asyncio.TimerHandle | None = None
+        self._charged = 0
+        self._uplink_free = min(UPLINK_FREE, relay.limits.uplink_limit)
+        self._look: asyncio.TimerHandle | None = None
+        self._look_again_after = UPLINK_LOOK
         self._loop = asyncio.get_running_loop()
         self._paused = False
         self._closed = False
@@ -641,6 +652,11 @@ class Session:
     def uplink(self) -> Uplink:
         """What goes to the kernel."""
         return self._uplink
+
+    @property
+    def uplink_bytes(self) -> int:
+        """What the client said and its kernel's TCP has not taken."""
+        return self._uplink.waiting_bytes + self._uplink.sending_bytes
 
     def _note(self, kind: str, text: str) -> None:
         note(kind, text, kernel=self.relay.name, client=self.label)
@@ -893,11 +909,15 @@ class Session:
 
     def _hold_back(self) -> None:
         """At the bound of what may wait for the kernel, leave the client's bytes in its TCP."""
-        over = self._uplink.waiting_bytes > self.relay.limits.uplink_limit
+        uplink_bytes = self.uplink_bytes
+        if uplink_bytes <= self._uplink_free and not self._charged and not self._paused:
+            return
+        self._charge(uplink_bytes)
+        over = uplink_bytes > self._uplink_limit
         if over != self._paused and self.connection is not None:
             self._paused = over
             if over:
-                waiting = self._uplink.waiting_bytes / 1e6
+                waiting = uplink_bytes / 1e6
                 self._note("paused", f"not read for now: {waiting:.1f} MB of its messages wait for the kernel")
                 self.connection.pause_reading()
                 self._start_deadline()
@@ -905,9 +925,30 @@ class Session:
                 self._stop_deadline()
                 self.connection.resume_reading()
 
+    @property
+    def _uplink_limit(self) -> int:
+        """Also the client's part of what all may have waiting."""
+        return min(self.relay.limits.uplink_limit, self._budget.left_for(self._charged))
+
+    def _charge(self, nbytes: int) -> None:
+        """Count what waits for the kernel with what waits for clients. Nobody tells when libzmq has passed some on;
+        so large amounts are looked at again, and small ones, which are gone in a moment, are not counted."""
+        nbytes = nbytes if nbytes > self._uplink_free and not self._closed else 0
+        if nbytes != self._charged:
+            self._budget.take(nbytes - self._charged)
+            self._look_again_after = UPLINK_LOOK if nbytes < self._charged else self._look_again_after
+            self._charged = nbytes
+        if nbytes and self._look is None:
+            self._look = self._loop.call_later(self._look_again_after, self._look_again)
+            self._look_again_after = min(2 * self._look_again_after, UPLINK_LOOK_SELDOM)
+
+    def _look_again(self) -> None:
+        self._look = None
+        self._hold_back()
+
     def _start_deadline(self) -> None:
         self._deadline = self._loop.call_later(
-            self.relay.limits.uplink_deadline, self._on_deadline, self._uplink, self._uplink.sent
+            self.relay.limits.uplink_deadline, self._on_deadline, self._uplink, self._uplink_progress
         )
 
     def _stop_deadline(self) -> None:
@@ -915,9 +956,14 @@ class Session:
             self._deadline.cancel()
             self._deadline = None
 
-    def _on_deadline(self, uplink: Uplink, sent: int) -> None:
+    @property
+    def _uplink_progress(self) -> tuple[int, int]:
+        """Changes when the kernel takes something."""
+        return self._uplink.sent, self._uplink.sending_bytes
+
+    def _on_deadline(self, uplink: Uplink, progress: tuple[int, int]) -> None:
         """The client has been held back for a long time."""
-        if (uplink, sent) != (self._uplink, self._uplink.sent):
+        if (uplink, progress) != (self._uplink, self._uplink_progress):
             self._start_deadline()
         elif self.connection is not None:
             seconds = self.relay.limits.uplink_deadline
@@ -930,6 +976,9 @@ class Session:
         self._closed = True
         self._can_be_asked.set()
         self._stop_deadline()
+        self._charge(0)
+        if self._look is not None:
+            self._look.cancel()
         if self._expiry is not None:
             self._expiry.cancel()
         self._caught_up()

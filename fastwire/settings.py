@@ -145,7 +145,7 @@ class Fastwire(Configurable):
         Limits.uplink_limit,
         min=0,
         config=True,
-        help="Bytes of a client's messages that may wait for a kernel that does not take them; "
+        help="Bytes of a client's messages that a kernel's TCP has not taken, also those in libzmq's queues; "
         "beyond that the client is not read until it does.",
     )
     accept_invalid_signatures = Bool(

@@ -68,6 +68,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     unused = _core.scripted_left()
     _core.script_syscalls([])
+    _core.fail_allocation(0)
     _core.force_portable(False)
     _core.use_pyzmq(False)
     if _core.live() != before:

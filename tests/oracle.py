@@ -560,3 +560,34 @@ class OracleQueue:
     @property
     def pending_bytes(self) -> int:
         return len(self.data) - self.written
+
+
+# -- uplink ----------------------------------------------------------------------------------------
+
+
+class Uplink:
+    """What a client said, and what a kernel must get of it: all, whole, each channel in its order, signed with a key
+    that was in force since the last message came."""
+
+    def __init__(self, key: bytes) -> None:
+        self.keys, self.held, self.said = [key], False, 0
+        self._coming: dict[str, deque[list[bytes]]] = {channel: deque() for channel in CHANNELS}
+        self._oldest = dict.fromkeys(CHANNELS, 0)
+
+    def say(self, channel: str, parts: list[bytes]) -> None:
+        self._coming[channel].append(parts)
+        self.said += 1
+
+    def arrive(self, channel: str, frames: list[bytes]) -> None:
+        delimiter, signature, *parts = frames
+        assert delimiter == DELIMITER
+        expected = self._coming[channel].popleft()
+        assert [*map(json.loads, parts[:4]), *parts[4:]] == [*map(json.loads, expected[:4]), *expected[4:]]
+        since = self._oldest[channel]
+        fitting = [i for i in range(since, len(self.keys)) if Signer(self.keys[i]).sign(parts) == signature]
+        assert fitting, "a key of the past"
+        self._oldest[channel] = fitting[0]
+
+    @property
+    def missing(self) -> int:
+        return sum(map(len, self._coming.values()))

@@ -47,7 +47,7 @@ def test_libzmqs_functions_are_found_in_pyzmqs_wheels() -> None:
 
 
 def test_live_counts_by_kind() -> None:
-    assert _core.live() == {"messages": 0, "zmq_messages": 0, "blocks": 0, "buffers": 0}
+    assert _core.live() == {"messages": 0, "zmq_messages": 0, "blocks": 0, "buffers": 0, "records": 0}
 
 
 @pytest.mark.parametrize(("name", "value"), CONSTANTS.items())

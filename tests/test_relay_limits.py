@@ -19,6 +19,7 @@ from relay_stage import BUDGET, KIB, MIB, Kernel, Stage, both_protocols, leave, 
 
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
+from fastwire.metrics import client_numbers
 from fastwire.outbox import Outbox
 from fastwire.relay import Session
 
@@ -389,6 +390,46 @@ def test_a_kernel_that_prints_without_an_end_is_read_on_all_channels(
     monkeypatch.setattr(stage.relay.iopub, "has_more", lambda: True)
     kernel.reply("ann", message("execute_reply", "reply"))
     assert client.ids(1) == ["reply"]
+
+
+def test_what_libzmq_holds_counts_too(stage: Stage, context: zmq.Context) -> None:
+    """Its sockets have room for any number of messages; their bytes are bounded, and shown."""
+    kernel = Kernel(context)
+    stage.start(kernel, uplink_limit=1 * MIB)
+    client = stage.connect("ann", PROTOCOL_V1)
+    sender = threading.Thread(target=lambda: [client.say(str(n), text="x" * 200_000) for n in range(60)])
+    sender.start()
+    session = stage.session("ann")
+    until(lambda: session._paused, "the client is not read any more")
+    stage.turns()
+    assert session.uplink.waiting_messages == 0, "libzmq has taken them"
+    assert 1 * MIB < session.uplink_bytes < 1 * MIB + 256 * KIB + 400_000, "the limit, a read, and a message"
+    assert client_numbers(session)["uplink_bytes"] == session.uplink_bytes
+    assert session.relay.budgets.total.used >= session.uplink_bytes
+    for number in range(60):
+        assert json.loads(kernel.receive()[1][0])["msg_id"] == str(number)
+    sender.join()
+    until(lambda: not session._paused and session.uplink_bytes == 0, "it is read again")
+    until(lambda: session.relay.budgets.total.used < 64 * KIB, "nothing is counted any more")
+    kernel.close()
+
+
+def test_requests_that_wait_count_for_all(stage: Stage, context: zmq.Context) -> None:
+    """Where the others have used up the memory, a client may have little on its way to a kernel."""
+    kernel = Kernel(context)
+    stage.start(kernel)
+    client = stage.connect("ann", PROTOCOL_V1)
+    session = stage.session("ann")
+    stage.run(session.relay.budgets.total.take, session.relay.limits.total_memory_limit)
+    sender = threading.Thread(target=lambda: [client.say(str(n), text="x" * 200_000) for n in range(60)])
+    sender.start()
+    until(lambda: session._paused, "the client is not read any more")
+    stage.turns()
+    assert 2 * MIB < session.uplink_bytes < 2 * MIB + 256 * KIB + 400_000
+    for number in range(60):
+        assert json.loads(kernel.receive()[1][0])["msg_id"] == str(number)
+    sender.join()
+    kernel.close()
 
 
 @both_protocols

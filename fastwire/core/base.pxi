@@ -1,8 +1,15 @@
 # Spans, memory, counters, the system-call shim and the build's own facts.
 
+cdef extern from "core/memory.h" nogil:
+    void *malloc "fw_malloc"(size_t)
+    void *calloc "fw_calloc"(size_t, size_t)
+    void *realloc "fw_realloc"(void *, size_t)
+    size_t fw_allocations_left
+
 cdef extern from "core/sys.h" nogil:
     enum: FW_RECV
     enum: FW_SENDMSG
+    enum: FW_ZMQ_SEND
     enum: FW_MAX_IOVECS
     struct iovec:
         void *iov_base
@@ -52,9 +59,29 @@ cdef extern from "core/zmq_api.h" nogil:
     void *zmq_msg_data "fw_zmq.msg_data"(fw_zmq_msg *)
     size_t zmq_msg_size "fw_zmq.msg_size"(const fw_zmq_msg *)
     int zmq_msg_more "fw_zmq.msg_more"(const fw_zmq_msg *)
-    int zmq_send "fw_zmq.send"(void *, const void *, size_t, int)
     int zmq_getsockopt "fw_zmq.getsockopt"(void *, int, void *, size_t *)
     int zmq_errno "fw_zmq.errno_"()
+    int fw_zmq_send(fw_zmq_msg *frame, void *socket, int flags)
+
+cdef extern from "core/outgoing.h" nogil:
+    ctypedef struct fw_account:
+        pass
+    ctypedef struct fw_record:
+        fw_record *next
+        size_t cost
+        size_t count
+        fw_span *frames
+    fw_account *fw_account_new()
+    fw_account *fw_account_hold(fw_account *)
+    void fw_account_let_go(fw_account *)
+    size_t fw_account_bytes(const fw_account *)
+    fw_record *fw_record_new(fw_span signature, const fw_span *parts, size_t count)
+    int fw_record_frame(fw_record *, size_t i, fw_zmq_msg *frame)
+    void fw_record_charge(fw_record *, fw_account *)
+    void fw_record_discharge(fw_record *)
+    void fw_record_let_go(fw_record *)
+    void fw_begin_giving(fw_record *)
+    bint fw_end_giving()
 
 cdef extern from *:
     """
@@ -104,6 +131,7 @@ cdef struct Live:
     Py_ssize_t zmq_messages
     Py_ssize_t blocks
     Py_ssize_t buffers
+    Py_ssize_t records      # that an uplink holds; libzmq may hold more
 
 cdef Live alive
 memset(&alive, 0, sizeof(alive))
@@ -115,6 +143,7 @@ def live():
         "zmq_messages": alive.zmq_messages,
         "blocks": alive.blocks,
         "buffers": alive.buffers,
+        "records": alive.records,
     }
 
 
@@ -374,7 +403,7 @@ def build_info():
 # -- for the tests --
 
 def script_syscalls(steps):
-    calls = {"recv": FW_RECV, "sendmsg": FW_SENDMSG}
+    calls = {"recv": FW_RECV, "sendmsg": FW_SENDMSG, "zmq_send": FW_ZMQ_SEND}
     numbers = {name: number for number, name in errorcode.items()}
     fw_script_clear()
     for call, outcome in steps:
@@ -384,7 +413,12 @@ def script_syscalls(steps):
 
 
 def scripted_left():
-    return fw_script_left()
+    return fw_script_left() + fw_allocations_left
+
+
+def fail_allocation(size_t number):
+    global fw_allocations_left
+    fw_allocations_left = number
 
 
 def force_portable(portable):

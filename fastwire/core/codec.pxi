@@ -10,6 +10,8 @@ cdef enum:
     PIECES = 13     # of a message's JSON text: seven fixed ones around six values
     MAX_OFFSETS = 65536     # of a client's message: each part costs far more than the few bytes that declare it
 
+cdef const char *NO_MEMORY = "there is no memory for its parts"
+
 
 cdef int protocol_of(object protocol) except -1:
     if protocol is None:
@@ -125,7 +127,7 @@ cdef const char *v1_split(fw_span payload, uint64_t most, fw_span *channel, Span
             channel.ptr = p + begin
             channel.len = end - begin
         elif spans_add(parts, p + begin, end - begin):
-            return "there is no memory for its parts"
+            return NO_MEMORY
         begin = end
     if not fw_utf8_valid(<const uint8_t *>channel.ptr, channel.len):
         return "its channel is not UTF-8"
@@ -134,6 +136,11 @@ cdef const char *v1_split(fw_span payload, uint64_t most, fw_span *channel, Span
 
 cdef object malformed(const char *problem):
     return MalformedMessage("a client's message was refused: " + problem.decode())
+
+
+cdef object refusal(const char *problem):
+    """Of what was found while a message was taken apart; that memory ran out is not its sender's fault."""
+    return MemoryError() if problem == NO_MEMORY else malformed(problem)
 
 
 def decode_v1(payload):
@@ -148,7 +155,7 @@ def decode_v1(payload):
     try:
         problem = v1_split(span, MAX_OFFSETS, &channel, &parts)
         if problem != NULL:
-            raise malformed(problem)
+            raise refusal(problem)
         return span_bytes(channel).decode(), parts_list(&parts)
     finally:
         free(parts.items)
@@ -382,7 +389,7 @@ cdef const char *legacy_json(fw_span text, bint binary, Message *message) noexce
         return "content must be an object"
     for i in range(4):
         if spans_add(&message.parts, found[i].ptr, found[i].len):
-            return "there is no memory for its parts"
+            return NO_MEMORY
     return NULL
 
 
@@ -415,7 +422,7 @@ cdef const char *legacy_split(fw_span payload, Message *message) noexcept nogil:
             if problem != NULL:
                 return problem
         elif spans_add(&message.parts, p + begin, end - begin):
-            return "there is no memory for its parts"
+            return NO_MEMORY
         begin = end
     return NULL
 
@@ -474,7 +481,7 @@ def decode_legacy(payload):
     try:
         problem = legacy_split(span, &message) if binary else legacy_json(span, False, &message)
         if problem != NULL:
-            raise malformed(problem)
+            raise refusal(problem)
         parts = parts_list(&message.parts)
         if message.text_content:
             parts[3] = content_of_text(message.parts.items[3])

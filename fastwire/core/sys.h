@@ -1,15 +1,19 @@
 /* The core's system calls, through one place that a test can script.
  *
- * A script is a list of outcomes per call, used up in order: an errno, or how many bytes may pass. */
+ * A script is a list of outcomes per call, used up in order: an errno, or how many bytes may pass; of a frame for libzmq
+ * an errno, or the descriptor to wait for before it is sent. */
 #ifndef FW_SYS_H
 #define FW_SYS_H
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+
+#include "zmq_api.h"
 
 #ifndef MSG_NOSIGNAL
 #define MSG_NOSIGNAL 0
@@ -17,7 +21,7 @@
 
 #define FW_MAX_IOVECS 256
 
-enum { FW_RECV = 0, FW_SENDMSG = 1, FW_CALLS = 2 };
+enum { FW_RECV = 0, FW_SENDMSG = 1, FW_ZMQ_SEND = 2, FW_CALLS = 3 };
 
 typedef struct {
     int error;  /* errno to fail with, or 0 */
@@ -98,6 +102,20 @@ static ssize_t fw_sendmsg(int fd, struct iovec *iov, int count) {
             n = sendmsg(fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
         }
         if (n >= 0 || errno != EINTR) return n;
+    }
+}
+
+/* 0, or why libzmq did not take the frame. */
+static int fw_zmq_send(fw_zmq_msg *frame, void *socket, int flags) {
+    for (;;) {
+        fw_step *step = fw_scripted(FW_ZMQ_SEND);
+        int error = step ? step->error : 0;
+        if (step && step->bytes) {
+            struct pollfd turn = {.fd = (int)step->bytes, .events = POLLIN};
+            poll(&turn, 1, -1);
+        }
+        if (!error && fw_zmq.msg_send(frame, socket, flags | FW_ZMQ_DONTWAIT) < 0) error = fw_zmq.errno_();
+        if (error != EINTR) return error;
     }
 }
 

@@ -2,17 +2,118 @@
 
 from collections import deque
 
+# -- sending --
+
+# There is one sender. A message is made a record (core/outgoing.h); what libzmq does not take waits as that record, and
+# is given again as a whole.
+
+cdef struct Line:
+    fw_record *first
+    fw_record *last
+
+
+cdef void line_add(Line *line, fw_record *record) noexcept nogil:
+    record.next = NULL
+    if line.first == NULL:
+        line.first = record
+    else:
+        line.last.next = record
+    line.last = record
+
+
+cdef fw_record *line_pop(Line *line) noexcept nogil:
+    cdef fw_record *record = line.first
+    line.first = record.next
+    return record
+
+
+cdef void line_drop(Line *line) noexcept:
+    while line.first != NULL:
+        let_go(line_pop(line))
+
+
+cdef void let_go(fw_record *record) noexcept:
+    alive.records -= 1
+    fw_record_let_go(record)
+
+
+cdef void line_put_before(Line *line, Line *other) noexcept nogil:
+    """All of ``other``, which is empty afterwards."""
+    if other.first == NULL:
+        return
+    other.last.next = line.first
+    if line.first == NULL:
+        line.last = other.last
+    line.first = other.first
+    other.first = NULL
+
+
 cdef enum:
-    FRAME_COST = 64     # of a Python object that holds a frame: a million empty ones are not free
+    USUAL_FRAMES = 64
+
+# Frames on their way to libzmq. All of a message are made before the first is sent: one that is begun can only be ended
+# by its other frames.
+cdef fw_zmq_msg *outgoing = NULL
+cdef size_t outgoing_room = 0
 
 
-cdef size_t cost_of(list frames) except? 0:
-    """What the parts of a message that waits take, in bytes; its signature may be made anew."""
-    cdef size_t total = 0
-    for frame in frames[2:]:
-        total += FRAME_COST + len(frame)
-    return total
+cdef int make_frames(fw_record *record) except -1:
+    global outgoing, outgoing_room
+    cdef fw_zmq_msg *frames
+    cdef size_t i, room
+    if outgoing_room < record.count:
+        room = max(record.count, <size_t>USUAL_FRAMES)
+        frames = <fw_zmq_msg *>realloc(outgoing, room * sizeof(fw_zmq_msg))
+        if frames == NULL:
+            raise MemoryError
+        outgoing = frames
+        outgoing_room = room
+    for i in range(record.count):
+        if fw_record_frame(record, i, &outgoing[i]):
+            close_outgoing(0, i)
+            raise MemoryError
+    return 0
 
+
+cdef void close_outgoing(size_t begin, size_t end) noexcept nogil:
+    cdef size_t i
+    for i in range(begin, end):
+        zmq_msg_close(&outgoing[i])
+
+
+cdef void trim_outgoing() noexcept:
+    """What one message of 65,000 frames needed is not kept."""
+    global outgoing, outgoing_room
+    if outgoing_room > SPARE_ROOM:
+        free(outgoing)
+        outgoing = NULL
+        outgoing_room = 0
+
+
+cdef int give(void *handle, fw_record *record, int *problem) noexcept nogil:
+    """Gives the frames that were made to libzmq: SENT when it took all of them, and keeps them. FULL: it is to be given
+    them again. ``problem`` is an errno when the socket will take nothing any more."""
+    cdef int result = SENT
+    cdef size_t i
+    cdef int error
+    problem[0] = 0
+    fw_begin_giving(record)
+    for i in range(record.count):
+        error = fw_zmq_send(&outgoing[i], handle, FW_ZMQ_SNDMORE if i + 1 < record.count else 0)
+        if error == 0:
+            continue
+        result = FULL
+        zmq_msg_close(&outgoing[i])
+        # A peer that goes away in the middle takes the begun message with it. libzmq drops its other frames too, and
+        # must be given them to know where the next message begins. Without a peer none is begun.
+        if i == 0 or error != EAGAIN:
+            close_outgoing(i + 1, record.count)
+            problem[0] = error if error != EAGAIN else 0
+            break
+    return FULL if fw_end_giving() else result
+
+
+# -- reading what a client says --
 
 cdef int channel_index(fw_span channel, bint quoted) noexcept nogil:
     """SHELL, CONTROL, STDIN, or -1. Only the default protocol quotes and escapes it."""
@@ -38,7 +139,9 @@ cdef class Uplink:
     cdef int protocol
     cdef Signer signer
     cdef list sockets           # of shell, control, stdin
-    cdef list waiting           # per socket: a deque of multipart messages it had no room for
+    cdef Line waiting[UPLINKS]  # per socket: messages it had no room for
+    cdef fw_account *account    # of what libzmq has; shared with the uplinks before and after this one
+    cdef object tracked         # the same by pyzmq: (MessageTracker, bytes)
     cdef readonly size_t waiting_bytes
     cdef readonly Py_ssize_t waiting_messages
     cdef readonly uint64_t sent
@@ -53,29 +156,54 @@ cdef class Uplink:
         self.protocol = protocol_of(protocol)
         self.signer = signer
         self.sockets = [sockets[channel] for channel in CHANNELS[:UPLINKS]]
-        self.waiting = [deque() for _ in self.sockets]
+        self.tracked = deque()
         self.allowed = frozenset(allowed_message_types)
         self.notes = []
 
+    def __cinit__(self):
+        self.account = fw_account_new()
+        if self.account == NULL:
+            raise MemoryError
+
     def __dealloc__(self):
+        cdef int target
+        for target in range(UPLINKS):
+            line_drop(&self.waiting[target])
+        fw_account_let_go(self.account)
         free(self.message.parts.items)
 
+    cdef int begin(self) except -1:
+        """Python code may run meanwhile, and other threads: hashlib's, pyzmq's, a finalizer."""
+        if self.sending:
+            raise RuntimeError("this uplink is sending: use it from one thread, not from within a call")
+        self.sending = True
+        return 0
+
     def relay(self, FrameParser parser not None):
-        cdef Event *event
-        parser.lend()
+        self.begin()
         try:
-            while True:
-                event = parser.peek()
-                if event == NULL or event.opcode >= CLOSE:
-                    break
-                unmask_event(event)
-                try:
-                    self.pass_on(event.opcode, fixed(event.ptr, event.len))
-                finally:
-                    parser.took()
+            parser.lend()
+            try:
+                self.pass_all(parser)
+            finally:
+                parser.take_back()
+            return self.readable()
         finally:
-            parser.take_back()
-        return self.readable()
+            self.sending = False
+
+    cdef int pass_all(self, FrameParser parser) except -1:
+        cdef Event *event
+        while True:
+            event = parser.peek()
+            if event == NULL or event.opcode >= CLOSE:
+                return 0
+            unmask_event(event)
+            try:
+                self.pass_on(event.opcode, fixed(event.ptr, event.len))
+            except FastwireError:
+                parser.took()  # refused for what it is; anything else leaves it to the next call
+                raise
+            parser.took()
 
     def send(self, int opcode, payload):
         cdef Py_buffer held
@@ -88,22 +216,16 @@ cdef class Uplink:
         try:
             if opcode != BINARY and not fw_utf8_valid(<const uint8_t *>span.ptr, span.len):
                 raise malformed("it is not UTF-8")
-            self.pass_on(opcode, span)
+            self.begin()
+            try:
+                self.pass_on(opcode, span)
+                return self.readable()
+            finally:
+                self.sending = False
         finally:
             release(&held)
-        return self.readable()
 
     cdef int pass_on(self, int opcode, fw_span payload) except -1:
-        # Python code may run in between, and other threads: hashlib's, pyzmq's, a finalizer.
-        if self.sending:
-            raise RuntimeError("this uplink is sending: use it from one thread, not from within a call")
-        self.sending = True
-        try:
-            return self.decode_and_send(opcode, payload)
-        finally:
-            self.sending = False
-
-    cdef int decode_and_send(self, int opcode, fw_span payload) except -1:
         cdef const char *problem
         cdef int target
         cdef bytes text
@@ -117,7 +239,7 @@ cdef class Uplink:
         else:
             problem = legacy_json(payload, False, &self.message)
         if problem != NULL:
-            raise malformed(problem)
+            raise refusal(problem)
         target = channel_index(self.message.channel, self.protocol == LEGACY)
         if target < 0:
             self.note(f"no such channel: {channel_of(self.message.channel, self.protocol == LEGACY)[:64]!r}")
@@ -148,53 +270,90 @@ cdef class Uplink:
 
     cdef int dispatch(self, int target) except -1:
         """Signs the message and sends it, or lets it wait behind those that wait already."""
-        cdef bytes signature = self.signer.hex_signature(self.message.parts.items)
-        cdef Spans *parts = &self.message.parts
-        cdef size_t nbytes = sum_of(parts.items, <Py_ssize_t>parts.count)
-        if not self.waiting[target] and not self.holds(target) and self.send_spans(target, signature) == SENT:
-            self.sent += 1
-            tally(&counted.to_kernels[target], nbytes)
-            return 0
-        if self.sockets[target].closed:
-            raise SocketClosed("the ZMQ socket is closed")
-        counted.waited += 1
-        tally(&counted.to_kernels[target], nbytes)
-        frames = [DELIMITER, signature] + parts_list(parts)
-        self.waiting[target].append(frames)
-        self.waiting_messages += 1
-        self.waiting_bytes += cost_of(frames)
+        cdef fw_span *parts = self.message.parts.items
+        cdef size_t count = self.message.parts.count
+        cdef fw_record *record = self.sign(parts, count)
+        try:
+            if self.waiting[target].first != NULL or self.holds(target) or self.send_record(target, record) == FULL:
+                if self.sockets[target].closed:
+                    raise SocketClosed("the ZMQ socket is closed")
+                counted.waited += 1
+                self.wait(target, record)
+            else:
+                let_go(record)
+        except BaseException:
+            let_go(record)
+            raise
+        tally(&counted.to_kernels[target], sum_of(parts, <Py_ssize_t>count))
         return 0
+
+    cdef fw_record *sign(self, const fw_span *parts, size_t count) except NULL:
+        cdef bytes signature = self.signer.hex_signature(parts)
+        cdef fw_record *record = fw_record_new(
+            fixed(PyBytes_AS_STRING(signature), PyBytes_GET_SIZE(signature)), parts, count
+        )
+        if record == NULL:
+            raise MemoryError
+        alive.records += 1
+        return record
 
     cdef bint holds(self, int target) noexcept:
         return self.held and target == SHELL
 
-    cdef int send_spans(self, int target, bytes signature) except -1:
-        cdef Spans *parts = &self.message.parts
-        cdef void *handle
-        cdef size_t i
-        cdef int flags, result = SENT
-        if not direct_zmq:
-            return self.send_frames(target, [DELIMITER, signature] + parts_list(parts))
+    cdef void wait(self, int target, fw_record *record) noexcept:
+        line_add(&self.waiting[target], record)
+        self.waiting_messages += 1
+        self.waiting_bytes += record.cost
+
+    cdef int send_record(self, int target, fw_record *record) except -1:
+        cdef int result
         self.touched |= 1 << target
-        handle = handle_of(self.sockets[target])
-        if send_part(handle, b"<IDS|MSG>", 9, FW_ZMQ_SNDMORE) == FULL:
-            return FULL
-        # A peer that goes away in the middle takes the begun message with it. libzmq drops its other parts too, and
-        # must be given them to know where the next message begins; then this one is sent again as a whole.
-        if send_part(handle, PyBytes_AS_STRING(signature), PyBytes_GET_SIZE(signature), FW_ZMQ_SNDMORE) == FULL:
-            result = FULL
-        for i in range(parts.count):
-            flags = FW_ZMQ_SNDMORE if i + 1 < parts.count else 0
-            if send_part(handle, parts.items[i].ptr, parts.items[i].len, flags) == FULL:
-                result = FULL
+        result = self.send_directly(target, record) if direct_zmq else self.send_by_pyzmq(target, record)
+        self.sent += result == SENT
         return result
 
-    cdef int send_frames(self, int target, list frames) except -1:
-        self.touched |= 1 << target
-        if self.sockets[target].closed:
+    cdef int send_directly(self, int target, fw_record *record) except -1:
+        cdef int problem, result
+        cdef void *handle = handle_of(self.sockets[target])
+        make_frames(record)
+        # From here to the last frame nothing of Python's runs.
+        fw_record_charge(record, self.account)
+        result = give(handle, record, &problem)
+        trim_outgoing()
+        if result == FULL:
+            fw_record_discharge(record)
+        if problem:
+            raise zmq_problem(problem)
+        return result
+
+    cdef int send_by_pyzmq(self, int target, fw_record *record) except -1:
+        cdef size_t i
+        cdef int result = SENT
+        socket = self.sockets[target]
+        if socket.closed:
             raise SocketClosed("the ZMQ socket is closed")
+        frames = [span_bytes(record.frames[i]) for i in range(record.count)]
+        last = zmq.Frame(frames.pop(), track=True, copy=False, copy_threshold=0)
+        self.tracked.append((last.tracker, record.cost))
         try:
-            self.sockets[target].send_multipart(frames, zmq.DONTWAIT)
+            for frame in frames:
+                result |= self.send_frame(socket, frame, zmq.SNDMORE)
+                if result == FULL and frame is frames[0]:
+                    break
+            else:
+                result |= self.send_frame(socket, last, 0)
+        except BaseException:
+            # A message that is begun and cannot be ended would swallow the next one.
+            socket.close()
+            self.tracked.pop()
+            raise
+        if result == FULL:
+            self.tracked.pop()
+        return result
+
+    cdef int send_frame(self, socket, frame, int flags) except -1:
+        try:
+            socket.send(frame, flags | zmq.DONTWAIT, copy=isinstance(frame, bytes))
         except zmq.Again:
             return FULL
         except zmq.ZMQError as error:
@@ -203,36 +362,55 @@ cdef class Uplink:
 
     def retry(self):
         cdef int target
-        for target in range(UPLINKS):
-            self.send_waiting(target)
-        return self.readable()
+        self.begin()
+        try:
+            for target in range(UPLINKS):
+                self.send_waiting(target)
+            return self.readable()
+        finally:
+            self.sending = False
 
     cdef int send_waiting(self, int target) except -1:
         """The number of messages that a socket has taken now."""
+        cdef Line *line = &self.waiting[target]
         cdef int taken = 0
-        queue = self.waiting[target]
-        if queue and self.sockets[target].closed:
+        cdef fw_record *record
+        if line.first != NULL and self.sockets[target].closed:
             raise SocketClosed("the ZMQ socket is closed")
-        while queue and not self.holds(target):
-            frames = queue[0]
-            if self.send_frames(target, frames) == FULL:
+        while line.first != NULL and not self.holds(target):
+            if self.send_record(target, line.first) == FULL:
                 break
-            queue.popleft()
-            taken += 1
-            self.sent += 1
+            record = line_pop(line)
             self.waiting_messages -= 1
-            self.waiting_bytes -= cost_of(frames)
+            self.waiting_bytes -= record.cost
+            let_go(record)
+            taken += 1
         return taken
 
     def adopt(self, Uplink other not None):
         if other is self:
             return
-        for mine, theirs in zip(self.waiting, other.waiting):
-            if self.signer is not other.signer:  # a kernel that came back may have another key
-                for frames in theirs:
-                    frames[1] = self.signer.sign(frames[2:])
-            mine.extendleft(reversed(theirs))
-            theirs.clear()
+        self.begin()
+        try:
+            other.begin()
+            try:
+                self.take_over(other)
+            finally:
+                other.sending = False
+        finally:
+            self.sending = False
+
+    cdef int take_over(self, Uplink other) except -1:
+        cdef int target
+        if self.signer is not other.signer:  # a kernel that came back may have another key
+            other.sign_anew(self.signer)
+        for target in range(UPLINKS):
+            line_put_before(&self.waiting[target], &other.waiting[target])
+        if fw_account_bytes(self.account) == 0:
+            fw_account_let_go(self.account)
+            self.account = fw_account_hold(other.account)
+        self.tracked.extendleft(reversed(other.tracked))
+        other.tracked.clear()
         self.waiting_bytes += other.waiting_bytes
         self.waiting_messages += other.waiting_messages
         self.sent += other.sent
@@ -241,16 +419,43 @@ cdef class Uplink:
         other.waiting_messages = 0
         other.sent = 0
         other.touched = 0
+        return 0
+
+    cdef int sign_anew(self, Signer signer) except -1:
+        """What waits: all of it or, without memory, nothing."""
+        cdef Line lines[UPLINKS]
+        cdef fw_record *record
+        cdef int target
+        cdef size_t nbytes = 0
+        memset(lines, 0, sizeof(lines))
+        before, self.signer = self.signer, signer
+        try:
+            for target in range(UPLINKS):
+                record = self.waiting[target].first
+                while record != NULL:
+                    line_add(&lines[target], self.sign(record.frames + 2, record.count - 2))
+                    nbytes += lines[target].last.cost
+                    record = record.next
+        except BaseException:
+            self.signer = before
+            for target in range(UPLINKS):
+                line_drop(&lines[target])
+            raise
+        self.waiting_bytes = nbytes
+        for target in range(UPLINKS):
+            line_drop(&self.waiting[target])
+            self.waiting[target] = lines[target]
+        return 0
 
     cdef int readable(self) except -1:
         """Which of the sockets that were sent to have something to read: their descriptor may have lost its edge. So
         may one that has room again for messages that wait: those are sent until it is full."""
         cdef int target, events, result = 0
         for target in range(UPLINKS):
-            if not self.touched & (1 << target) and not self.waiting[target]:
+            if not self.touched & (1 << target) and self.waiting[target].first == NULL:
                 continue
             events = self.events_of(target)
-            while events & FW_ZMQ_POLLOUT and self.waiting[target] and self.send_waiting(target):
+            while events & FW_ZMQ_POLLOUT and self.waiting[target].first != NULL and self.send_waiting(target):
                 events = self.events_of(target)
             if events & FW_ZMQ_POLLIN:
                 result |= 1 << target
@@ -274,18 +479,16 @@ cdef class Uplink:
         return events
 
     @property
+    def sending_bytes(self):
+        cdef size_t nbytes = fw_account_bytes(self.account)
+        while self.tracked and self.tracked[0][0].done:
+            self.tracked.popleft()
+        for _, cost in self.tracked:
+            nbytes += cost
+        return nbytes
+
+    @property
     def ignored(self):
         notes = self.notes
         self.notes = []
         return notes
-
-
-cdef int send_part(void *handle, const void *data, size_t length, int flags) except -1:
-    cdef int problem
-    while zmq_send(handle, data, length, flags | FW_ZMQ_DONTWAIT) < 0:
-        problem = zmq_errno()
-        if problem == EAGAIN:
-            return FULL
-        if problem != EINTR:
-            raise zmq_problem(problem)
-    return SENT
