@@ -24,7 +24,7 @@ COMPILE = echo "compiling the core"; if $(RUN) -c 'import Cython' 2>/dev/null; \
 TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs etc fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test conformance lint format bench bench-core bench-check load sanitize coverage soak fuzz upstream nightly docs dist clean
+.PHONY: help install serve test portable conformance lint format bench bench-core bench-check load sanitize coverage soak fuzz upstream nightly docs dist clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -52,6 +52,11 @@ serve: $(SERVING) ## a Jupyter server on fastwire: make serve ARGS="--port 9999"
 
 test: install ## all tests, or some: make test ARGS="tests/test_core_signer.py -k sha"
 	$(RUN) -m pytest $(ARGS)
+
+portable: install ## the core's tests on a core without SSE2 and SHA instructions, in build/portable
+	$(COPY) \
+	&& FASTWIRE_PORTABLE=1 $(RUN) setup.py --quiet build_ext --inplace \
+	&& PYTHONPATH=. $(RUN) -m pytest --timeout=300 $(or $(ARGS),-q tests/test_core*.py)
 
 conformance: install ## RFC 6455 case by case: make conformance ARGS="--targets fastwire,tornado -v"
 	$(RUN) tests/conformance $(ARGS)

@@ -8,6 +8,7 @@ Switches, from the environment (each flavour has its own build directory):
     FASTWIRE_SANITIZE=address,undefined   compiled with these sanitizers
     FASTWIRE_COVERAGE=1                   gcov counters, for tools/core_coverage.py
     FASTWIRE_FUZZ=1                       clang, with libFuzzer's edge counters
+    FASTWIRE_PORTABLE=1                   without the instructions that only some CPUs have
 """
 
 import os
@@ -20,8 +21,8 @@ if sys.platform == "win32":
 from Cython.Compiler import Options
 from setuptools import Distribution, Extension, setup
 
-DEBUG, SANITIZE, COVERAGE, FUZZ = (
-    os.environ.get(f"FASTWIRE_{name}", "") for name in ("DEBUG", "SANITIZE", "COVERAGE", "FUZZ")
+DEBUG, SANITIZE, COVERAGE, FUZZ, PORTABLE = (
+    os.environ.get(f"FASTWIRE_{name}", "") for name in ("DEBUG", "SANITIZE", "COVERAGE", "FUZZ", "PORTABLE")
 )
 
 # Cython's output has unused parameters and functions by design.
@@ -53,6 +54,9 @@ def flavour() -> tuple[str, list[str], list[str]]:
         names += ["coverage"]
         compiler += ["--coverage", "-O0", *UNOPTIMISED]
         linker += ["--coverage"]
+    if PORTABLE:
+        names += ["portable"]
+        compiler += ["-DFW_PORTABLE"]
     if DEBUG:
         names += ["debug"]
         compiler += ["-O0", *UNOPTIMISED]

@@ -35,7 +35,7 @@ FLUSH_DEAD: Final = 4
 
 def build_info() -> dict[str, str]:
     """What this build uses: ``version``, ``zmq`` ("direct" or "pyzmq"), ``libzmq``, ``sha256``
-    ("sha-ni" or "portable"), ``cython``, ``compiler``."""
+    ("sha-ni", "armv8", or "portable": C for what is short, OpenSSL for the rest), ``cython``, ``compiler``."""
 
 def live() -> dict[str, int]:
     """Objects alive now, by kind: ``messages``, ``zmq_messages``, ``blocks``, ``buffers``, ``records``.
@@ -149,8 +149,8 @@ def decode_legacy(payload: str | Buffer) -> tuple[str, list[bytes]]:
 
 def check_json(text: Buffer) -> None:
     """The scanner behind the decoders on its own: one JSON text as Python's `json.loads` takes it
-    (NaN and infinities included), nesting to 1,000, whitespace around it allowed, in UTF-8. Raises
-    MalformedMessage."""
+    (NaN and infinities included, integers of at most `sys.get_int_max_str_digits` digits), nesting to 1,000, whitespace
+    around it allowed, in UTF-8. Raises MalformedMessage."""
 
 def header_fields(header: Buffer) -> tuple[str, str]:
     """``(msg_id, msg_type)`` of a header's JSON text, by the rules of `json.loads` (unescaped keys, last one wins).
@@ -581,7 +581,10 @@ def fail_allocation(number: int) -> None:
     not among them."""
 
 def force_portable(portable: bool) -> None:
-    """Use the portable SHA-256 although the CPU could do better."""
+    """Sign as a CPU without SHA instructions does. ``make portable`` builds without the others too."""
+
+def longest_probe(signer: Signer) -> int:
+    """The most slots of its history's table that a search for a digest in it looks at."""
 
 def receive_and_drop(socket: zmq.Socket[bytes]) -> int:
     """Receive and drop every message that waits; returns how many. For benchmarks: what receiving alone costs."""

@@ -48,7 +48,7 @@ def prepared(name: str) -> Callable[[memoryview], None]:
 
 
 def lift_limits() -> None:
-    """Nesting and long integers are refused by Python's json for reasons the core does not have."""
+    """Nesting is refused by Python's json for reasons the core does not have, long integers by both or by neither."""
     sys.setrecursionlimit(20_000)
     sys.set_int_max_str_digits(0)
 

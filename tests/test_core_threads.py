@@ -43,8 +43,8 @@ def ends(context: zmq.Context) -> tuple[zmq.Socket, zmq.Socket]:
     return builders.zmq_pair(context)
 
 
-def uplink_to(server: zmq.Socket) -> _core.Uplink:
-    return _core.Uplink(None, _core.Signer(builders.KEY, SCHEME), dict.fromkeys(oracle.CHANNELS, server))
+def uplink_to(server: zmq.Socket, scheme: str = SCHEME) -> _core.Uplink:
+    return _core.Uplink(None, _core.Signer(builders.KEY, scheme), dict.fromkeys(oracle.CHANNELS, server))
 
 
 def cells(count: int) -> list[str]:
@@ -52,8 +52,8 @@ def cells(count: int) -> list[str]:
     return [client_message(parts, "shell", None) for parts in messages]
 
 
-def expected(text: str) -> list[bytes]:
-    return builders.wire(oracle.Signer(builders.KEY, SCHEME), oracle.decode_legacy(text)[1])
+def expected(text: str, scheme: str = SCHEME) -> list[bytes]:
+    return builders.wire(oracle.Signer(builders.KEY, scheme), oracle.decode_legacy(text)[1])
 
 
 def received(kernel: zmq.Socket, count: int) -> list[list[bytes]]:
@@ -146,22 +146,24 @@ def test_the_callers_list_changes_while_it_is_signed(meanwhile: Meanwhile) -> No
     assert parts == []
 
 
-def test_threads_with_a_loop_each(context: zmq.Context) -> None:
+@pytest.mark.parametrize("scheme", [SCHEME, "hmac-sha256"])
+def test_threads_with_a_loop_each(context: zmq.Context, scheme: str) -> None:
     """Two servers in one process: their parsers share the read buffer, their drains the list of frames."""
+    _core.force_portable(True)  # HMAC-SHA256 of what is long is hashlib's then
     count = 150
     failures: list[object] = []
 
     def serve(kernel: zmq.Socket, server: zmq.Socket, mark: str) -> None:
-        signer = oracle.Signer(builders.KEY, SCHEME)
+        signer = oracle.Signer(builders.KEY, scheme)
         code = mark * 20_000  # over 2,047 bytes hashlib lets others run
-        uplink, parser = uplink_to(server), _core.FrameParser()
-        own = _core.Signer(builders.KEY, SCHEME)
+        uplink, parser = uplink_to(server, scheme), _core.FrameParser()
+        own = _core.Signer(builders.KEY, scheme)
         for i in range(count):
             cell = client_message(message("execute_request", content={"code": code, "number": i}), "shell", None)
             parser.feed(data_frame(cell))
             uplink.relay(parser)
             got = kernel.recv_multipart()
-            if got[1:] != expected(cell):
+            if got[1:] != expected(cell, scheme):
                 failures.append((mark, "to the kernel", i))
             parts = message("stream", content={"text": code, "number": i})
             kernel.send_multipart([got[0], *builders.wire(signer, parts)])

@@ -26,7 +26,7 @@ cdef extern from "core/sha256.h" nogil:
     ctypedef struct fw_span:
         const void *ptr
         size_t len
-    int fw_sha256_select(int portable)
+    const char *fw_sha256_select(int portable)
     void fw_hmac_init(fw_hmac_key *k, const uint8_t *key, size_t n)
     void fw_hmac(const fw_hmac_key *k, const fw_span *spans, size_t count, uint8_t *digest)
     void fw_hex(const uint8_t *data, size_t n, char *out)
@@ -370,7 +370,7 @@ cdef int spans_add(Spans *spans, const void *ptr, size_t length) noexcept nogil:
 # -- what this build is --
 
 cdef bint direct_zmq = False
-cdef bint sha_instructions = False
+cdef const char *sha_instructions = NULL     # their name
 
 
 def _find_libzmq():
@@ -394,7 +394,7 @@ def build_info():
         "version": __version__,
         "zmq": "direct" if direct_zmq else "pyzmq",
         "libzmq": zmq.zmq_version(),
-        "sha256": "sha-ni" if sha_instructions else "portable",
+        "sha256": "portable" if sha_instructions == NULL else sha_instructions.decode(),
         "cython": CYTHON_ABI.decode().replace("_", "."),
         "compiler": FW_COMPILER.decode(),
     }

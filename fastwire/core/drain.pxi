@@ -807,7 +807,7 @@ cdef Batch drain_directly(socket, str channel, Signer signer, Py_ssize_t max_mes
             batch.add_zmq(signer, permissive, incoming, count)
         finally:
             close_frames(incoming)
-        may_be_closed |= signer.scheme == HASHLIB or batch.reasons is not None or batch.store.kept is not None
+        may_be_closed |= signer.runs_python() or batch.reasons is not None or batch.store.kept is not None
         if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
             counted.budget_hits += 1
             batch.more = True

@@ -62,18 +62,34 @@ cdef inline const uint8_t *skip_digits(const uint8_t *p, const uint8_t *end) noe
     return p if p > start else NULL
 
 
+cdef enum:
+    ALWAYS_INTEGER = 640    # digits that Python's limit allows at the least (sys.int_info.str_digits_check_threshold)
+
+
+cdef bint too_many_digits(Py_ssize_t digits) noexcept with gil:
+    """For an integer in Python now: a program may change the limit, 0 is none."""
+    cdef Py_ssize_t most = sys.get_int_max_str_digits()
+    return most and digits > most
+
+
 cdef const uint8_t *skip_number(const uint8_t *p, const uint8_t *end) noexcept nogil:
+    cdef const uint8_t *digits
     if p[0] == 45:
         p += 1
         if end - p >= 8 and memcmp(p, b"Infinity", 8) == 0:
             return p + 8
+    digits = p
     if p < end and p[0] == 48:
         p += 1
     else:
         p = skip_digits(p, end)
         if p == NULL:
             return NULL
-    if p < end and p[0] == 46:
+    if p == end or (p[0] != 46 and (p[0] | 0x20) != 101):
+        if p - digits > ALWAYS_INTEGER and too_many_digits(p - digits):
+            return NULL
+        return p
+    if p[0] == 46:
         p = skip_digits(p + 1, end)
         if p == NULL:
             return NULL

@@ -2,11 +2,16 @@
 
 import hashlib
 import hmac
+import secrets
 
 cdef enum:
     UNSIGNED
     SHA256
     HASHLIB
+
+# Without SHA instructions, from so many bytes on, OpenSSL's assembly gains more than the call of hashlib costs.
+cdef enum:
+    OPENSSL_FROM = 2048
 
 # What `Signer.judge` says of a signature.
 cdef enum:
@@ -16,22 +21,32 @@ cdef enum:
 
 
 # The last ``limit`` digests: a ring in the order they came, and an open-addressed table into it. The first eight
-# bytes of a keyed digest stand for it: nobody without the key can make two that agree.
+# bytes of a keyed digest stand for it: nobody without the key can make two that agree. A kernel has the key, and may
+# choose messages whose digests agree in some bits: which bits make a slot, it cannot know.
 cdef struct History:
     uint64_t *ring
     uint32_t *table     # index into the ring plus one, 0 is free
     uint32_t mask       # of the table's size, a power of two at least twice the ring's
+    uint32_t shift      # of a product's upper bits, as many as make a slot
     uint32_t room       # of the ring
     uint32_t count
     uint32_t oldest
     uint32_t limit
 
 
+cdef uint64_t slot_multiplier = int.from_bytes(secrets.token_bytes(8), "little") | 1
+
+
+cdef inline uint32_t history_home(const History *h, uint64_t digest) noexcept nogil:
+    """The slot where a search begins. Multiplicative hashing with a multiplier nobody knows is universal."""
+    return <uint32_t>((digest * slot_multiplier) >> h.shift)
+
+
 cdef bint history_has(const History *h, uint64_t digest) noexcept nogil:
     cdef uint32_t slot
     if h.count == 0:
         return False
-    slot = <uint32_t>digest & h.mask
+    slot = history_home(h, digest)
     while h.table[slot]:
         if h.ring[h.table[slot] - 1] == digest:
             return True
@@ -40,7 +55,7 @@ cdef bint history_has(const History *h, uint64_t digest) noexcept nogil:
 
 
 cdef void history_index(History *h, uint32_t position) noexcept nogil:
-    cdef uint32_t slot = <uint32_t>h.ring[position] & h.mask
+    cdef uint32_t slot = history_home(h, h.ring[position])
     while h.table[slot]:
         slot = (slot + 1) & h.mask
     h.table[slot] = position + 1
@@ -48,7 +63,7 @@ cdef void history_index(History *h, uint32_t position) noexcept nogil:
 
 cdef void history_forget_oldest(History *h) noexcept nogil:
     """Takes the oldest digest out of the table, moving up those that had to probe past it."""
-    cdef uint32_t slot = <uint32_t>h.ring[h.oldest] & h.mask
+    cdef uint32_t slot = history_home(h, h.ring[h.oldest])
     cdef uint32_t gap, home
     while h.table[slot] != h.oldest + 1:
         slot = (slot + 1) & h.mask
@@ -57,7 +72,7 @@ cdef void history_forget_oldest(History *h) noexcept nogil:
         slot = (slot + 1) & h.mask
         if h.table[slot] == 0:
             break
-        home = <uint32_t>h.ring[h.table[slot] - 1] & h.mask
+        home = history_home(h, h.ring[h.table[slot] - 1])
         if ((slot - home) & h.mask) >= ((slot - gap) & h.mask):
             h.table[gap] = h.table[slot]
             gap = slot
@@ -67,6 +82,7 @@ cdef void history_forget_oldest(History *h) noexcept nogil:
 cdef int history_grow(History *h) noexcept nogil:
     cdef uint32_t room = h.room * 2 if h.room else 64
     cdef uint32_t slots = 1
+    cdef uint32_t bits = 0
     cdef uint32_t i
     cdef uint64_t *ring
     cdef uint32_t *table
@@ -74,6 +90,7 @@ cdef int history_grow(History *h) noexcept nogil:
         room = h.limit
     while slots < 2 * room:
         slots *= 2
+        bits += 1
     ring = <uint64_t *>realloc(h.ring, room * sizeof(uint64_t))
     if ring == NULL:
         return -1
@@ -84,10 +101,23 @@ cdef int history_grow(History *h) noexcept nogil:
     free(h.table)
     h.table = table
     h.mask = slots - 1
+    h.shift = 64 - bits
     h.room = room
     for i in range(h.count):
         history_index(h, i)
     return 0
+
+
+cdef uint32_t history_longest_probe(const History *h) noexcept nogil:
+    """The most slots that a search for a digest that is there looks at."""
+    cdef uint32_t slot, probes, longest = 0
+    if h.count == 0:
+        return 0
+    for slot in range(h.mask + 1):
+        if h.table[slot]:
+            probes = ((slot - history_home(h, h.ring[h.table[slot] - 1])) & h.mask) + 1
+            longest = max(longest, probes)
+    return longest
 
 
 cdef int history_add(History *h, uint64_t digest) noexcept nogil:
@@ -135,6 +165,7 @@ cdef class Signer:
         keyed = _keyed(key, signature_scheme)
         self.signature_scheme = signature_scheme
         self.history.limit = history_size
+        self.keyed = keyed
         if not key:
             self.scheme = UNSIGNED
         elif signature_scheme == "hmac-sha256":
@@ -142,7 +173,6 @@ cdef class Signer:
             fw_hmac_init(&self.key, <const uint8_t *>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
         else:
             self.scheme = HASHLIB
-            self.keyed = keyed
 
     def __dealloc__(self):
         free(self.history.ring)
@@ -165,12 +195,23 @@ cdef class Signer:
         other.history.limit = self.history.limit
         return other
 
+    cdef bint runs_python(self) noexcept:
+        """Whether other threads may run while a message is judged: hashlib releases the GIL."""
+        return self.scheme == HASHLIB or (self.scheme == SHA256 and sha_instructions == NULL)
+
+    cdef bint by_hashlib(self, const fw_span *parts) noexcept:
+        return self.scheme == HASHLIB or (sha_instructions == NULL and sum_of(parts, 4) >= OPENSSL_FROM)
+
     cdef bytes digest(self, const fw_span *parts):
         """The raw digest of four parts by hashlib."""
         cdef int i
         keyed = self.keyed.copy()
         for i in range(4):
-            keyed.update(span_bytes(parts[i]))
+            if parts[i].len:
+                # Not copied: whoever calls holds the bytes until this returns.
+                view = PyMemoryView_FromMemory(<char *>parts[i].ptr, <Py_ssize_t>parts[i].len, PyBUF_READ)
+                keyed.update(view)
+                view.release()
         return keyed.digest()
 
     cdef bytes hex_signature(self, const fw_span *parts):
@@ -178,7 +219,7 @@ cdef class Signer:
         cdef bytes signature
         if self.scheme == UNSIGNED:
             return b""
-        if self.scheme == HASHLIB:
+        if self.by_hashlib(parts):
             return self.digest(parts).hex().encode()
         fw_hmac(&self.key, parts, 4, digest)
         signature = PyBytes_FromStringAndSize(NULL, 64)
@@ -192,7 +233,7 @@ cdef class Signer:
         cdef uint64_t short_digest
         if self.scheme == UNSIGNED:
             return TRUSTED
-        if self.scheme == SHA256:
+        if not self.by_hashlib(parts):
             fw_hmac(&self.key, parts, 4, digest)
             fw_hex(digest, 32, expected)
             if signature.len != 64 or not fw_equal_constant_time(signature.ptr, expected, 64):
@@ -229,6 +270,10 @@ cdef class Signer:
             release(&held)
         if verdict != TRUSTED:
             raise signature_error(verdict, span.len)
+
+
+def longest_probe(Signer signer not None):
+    return history_longest_probe(&signer.history)
 
 
 cdef object signature_error(int verdict, size_t length):

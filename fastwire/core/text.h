@@ -6,7 +6,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __SSE2__ /* every x86-64 has it */
+/* Every x86-64 has SSE2. A build with FW_PORTABLE is for the tests: what other CPUs run. */
+#if defined(__SSE2__) && !defined(FW_PORTABLE)
+#define FW_SSE2 1
 #include <emmintrin.h>
 #endif
 
@@ -22,16 +24,16 @@ static inline uint64_t fw_load64(const void *p) {
 /* The first byte that is not ASCII, or end. */
 static inline const uint8_t *fw_ascii(const uint8_t *p, const uint8_t *end) {
     size_t n = (size_t)(end - p);
-#ifdef __SSE2__
     for (; end - p >= 16; p += 16) {
+#ifdef FW_SSE2
         unsigned mask = (unsigned)_mm_movemask_epi8(_mm_loadu_si128((const __m128i *)p));
         if (mask) return p + __builtin_ctz(mask);
-    }
 #else
-    while (end - p >= 16 && !((fw_load64(p) | fw_load64(p + 8)) & FW_HIGH_BITS)) p += 16;
+        if ((fw_load64(p) | fw_load64(p + 8)) & FW_HIGH_BITS) break;
 #endif
-    /* The last bytes are looked at together with some before them. */
-    if (n >= 16 && !((fw_load64(end - 16) | fw_load64(end - 8)) & FW_HIGH_BITS)) return end;
+    }
+    /* When less than a stride is left, it is looked at together with some bytes before it. */
+    if (n >= 16 && end - p < 16 && !((fw_load64(end - 16) | fw_load64(end - 8)) & FW_HIGH_BITS)) return end;
     while (p < end && *p < 0x80) p++;
     return p;
 }
@@ -82,7 +84,7 @@ static int fw_utf8_valid(const uint8_t *p, size_t n) {
 /* How many of the characters from ``p`` were ASCII and are at ``out`` now, in strides only; ``kind`` bytes each. */
 static inline size_t fw_ascii_of(uint8_t *out, const uint8_t *p, size_t n, int kind) {
     size_t i = 0;
-#ifdef __SSE2__
+#ifdef FW_SSE2
     const __m128i zero = _mm_setzero_si128();
     if (kind == 1) {
         for (; n - i >= 16; i += 16) {
@@ -147,7 +149,7 @@ static ptrdiff_t fw_utf8_of(uint8_t *out, const void *text, size_t n, int kind) 
 
 /* The first byte that a JSON string cannot hold as it is: a quote, a backslash or a control character; or end. */
 static inline const uint8_t *fw_json_plain(const uint8_t *p, const uint8_t *end) {
-#ifdef __SSE2__
+#ifdef FW_SSE2
     const __m128i quotes = _mm_set1_epi8('"'), slashes = _mm_set1_epi8('\\'), last_control = _mm_set1_epi8(0x1F);
     while (end - p >= 16) {
         __m128i x = _mm_loadu_si128((const __m128i *)p);
