@@ -14,6 +14,8 @@ from bench.workloads import WORKLOADS, Workload
 MATRIX_KERNELS = (2, 4, 8, 16, 32, 64, 100)
 MATRIX_RATES = (10.0, 100.0)
 LOAD = "load"
+#: From one person to a full machine, the loads at which fastwire is put beside the floor.
+USERS = "1x50,2x10,8x10,64x10,16x100,64x100"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from bench.wsclient import KernelSocket, connect, upgrade
 
 if TYPE_CHECKING:
     from bench.cells import Cell
-    from bench.targets import Server
+    from bench.server import Server
 
 #: What a client that reads slowly lets its system take meanwhile, or nobody would notice.
 SLOW_BUFFER = 16 << 10

@@ -31,6 +31,7 @@ COLUMNS = (
     ("idle_max_ms", "max, ms"),
     ("delivered_per_s", "messages/s"),
     ("cpu_us_per_message", "CPU, us/message"),
+    ("syscalls_per_request", "system calls/request"),
     ("peak_mb", "peak, MB"),
     ("connections_lost", "conn. lost"),
     ("error_lines", "log errors"),
@@ -44,6 +45,12 @@ COMPARED = (
 )
 
 
+#: What is put beside the floor.
+ABOVE_FLOOR = ("cpu_us_per_message", "idle_p50_ms", "idle_p99_ms", "syscalls_per_request", "peak_mb")
+#: The relay in C that shows how far down there is; its variants are looked at beside it.
+FLOOR = "floor"
+
+
 def summarise(clients: list[Client], pace: Pace, used: dict[str, float], seconds: float) -> Run:
     """The figures of one run, units in the names. *seconds* is the time it took to deliver.
 
@@ -54,11 +61,12 @@ def summarise(clients: list[Client], pace: Pace, used: dict[str, float], seconds
     expected = sum(tally.expected for tally in tallies)
     readers = [client for client in clients if not client.is_slow]
     asked = sum(len(client.requests) for client in readers if client.asks)
+    requests = sum(len(client.requests) for client in clients if client.asks)
     seen = sum(len(client.requests) for client in readers)
     lost_connections = [client.socket.lost for client in clients if client.socket.lost]
     return {
         **used,
-        "requests": sum(len(client.requests) for client in clients if client.asks),
+        "requests": requests,
         "unsent": sum(client.unsent for client in clients),
         "expected": expected,
         "delivered": delivered,
@@ -75,6 +83,7 @@ def summarise(clients: list[Client], pace: Pace, used: dict[str, float], seconds
         **latency("idle", seen, [client.tally.idle_latency for client in readers]),
         "delivered_per_s": delivered / seconds,
         "cpu_us_per_message": used["server_cpu_s"] / delivered * 1e6 if delivered else NAN,
+        "syscalls_per_request": used["syscalls"] / requests if requests else NAN,
         "generator_cpu": pace.cpu,
         "generator_lag_p99_ms": pace.lag_p99 * 1e3,
         "bottleneck": pace.bottleneck,
@@ -114,7 +123,8 @@ class Result:
 
     def values(self, key: str) -> list[float]:
         """One figure of every run that counts."""
-        return [float(NAN if run[key] is None else run[key]) for run in self.runs]
+        values = [run.get(key) for run in self.runs]  # runs that were saved before it was measured have it not
+        return [NAN if value is None else float(value) for value in values]
 
     def median(self, key: str) -> float:
         """The median of one figure, NaN where it was not measured."""
@@ -171,7 +181,7 @@ def print_tables(runs: list[Run]) -> None:
         for name, result in by_target.items():
             for note in result.notes:
                 print(f"{label}, {protocol}, {name}: {note}")
-    for table in (_beside_peers(results, names), _beside_undisturbed(results)):
+    for table in (_above_floor(results, names), _beside_peers(results, names), _beside_undisturbed(results)):
         if table:
             print(f"\n{table}")
 
@@ -194,9 +204,23 @@ def _cells(result: Result) -> list[str]:
     return [report.give_or_take(result.values(key)) for key, _ in COLUMNS]
 
 
+def _above_floor(results: Results, names: list[str]) -> str:
+    """How many times more each server needs than the floor, cell by cell."""
+    rows = []
+    for (label, protocol), by_target in results.items():
+        for name in names:
+            if name != FLOOR and name in by_target and FLOOR in by_target:
+                pair = by_target[FLOOR], by_target[name]
+                ratios = [report.ratio(pair[0].values(key), pair[1].values(key)) for key in ABOVE_FLOOR]
+                rows.append([label, protocol, name, *ratios])
+    words = dict(COLUMNS)
+    head = ["times the floor", "protocol", "server", *[words[key].partition(",")[0] for key in ABOVE_FLOOR]]
+    return report.table(head, rows) if rows else ""
+
+
 def _beside_peers(results: Results, names: list[str]) -> str:
     """How many times less fastwire (or the last target) needs than the others, cell by cell."""
-    *peers, ours = names
+    *peers, ours = [name for name in names if not name.startswith(FLOOR)] or [FLOOR]
     rows = []
     for (label, protocol), by_target in results.items():
         for peer in peers:

@@ -23,7 +23,7 @@ from bench.messages import IDLE, MARKERS, REPLY, RESULT, RequestMaker
 from bench.wsclient import KernelSocket, connect, upgrade
 
 if TYPE_CHECKING:
-    from bench.targets import Server
+    from bench.server import Server
 
 ANSWER_TIMEOUT = 20.0  # s for one request
 WARM_UP_REQUESTS = 5

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from bench import cells, figures, report, scenarios
+from bench import cells, figures, report, scenarios, syscalls
 from bench import options as common
 from bench.cells import MATRIX_KERNELS, MATRIX_RATES, SCENARIOS, Cell
 from bench.kernelspec import LIGHT_KERNEL
@@ -52,6 +52,7 @@ def run_once(options: argparse.Namespace, step: Step, progress: Progress) -> Run
     """Start the target, load it, stop it."""
     label = "".join(letter if letter.isalnum() else "-" for letter in step.label)
     with common.open_target(options, step.target, label, step.cell.hwm) as server:
+        server.counts_syscalls = options.syscalls
         run = asyncio.run(scenarios.measure(server, step.cell, options.drain, progress.now))
     run |= {"cell": step.cell.to_json(), "target": step.target, "turn": step.turn, "errors": server.errors}
     return run | {"error_lines": sum(server.errors.values())}
@@ -95,8 +96,8 @@ def numbers(kind: type) -> Any:
 
 
 def sizes(value: str) -> list[tuple[int, float]]:
-    """An argparse type: KERNELSxRATE, by commas."""
-    pairs = [each.split("x") for each in value.split(",")]
+    """An argparse type: KERNELSxRATE, by commas, or users."""
+    pairs = [each.split("x") for each in (cells.USERS if value == "users" else value).split(",")]
     return [(int(kernels), float(rate)) for kernels, rate in pairs]
 
 
@@ -118,11 +119,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--scenario", type=scenario_names, help=f"'all', or some of {', '.join(SCENARIOS)} (default: load)")
     add("--kernels", type=numbers(int), help="of the scenario load: kernels, one client each (default: 16)")
     add("--rate", type=numbers(float), help="and execute_requests per second and kernel (default: 100)")
-    add("--cells", type=sizes, help="or several of both: 1x50,16x100,64x100")
+    add("--cells", type=sizes, help=f"or several of both: 1x50,16x100; 'users' for {cells.USERS}, where real ones live")
     add("--matrix", action="store_true", help="all scenarios; load at 2 to 100 kernels x 10 and 100 requests/s")
     add("--seconds", type=float, default=10.0, help="how long to send (default: 10)")
     add("--drain", type=float, default=10.0, help="how long to wait for the rest, s (default: 10)")
     add("--kernel", default=LIGHT_KERNEL, help=f"kernelspec: {LIGHT_KERNEL} (default) or python3")
+    add("--syscalls", action="store_true", help="count the server's system calls too (as root; needs perf)")
     add("--resume", action="store_true", help="keep the runs that the file of --json has, and do the others")
     common.add_common(parser)
     options = parser.parse_args(arguments)
@@ -130,6 +132,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.scenario = options.scenario or (list(SCENARIOS) if everything else [cells.LOAD])
     options.kernels = options.kernels or (list(MATRIX_KERNELS) if options.matrix else [16])
     options.rate = options.rate or (list(MATRIX_RATES) if options.matrix else [100.0])
+    if options.syscalls and (problem := syscalls.problem()):
+        parser.error(f"--syscalls: {problem}")
     if options.resume and options.json is None:
         parser.error("--resume needs --json")
     return options

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bench import report
-from bench.targets import kernels_cpu, machine_cpu
+from bench.server import machine_cpu
+from bench.syscalls import SyscallCounter
 
 if TYPE_CHECKING:
-    from bench.targets import Server
+    from bench.server import Server
 
 MAX_LAG = 0.1  # s, p99 of the send schedule
 MAX_CPU = 0.9  # share of one core
@@ -44,9 +45,10 @@ class Meter:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._calls = SyscallCounter(server.pid) if server.counts_syscalls and server.pid is not None else None
         self._start = time.monotonic()
         self._before = server.usage()
-        self._kernels = kernels_cpu(server.pid)
+        self._kernels = server.kernels_cpu()
         self._own = time.process_time()
         self._machine = machine_cpu()
 
@@ -54,12 +56,13 @@ class Meter:
         """The server's figures, and cores used by the kernels and by unrelated processes."""
         machine = machine_cpu() - self._machine
         own = time.process_time() - self._own
-        kernels = kernels_cpu(self._server.pid) - self._kernels
+        kernels = self._server.kernels_cpu() - self._kernels
         after = self._server.usage()
         seconds = time.monotonic() - self._start
         server = after.cpu_seconds - self._before.cpu_seconds
         return {
             "server_cpu_s": server,
+            "syscalls": self._calls.read() if self._calls is not None else float("nan"),
             "peak_mb": after.peak_mb,
             "rss_before_mb": self._before.rss_mb,
             "rss_mb": after.rss_mb,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import report
-from bench.messages import PROTOCOLS
-from bench.targets import TARGETS, Server, is_available, launch, running
+from bench.messages import LEGACY, PROTOCOLS
+from bench.server import Server
+from bench.targets import FLOORS, TARGETS, launch, running
 
 if TYPE_CHECKING:
     import argparse
@@ -24,7 +25,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add(
         "--target",
         action="append",
-        help=f"a server to start, or several by commas: {', '.join(TARGETS)} (default: all, or the one of --url)",
+        help=f"a server to start, or several by commas: {', '.join(TARGETS)} "
+        "(default: all but the floors, or the one of --url)",
     )
     add("--protocol", choices=[*PROTOCOLS, "both"], help="WebSocket protocol (default: both)")
     add("--repeat", type=int, default=3, help="runs per target, interleaved A B A B (default 3)")
@@ -50,8 +52,8 @@ def targets(options: argparse.Namespace) -> list[str]:
     for name in names:
         if name not in TARGETS:
             sys.exit(f"unknown target {name!r}; there are {', '.join(TARGETS)}")
-        if not is_available(name):
-            sys.exit(f"target {name!r} cannot be started: its module is not installed in {sys.executable}")
+        if problem := TARGETS[name].problem:
+            sys.exit(f"target {name!r} cannot be started: {problem}")
     if options.url:
         names.append(RUNNING)
     return names
@@ -61,13 +63,15 @@ def _default_targets(options: argparse.Namespace) -> list[str]:
     """Where none is named."""
     if options.url:
         return []
-    return ["fastwire"] if options.smoke else list(TARGETS)
+    return ["fastwire"] if options.smoke else [name for name in TARGETS if name not in FLOORS]
 
 
 def protocols(options: argparse.Namespace) -> list[str]:
     """The WebSocket protocols to run."""
-    chosen: str | None = options.protocol
-    return list(PROTOCOLS) if chosen in {None, "both"} else [str(chosen)]
+    chosen = list(PROTOCOLS) if options.protocol in {None, "both"} else [str(options.protocol)]
+    if chosen != [LEGACY] and any(name in FLOORS for name in targets(options)):
+        sys.exit("the floor speaks the JSON protocol alone: add --protocol legacy")
+    return chosen
 
 
 def finish(faults: list[str]) -> int:

@@ -23,7 +23,7 @@ from bench.kernelspec import DEFAULT_HWM
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bench.targets import Server
+    from bench.server import Server
 
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 PATIENCE = 120_000  # ms for one step of a page

@@ -21,7 +21,7 @@ from bench.targets import ROOT
 
 if TYPE_CHECKING:
     from bench.cells import Cell
-    from bench.targets import Server
+    from bench.server import Server
 
 START_CONCURRENCY = 8
 SETTLE = 0.5  # s between the last start and the first request

@@ -20,7 +20,7 @@ from bench.cells import Cell
 from bench.meter import Meter
 
 if TYPE_CHECKING:
-    from bench.targets import Server
+    from bench.server import Server
 
 CLIENTS = (1, 2, 10)
 FLOOD = (20_000, 60)  # lines, bytes

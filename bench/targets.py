@@ -9,11 +9,8 @@ put it into `TARGETS`. A server that runs already is a `Server` too (`running`).
 from __future__ import annotations
 
 import contextlib
-import http.client
 import importlib.util
-import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -21,33 +18,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import quote, urlsplit
+from typing import IO, ClassVar
 
 import psutil  # type: ignore[import-untyped]
 
+from bench.floors import BuildError, FloorServer, build
 from bench.kernelspec import write_kernelspec
+from bench.server import Server, count_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 15.0
-REQUEST_TIMEOUT = 60.0
 #: What every server that speaks the API answers, a gateway too.
 PROBE = "/api/kernelspecs"
-
-#: What is counted in a server's log after it has stopped, in lines.
-ERROR_PATTERNS = {
-    "WebSocketClosedError": re.compile(r"WebSocketClosedError"),
-    "never retrieved": re.compile(r"never retrieved"),
-    "Discarding": re.compile(r"Discarding \d+ buffered"),
-    "Write error": re.compile(r"Write error"),
-    "Traceback": re.compile(r"Traceback \(most recent call last\)"),
-    # Jupyter's log format begins error lines with [E and critical ones with [C; our own
-    # SIGTERM is reported as critical and is not an error.
-    "ERROR": re.compile(r"^\[E |^\[C (?!.*received signal)|\bERROR\b|\bCRITICAL\b"),
-}
 
 
 @dataclass(frozen=True)
@@ -66,10 +51,41 @@ class Target:
 
     module: str  # that must be installed
     arguments: Callable[[Launch], list[str]]
+    server: ClassVar[type[Server]] = Server
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be started here, or nothing."""
+        with contextlib.suppress(ImportError):
+            if importlib.util.find_spec(self.module) is not None:
+                return ""
+        return f"its module is not installed in {sys.executable}"
 
     def command(self, launch: Launch) -> list[str]:
         """The process to start."""
         return [sys.executable, "-m", self.module, *self.arguments(launch), *launch.options]
+
+
+@dataclass(frozen=True)
+class FloorTarget:
+    """The relay in C that others are measured against (`bench.floors`)."""
+
+    binary: str
+    flags: tuple[str, ...] = ()
+    server: ClassVar[type[Server]] = FloorServer
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be built here, or nothing."""
+        try:
+            build(self.binary)
+        except BuildError as error:
+            return str(error)
+        return ""
+
+    def command(self, launch: Launch) -> list[str]:
+        """The process to start. It has none of the options of a server."""
+        return [str(build(self.binary)), f"--port={launch.port}", *self.flags]
 
 
 def _server_app(launch: Launch) -> list[str]:
@@ -98,134 +114,20 @@ def _kernel_gateway(launch: Launch) -> list[str]:
 
 
 #: Every server with its own defaults, rate limits included. The last one is compared with the others.
-TARGETS = {
+TARGETS: dict[str, Target | FloorTarget] = {
     "jupyter_server": Target("jupyter_server", _server_app),
     "kernel_gateway": Target("kernel_gateway", _kernel_gateway),
     "fastwire": Target("fastwire.serve", _server_app),
 }
 
 
-def is_available(name: str) -> bool:
-    """Whether target *name* can be started here."""
-    with contextlib.suppress(ImportError):
-        return importlib.util.find_spec(TARGETS[name].module) is not None
-    return False
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What the server's process (kernels not included) has used so far."""
-
-    cpu_seconds: float = float("nan")
-    rss_mb: float = float("nan")  # resident now, in MB of 10^6 bytes
-    peak_mb: float = float("nan")  # highest resident so far
-
-
-def usage(pid: int | None) -> Usage:
-    """Read a process's use from /proc; NaN for what cannot be known."""
-    if pid is None:
-        return Usage()
-    try:
-        process = psutil.Process(pid)
-        times, memory = process.cpu_times(), process.memory_info()
-    except psutil.Error:
-        return Usage()
-    return Usage(times.user + times.system, memory.rss / 1e6, _peak_mb(pid, memory.rss / 1e6))
-
-
-def kernels_cpu(pid: int | None) -> float:
-    """CPU seconds that the children of a server have used so far, that is, its kernels."""
-    total = 0.0
-    with contextlib.suppress(psutil.Error):
-        for child in psutil.Process(pid).children(recursive=True) if pid is not None else ():
-            with contextlib.suppress(psutil.Error):
-                times = child.cpu_times()
-                total += times.user + times.system
-    return total
-
-
-def machine_cpu() -> float:
-    """CPU seconds that the whole machine has been busy since it started."""
-    times = psutil.cpu_times()._asdict()
-    idle = ("idle", "iowait", "guest", "guest_nice")  # user contains the guests
-    return float(sum(seconds for name, seconds in times.items() if name not in idle))
-
-
-def _peak_mb(pid: int, fallback: float) -> float:
-    """VmHWM of /proc/<pid>/status in MB, *fallback* where there is no such file."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        if found:
-            return int(found[1]) * 1024 / 1e6
-    return fallback
-
-
-@dataclass
-class Server:
-    """A running server: its REST API and its process."""
-
-    name: str
-    url: str
-    token: str
-    pid: int | None = None
-    log: Path | None = None
-    kernels: list[str] = field(default_factory=list)
-    errors: dict[str, int] = field(default_factory=dict)  # of the whole log, once it has stopped
-    scheme: str = "token"
-
-    @property
-    def authorization(self) -> str:
-        """The value of the header, for REST and WebSocket."""
-        return f"{self.scheme} {self.token}"
-
-    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """One REST call (blocking); the decoded answer. Raises OSError on any failure."""
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=REQUEST_TIMEOUT)
-        headers = {"Authorization": self.authorization, "Content-Type": "application/json"}
-        try:
-            target = f"{parts.path.rstrip('/')}{path}"
-            connection.request(method, target, json.dumps(body) if body else None, headers)
-            answer = connection.getresponse()
-            data = answer.read()
-        except http.client.HTTPException as error:
-            raise OSError(f"{method} {path}: {error!r}") from error
-        finally:
-            connection.close()
-        if answer.status >= 400:
-            raise OSError(f"{method} {path}: {answer.status} {data[:300]!r}")
-        return json.loads(data) if data else None
-
-    def start_kernel(self, name: str) -> str:
-        """Start a kernel of kernelspec *name*; its id."""
-        kernel_id = str(self.request("POST", "/api/kernels", {"name": name})["id"])
-        self.kernels.append(kernel_id)
-        return kernel_id
-
-    def delete_kernels(self) -> None:
-        """Shut down every kernel that we started, best effort."""
-        while self.kernels:
-            with contextlib.suppress(OSError):
-                self.request("DELETE", f"/api/kernels/{quote(self.kernels.pop())}")
-
-    def errors_so_far(self) -> dict[str, int]:
-        """Lines of the log so far per kind of error."""
-        return count_errors(self.log) if self.log is not None else {}
-
-    def usage(self) -> Usage:
-        """What the process has used so far."""
-        return usage(self.pid)
-
-
-def count_errors(log: Path) -> dict[str, int]:
-    """Lines of a log per kind of error."""
-    counts = dict.fromkeys(ERROR_PATTERNS, 0)
-    with log.open(errors="replace") as lines:
-        for line in lines:
-            for kind, pattern in ERROR_PATTERNS.items():
-                counts[kind] += bool(pattern.search(line))
-    return counts
+#: Started only when they are asked for by name.
+FLOORS = {
+    "floor": FloorTarget("floor"),
+    "floor-noverify": FloorTarget("floor", ("--no-verify",)),
+    "floor-libzmq": FloorTarget("floor-libzmq"),
+}
+TARGETS = {**FLOORS, **TARGETS}
 
 
 def free_port() -> int:
@@ -310,7 +212,7 @@ def launch(
     port = free_port()
     (home / "root").mkdir()
     log = home / "server.log"
-    server = Server(name, f"http://127.0.0.1:{port}", token, log=log)
+    server = TARGETS[name].server(name, f"http://127.0.0.1:{port}", token, log=log, home=home)
     command = TARGETS[name].command(Launch(port, token, home / "root", options))
     try:
         with log.open("wb") as stream:
@@ -320,6 +222,7 @@ def launch(
                 _wait_ready(server, process)
                 yield server
             finally:
+                server.close()
                 _stop(process)
                 server.errors = count_errors(log)
                 if keep_log is not None:

@@ -22,7 +22,7 @@ from bench import options as common
 from bench import report
 
 if TYPE_CHECKING:
-    from bench.targets import Server
+    from bench.server import Server
 
 STALL = 10.0  # s
 PATIENCE = 120.0  # s for a client that reads

@@ -1,6 +1,10 @@
 """The parts of the benchmark that judge: what counts as lost, doubled or out of order, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +13,15 @@ from typing import Any
 import matplotlib.image as mpimg
 import pytest
 
-from bench import cells, compare, figures, load, plot, ratios, report
+from bench import cells, compare, figures, floors, load, options, plot, ratios, report, syscalls
 from bench.cells import Cell
 from bench.client import LoadSocket
+from bench.floors import BuildError
 from bench.messages import BUSY, IDLE, INPUT, REPLY
 from bench.meter import MAX_CPU, Pace
+from bench.server import count_errors, usage
 from bench.tally import Requests, Tally
-from bench.targets import count_errors
+from bench.targets import FLOORS, TARGETS
 from bench.workloads import OUTPUT, Workload, flood, result
 
 PREFIX = b"01234567-89ab-cdef-0123-"
@@ -414,3 +420,107 @@ def test_the_log_of_a_server_is_searched_for_errors(tmp_path: Path) -> None:
     )
     found = {kind: count for kind, count in count_errors(log).items() if count}
     assert found == {"ERROR": 1, "WebSocketClosedError": 1, "never retrieved": 1}
+
+
+# -- the floor, system calls, the clock ------------------------------------------------------------
+
+
+def test_cpu_time_is_that_of_the_process_to_the_nanosecond() -> None:
+    before, own = usage(os.getpid()).cpu_seconds, time.process_time()
+    end = time.process_time() + 0.002
+    while time.process_time() < end:
+        pass
+    used = usage(os.getpid()).cpu_seconds - before
+    assert 0.002 <= used <= time.process_time() - own + 0.002
+    assert usage(None).cpu_seconds != usage(None).cpu_seconds, "not a number"
+
+
+def test_a_process_that_has_ended_has_used_what_is_not_known() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+        assert usage(process.pid).cpu_seconds != usage(process.pid).cpu_seconds, "not a number"
+
+
+@pytest.mark.parametrize(
+    ("said", "count"),
+    [
+        ("1234,,raw_syscalls:sys_enter,5000,100.00,,\n", 1234),
+        ("# started on Sat\n\n7,,raw_syscalls:sys_enter,1,100.00,,\n", 7),
+        ("<not counted>,,raw_syscalls:sys_enter,0,100.00,,\n", 0),
+    ],
+)
+def test_what_perf_says_is_read(said: str, count: int) -> None:
+    assert syscalls.count_in(said) == count
+
+
+@pytest.mark.parametrize("said", ["", "event syntax error: 'raw_syscalls:sys_enter'\nno access", "<not supported>,,x"])
+def test_what_perf_refuses_is_told(said: str) -> None:
+    with pytest.raises(syscalls.TracingError, match="no system calls") as caught:
+        syscalls.count_in(said)
+    assert said.strip() in str(caught.value)
+
+
+def test_system_calls_are_counted() -> None:
+    if problem := syscalls.problem():
+        pytest.skip(f"SYSTEM CALLS ARE NOT COUNTED: {problem}")
+    code = "import os, sys; sys.stdin.readline(); [os.getppid() for _ in range(5000)]; print(flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        counter = syscalls.SyscallCounter(process.pid)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        assert 5000 <= counter.read() < 6000
+        process.communicate("end\n")
+
+
+@pytest.mark.parametrize("missing", ["cc", "openssl/evp.h", "zmq.h"])
+def test_what_the_floor_needs_is_said(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(floors, "BUILD", tmp_path)
+    monkeypatch.delenv("CC", raising=False)
+    if missing == "cc":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setattr(floors, "HEADERS", {"floor": ("stdio.h", f"not/here/{missing}")})
+        monkeypatch.setattr(floors, "PACKAGES", {f"not/here/{missing}": floors.PACKAGES[missing]})
+    with pytest.raises(BuildError, match=r"\(Debian: apt install [\w-]+\)"):
+        floors.build("floor")
+
+
+def test_the_floor_speaks_one_protocol() -> None:
+    if TARGETS["floor"].problem:
+        pytest.skip("the floor is not built here")
+    with pytest.raises(SystemExit, match="--protocol legacy"):
+        options.protocols(load.parse(["--target", "floor"]))
+    assert options.protocols(load.parse(["--target", "floor", "--protocol", "legacy"])) == ["legacy"]
+
+
+def test_the_floor_delivers_everything() -> None:
+    """Built, and run as any other server: each of its variants that can be built here."""
+    names = [name for name in FLOORS if not TARGETS[name].problem]
+    if not names:
+        pytest.skip(f"THE FLOOR IS NOT TESTED: {TARGETS['floor'].problem}")
+    arguments = ["--smoke", "--scenario", "load", "--protocol", "legacy", "--target", ",".join(names)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load", *arguments], capture_output=True, check=False, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in names)
+
+
+def test_who_runs_beside_the_floor_is_measured_by_it(capsys: pytest.CaptureFixture[str]) -> None:
+    cell = Cell("load", 1, 50)
+    runs = [run_of(cell, "floor", cpu_us_per_message=10.0), run_of(cell, "fastwire", cpu_us_per_message=25.0)]
+    figures.print_tables([*runs, run_of(cell, "floor-libzmq", cpu_us_per_message=20.0)])
+    printed = capsys.readouterr().out
+    (head, above) = printed.partition("times the floor")[1:]
+    assert head
+    lines = {line.split()[4]: line.split()[5] for line in above.splitlines() if line.startswith("1 x 50/s")}
+    assert lines == {"fastwire": "2.5", "floor-libzmq": "2"}
+    assert "times less" not in printed, "a floor is no peer"
+
+
+def test_the_loads_of_users_have_a_name() -> None:
+    named = load.parse(["--cells", "users"]).cells
+    assert named[0] == (1, 50.0)
+    assert {(2, 10.0), (8, 10.0), (64, 10.0), (16, 100.0), (64, 100.0)} <= set(named)
