@@ -112,6 +112,7 @@ upstream: install ## the tests of Jupyter and Tornado, on their classes and on o
 
 nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	HYPOTHESIS_PROFILE=nightly $(MAKE) test ARGS="--timeout=3600"
+	FASTWIRE_TEST_PATH=libzmq $(MAKE) test ARGS="tests/test_kernels.py tests/test_jupyter.py tests/test_jupyter_inside.py"
 	$(MAKE) sanitize
 	$(MAKE) upstream
 	$(MAKE) soak

@@ -34,8 +34,8 @@ FLUSH_NO_BUFFERS: Final = 3
 FLUSH_DEAD: Final = 4
 
 def build_info() -> dict[str, str]:
-    """What this build uses: ``version``, ``zmq`` ("direct" or "pyzmq"), ``libzmq``, ``sha256``
-    ("sha-ni", "armv8", or "portable": C for what is short, OpenSSL for the rest), ``cython``, ``compiler``."""
+    """What this build uses: ``version``, ``zmq`` ("direct" or "pyzmq"), ``libzmq``, ``zmtp`` (that of `ZmtpStream`),
+    ``sha256`` ("sha-ni", "armv8", or "portable": C for what is short, OpenSSL for the rest), ``cython``, ``compiler``."""
 
 def live() -> dict[str, int]:
     """Objects alive now, by kind: ``messages``, ``zmq_messages``, ``blocks``, ``buffers``, ``records``.
@@ -425,8 +425,15 @@ class ZmtpStream:
         """``socket_type`` is "DEALER" or "SUB"; ``identity`` of a DEALER at most 255 bytes, the first not 0. Else
         ValueError. ``max_message_size`` bounds the frames of one message together."""
 
-    socket_type: str
+    fd: int
+    """The descriptor that an `Uplink` writes to; -1, as at first, while there is none."""
 
+    @property
+    def closed(self) -> bool:
+        """There will be no other connection: an `Uplink` that has messages for it raises SocketClosed."""
+
+    @property
+    def socket_type(self) -> str: ...
     @property
     def state(self) -> str:
         """ "greeting", "handshake", "ready", or "over" after an error."""
@@ -509,6 +516,8 @@ class ZmtpStream:
     def take(self, limit: int) -> bytes:
         """At most ``limit`` bytes of what would be written, which count as written."""
 
+    def close(self) -> None:
+        """For good, and without its memory."""
     def renew(self) -> None:
         """The connection is gone: begin the next one. What was received in part is dropped; messages that were not
         wholly written are said again, behind the handshake."""
@@ -527,7 +536,7 @@ class Uplink:
         self,
         protocol: str | None,
         signer: Signer,
-        sockets: dict[str, zmq.Socket[bytes]],
+        sockets: Mapping[str, zmq.Socket[bytes] | ZmtpStream],
         *,
         allowed_message_types: frozenset[str] = ...,
     ) -> None: ...
@@ -535,8 +544,9 @@ class Uplink:
         """Take data messages from ``parser`` until it is empty or a control frame is next.
 
         Returns a set of bits: 1 << index in ("shell", "control", "stdin") for each socket that was sent to and has
-        something to read: sending can swallow the edge of its descriptor. Raises MalformedMessage for the first
-        message that is not one, and SocketClosed; that message has been taken, and the bits come with the next call.
+        something to read: sending can swallow the edge of its descriptor; a `ZmtpStream` was flushed, and has something
+        that could not be written. Raises MalformedMessage for the first message that is not one, and SocketClosed; that
+        message has been taken, and the bits come with the next call.
         Any other error (MemoryError, RuntimeError while this uplink is sending) leaves the message in the parser.
         """
     def send(self, opcode: int, payload: str | Buffer) -> int:

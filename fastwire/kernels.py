@@ -33,7 +33,8 @@ from fastwire.notices import notice
 from fastwire.outbox import Budgets
 from fastwire.relay import KernelRelay, Session
 from fastwire.settings import Fastwire, usable
-from fastwire.sockets import open_socket, raise_limits, shortage
+from fastwire.sockets import address_of, open_socket, raise_limits, shortage
+from fastwire.zmtp import Address
 
 __all__ = ["FastwireMappingKernelManager", "Kernel", "Kernels", "incarnation", "is_managed", "kernel_of", "kernels_of"]
 
@@ -227,8 +228,9 @@ class Kernel:
 
     def __init__(self, manager: Any, kernels: Kernels) -> None:
         self.manager = manager
+        self._speaks_zmtp = kernels.zmtp
         self.relay = KernelRelay(
-            partial(open_socket, manager),
+            self._open_socket,
             signer_of(manager),
             limits=kernels.limits,
             budgets=kernels.budgets,
@@ -247,6 +249,13 @@ class Kernel:
         self._news = asyncio.Event()
         self.hearing.listeners.append(self._news.set)
         manager.observe(self._follow, PLACE)
+
+    def _open_socket(self, channel: str, identity: bytes | None) -> zmq.Socket[bytes] | Address:
+        if self._speaks_zmtp and not self.relay.foreign:
+            address = address_of(self.manager, channel)
+            if address is not None:
+                return address
+        return open_socket(self.manager, channel, identity)
 
     def open(self) -> None:
         """Subscribe; anew when the kernel moved, with doubt when it was started again since."""
@@ -409,7 +418,7 @@ class Kernel:
             await asyncio.sleep(0.05)
         place, silent = self.relay.endpoint, 0
         with closing(Questions(self.relay, self._news.set)) as questions:
-            while self.relay.endpoint == place:
+            while self.relay.endpoint == place and not questions.closed:
                 if self._is_there(questions):
                     return Event.PROVEN
                 if silent == SILENT_ANSWERS:
@@ -458,8 +467,12 @@ class Questions:
 
     def ask(self, session: Any) -> None:
         for channel in self._channels:
-            session.send(channel.socket, "kernel_info_request")
-            channel.drain()
+            channel.send(session.serialize(session.msg("kernel_info_request")))
+
+    @property
+    def closed(self) -> bool:
+        """The kernel is spoken to in another way now."""
+        return any(channel.closed for channel in self._channels)
 
     def close(self) -> None:
         for channel in self._channels:
@@ -474,6 +487,7 @@ class Kernels:
         self.limits = usable(settings.limits())
         self.budgets = Budgets(self.limits)
         self.permissive = settings.accept_invalid_signatures
+        self.zmtp = settings.zmtp
         self._kernels: dict[Any, Kernel] = {}
         self._sweeper: asyncio.TimerHandle | None = None
 

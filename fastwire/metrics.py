@@ -39,6 +39,9 @@ DIRECTIONS = ("from_kernels", "to_clients", "from_clients", "to_kernels")
 #: A client is in one of these; the page explains them.
 STATES = ("fine", "slow", "paused", "resuming", "away")
 
+#: Who speaks to a kernel.
+PATHS = ("zmtp", "libzmq")
+
 #: Label values, and the value for them.
 Samples = Iterable[tuple[tuple[str, ...], float]]
 
@@ -75,6 +78,7 @@ def kernel_numbers(relay: KernelRelay) -> dict[str, Any]:
         "messages": relay.traffic.messages,
         "bytes": relay.traffic.nbytes,
         "refused": relay.rejected,
+        "path": relay.path,
         "clients": [client_numbers(session) for session in relay.sessions.values()],
     }
 
@@ -100,6 +104,12 @@ def sum_over_clients(name: str) -> Callable[[], Samples]:
         return [((), sum(client_numbers(session)[name] for session in sessions))]
 
     return read
+
+
+def kernels_by_path() -> Samples:
+    paths = Counter(dict.fromkeys(PATHS, 0))
+    paths.update(relay.path for relay in open_relays if relay.path)
+    return [((path,), number) for path, number in paths.items()]
 
 
 def clients_by_state() -> Samples:
@@ -215,7 +225,13 @@ METRICS = (
         counter("waited"),
     ),
     # What waits now.
-    Metric("fastwire_kernels", "gauge", "Kernels with a relay.", lambda: [((), len(open_relays))]),
+    Metric(
+        "fastwire_kernels",
+        "gauge",
+        "Kernels with a relay, by who speaks to them: fastwire itself (zmtp), or libzmq.",
+        kernels_by_path,
+        ("path",),
+    ),
     Metric(
         "fastwire_clients",
         "gauge",

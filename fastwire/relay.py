@@ -1,31 +1,25 @@
 """One kernel's ZMQ sockets to many clients and back, in batches.
 
 A `KernelRelay` owns the one iopub subscription of a kernel. A `Session` owns a client's shell, control and stdin
-sockets and its outbox; it lives as long as the client may come back, however many WebSockets that takes. A `Channel`
-is one ZMQ socket on the loop. Kernel to client: Channel -> Session -> Outbox -> Connection; client to kernel:
-Connection -> Uplink.
+channels and its outbox; it lives as long as the client may come back, however many WebSockets that takes. Kernel to
+client: Channel -> Session -> Outbox -> Connection; client to kernel: Connection -> Uplink.
 
-This room knows no jupyter_server: sockets come from a callable, messages are bytes.
+This room knows no jupyter_server: where the kernel is comes from a callable, messages are bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from typing import Any
 from weakref import WeakSet
 
 import zmq
-from zmq.eventloop.zmqstream import ZMQStream
 
 from fastwire._core import (
     OP_BINARY,
@@ -36,28 +30,22 @@ from fastwire._core import (
     FrameParser,
     Signer,
     Uplink,
-    drain,
     encode_legacy,
     encode_v1,
 )
+from fastwire.channels import Channel, Traffic, ZmqChannel, ZmtpChannel
 from fastwire.errors import MessageError, SocketClosed
 from fastwire.events import note
 from fastwire.flow import KIB, Limits, resume_time
 from fastwire.hearing import Event, Hearing
 from fastwire.notices import NOBODY, Neighbour, local_batch
 from fastwire.outbox import Budgets, Outbox, Result, Sent
-from fastwire.turns import Turns
 from fastwire.websocket import Connection
+from fastwire.zmtp import Address
 
-__all__ = ["Channel", "KernelRelay", "Session", "Traffic", "open_relays", "take_socket"]
+__all__ = ["KernelRelay", "Session", "open_relays"]
 
 log = logging.getLogger(__name__)
-
-#: Turns of the loop that a reply waits for output that came before it. More is a kernel that prints without an end.
-LONGEST_WAIT = 32
-
-#: Budgets that are read in one turn of the loop when the kernel has ended or moved: these are its last words.
-LAST_WORDS = 8
 
 CLIENT_CHANNELS = ("shell", "control", "stdin")
 
@@ -73,20 +61,8 @@ UPLINK_FREE = 64 * KIB
 #: Seconds until somebody looks how many are left of those that are counted, and at most, when nothing moves.
 UPLINK_LOOK, UPLINK_LOOK_SELDOM = 0.01, 0.32
 
-#: ``open_socket(channel, identity)`` connects a ZMQ socket to the kernel.
-OpenSocket = Callable[[str, bytes | None], "zmq.Socket[bytes]"]
-
-
-def take_socket(stream_or_socket: ZMQStream | zmq.Socket[bytes]) -> zmq.Socket[bytes]:
-    """The ZMQ socket of what a kernel manager's ``connect_*`` returned, off Tornado's loop.
-
-    Source: `jupyter_client.ioloop.manager.as_zmqstream`: the stream has registered the descriptor already.
-    """
-    if isinstance(stream_or_socket, ZMQStream):
-        socket: zmq.Socket[bytes] = stream_or_socket.socket
-        stream_or_socket.io_loop.remove_handler(socket)
-        return socket
-    return stream_or_socket
+#: ``open_socket(channel, identity)`` connects a ZMQ socket to the kernel, or says where it listens.
+OpenSocket = Callable[[str, bytes | None], "zmq.Socket[bytes] | Address"]
 
 
 @cache
@@ -98,167 +74,6 @@ def threads() -> ThreadPoolExecutor:
 def run_aside(job: Callable[[], Any], done: Callable[[Result], None]) -> None:
     """Call ``job`` in another thread and ``done`` with its future on this loop."""
     asyncio.get_running_loop().run_in_executor(threads(), job).add_done_callback(done)
-
-
-@dataclass
-class Traffic:
-    """Messages of a kernel, and the bytes of their parts."""
-
-    messages: int = 0
-    nbytes: int = 0
-
-
-class Channel:
-    """One ZMQ socket on the loop. What it receives goes to ``on_batch``, and before that to ``on_faulty`` when
-    messages were refused. ``before`` and ``after`` frame each wake-up; as long as ``before`` returns that something
-    else has to come first, nothing is received for `LONGEST_WAIT` turns.
-
-    Its descriptor is edge-triggered: every wake-up drains it to EAGAIN, or comes back in the next turn. However fast
-    the kernel sends, no turn receives more than a budget.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        socket: zmq.Socket[bytes],
-        signer: Signer,
-        on_batch: Callable[[Batch], None],
-        *,
-        on_faulty: Callable[[Batch], None] | None = None,
-        before: Callable[[], object] | None = None,
-        after: Callable[[], None] | None = None,
-        permissive: bool = False,
-    ) -> None:
-        self.name = name
-        self.socket = socket
-        self.traffic = Traffic()
-        self._comes_back = False
-        self._waited = 0
-        self._signer = signer.fork()
-        self._on_batch = on_batch
-        self._on_faulty = on_faulty
-        self._before = before
-        self._after = after
-        self._permissive = permissive
-        self._turns = Turns.current()
-        self._fd = int(socket.getsockopt(zmq.FD))
-        self._turns.watch(self._fd, self._on_readable)
-        # Messages may have come before the descriptor was watched; their edge is gone.
-        asyncio.get_running_loop().call_soon(self._on_readable)
-
-    def _on_readable(self) -> None:
-        if self._fd < 0:  # closed since the loop was told to call this
-            return
-        self.read()
-        if self._after is not None:
-            self._after()
-
-    def read(self) -> None:
-        """What is there, up to the budget of one turn, or later when something else has to come first."""
-        if self._comes_back:
-            return
-        if self._before is not None and self._before() and self._waited < LONGEST_WAIT:
-            self._waited += 1
-            self.come_back()
-            return
-        self._waited = 0
-        self.drain()
-
-    def come_back(self) -> None:
-        """Look again in the next turn of the loop: others are to have theirs."""
-        if not self._comes_back:
-            self._comes_back = True
-            asyncio.get_running_loop().call_soon(self._is_back)
-
-    def _is_back(self) -> None:
-        self._comes_back = False
-        self._on_readable()
-
-    def drain(self) -> bool:
-        """Receive everything that is there, up to the budget of one turn. Returns whether more is waiting."""
-        if self._fd < 0:
-            return False
-        try:
-            batch = drain(self.socket, self.name, self._signer, permissive=self._permissive)
-        except SocketClosed:
-            self.close()
-            return False
-        if batch is None:
-            return False
-        if batch.more:
-            self.come_back()
-        if batch.faulty and self._on_faulty is not None:
-            self._on_faulty(batch)
-        if len(batch):
-            self.traffic.messages += len(batch)
-            self.traffic.nbytes += batch.nbytes
-            self._on_batch(batch)
-        return batch.more
-
-    def has_more(self) -> bool:
-        """Whether more is waiting than one turn of the loop receives, and has received then, however many ask."""
-        return self._comes_back or self.drain()
-
-    def catch_up(self) -> bool:
-        """Receive everything that is there, or, of a kernel that sends without an end, several budgets of it. Returns
-        whether more is waiting."""
-        return all(self.drain() for _ in range(LAST_WORDS))
-
-    @property
-    def closed(self) -> bool:
-        """Also when the socket was closed under it (``context.destroy``)."""
-        return self._fd < 0 or self.socket.closed
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            self._turns.unwatch(self._fd, self._on_readable)
-            self._fd = -1
-        if not self.socket.closed:
-            self.socket.close()
-
-
-class DisconnectWatch:
-    """Calls ``on_disconnect`` when a ZMQ socket's connection broke. libzmq makes it anew by itself, and tells only who
-    asks for it that what the peer said meanwhile was said to nobody. ``connected`` is False until it is there again.
-
-    Source: zmq_socket_monitor(3).
-    """
-
-    def __init__(self, socket: zmq.Socket[bytes], on_disconnect: Callable[[], None]) -> None:
-        address = f"inproc://fastwire-{next(watches)}"
-        #: What was before somebody watched is not told: believed to be there.
-        self.connected = True
-        self._socket = socket
-        self._on_disconnect = on_disconnect
-        socket.monitor(address, zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        self._events: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR, socket_class=zmq.Socket)
-        self._events.connect(address)
-        self._fd = int(self._events.getsockopt(zmq.FD))
-        self._turns = Turns.current()
-        self._turns.watch(self._fd, self._on_readable)
-        # What nobody has tried to read is not signalled.
-        asyncio.get_running_loop().call_soon(self._on_readable)
-
-    def _on_readable(self) -> None:
-        disconnected = False
-        with suppress(zmq.ZMQError):  # there is no more, or its context is gone
-            while True:
-                event = int.from_bytes(self._events.recv_multipart(zmq.NOBLOCK)[0][:2], sys.byteorder)
-                self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-                disconnected |= not self.connected
-        if disconnected:
-            self._on_disconnect()
-
-    def close(self) -> None:
-        """Before the socket is."""
-        self._turns.unwatch(self._fd, self._on_readable)
-        if not self._socket.closed:
-            self._socket.disable_monitor()
-        self._events.close()
-
-
-#: libzmq wants an address for each.
-watches = count()
 
 
 class Ends(list[int]):
@@ -305,7 +120,8 @@ class KernelRelay:
         self._permissive = permissive
         self._on_rejected = on_rejected
         self._on_doubt = on_doubt
-        self._watch: DisconnectWatch | None = None
+        #: The kernel speaks nothing that we do: `OpenSocket` is to connect ZMQ sockets.
+        self.foreign = False
         self._causes: set[type[MessageError]] = set()
         self._announced: list[Batch] = []
         self.rejected = 0
@@ -339,7 +155,7 @@ class KernelRelay:
         try:
             self.iopub = self.channel("iopub", None, self._on_iopub)
             if self._on_doubt is not None:
-                self._watch = DisconnectWatch(self.iopub.socket, self.doubt)
+                self.iopub.watch(self.doubt)
         except Exception as error:
             self._close_iopub()
             for session in list(self.sessions.values()):
@@ -363,18 +179,36 @@ class KernelRelay:
             if on_faulty is not None:
                 on_faulty(batch)
 
-        channel = Channel(
-            name,
-            self._open_socket(name, identity),
-            self.signer,
-            on_batch,
-            on_faulty=refused,
-            before=before,
-            after=after,
-            permissive=self._permissive,
-        )
+        options = {"on_faulty": refused, "before": before, "after": after, "permissive": self._permissive}
+        opened = self._open_socket(name, identity)
+        channel: Channel
+        if isinstance(opened, Address):
+            channel = ZmtpChannel(name, opened, identity, self.signer, on_batch, self._on_foreign, **options)
+        else:
+            channel = ZmqChannel(name, opened, self.signer, on_batch, **options)
         channel.traffic = self.traffic
         return channel
+
+    @property
+    def path(self) -> str:
+        """Who speaks to the kernel: "zmtp" is this process itself, "libzmq" its library."""
+        return self.iopub.path if self.iopub is not None else ""
+
+    def _on_foreign(self) -> None:
+        """The kernel speaks ZMTP 2, or something else that is libzmq's: all its sockets are made anew."""
+        if not self.foreign:
+            self.foreign = True
+            log.info("kernel %s is left to libzmq: it does not greet as ZMTP 3 does", self.name)
+            asyncio.get_running_loop().call_soon(self._make_anew)
+
+    def _make_anew(self) -> None:
+        if self.iopub is None:
+            return
+        self._close_iopub()
+        self._open_iopub()
+        self._lose()
+        for session in list(self.sessions.values()):
+            session.follow()
 
     def channels(
         self,
@@ -447,8 +281,8 @@ class KernelRelay:
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a connection on which the kernel could be heard, as far as libzmq has told."""
-        return self.iopub is not None and (self._watch is None or self._watch.connected)
+        """Whether there is a connection on which the kernel could be heard, as far as is known."""
+        return self.iopub is not None and self.iopub.connected
 
     def _on_hearing(self) -> None:
         """Requests wait, or go to the kernel."""
@@ -507,9 +341,6 @@ class KernelRelay:
             self.end_session(oldest)
 
     def _close_iopub(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
         if self.iopub is not None:
             self.iopub.close()
             self.iopub = None
@@ -614,8 +445,7 @@ class Session:
         self._give_up(error, "the server could not follow the kernel to its new ports")
 
     async def until_it_can_be_asked(self) -> None:
-        """Wait until stdin is connected: a kernel's ``ROUTER`` drops what it asks a peer that it does not know yet. A
-        socket with ``ZMQ_IMMEDIATE`` has room for messages while it is connected, any other has it always."""
+        """Wait until stdin is connected: a kernel's ``ROUTER`` drops what it asks a peer that it does not know yet."""
         self._can_be_asked.clear()
         self._look_at_stdin()
         try:
@@ -626,13 +456,8 @@ class Session:
             self._can_be_asked.set()
 
     def _look_at_stdin(self) -> None:
-        stdin = self._channels[CLIENT_CHANNELS.index("stdin")]
-        events = zmq.POLLOUT if stdin.closed else int(stdin.socket.getsockopt(zmq.EVENTS))
-        if events & zmq.POLLOUT:
+        if self._channels[CLIENT_CHANNELS.index("stdin")].can_be_asked():
             self._can_be_asked.set()
-        if events & zmq.POLLIN:
-            # Looking took the edge of its descriptor.
-            stdin.read()
 
     # -- for whoever runs the server --
 

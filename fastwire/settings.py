@@ -162,6 +162,13 @@ class Fastwire(Configurable):
         "program waits for a slow client; any other client for which more than client_memory_limit waits is closed.",
     )
 
+    zmtp = Bool(
+        True,
+        config=True,
+        help="Speak to kernels without libzmq where that is possible: over tcp or ipc, without CURVE, ZMTP 3, with a "
+        "kernel manager that connects as jupyter_client does. Otherwise, and for all when this is off, libzmq does.",
+    )
+
     @default("spill_dir")
     def _default_spill_dir(self) -> str:
         return jupyter_runtime_dir()

@@ -17,10 +17,12 @@ from typing import Any
 
 import zmq
 
+from fastwire.channels import take_socket
 from fastwire.flow import has_room
-from fastwire.relay import open_relays, take_socket
+from fastwire.relay import open_relays
+from fastwire.zmtp import Address
 
-__all__ = ["open_socket", "raise_limits", "shortage"]
+__all__ = ["address_of", "open_socket", "raise_limits", "shortage"]
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,31 @@ def shortage(context: zmq.Context[Any]) -> str | None:
 
 
 # -- opening one -----------------------------------------------------------------------------------
+
+
+#: What a kernel manager may have been given for reaching its kernels in a way of its own.
+REACHING = ("_create_connected_socket", "_make_url")
+
+#: Defaults of a context that do not change what is said to a kernel.
+HARMLESS = {zmq.LINGER, zmq.SNDHWM, zmq.RCVHWM, zmq.IMMEDIATE}
+
+
+def address_of(manager: Any, channel: str) -> Address | None:
+    """Where a kernel listens that can be spoken to without libzmq. None when its manager has a way of its own to reach
+    it, when it encrypts (CURVE), or when it listens elsewhere than at an IP address or a Unix socket."""
+    if getattr(manager, "curve_publickey", None) is not None or set(manager.context.sockopts) - HARMLESS:
+        return None
+    if not all(is_jupyters_own(manager, name) for name in (f"connect_{channel}", *REACHING)):
+        return None
+    return Address.of(manager._make_url(channel))  # noqa: SLF001 - as its `connect_*` have it
+
+
+def is_jupyters_own(manager: Any, name: str) -> bool:
+    """Whether a method is that of jupyter_client, of which there are two: `IOLoopKernelManager` wraps sockets."""
+    if name in vars(manager):
+        return False
+    owner = next((each for each in type(manager).__mro__ if name in vars(each)), None)
+    return owner is not None and owner.__module__.partition(".")[0] == "jupyter_client"
 
 
 def open_socket(manager: Any, channel: str, identity: bytes | None) -> zmq.Socket[bytes]:

@@ -132,15 +132,6 @@ class Hub:
         self.proxy.kill()
         self.proxy.wait()
 
-    @contextmanager
-    def without_proxy(self) -> Iterator[None]:
-        """All its connections break; another comes afterwards."""
-        self.stop_proxy()
-        try:
-            yield
-        finally:
-            self.start_proxy()
-
     def tell_proxy(self, server: UsersServer) -> None:
         """A new proxy knows no routes; the hub would tell it within five minutes by itself."""
         until(lambda: is_up(self), "the hub through the new proxy")

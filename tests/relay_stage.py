@@ -26,11 +26,13 @@ from wsclient import PATIENCE, close_frame
 
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
+from fastwire.channels import Channel, ZmqChannel
 from fastwire.flow import Limits
-from fastwire.relay import Channel, KernelRelay, Session
+from fastwire.relay import KernelRelay, Session
 from fastwire.testing import Kernel as Kernel
 from fastwire.transport import Wait
 from fastwire.websocket import Connection, WebSocketHandler
+from fastwire.zmtp import Address
 
 KIB, MIB = 1024, 1024 * 1024
 BUDGET = 1024  # messages of one drain
@@ -203,6 +205,12 @@ class Stage:
 
     def start(self, kernel: Kernel, **options: Any) -> KernelRelay:
         """Make the relay of a kernel and subscribe."""
+        self.start_unheard(kernel, **options)
+        kernel.joined()
+        return self.relay
+
+    def start_unheard(self, kernel: Kernel, **options: Any) -> KernelRelay:
+        """The same; the kernel need not be there."""
         self.kernel = kernel
         permissive = options.pop("permissive", False)
         on_doubt = options.pop("on_doubt", None)
@@ -221,12 +229,13 @@ class Stage:
             self.relay.open("first ports")
 
         self.run(start)
-        kernel.joined()
         return self.relay
 
-    def open_socket(self, channel: str, identity: bytes | None) -> zmq.Socket:
+    def open_socket(self, channel: str, identity: bytes | None) -> zmq.Socket | Address:
+        """The relay's end, or where it is to connect."""
         sock = self.kernel.open_socket(channel, identity)
-        self.sockets.append(sock)
+        if isinstance(sock, zmq.Socket):
+            self.sockets.append(sock)
         return sock
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -264,7 +273,7 @@ class Stage:
 
     def channel(self, name: str, on_batch: Callable[[Batch], None], **options: Any) -> Channel:
         """A channel of the kernel, without a session."""
-        channel = Channel(name, self.open_socket(name, None), _core.Signer(KEY), on_batch, **options)
+        channel = ZmqChannel(name, self.open_socket(name, None), _core.Signer(KEY), on_batch, **options)
         self.channels.append(channel)
         return channel
 

@@ -183,6 +183,10 @@ def write_kernelspecs(data: Path) -> None:
         argv = [sys.executable, str(program), "-f", "{connection_file}"]
         spec = {"argv": argv, "display_name": name, "language": "python", "env": environment}
         (folder / "kernel.json").write_text(json.dumps(spec | {"interrupt_mode": "signal"}))
+    if os.environ.get("FASTWIRE_TEST_PATH") == "libzmq":
+        config = data.parent / "config"
+        config.mkdir(exist_ok=True)
+        (config / "jupyter_server_config.json").write_text(json.dumps({"Fastwire": {"zmtp": False}}))
 
 
 def environment(home: Path) -> dict[str, str]:

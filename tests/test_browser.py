@@ -74,12 +74,6 @@ def write_notebook(path: Path, *cells: str) -> None:
     path.write_text(json.dumps(notebook))
 
 
-def close_complaints(page: Page) -> None:
-    """JupyterLab complains of a server that it does not reach for a moment."""
-    unreachable = page.get_by_role("dialog", name="Server Connection Error")
-    page.add_locator_handler(unreachable, lambda dialog: dialog.get_by_role("button", name="Close").click())
-
-
 @dataclass
 class Lab:
     """JupyterLab, on a server of the tests."""
@@ -98,7 +92,8 @@ class Lab:
         """Open a new notebook in a tab of its own, with its kernel."""
         path = self.write(name, *cells)
         page = self.windows.new_page()
-        close_complaints(page)
+        unreachable = page.get_by_role("dialog", name="Server Connection Error")
+        page.add_locator_handler(unreachable, lambda dialog: dialog.get_by_role("button", name="Close").click())
         root = f"http://127.0.0.1:{port or self.server.port}"
         page.goto(f"{root}/lab/workspaces/{path.stem}/tree/{path.name}?token={TOKEN}")
         return Notebook(page, path).ready()

@@ -23,7 +23,7 @@ CONSTANTS = {
 
 def test_build_info() -> None:
     info = _core.build_info()
-    assert info.keys() == {"version", "zmq", "libzmq", "sha256", "cython", "compiler"}
+    assert info.keys() == {"version", "zmq", "libzmq", "zmtp", "sha256", "cython", "compiler"}
     assert all(isinstance(value, str) and value for value in info.values())
     assert info["libzmq"] == zmq.zmq_version()
     assert info["cython"][0].isdigit()

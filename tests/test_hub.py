@@ -9,7 +9,7 @@ import pytest
 from chromium import SCREENSHOTS, launched
 from hub import Hub, UsersServer
 from server import PROTOCOLS, Client, Message, Raw, until
-from test_browser import LINES, Notebook, assert_counts_on, close_complaints, write_notebook
+from test_browser import LINES, Notebook, assert_counts_on, write_notebook
 from websockets.exceptions import InvalidStatus
 
 pytestmark = pytest.mark.timeout(300)
@@ -76,8 +76,9 @@ def test_a_flood_while_the_proxy_is_restarted_is_complete(hub: Hub, ada: UsersSe
         cell = first.execute(f"flood {count} 1000")
         while len(first.log) < 1000:
             first.receive()
-        with hub.without_proxy():
-            first.closed()
+        hub.stop_proxy()
+        first.closed()
+        hub.start_proxy()
         hub.tell_proxy(ada)
         with client(ada, kernel, protocol, session) as second:
             second.receive_until(
@@ -99,7 +100,6 @@ def test_a_cell_in_jupyterlab_goes_on_through_a_new_proxy(hub: Hub, ada: UsersSe
     with launched("JupyterLab behind JupyterHub") as browser, browser.new_context() as window:
         window.set_default_timeout(60_000)
         page = window.new_page()
-        close_complaints(page)
         page.goto(f"{hub.root}/hub/login?next=/user/ada/lab/tree/notebook.ipynb")
         page.get_by_label("Username").fill("ada")
         page.get_by_label("Password").fill(hub.secret)
@@ -107,9 +107,10 @@ def test_a_cell_in_jupyterlab_goes_on_through_a_new_proxy(hub: Hub, ada: UsersSe
         notebook = Notebook(page, path).ready()
         notebook.run(0)
         notebook.expect_output(0, "line 50")
-        with hub.without_proxy():
-            printed = int(count.read_text())
-            until(lambda: int(count.read_text() or 0) > printed + 100, "lines that nobody sees")
+        hub.stop_proxy()
+        printed = int(count.read_text())
+        until(lambda: int(count.read_text() or 0) > printed + 100, "lines that nobody sees")
+        hub.start_proxy()
         hub.tell_proxy(ada)
         notebook.expect_output(0, f"line {printed + 150}")
         stop.touch()

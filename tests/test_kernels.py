@@ -213,10 +213,11 @@ def test_a_kernel_that_welcomes_only_who_subscribes_first(tmp_path: Path, monkey
             manager: Any = inside.manager.get_kernel(kernel)
             async with inside.client(kernel) as client:
                 await execute(client, "1")
-                assert int(await result(client, "1")) > 1, "it was asked until it was heard"
+                asked = int(await result(client, "1"))
+                assert asked > 0, "it was asked until it was heard"
                 kernel_of(manager).relay.doubt()
                 await execute(client, "2")
-                assert int(await result(client, "2")) > 2
+                assert int(await result(client, "2")) > asked
 
     asyncio.run(use())
 

@@ -24,6 +24,8 @@ ROOMS = (
     "logs",
     "installed",
     "turns",
+    "zmtp",
+    "channels",
     "notices",
     "spill",
     "outbox",
@@ -60,6 +62,8 @@ STRANGERS = {
     "notices": {"asyncio", "tornado", "zmq"},
     "closing": {"asyncio", "socket", "time", "tornado", "zmq"},
     "websocket": {"jupyter_client", "jupyter_core", "jupyter_server"},
+    "zmtp": {"jupyter_client", "jupyter_server", "tornado", "zmq"},
+    "channels": {"jupyter_client", "jupyter_server"},
     "relay": {"jupyter_server"},
 }
 

@@ -3,89 +3,23 @@
 import json
 import logging
 import re
-from functools import partial
-from itertools import pairwise
-from typing import Any
 
 import pytest
 import zmq
-from builders import KEY, message
+from builders import message
 from relay_stage import BUDGET, CHANNELS, KIB, Kernel, Stage, both_protocols, leave, stream, until
 
 from fastwire import _core, events
 from fastwire._core import PROTOCOL_V1, Batch
+from fastwire.channels import Channel
 from fastwire.errors import DuplicateSignature, InvalidSignature, MalformedMessage
 from fastwire.notices import local_batch
-from fastwire.relay import Channel, open_relays
+from fastwire.relay import open_relays
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
 
-# -- a socket on the loop --------------------------------------------------------------------------
-
-
-def test_a_channel_lets_others_go_on_between_its_budgets(stage: Stage, kernel: Kernel, transport: bool) -> None:
-    """Everything waits when the descriptor is first watched: no edge will come for it."""
-    events: list[Any] = []
-
-    def tick() -> None:
-        events.append("tick")
-        if seen() < 5 * BUDGET:
-            stage.loop.call_soon(tick)
-
-    def seen() -> int:
-        return sum(len(event) for event in events if event != "tick")
-
-    sub = stage.run(kernel.open_socket, "iopub", None)
-    stage.sockets.append(sub)
-    kernel.joined()
-    kernel.publish(*stream(*range(5 * BUDGET)))
-    signer = _core.Signer(KEY)
-
-    def start() -> Channel:
-        stage.loop.call_soon(tick)
-        return Channel("iopub", sub, signer, events.append)
-
-    channel = stage.run(start)
-    stage.channels.append(channel)
-    until(lambda: seen() == 5 * BUDGET, "all messages")
-    batches = [event for event in events if event != "tick"]
-    ids = [_core.header_fields(batch[i][0])[0] for batch in batches for i in range(len(batch))]
-    assert ids == [str(n) for n in range(5 * BUDGET)]
-    assert max(map(len, batches)) <= BUDGET
-    assert len(batches) >= 5
-    places = [i for i, event in enumerate(events) if event != "tick"]
-    assert all(later - earlier > 1 for earlier, later in pairwise(places)), "nobody else had a turn"
-    events.clear()
-
-
-def test_before_runs_first_on_each_wake_up(stage: Stage, kernel: Kernel, transport: bool) -> None:
-    events: list[str] = []
-    stage.kernel = kernel
-    stage.run(partial(stage.channel, "iopub", lambda _: events.append("batch"), before=lambda: events.append("before")))
-    kernel.joined()
-    kernel.publish(*stream(0))
-    until(lambda: "batch" in events, "the message")
-    assert events[events.index("batch") - 1] == "before"
-
-
-def test_a_socket_closed_under_its_channel(stage: Stage, kernel: Kernel, transport: bool) -> None:
-    batches: list[Batch] = []
-    stage.kernel = kernel
-    channel = stage.run(stage.channel, "iopub", batches.append)
-    kernel.joined()
-
-    def close_and_drain() -> None:
-        fd = channel.socket.getsockopt(zmq.FD)
-        channel.socket.close()
-        channel.drain()
-        assert channel.closed
-        assert fd not in stage.loop._selector.get_map()
-        channel.drain()
-        channel.close()
-
-    stage.run(close_and_drain)
-    assert not batches
+# -- what is refused -------------------------------------------------------------------------------
 
 
 def test_refused_messages_are_told_once_for_each_cause(stage: Stage, kernel: Kernel, transport: bool) -> None:

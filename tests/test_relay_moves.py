@@ -324,7 +324,7 @@ def test_a_watch_for_which_there_is_no_descriptor_leaves_nothing_behind(
     def fail(*_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("fastwire.relay.DisconnectWatch", fail)
+    monkeypatch.setattr("fastwire.channels.DisconnectWatch", fail)
     kernel = Kernel(context, tcp=True)
     with pytest.raises(OSError, match="Too many open files"):
         stage.start(kernel, on_doubt=lambda: None)

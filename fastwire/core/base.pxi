@@ -394,6 +394,7 @@ def build_info():
         "version": __version__,
         "zmq": "direct" if direct_zmq else "pyzmq",
         "libzmq": zmq.zmq_version(),
+        "zmtp": "3.1",
         "sha256": "portable" if sha_instructions == NULL else sha_instructions.decode(),
         "cython": CYTHON_ABI.decode().replace("_", "."),
         "compiler": FW_COMPILER.decode(),

@@ -308,7 +308,12 @@ cdef class Uplink:
     cdef int send_record(self, int target, fw_record *record) except -1:
         cdef int result
         self.touched |= 1 << target
-        result = self.send_directly(target, record) if direct_zmq else self.send_by_pyzmq(target, record)
+        if isinstance(self.sockets[target], ZmtpStream):
+            result = (<ZmtpStream>self.sockets[target]).send_frames(record.frames, <Py_ssize_t>record.count)
+        elif direct_zmq:
+            result = self.send_directly(target, record)
+        else:
+            result = self.send_by_pyzmq(target, record)
         self.sent += result == SENT
         return result
 
@@ -468,6 +473,8 @@ cdef class Uplink:
         cdef size_t size = sizeof(int)
         cdef void *handle
         socket = self.sockets[target]
+        if isinstance(socket, ZmtpStream):
+            return events_of_stream(<ZmtpStream>socket)
         if not direct_zmq:
             return 0 if socket.closed else socket.getsockopt(zmq.EVENTS)
         try:
@@ -485,6 +492,9 @@ cdef class Uplink:
             self.tracked.popleft()
         for _, cost in self.tracked:
             nbytes += cost
+        for socket in self.sockets:
+            if isinstance(socket, ZmtpStream):
+                nbytes += (<ZmtpStream>socket).waiting_bytes()
         return nbytes
 
     @property
@@ -492,3 +502,15 @@ cdef class Uplink:
         notes = self.notes
         self.notes = []
         return notes
+
+
+cdef int events_of_stream(ZmtpStream stream) except -1:
+    """Writes what it was given. One that has not written everything is to be looked at, as if it were readable."""
+    cdef int events = 0
+    if stream.fd < 0 or stream.closed:
+        return 0
+    if stream.write(stream.fd) != DONE:
+        events |= FW_ZMQ_POLLIN
+    if stream.has_room():
+        events |= FW_ZMQ_POLLOUT
+    return events

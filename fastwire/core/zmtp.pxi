@@ -134,6 +134,8 @@ cdef inline bint is_spelled(const uint8_t *p, size_t length, bytes name) noexcep
 @cython.final
 cdef class ZmtpStream:
     cdef readonly str socket_type
+    cdef public int fd              # that an `Uplink` writes to; -1 while there is none
+    cdef readonly bint closed       # for good
     cdef bytes identity
     cdef uint64_t max_message_size
 
@@ -175,6 +177,7 @@ cdef class ZmtpStream:
             raise ValueError("an identity has at most 255 bytes, of which the first is not 0")
         self.socket_type = socket_type
         self.max_message_size = max_message_size
+        self.fd = -1
         self.unsent = []
         self.output = WriteQueue(acknowledge=True)
         self.output.counts = &uncounted
@@ -191,16 +194,28 @@ cdef class ZmtpStream:
     def renew(self):
         self.check_not_busy()
         self.keep_unsent()
-        self.output.clear()
-        self.first_range = self.last_range
-        self.inbox.start = self.inbox.end
-        self.let_go()
-        self.next_message()
+        self.forget()
         self.phase = AWAITS_GREETING
         self.ended = self.foreign = self.refused = self.more = False
         self.failed = self.minor = self.pongs = 0
         self.problem = NULL
         self.greet()
+
+    def close(self):
+        self.closed = True
+        self.fd = -1
+        if not self.busy:
+            self.forget()
+            self.phase = OVER
+            self.problem = b"the connection is closed"
+
+    cdef void forget(self) noexcept:
+        """What came and was no message yet, and what was to be written."""
+        self.output.release_all()
+        self.first_range = self.last_range
+        self.inbox.start = self.inbox.end
+        self.let_go()
+        self.next_message()
 
     cdef int keep_unsent(self) except -1:
         """The messages that were not wholly written, each whole."""
@@ -563,41 +578,33 @@ cdef class ZmtpStream:
         cdef Views views = Views(frames)
         if views.count == 0:
             raise ValueError("a message has at least one frame")
-        if not self.has_room():
-            return False
-        self.write_frames(self.place(self.size_of(views.spans, views.count)), views.spans, views.count, True)
-        return True
+        return self.send_frames(views.spans, views.count) == SENT
+
+    cdef int send_frames(self, const fw_span *frames, Py_ssize_t count) except -1:
+        """SENT, or FULL: nothing of it was taken."""
+        cdef char *out
+        cdef size_t size = sum_of(frames, count)
+        cdef Py_ssize_t i
+        if not self.has_room() and not self.makes_room():
+            return FULL
+        for i in range(count):
+            size += zmtp_head(NULL, 0, frames[i].len)
+        out = self.place(size)
+        for i in range(count):
+            out += zmtp_head(out, ZMTP_MORE if i + 1 < count else 0, frames[i].len)
+            memcpy(out, frames[i].ptr, frames[i].len)
+            out += frames[i].len
+        return SENT
 
     cdef bint has_room(self) noexcept:
         return self.phase == TALKS and not self.ended and self.output.queued - self.output.written < OUTPUT_ROOM
 
-    cdef int send_signed(self, bytes signature, const fw_span *parts, Py_ssize_t count) except -1:
-        """SENT, or FULL: nothing of it was taken."""
-        cdef fw_span first[2]
-        cdef char *out
-        if not self.has_room():
-            return FULL
-        first[0] = fixed(b"<IDS|MSG>", 9)
-        first[1] = fixed(PyBytes_AS_STRING(signature), PyBytes_GET_SIZE(signature))
-        out = self.place(self.size_of(first, 2) + self.size_of(parts, count))
-        out = self.write_frames(out, first, 2, False)
-        self.write_frames(out, parts, count, True)
-        return SENT
-
-    cdef size_t size_of(self, const fw_span *frames, Py_ssize_t count) noexcept:
-        cdef size_t size = sum_of(frames, count)
-        cdef Py_ssize_t i
-        for i in range(count):
-            size += zmtp_head(NULL, 0, frames[i].len)
-        return size
-
-    cdef char *write_frames(self, char *out, const fw_span *frames, Py_ssize_t count, bint last) noexcept:
-        cdef Py_ssize_t i
-        for i in range(count):
-            out += zmtp_head(out, 0 if last and i == count - 1 else ZMTP_MORE, frames[i].len)
-            memcpy(out, frames[i].ptr, frames[i].len)
-            out += frames[i].len
-        return out
+    cdef bint makes_room(self) except -1:
+        """Whether what waits can be written now."""
+        if self.fd < 0 or self.phase != TALKS:
+            return False
+        self.write(self.fd)
+        return self.has_room()
 
     cdef char *place(self, size_t size) except NULL:
         """Where a message of so many bytes is to be written."""
@@ -674,11 +681,14 @@ cdef class ZmtpStream:
 
     @property
     def memory(self):
-        return (self.inbox.size if self.pinned is None else 0) + self.pending_bytes
+        return (self.inbox.size if self.pinned is None else 0) + self.waiting_bytes()
+
+    cdef size_t waiting_bytes(self) noexcept:
+        return self.unsent_bytes + <size_t>(self.output.queued - self.output.written)
 
     @property
     def pending_bytes(self):
-        return self.unsent_bytes + self.output.queued - self.output.written
+        return self.waiting_bytes()
 
     @property
     def pending_messages(self):

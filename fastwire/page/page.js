@@ -253,7 +253,8 @@ function kernelNumbers(kernel, seconds) {
     .join(" ").toLowerCase();
   row.severity = STATES.indexOf(state);
   const execution = kernel.execution_state ?? "unknown";
-  row.update(kernel.name, kernel.id.slice(0, 8), state, [[execution, execution], clientsWords(clients, state)], now);
+  const id = [kernel.id.slice(0, 8), kernel.path].filter(Boolean).join(" \u00b7 ");
+  row.update(kernel.name, id, state, [[execution, execution], clientsWords(clients, state)], now);
   return now;
 }
 

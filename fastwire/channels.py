@@ -1,0 +1,340 @@
+"""A kernel's channels on the loop: what comes on them, in batches, however they are spoken to.
+
+A `ZmtpChannel` is a connection of our own (`fastwire.zmtp`), a `ZmqChannel` one of libzmq's sockets, for kernels that
+somebody has to find first, that encrypt, or that speak ZMTP 2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import zmq
+from zmq.eventloop.zmqstream import ZMQStream
+
+from fastwire._core import Batch, Signer, ZmtpStream, drain
+from fastwire.errors import SocketClosed
+from fastwire.turns import Turns
+from fastwire.zmtp import Address, Link
+
+__all__ = ["Channel", "Traffic", "ZmqChannel", "ZmtpChannel", "take_socket"]
+
+#: Turns of the loop that a reply waits for output that came before it. More is a kernel that prints without an end.
+LONGEST_WAIT = 32
+
+#: Budgets that are read in one turn of the loop when the kernel has ended or moved: these are its last words.
+LAST_WORDS = 8
+
+
+def take_socket(stream_or_socket: ZMQStream | zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    """The ZMQ socket of what a kernel manager's ``connect_*`` returned, off Tornado's loop.
+
+    Source: `jupyter_client.ioloop.manager.as_zmqstream`: the stream has registered the descriptor already.
+    """
+    if isinstance(stream_or_socket, ZMQStream):
+        socket: zmq.Socket[bytes] = stream_or_socket.socket
+        stream_or_socket.io_loop.remove_handler(socket)
+        return socket
+    return stream_or_socket
+
+
+@dataclass
+class Traffic:
+    """Messages of a kernel, and the bytes of their parts."""
+
+    messages: int = 0
+    nbytes: int = 0
+
+
+class Channel:
+    """One channel on the loop. What it receives goes to ``on_batch``, and before that to ``on_faulty`` when messages
+    were refused. ``before`` and ``after`` frame each wake-up; as long as ``before`` returns that something else has to
+    come first, nothing is received for `LONGEST_WAIT` turns. However fast the kernel sends, no turn receives more than
+    a budget.
+    """
+
+    #: Who speaks to the kernel: "zmtp" is this process itself.
+    path: str
+
+    def __init__(
+        self,
+        name: str,
+        signer: Signer,
+        on_batch: Callable[[Batch], None],
+        *,
+        on_faulty: Callable[[Batch], None] | None = None,
+        before: Callable[[], object] | None = None,
+        after: Callable[[], None] | None = None,
+        permissive: bool = False,
+    ) -> None:
+        self.name = name
+        self.traffic = Traffic()
+        self._comes_back = False
+        self._waited = 0
+        self._signer = signer.fork()
+        self._on_batch = on_batch
+        self._on_faulty = on_faulty
+        self._before = before
+        self._after = after
+        self._permissive = permissive
+
+    def _wake(self) -> None:
+        if self.closed:  # since the loop was told to call this
+            return
+        self.read()
+        if self._after is not None:
+            self._after()
+
+    def read(self) -> None:
+        """What is there, up to the budget of one turn, or later when something else has to come first."""
+        if self._comes_back:
+            return
+        if self._before is not None and self._before() and self._waited < LONGEST_WAIT:
+            self._waited += 1
+            self.come_back()
+            return
+        self._waited = 0
+        self.drain()
+
+    def come_back(self) -> None:
+        """Look again in the next turn of the loop: others are to have theirs."""
+        if not self._comes_back:
+            self._comes_back = True
+            asyncio.get_running_loop().call_soon(self._is_back)
+
+    def _is_back(self) -> None:
+        self._comes_back = False
+        self._wake()
+
+    def drain(self) -> bool:
+        """Receive everything that is there, up to the budget of one turn. Returns whether more is waiting."""
+        if self.closed:
+            return False
+        batch, more = self._receive()
+        if more:
+            self.come_back()
+        if batch is None:
+            return more
+        if batch.faulty and self._on_faulty is not None:
+            self._on_faulty(batch)
+        if len(batch):
+            self.traffic.messages += len(batch)
+            self.traffic.nbytes += batch.nbytes
+            self._on_batch(batch)
+        return more
+
+    def has_more(self) -> bool:
+        """Whether more is waiting than one turn of the loop receives, and has received then, however many ask."""
+        return self._comes_back or self.drain()
+
+    def catch_up(self) -> bool:
+        """Receive everything that is there, or, of a kernel that sends without an end, several budgets of it. Returns
+        whether more is waiting."""
+        return all(self.drain() for _ in range(LAST_WORDS))
+
+    # -- what differs --
+
+    def _receive(self) -> tuple[Batch | None, bool]:
+        """``(batch, whether there is more)``."""
+        raise NotImplementedError
+
+    @property
+    def socket(self) -> zmq.Socket[bytes] | ZmtpStream:
+        """What an `Uplink` sends to."""
+        raise NotImplementedError
+
+    @property
+    def closed(self) -> bool:
+        raise NotImplementedError
+
+    def can_be_asked(self) -> bool:
+        """Whether the kernel knows this end: before that, its ``ROUTER`` drops what it asks."""
+        raise NotImplementedError
+
+    @property
+    def connected(self) -> bool:
+        """As far as is known."""
+        raise NotImplementedError
+
+    def watch(self, on_disconnect: Callable[[], None]) -> None:
+        """Call ``on_disconnect`` when the connection broke. What the kernel says until there is another, it says to
+        nobody."""
+        raise NotImplementedError
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        """A signed message of the server's own; not said when there is no connection, or no room."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class ZmtpChannel(Channel):
+    """A channel that is spoken to without libzmq. ``on_foreign`` is called when that cannot be."""
+
+    path = "zmtp"
+
+    def __init__(
+        self,
+        name: str,
+        address: Address,
+        identity: bytes | None,
+        signer: Signer,
+        on_batch: Callable[[Batch], None],
+        on_foreign: Callable[[], None],
+        **options: Any,
+    ) -> None:
+        super().__init__(name, signer, on_batch, **options)
+        self._link = Link(name, address, identity, self._wake)
+        self._link.on_foreign = on_foreign
+
+    @property
+    def socket(self) -> ZmtpStream:
+        return self._link.stream
+
+    @property
+    def closed(self) -> bool:
+        return self._link.closed
+
+    def _receive(self) -> tuple[Batch | None, bool]:
+        return self._link.drain(self._signer, permissive=self._permissive), self._link.stream.more
+
+    def drain(self) -> bool:
+        more = super().drain()
+        self._link.settle()
+        return more
+
+    def can_be_asked(self) -> bool:
+        return self._link.ready or self.closed
+
+    @property
+    def connected(self) -> bool:
+        return self._link.ready
+
+    def watch(self, on_disconnect: Callable[[], None]) -> None:
+        self._link.on_lost = on_disconnect
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        self._link.send(frames)
+
+    def close(self) -> None:
+        self._link.close()
+
+
+class ZmqChannel(Channel):
+    """A channel that libzmq speaks to. Its descriptor is edge-triggered: every wake-up drains it to EAGAIN, or comes
+    back in the next turn."""
+
+    path = "libzmq"
+
+    def __init__(
+        self,
+        name: str,
+        socket: zmq.Socket[bytes],
+        signer: Signer,
+        on_batch: Callable[[Batch], None],
+        **options: Any,
+    ) -> None:
+        super().__init__(name, signer, on_batch, **options)
+        self._socket = socket
+        self._watch: DisconnectWatch | None = None
+        self._turns = Turns.current()
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._turns.watch(self._fd, self._wake)
+        # Messages may have come before the descriptor was watched; their edge is gone.
+        asyncio.get_running_loop().call_soon(self._wake)
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        return self._socket
+
+    def _receive(self) -> tuple[Batch | None, bool]:
+        try:
+            batch = drain(self._socket, self.name, self._signer, permissive=self._permissive)
+        except SocketClosed:
+            self.close()
+            return None, False
+        return batch, batch is not None and batch.more
+
+    @property
+    def closed(self) -> bool:
+        """Also when the socket was closed under it (``context.destroy``)."""
+        return self._fd < 0 or self._socket.closed
+
+    def can_be_asked(self) -> bool:
+        """A socket with ``ZMQ_IMMEDIATE`` has room for messages while it is connected, any other has it always."""
+        events = zmq.POLLOUT if self.closed else int(self._socket.getsockopt(zmq.EVENTS))
+        if events & zmq.POLLIN:
+            # Looking took the edge of its descriptor.
+            self.read()
+        return bool(events & zmq.POLLOUT)
+
+    @property
+    def connected(self) -> bool:
+        return self._watch is None or self._watch.connected
+
+    def watch(self, on_disconnect: Callable[[], None]) -> None:
+        self._watch = DisconnectWatch(self._socket, on_disconnect)
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        self._socket.send_multipart(frames)
+        self.drain()
+
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        if self._fd >= 0:
+            self._turns.unwatch(self._fd, self._wake)
+            self._fd = -1
+        if not self._socket.closed:
+            self._socket.close()
+
+
+class DisconnectWatch:
+    """Calls ``on_disconnect`` when a ZMQ socket's connection broke. libzmq makes it anew by itself, and tells only who
+    asks for it that what the peer said meanwhile was said to nobody. ``connected`` is False until it is there again.
+
+    Source: zmq_socket_monitor(3).
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], on_disconnect: Callable[[], None]) -> None:
+        address = f"inproc://fastwire-{next(watches)}"
+        #: What was before somebody watched is not told: believed to be there.
+        self.connected = True
+        self._socket = socket
+        self._on_disconnect = on_disconnect
+        socket.monitor(address, zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._events: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR, socket_class=zmq.Socket)
+        self._events.connect(address)
+        self._fd = int(self._events.getsockopt(zmq.FD))
+        self._turns = Turns.current()
+        self._turns.watch(self._fd, self._on_readable)
+        # What nobody has tried to read is not signalled.
+        asyncio.get_running_loop().call_soon(self._on_readable)
+
+    def _on_readable(self) -> None:
+        disconnected = False
+        with suppress(zmq.ZMQError):  # there is no more, or its context is gone
+            while True:
+                event = int.from_bytes(self._events.recv_multipart(zmq.NOBLOCK)[0][:2], sys.byteorder)
+                self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+                disconnected |= not self.connected
+        if disconnected:
+            self._on_disconnect()
+
+    def close(self) -> None:
+        """Before the socket is."""
+        self._turns.unwatch(self._fd, self._on_readable)
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+        self._events.close()
+
+
+#: libzmq wants an address for each.
+watches = count()

@@ -1,0 +1,265 @@
+"""One ZMTP connection to a kernel on the loop: made, made anew when it breaks, and flushed.
+
+What the bytes mean is `fastwire._core.ZmtpStream`'s; this room connects, waits and gives up. What is difficult:
+
+- A ``ROUTER`` without ``ZMQ_ROUTER_HANDOVER`` never reads a second connection of an identity that it still has. So the
+  old connection is closed before the next is opened.
+- A kernel binds when it has started, and ends whenever it likes: a refused connection is no error, and is tried again
+  after 100 to 200 ms, as libzmq does.
+- What the kernel has said before its connection ended is its last word. It is read to the end before the end is told,
+  also when it was writing that failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import random
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastwire._core import FLUSH_BLOCKED, FLUSH_DEAD, FLUSH_NO_BUFFERS, Batch, Signer, ZmtpStream
+from fastwire.errors import ZmtpError
+from fastwire.turns import Turns
+
+__all__ = ["Address", "Link"]
+
+log = logging.getLogger(__name__)
+
+#: Seconds for connecting and the handshake together.
+HANDSHAKE_TIMEOUT = 30.0
+
+#: Seconds until a connection is tried again, and up to so many more, by chance: all kernels may have ended at once.
+RECONNECT_AFTER = 0.1
+RECONNECT_SPREAD = 0.1
+
+#: Seconds until a write is tried again for which the system had no buffers; doubled up to the second.
+NO_BUFFERS_WAIT = 0.001
+LONGEST_NO_BUFFERS_WAIT = 0.05
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a kernel listens, as the system's sockets have it."""
+
+    family: int
+    place: Any
+
+    @classmethod
+    def of(cls, url: str) -> Address | None:
+        """Of a ZMQ endpoint: tcp with an IP address, or ipc. None for what libzmq has to find out: names, interfaces,
+        other transports."""
+        transport, _, rest = url.partition("://")
+        if transport == "ipc" and 1 < len(rest.encode()) < 108:
+            return cls(socket.AF_UNIX, "\0" + rest[1:] if rest[0] == "@" else rest)
+        host, _, port = rest.rpartition(":")
+        try:
+            ip = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+            number = int(port)
+        except ValueError:
+            return None
+        if transport != "tcp" or not 0 < number < 1 << 16 or ip.is_unspecified:
+            return None
+        return cls(socket.AF_INET if ip.version == 4 else socket.AF_INET6, (str(ip), number))
+
+
+class Link:
+    """The connection of one channel. ``wake`` is called when there may be something to `drain`, when the kernel can be
+    asked now, or when there is room for messages again; ``on_lost`` when a connection that was ready is not any more;
+    ``on_foreign`` when the kernel speaks something that is libzmq's."""
+
+    def __init__(self, name: str, address: Address, identity: bytes | None, wake: Callable[[], None]) -> None:
+        self.name = name
+        self.stream = ZmtpStream("SUB") if name == "iopub" else ZmtpStream("DEALER", identity)
+        self.on_lost: Callable[[], None] | None = None
+        self.on_foreign: Callable[[], None] | None = None
+        self._address = address
+        self._wake = wake
+        self._loop = asyncio.get_running_loop()
+        self._turns = Turns.current()
+        self._socket: socket.socket | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._was_ready = False
+        self._awaits_writable = False
+        self._write_failed = False
+        self._told = ""
+        self._connect()
+
+    # -- connecting --
+
+    @property
+    def ready(self) -> bool:
+        """The kernel can be asked, and hears its answers."""
+        return self._was_ready
+
+    @property
+    def closed(self) -> bool:
+        return self.stream.closed
+
+    def _connect(self) -> None:
+        self._timer = None
+        sock = socket.socket(self._address.family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        self._socket = sock
+        if self._address.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        problem = sock.connect_ex(self._address.place)
+        self._timer = self._loop.call_later(HANDSHAKE_TIMEOUT, self._lose)
+        if problem == 0:
+            self._begin()
+        elif problem == errno.EINPROGRESS:
+            self._await_writable()
+        else:
+            self._lose()
+
+    def _begin(self) -> None:
+        assert self._socket is not None
+        self.stream.fd = self._socket.fileno()
+        self._turns.watch(self.stream.fd, self._wake)
+        self.flush()
+
+    def _on_connected(self) -> None:
+        assert self._socket is not None
+        if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._lose()
+        else:
+            self._begin()
+
+    def _lose(self) -> None:
+        """There is no connection; there will be another."""
+        was_ready = self._was_ready
+        self._disconnect()
+        self.stream.renew()
+        wait = RECONNECT_AFTER + RECONNECT_SPREAD * random.random()
+        self._timer = self._loop.call_later(wait, self._try_again)
+        if was_ready and self.on_lost is not None:
+            self.on_lost()
+
+    def _try_again(self) -> None:
+        try:
+            self._connect()
+        except OSError as error:  # descriptors have run out
+            self._tell(f"cannot be connected: {error}")
+            self._lose()
+
+    def _disconnect(self) -> None:
+        for timer in (self._timer, self._retry):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._retry = None
+        self._was_ready = self._write_failed = False
+        if self._socket is None:
+            return
+        if self._awaits_writable:
+            self._awaits_writable = False
+            self._loop.remove_writer(self._socket.fileno())
+        if self.stream.fd >= 0:
+            self._turns.unwatch(self.stream.fd, self._wake)
+            self.stream.fd = -1
+        self._socket.close()
+        self._socket = None
+
+    def close(self) -> None:
+        """For good."""
+        if not self.stream.closed:
+            self._disconnect()
+            self.stream.close()
+
+    def _tell(self, text: str) -> None:
+        """Once, and not for each connection."""
+        if text != self._told:
+            self._told = text
+            log.warning("the kernel's %s socket at %s: %s", self.name, self._address.place, text)
+
+    # -- bytes in --
+
+    def drain(self, signer: Signer, *, permissive: bool) -> Batch | None:
+        """What the kernel has said; whoever calls this calls `settle` when he has dealt with it."""
+        if self.stream.fd < 0:
+            return None
+        try:
+            return self.stream.drain(self.stream.fd, self.name, signer, permissive=permissive)
+        except ZmtpError as error:
+            self._break(error)
+            return None
+
+    def settle(self) -> None:
+        """After `drain`: answer what was asked, and follow what has become of the connection."""
+        stream = self.stream
+        if stream.fd < 0:
+            return
+        if stream.pending_bytes:
+            self.flush()
+        if stream.ready and not self._was_ready:
+            self._is_ready()
+        if (stream.ended or self._write_failed) and not stream.more:
+            self._lose()
+
+    def _is_ready(self) -> None:
+        self._was_ready = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._loop.call_soon(self._wake)
+
+    def _break(self, error: ZmtpError) -> None:
+        if self.stream.foreign and self.on_foreign is not None:
+            self.close()
+            self.on_foreign()
+            return
+        self._tell(str(error))
+        if self.stream.refused:
+            self.close()
+        else:
+            self._lose()
+
+    # -- bytes out --
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        """Whether it was taken."""
+        taken = self.stream.send(frames)
+        self.flush()
+        return taken
+
+    def flush(self, wait: float = NO_BUFFERS_WAIT) -> None:
+        if self.stream.fd < 0 or self._write_failed:
+            return
+        result = self.stream.flush(self.stream.fd)
+        if result == FLUSH_BLOCKED:
+            self._await_writable()
+        elif result == FLUSH_NO_BUFFERS:
+            self._try_later(wait)
+        elif result == FLUSH_DEAD:
+            self._write_failed = True
+            self._loop.call_soon(self._wake)
+
+    def _await_writable(self) -> None:
+        if not self._awaits_writable and self._socket is not None:
+            self._awaits_writable = True
+            self._loop.add_writer(self._socket.fileno(), self._on_writable)
+
+    def _on_writable(self) -> None:
+        assert self._socket is not None
+        self._awaits_writable = False
+        self._loop.remove_writer(self._socket.fileno())
+        if self.stream.fd < 0:
+            self._on_connected()
+            return
+        self.flush()
+        if not self._awaits_writable:
+            self._wake()
+
+    def _try_later(self, wait: float) -> None:
+        if self._retry is None:
+            self._retry = self._loop.call_later(wait, self._retry_now, min(2 * wait, LONGEST_NO_BUFFERS_WAIT))
+
+    def _retry_now(self, wait: float) -> None:
+        self._retry = None
+        self.flush(wait)
+        if self._retry is None:
+            self._wake()

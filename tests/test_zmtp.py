@@ -1,0 +1,555 @@
+"""A kernel's connection on the loop, with peers that bind late, die early, talk nonsense, or do not read."""
+
+import asyncio
+import errno
+import logging
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import zmq
+import zmtp_oracle as peer
+from builders import KEY, client_message, message, wire
+from relay_stage import Kernel, Stage, until
+
+from fastwire import _core, zmtp
+from fastwire._core import Batch, Signer, Uplink
+from fastwire.channels import ZmtpChannel
+from fastwire.zmtp import Address, Link
+
+pytest_plugins = "relay_stage"  # the fixture `stage`
+
+PATIENCE = 20.0
+HANDSHAKE = peer.greeting() + peer.ready(b"ROUTER", Identity=b"")
+READY_SIZE = 64 + 45  # of ours, with an identity of two octets
+
+
+class Peer:
+    """A kernel's end, one connection after another."""
+
+    def __init__(self) -> None:
+        self.connections: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+        self.writers: list[asyncio.StreamWriter] = []
+        self.accepted = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        self.writers.append(writer)
+        await self.connections.put((reader, writer))
+
+    async def next(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        async with asyncio.timeout(PATIENCE):
+            return await self.connections.get()
+
+    async def shaken(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The next connection, on which both are ready."""
+        reader, writer = await self.next()
+        writer.write(HANDSHAKE)
+        async with asyncio.timeout(PATIENCE):
+            said = await reader.readexactly(READY_SIZE)
+        assert said == peer.greeting() + peer.ready(b"DEALER", Identity=b"me")
+        return reader, writer
+
+
+class Ours:
+    """Our end, and what happens at it."""
+
+    def __init__(self, address: Address | None, name: str = "shell") -> None:
+        assert address is not None
+        self.batches: list[Batch] = []
+        self.heard = asyncio.Event()
+        self.lost = 0
+        self.foreign = 0
+        self.wakes: list[Callable[[], None]] = []
+        self.channel = ZmtpChannel(
+            name, address, b"me", Signer(KEY, history_size=0), self._on_batch, self._on_foreign, after=self._after
+        )
+        self.channel.watch(self._on_lost)
+
+    def _on_batch(self, batch: Batch) -> None:
+        self.batches.append(batch)
+        self.heard.set()
+
+    def _on_foreign(self) -> None:
+        self.foreign += 1
+
+    def _on_lost(self) -> None:
+        self.lost += 1
+
+    def _after(self) -> None:
+        for wake in self.wakes:
+            wake()
+
+    def messages(self) -> list[list[bytes]]:
+        return [batch[i] for batch in self.batches for i in range(len(batch))]
+
+    async def hears(self, count: int) -> list[list[bytes]]:
+        async with asyncio.timeout(PATIENCE):
+            while sum(map(len, self.batches)) < count:
+                self.heard.clear()
+                await self.heard.wait()
+        return self.messages()
+
+
+async def eventually(reached: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not reached():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
+def signed(number: int, *buffers: bytes) -> tuple[list[bytes], bytes]:
+    """``(parts, bytes on the wire)``."""
+    parts = message("stream", str(number), {}, *buffers)
+    return parts, peer.multipart(wire(oracle.Signer(KEY), parts))
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@asynccontextmanager
+async def between(script: Peer, port: int = 0) -> AsyncIterator[Ours]:
+    server = await asyncio.start_server(script, "127.0.0.1", port)
+    port = server.sockets[0].getsockname()[1]
+    ours = Ours(Address.of(f"tcp://127.0.0.1:{port}"))
+    try:
+        yield ours
+    finally:
+        ours.channel.close()
+        server.close()
+        for writer in script.writers:
+            writer.close()
+        await server.wait_closed()
+
+
+Play = Callable[[Peer, Ours], Awaitable[None]]
+
+
+def run(play: Play) -> None:
+    async def main() -> None:
+        script = Peer()
+        async with between(script) as ours:
+            await play(script, ours)
+        assert ours.channel.closed
+
+    asyncio.run(main())
+
+
+# -- addresses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("tcp://127.0.0.1:5", Address(socket.AF_INET, ("127.0.0.1", 5))),
+        ("tcp://::1:65535", Address(socket.AF_INET6, ("::1", 65535))),
+        ("tcp://[::1]:80", Address(socket.AF_INET6, ("::1", 80))),
+        ("ipc:///tmp/kernel-1", Address(socket.AF_UNIX, "/tmp/kernel-1")),
+        ("ipc://kernel-1", Address(socket.AF_UNIX, "kernel-1")),
+        ("ipc://@kernel-1", Address(socket.AF_UNIX, "\0kernel-1")),
+        ("ipc://" + "x" * 108, None),
+        ("ipc://", None),
+        ("ipc://x", None),
+        ("tcp://localhost:5", None),
+        ("tcp://lo:5", None),
+        ("tcp://0.0.0.0:5", None),
+        ("tcp://127.0.0.1:0", None),
+        ("tcp://127.0.0.1:65536", None),
+        ("tcp://127.0.0.1:*", None),
+        ("tcp://127.0.0.1", None),
+        ("inproc://127.0.0.1:5", None),
+        ("", None),
+    ],
+)
+def test_addresses_that_need_nobody_to_find_them(url: str, address: Address | None) -> None:
+    assert Address.of(url) == address
+
+
+# -- peers -----------------------------------------------------------------------------------------
+
+
+def test_messages_go_both_ways() -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        assert not ours.channel.connected
+        reader, writer = await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        parts, data = signed(1)
+        writer.write(data)
+        assert await ours.hears(1) == [parts]
+        ours.channel.send([b"a", b"b" * 300])
+        expected = peer.multipart([b"a", b"b" * 300])
+        async with asyncio.timeout(PATIENCE):
+            assert await reader.readexactly(len(expected)) == expected
+        assert (ours.channel.path, ours.channel.can_be_asked(), ours.lost) == ("zmtp", True, 0)
+
+    run(play)
+
+
+def test_a_kernel_that_binds_late() -> None:
+    async def main() -> None:
+        port = free_port()
+        early = Ours(Address.of(f"tcp://127.0.0.1:{port}"))
+        await asyncio.sleep(0)
+        script = Peer()
+        server = await asyncio.start_server(script, "127.0.0.1", port)
+        await script.shaken()
+        await eventually(lambda: early.channel.connected)
+        early.channel.close()
+        server.close()
+        for writer in script.writers:
+            writer.close()
+        await server.wait_closed()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("said", [b"", HANDSHAKE[:5], HANDSHAKE[:64], HANDSHAKE[:-1]])
+def test_a_kernel_that_dies_in_the_handshake(said: bytes) -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        _, writer = await script.next()
+        writer.write(said)
+        writer.close()
+        await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        assert ours.lost == 0, "it was never there"
+
+    run(play)
+
+
+def test_octet_by_octet() -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        _, writer = await script.next()
+        parts, data = signed(1, b"x" * 50)
+        for octet in HANDSHAKE + data:
+            writer.write(bytes([octet]))
+            await asyncio.sleep(0)
+        assert await ours.hears(1) == [parts]
+
+    run(play)
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n", b"\xff\0\0\0\0\0\0\0\x01\x7f\x01", b"\x01\0"])
+def test_a_peer_that_speaks_something_else_is_told_once(said: bytes) -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        _, writer = await script.next()
+        writer.write(said)
+        await eventually(lambda: ours.foreign)
+        assert (ours.channel.closed, ours.foreign, ours.lost) == (True, 1, 0)
+
+    run(play)
+
+
+def test_garbage_ends_the_connection_and_the_next_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        parts, data = signed(1)
+        for _ in range(3):
+            reader, writer = await script.shaken()
+            writer.write(data + b"\xff garbage")
+            async with asyncio.timeout(PATIENCE):
+                assert await reader.read() == b""
+            assert script.connections.empty(), "a router without handover never reads the second of an identity"
+        assert await ours.hears(3) == [parts] * 3
+        await eventually(lambda: ours.lost == 3)
+
+    with caplog.at_level(logging.WARNING, "fastwire.zmtp"):
+        run(play)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "flags" in caplog.text
+
+
+def test_an_error_is_the_end_and_its_reason_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        _, writer = await script.next()
+        writer.write(peer.greeting() + peer.command(b"ERROR", b"\x04full"))
+        await eventually(lambda: ours.channel.closed)
+        await asyncio.sleep(3 * zmtp.RECONNECT_AFTER)
+        assert script.accepted == 1
+
+    run(play)
+    assert "refuses the connection: full" in caplog.text
+
+
+def test_a_kernel_that_says_nothing_is_left_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmtp, "HANDSHAKE_TIMEOUT", 0.02)
+
+    async def play(script: Peer, ours: Ours) -> None:
+        for said in (b"", HANDSHAKE[:70]):
+            reader, writer = await script.next()
+            writer.write(said)
+            async with asyncio.timeout(PATIENCE):
+                await reader.read()
+        monkeypatch.setattr(zmtp, "HANDSHAKE_TIMEOUT", PATIENCE)
+        while not ours.channel.connected:
+            _, writer = await script.next()
+            writer.write(HANDSHAKE)
+            await asyncio.sleep(0.05)
+
+    run(play)
+
+
+def test_last_words_are_heard_before_the_end_is_told() -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        told: list[int] = []
+        ours.channel.watch(lambda: told.append(len(ours.messages())))
+        _, writer = await script.shaken()
+        sent = [signed(number, b"x" * 1000) for number in range(3000)]
+        writer.write(b"".join(data for _, data in sent) + sent[0][1][:-1])
+        writer.close()
+        assert await ours.hears(3000) == [parts for parts, _ in sent]
+        await eventually(lambda: told)
+        assert told == [3000]
+        await script.shaken()
+        assert len(ours.messages()) == 3000, "what came in half is dropped"
+
+    run(play)
+
+
+def test_another_process_on_the_same_port() -> None:
+    async def main() -> None:
+        first = Peer()
+        async with between(first) as ours:
+            _, writer = await first.shaken()
+            address: Any = writer.get_extra_info("sockname")
+            parts, data = signed(1)
+            writer.write(data)
+            await ours.hears(1)
+        port = address[1]
+        second = Peer()
+        async with between(second, port) as again:
+            _, writer = await second.shaken()
+            writer.write(data)
+            assert await again.hears(1) == [parts]
+
+    asyncio.run(main())
+
+
+def test_a_message_that_was_written_in_half_is_said_again_as_a_whole() -> None:
+    large = [b"x" * 8_000_000]
+
+    async def play(script: Peer, ours: Ours) -> None:
+        reader, writer = await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        ours.channel.send([b"first"])
+        async with asyncio.timeout(PATIENCE):
+            await reader.readexactly(7)
+        ours.channel.send(large)
+        async with asyncio.timeout(PATIENCE):
+            await reader.readexactly(1000)
+        writer.transport.abort()
+        reader, writer = await script.shaken()
+        expected = peer.multipart(large)
+        async with asyncio.timeout(PATIENCE):
+            assert await reader.readexactly(len(expected)) == expected
+        assert ours.channel.socket.sent == 2
+
+    run(play)
+
+
+def test_a_kernel_that_stops_reading() -> None:
+    """What does not fit waits in the uplink, and goes when there is room; nothing is lost and nothing comes twice."""
+
+    async def play(script: Peer, ours: Ours) -> None:
+        reader, _ = await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        sockets = dict.fromkeys(("shell", "control", "stdin"), ours.channel.socket)
+        uplink = Uplink(_core.PROTOCOL_V1, Signer(KEY), sockets)
+
+        def settle(bits: int) -> None:
+            """As a session does."""
+            if bits:
+                ours.channel.read()
+
+        ours.wakes.append(lambda: settle(uplink.retry()))
+        expected, count = b"", 0
+        while uplink.waiting_messages < 5:
+            parts = message("execute_request", str(count), {"code": "x" * 200_000})
+            settle(uplink.send(_core.OP_BINARY, client_message(parts, "shell", _core.PROTOCOL_V1)))
+            expected += peer.multipart(wire(oracle.Signer(KEY), parts))
+            count += 1
+        async with asyncio.timeout(PATIENCE):
+            assert await reader.readexactly(len(expected)) == expected
+        assert (uplink.waiting_messages, uplink.waiting_bytes, uplink.sent) == (0, 0, count)
+
+    run(play)
+
+
+@pytest.mark.parametrize("weather", ["ENOBUFS", "ENOMEM"])
+def test_buffers_that_the_system_has_not(weather: str) -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        reader, _ = await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        _core.script_syscalls([("sendmsg", weather)] * 9)
+        ours.channel.send([b"message"])
+        async with asyncio.timeout(PATIENCE):
+            assert await reader.readexactly(9) == peer.multipart([b"message"])
+
+    run(play)
+
+
+def test_what_was_said_before_writing_failed_is_heard() -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        reader, writer = await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        parts, data = signed(1)
+        writer.write(data)
+        await writer.drain()
+        _core.script_syscalls([("sendmsg", "EPIPE")])
+        ours.channel.send([b"again"])
+        assert await ours.hears(1) == [parts]
+        reader, _ = await script.shaken()
+        async with asyncio.timeout(PATIENCE):
+            assert await reader.readexactly(7) == peer.multipart([b"again"])
+        assert ours.lost == 1
+
+    run(play)
+
+
+def test_descriptors_that_have_run_out_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        _, writer = await script.shaken()
+        real, refused = socket.socket, 3
+
+        def scarce(*arguments: Any, **options: Any) -> socket.socket:
+            nonlocal refused
+            if refused:
+                refused -= 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(zmtp.socket, "socket", scarce)
+        writer.close()
+        await eventually(lambda: not refused)
+        monkeypatch.undo()
+        await script.shaken()
+
+    run(play)
+    assert caplog.text.count("Too many open files") == 1
+
+
+def test_nothing_is_left_of_one_that_is_closed() -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        reader, _ = await script.shaken()
+        before = len(asyncio.get_running_loop()._selector.get_map())
+        ours.channel.close()
+        ours.channel.close()
+        async with asyncio.timeout(PATIENCE):
+            assert await reader.read() == b""
+        await asyncio.sleep(2 * (zmtp.RECONNECT_AFTER + zmtp.RECONNECT_SPREAD))
+        assert script.accepted == 1
+        assert len(asyncio.get_running_loop()._selector.get_map()) < before + 1
+        ours.channel.send([b"to nobody"])
+        assert not ours.channel.drain()
+
+    run(play)
+
+
+# -- transports ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["ipc://{folder}/kernel-1", "ipc://@{name}", "tcp://[::1]:*"])
+def test_libzmq_at_each_kind_of_address(context: zmq.Context, url: str) -> None:
+    if "@" in url and not Path("/proc").exists():
+        pytest.skip("abstract addresses are Linux's")
+
+    async def use(address: Address | None, kernel: zmq.Socket) -> None:
+        ours = Ours(address)
+        await eventually(lambda: ours.channel.connected)
+        ours.channel.send([b"question"])
+        assert kernel.recv_multipart() == [b"me", b"question"]
+        parts = message("stream", "1")
+        kernel.send_multipart([b"me", *wire(oracle.Signer(KEY), parts)])
+        assert await ours.hears(1) == [parts]
+        ours.channel.close()
+
+    with tempfile.TemporaryDirectory() as folder, context.socket(zmq.ROUTER) as kernel:
+        kernel.setsockopt(zmq.IPV6, 1)
+        kernel.setsockopt(zmq.LINGER, 0)
+        kernel.setsockopt(zmq.RCVTIMEO, int(1000 * PATIENCE))
+        try:
+            kernel.bind(url.format(folder=folder, name=f"fastwire-{free_port()}"))
+        except zmq.ZMQError as error:
+            pytest.skip(f"this machine has no such address: {error}")
+        asyncio.run(use(Address.of(kernel.getsockopt_string(zmq.LAST_ENDPOINT)), kernel))
+
+
+def test_a_router_without_handover_hears_the_next_connection(context: zmq.Context) -> None:
+    async def use(address: Address | None, kernel: zmq.Socket) -> None:
+        ours = Ours(address)
+        for number in range(3):
+            # It polls, as kernels do: libzmq works only while it is called.
+            await eventually(lambda: kernel.poll(0) or ours.channel.connected)
+            ours.channel.send([b"%d" % number])
+            assert kernel.recv_multipart() == [b"me", b"%d" % number]
+            link: Link = ours.channel._link
+            link._lose()
+        ours.channel.close()
+
+    with context.socket(zmq.ROUTER) as kernel:
+        kernel.setsockopt(zmq.LINGER, 0)
+        kernel.setsockopt(zmq.RCVTIMEO, int(1000 * PATIENCE))
+        kernel.bind("tcp://127.0.0.1:*")
+        asyncio.run(use(Address.of(kernel.getsockopt_string(zmq.LAST_ENDPOINT)), kernel))
+
+
+# -- a relay ---------------------------------------------------------------------------------------
+
+
+class Direct(Kernel):
+    """A kernel of which its relay is told where it listens."""
+
+    def open_socket(self, channel: str, identity: bytes | None) -> Any:
+        address = Address.of(self.addresses[channel])
+        assert address is not None
+        return address
+
+
+@pytest.mark.parametrize("protocol", [None, _core.PROTOCOL_V1])
+def test_a_relay_without_libzmq(stage: Stage, context: zmq.Context, protocol: str | None) -> None:
+    kernel = Direct(context, tcp=True)
+    relay = stage.start(kernel)
+    client = stage.connect("ann", protocol)
+    client.say("question", text="x" * 100_000)
+    assert kernel.ids(1) == ["question"]
+    kernel.publish(message("stream", "output"))
+    kernel.reply(client.session_id, message("execute_reply", "answer"))
+    assert sorted(client.ids(2)) == ["answer", "output"]
+    assert relay.path == "zmtp"
+    kernel.close()
+
+
+def test_a_kernel_that_is_foreign_is_left_to_libzmq(stage: Stage, context: zmq.Context) -> None:
+    """Here it is not the kernel that speaks something else, but what stands in its place at first."""
+    kernel = Kernel(context, tcp=True)
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        address = Address.of(f"tcp://127.0.0.1:{stranger.getsockname()[1]}")
+        connect = kernel.open_socket
+
+        def open_socket(channel: str, identity: bytes | None) -> Any:
+            return connect(channel, identity) if stage.relay.foreign else address
+
+        def greet() -> None:
+            connection, _ = stranger.accept()
+            with connection:
+                connection.sendall(b"\xff\0\0\0\0\0\0\0\x01\x7f\x01")
+                connection.recv(1000)
+
+        kernel.open_socket = open_socket  # type: ignore[method-assign]
+        stage.start_unheard(kernel)
+        greet()
+        kernel.joined()
+    until(lambda: stage.relay.path == "libzmq", "it is left to libzmq")
+    client = stage.connect("ann")
+    client.say("question")
+    assert kernel.ids(1) == ["question"]
+    kernel.close()
