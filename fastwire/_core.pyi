@@ -35,7 +35,8 @@ FLUSH_DEAD: Final = 4
 
 def build_info() -> dict[str, str]:
     """What this build uses: ``version``, ``zmq`` ("direct" or "pyzmq"), ``libzmq``, ``zmtp`` (that of `ZmtpStream`),
-    ``sha256`` ("sha-ni", "armv8", or "portable": C for what is short, OpenSSL for the rest), ``cython``, ``compiler``."""
+    ``sha256`` ("sha-ni", "armv8", or "portable": C for what is short, OpenSSL for the rest), ``cython``,
+    ``compiler``."""
 
 def live() -> dict[str, int]:
     """Objects alive now, by kind: ``messages``, ``zmq_messages``, ``blocks``, ``buffers``, ``records``.
@@ -425,8 +426,19 @@ class ZmtpStream:
         """``socket_type`` is "DEALER" or "SUB"; ``identity`` of a DEALER at most 255 bytes, the first not 0. Else
         ValueError. ``max_message_size`` bounds the frames of one message together."""
 
-    fd: int
-    """The descriptor that an `Uplink` writes to; -1, as at first, while there is none."""
+    @property
+    def fd(self) -> int:
+        """The descriptor that an `Uplink` writes to; -1, as at first, while there is none."""
+
+    def attach(self, fd: int, tell: int = -1) -> None:
+        """Let an `Uplink` write to this descriptor. With ``tell``, a non-blocking pipe's end, what comes on ``fd`` and
+        is not drained for 20 ms is taken aside by a thread that needs no GIL. An octet in the pipe tells then that
+        `drain` has something, also where the descriptor has not. Raises OSError when there can be no such thread."""
+    def detach(self) -> None:
+        """Before the descriptor is closed. What was taken aside and not drained is dropped."""
+    @property
+    def taken_aside(self) -> bool:
+        """There is something that was taken aside."""
 
     @property
     def closed(self) -> bool:
@@ -576,6 +588,10 @@ class Uplink:
         them."""
 
 # -- for the tests ---------------------------------------------------------------------------------
+
+def limit_standby(limit: int) -> None:
+    """Bytes of memory that what is taken aside (`ZmtpStream.attach`) may have together; at first 512 MiB. At the bound
+    it stays with the system, and then with the kernels."""
 
 def script_syscalls(steps: Sequence[tuple[str, str | int]]) -> None:
     """Script the core's system calls: each step is ``(call, outcome)``, call "recv" or "sendmsg", outcome an errno

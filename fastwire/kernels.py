@@ -25,7 +25,7 @@ from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelMana
 from tornado.web import HTTPError
 from traitlets import default
 
-from fastwire._core import Activity, Batch, Signer
+from fastwire._core import Activity, Batch, Signer, limit_standby
 from fastwire.errors import MessageError, SignatureError
 from fastwire.events import note
 from fastwire.hearing import Event
@@ -488,6 +488,7 @@ class Kernels:
         self.budgets = Budgets(self.limits)
         self.permissive = settings.accept_invalid_signatures
         self.zmtp = settings.zmtp
+        limit_standby(self.limits.total_memory_limit)
         self._kernels: dict[Any, Kernel] = {}
         self._sweeper: asyncio.TimerHandle | None = None
 

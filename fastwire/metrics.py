@@ -219,6 +219,12 @@ METRICS = (
         counter("budget_hits"),
     ),
     Metric(
+        "fastwire_taken_aside_bytes_total",
+        "counter",
+        "Bytes of kernels that were read by the standby reader, because the loop was blocked for 20 ms or more.",
+        counter("taken_aside"),
+    ),
+    Metric(
         "fastwire_uplink_waits_total",
         "counter",
         "Messages of clients that had to wait because their kernel took no more, or was not heard yet.",

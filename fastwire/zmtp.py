@@ -16,6 +16,7 @@ import asyncio
 import errno
 import ipaddress
 import logging
+import os
 import random
 import socket
 from collections.abc import Callable, Sequence
@@ -67,6 +68,54 @@ class Address:
         return cls(socket.AF_INET if ip.version == 4 else socket.AF_INET6, (str(ip), number))
 
 
+class Standby:
+    """Where the standby reader (`fastwire._core.ZmtpStream.attach`) tells a loop that it has taken something off its
+    connections; `Standby.current` is the running loop's."""
+
+    def __init__(self) -> None:
+        self._turns = Turns.current()
+        self._links: set[Link] = set()
+        self._pipe: tuple[int, int] | None = None
+
+    @classmethod
+    def current(cls) -> Standby:
+        loop: Any = asyncio.get_running_loop()
+        # An attribute and not a table of loops: the two refer to each other and go together.
+        if not hasattr(loop, "_fastwire_standby"):
+            loop._fastwire_standby = cls()  # noqa: SLF001 - our own
+        standby: Standby = loop._fastwire_standby  # noqa: SLF001
+        return standby
+
+    def attach(self, link: Link, fd: int) -> None:
+        try:
+            if self._pipe is None:
+                self._pipe = os.pipe()
+                for end in self._pipe:
+                    os.set_blocking(end, False)
+                self._turns.watch(self._pipe[0], self._on_told)
+            link.stream.attach(fd, self._pipe[1])
+        except OSError as error:  # neither descriptors nor threads are left
+            log.warning("what kernels say while the loop is blocked may be lost: %s", error)
+            link.stream.attach(fd)
+        self._links.add(link)
+
+    def detach(self, link: Link) -> None:
+        link.stream.detach()
+        self._links.discard(link)
+        if self._pipe is not None and not self._links:
+            self._turns.unwatch(self._pipe[0], self._on_told)
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None
+
+    def _on_told(self) -> None:
+        assert self._pipe is not None
+        os.read(self._pipe[0], 1 << 16)
+        for link in list(self._links):
+            if link.stream.taken_aside:
+                link.wake()
+
+
 class Link:
     """The connection of one channel. ``wake`` is called when there may be something to `drain`, when the kernel can be
     asked now, or when there is room for messages again; ``on_lost`` when a connection that was ready is not any more;
@@ -78,9 +127,10 @@ class Link:
         self.on_lost: Callable[[], None] | None = None
         self.on_foreign: Callable[[], None] | None = None
         self._address = address
-        self._wake = wake
+        self.wake = wake
         self._loop = asyncio.get_running_loop()
         self._turns = Turns.current()
+        self._standby = Standby.current()
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
@@ -119,8 +169,8 @@ class Link:
 
     def _begin(self) -> None:
         assert self._socket is not None
-        self.stream.fd = self._socket.fileno()
-        self._turns.watch(self.stream.fd, self._wake)
+        self._standby.attach(self, self._socket.fileno())
+        self._turns.watch(self.stream.fd, self.wake)
         self.flush()
 
     def _on_connected(self) -> None:
@@ -159,8 +209,8 @@ class Link:
             self._awaits_writable = False
             self._loop.remove_writer(self._socket.fileno())
         if self.stream.fd >= 0:
-            self._turns.unwatch(self.stream.fd, self._wake)
-            self.stream.fd = -1
+            self._turns.unwatch(self.stream.fd, self.wake)
+            self._standby.detach(self)
         self._socket.close()
         self._socket = None
 
@@ -205,7 +255,7 @@ class Link:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._loop.call_soon(self._wake)
+        self._loop.call_soon(self.wake)
 
     def _break(self, error: ZmtpError) -> None:
         if self.stream.foreign and self.on_foreign is not None:
@@ -236,7 +286,7 @@ class Link:
             self._try_later(wait)
         elif result == FLUSH_DEAD:
             self._write_failed = True
-            self._loop.call_soon(self._wake)
+            self._loop.call_soon(self.wake)
 
     def _await_writable(self) -> None:
         if not self._awaits_writable and self._socket is not None:
@@ -252,7 +302,7 @@ class Link:
             return
         self.flush()
         if not self._awaits_writable:
-            self._wake()
+            self.wake()
 
     def _try_later(self, wait: float) -> None:
         if self._retry is None:
@@ -262,4 +312,4 @@ class Link:
         self._retry = None
         self.flush(wait)
         if self._retry is None:
-            self._wake()
+            self.wake()

@@ -32,7 +32,7 @@ def test_the_counters_have_these_names() -> None:
              for unit in ("messages", "bytes")}  # fmt: skip
     names |= {(what, "", unit) for what in ("from_clients", "to_clients") for unit in ("messages", "bytes")}
     names |= {(what, "", "") for what in ("batches", "budget_hits", "waited", "flushes", "blocked", "no_buffers")}
-    names |= {(what, "", "") for what in ("rejected", "invalid_signatures", "replayed_signatures")}
+    names |= {(what, "", "") for what in ("taken_aside", "rejected", "invalid_signatures", "replayed_signatures")}
     assert _core.counters().keys() == names
 
 

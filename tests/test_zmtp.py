@@ -1,10 +1,14 @@
 """A kernel's connection on the loop, with peers that bind late, die early, talk nonsense, or do not read."""
 
 import asyncio
+import contextlib
 import errno
 import logging
+import os
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -498,6 +502,89 @@ def test_a_router_without_handover_hears_the_next_connection(context: zmq.Contex
         kernel.setsockopt(zmq.RCVTIMEO, int(1000 * PATIENCE))
         kernel.bind("tcp://127.0.0.1:*")
         asyncio.run(use(Address.of(kernel.getsockopt_string(zmq.LAST_ENDPOINT)), kernel))
+
+
+# -- a loop that stands still ----------------------------------------------------------------------
+
+
+def test_what_a_kernel_says_while_the_loop_is_blocked(context: zmq.Context) -> None:
+    """A PUB socket drops beyond 1,000 messages and the system's buffers when nobody reads."""
+    count = 60_000
+    frames = wire(oracle.Signer(KEY), message("stream", "1", {"text": "x" * 200}))
+    before = _core.counters()["taken_aside", "", ""]
+
+    def flood(kernel: zmq.Socket) -> None:
+        for number in range(count):
+            kernel.send_multipart(frames)
+            if number % 500 == 0:
+                time.sleep(0.005)  # a kernel does something else, too
+
+    async def use(address: Address | None, kernel: zmq.Socket) -> None:
+        ours = Ours(address, "iopub")
+        await eventually(lambda: kernel.poll(0))
+        assert kernel.recv() == b"\x01"
+        thread = threading.Thread(target=flood, args=(kernel,))
+        thread.start()
+        thread.join()  # the loop stands still
+        async with asyncio.timeout(PATIENCE):
+            while sum(map(len, ours.batches)) < count:
+                ours.heard.clear()
+                await ours.heard.wait()
+        ours.channel.close()
+
+    with context.socket(zmq.XPUB) as kernel:
+        kernel.setsockopt(zmq.LINGER, 0)
+        kernel.bind("tcp://127.0.0.1:*")
+        asyncio.run(use(Address.of(kernel.getsockopt_string(zmq.LAST_ENDPOINT)), kernel))
+    assert _core.counters()["taken_aside", "", ""] > before
+
+
+def test_what_is_taken_aside_has_a_bound(context: zmq.Context) -> None:
+    """Beyond it the kernel's own sockets are full: a ROUTER's messages wait there."""
+    stream = _core.ZmtpStream("DEALER")
+    ours, theirs = socket.socketpair()
+    told, tell = os.pipe()
+    with ours, theirs:
+        _core.limit_standby(200_000)
+        try:
+            stream.attach(ours.fileno(), tell)
+            theirs.settimeout(1)
+            sent = b""
+            with contextlib.suppress(TimeoutError):
+                while len(sent) < 50_000_000:
+                    sent += bytes([len(sent) % 251]) * theirs.send(bytes([len(sent) % 251]) * 10_000)
+            assert len(sent) < 5_000_000, "beyond the bound it stays with the system"
+            assert stream.taken_aside
+            assert os.read(told, 10) == b"\0"
+        finally:
+            _core.limit_standby(512 << 20)
+            stream.close()
+            assert not stream.taken_aside
+            os.close(told)
+            os.close(tell)
+
+
+def test_the_end_is_told_by_who_stands_by() -> None:
+    stream = _core.ZmtpStream("DEALER")
+    ours, theirs = socket.socketpair()
+    told, tell = os.pipe()
+    with ours, theirs:
+        ours.setblocking(False)
+        stream.attach(ours.fileno(), tell)
+        parts, data = signed(1, b"x" * 200_000)
+        theirs.sendall(HANDSHAKE + data + data)
+        theirs.shutdown(socket.SHUT_WR)
+        assert os.read(told, 10) == b"\0"
+        deadline = time.monotonic() + PATIENCE
+        heard: list[list[bytes]] = []
+        while not stream.ended and time.monotonic() < deadline:
+            batch = stream.drain(ours.fileno(), "shell", Signer(KEY, history_size=0))
+            heard += [batch[i] for i in range(len(batch))] if batch is not None else []
+        assert heard == [parts, parts]
+        assert stream.ended
+        stream.close()
+    os.close(told)
+    os.close(tell)
 
 
 # -- a relay ---------------------------------------------------------------------------------------

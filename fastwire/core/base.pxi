@@ -20,6 +20,19 @@ cdef extern from "core/sys.h" nogil:
     void fw_script_clear()
     int fw_script_add(int call, int error, long bytes)
 
+cdef extern from "core/standby.h" nogil:
+    ctypedef struct fw_aside:
+        pass
+    void fw_aside_init(fw_aside *a)
+    void fw_aside_destroy(fw_aside *a)
+    int fw_aside_watch(fw_aside *a, int fd, int tell)
+    void fw_aside_leave(fw_aside *a)
+    ssize_t fw_aside_recv(fw_aside *a, int fd, void *buffer, size_t size)
+    size_t fw_aside_held(fw_aside *a)
+    size_t fw_standby_limit "fw_standby.limit"
+    size_t fw_standby_held "fw_standby.held"
+    uint64_t fw_standby_taken "fw_standby.taken"
+
 cdef extern from "core/sha256.h" nogil:
     ctypedef struct fw_hmac_key:
         pass
@@ -268,6 +281,7 @@ def counters():
     result["flushes", "", ""] = counted.flushes
     result["blocked", "", ""] = counted.blocked
     result["no_buffers", "", ""] = counted.no_buffers
+    result["taken_aside", "", ""] = fw_standby_taken
     return result
 
 

@@ -134,7 +134,8 @@ cdef inline bint is_spelled(const uint8_t *p, size_t length, bytes name) noexcep
 @cython.final
 cdef class ZmtpStream:
     cdef readonly str socket_type
-    cdef public int fd              # that an `Uplink` writes to; -1 while there is none
+    cdef readonly int fd            # that an `Uplink` writes to; -1 while there is none
+    cdef fw_aside aside             # what the standby reader took of it
     cdef readonly bint closed       # for good
     cdef bytes identity
     cdef uint64_t max_message_size
@@ -183,13 +184,30 @@ cdef class ZmtpStream:
         self.output.counts = &uncounted
         self.greet()
 
+    def __cinit__(self):
+        fw_aside_init(&self.aside)
+
     def __dealloc__(self):
+        fw_aside_destroy(&self.aside)
         if self.inbox.data != NULL and self.pinned is None:
             block_put(self.inbox.data, self.inbox.size)
         free(self.frames.items)
         free(self.ranges)
 
     # -- a new connection --
+
+    def attach(self, int fd, int tell=-1):
+        cdef int problem = 0
+        self.detach()
+        self.fd = fd
+        if tell >= 0:
+            problem = fw_aside_watch(&self.aside, fd, tell)
+            if problem:
+                raise OSError(problem, os.strerror(problem))
+
+    def detach(self):
+        fw_aside_leave(&self.aside)
+        self.fd = -1
 
     def renew(self):
         self.check_not_busy()
@@ -203,7 +221,7 @@ cdef class ZmtpStream:
 
     def close(self):
         self.closed = True
-        self.fd = -1
+        self.detach()
         if not self.busy:
             self.forget()
             self.phase = OVER
@@ -279,7 +297,8 @@ cdef class ZmtpStream:
 
     cdef ssize_t read(self, int fd) except -1:
         """How many bytes came; 0 when there are none now, or there will be no more."""
-        cdef ssize_t got = fw_recv(fd, self.inbox.data + self.inbox.end, self.inbox.size - self.inbox.end)
+        cdef size_t room = self.inbox.size - self.inbox.end
+        cdef ssize_t got = fw_aside_recv(&self.aside, fd, self.inbox.data + self.inbox.end, room)
         if got > 0:
             self.inbox.end += got
             return got
@@ -680,6 +699,10 @@ cdef class ZmtpStream:
         return self.inbox.end - self.inbox.start
 
     @property
+    def taken_aside(self):
+        return fw_aside_held(&self.aside) > 0
+
+    @property
     def memory(self):
         return (self.inbox.size if self.pinned is None else 0) + self.waiting_bytes()
 
@@ -693,6 +716,11 @@ cdef class ZmtpStream:
     @property
     def pending_messages(self):
         return <Py_ssize_t>(self.last_range - self.first_range) + len(self.unsent)
+
+
+def limit_standby(size_t limit):
+    global fw_standby_limit
+    fw_standby_limit = limit
 
 
 cdef size_t sum_of_lengths(list pieces) except? 0:

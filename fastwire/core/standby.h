@@ -1,0 +1,283 @@
+/* The standby reader: a thread that takes bytes off kernels' connections while nobody drains them.
+ *
+ * A PUB socket drops what is said beyond 1,000 messages and the system's buffers when nobody reads, without a word. libzmq's
+ * I/O thread always read; a loop that an extension blocks for ten seconds does not. So there is one thread, for the whole
+ * process, that needs no GIL and knows no messages:
+ *
+ * - It sleeps in poll() until a connection is readable, then for 20 ms. What was drained meanwhile is none of its business:
+ *   under load it wakes up fifty times a second, when nothing comes never.
+ * - What nobody has drained for 20 ms it takes, in the order it came, into memory of its own beside the connection
+ *   (`fw_aside`), and tells the loop by an octet in a pipe: the descriptor need not be readable any more.
+ * - Whoever drains the connection is given that first (`fw_aside_recv`). A lock for each connection keeps the two from
+ *   reading at once; no Python runs under it, and the thread takes no other but the registry's, which comes first.
+ * - All of it together has a bound. At it the thread leaves the bytes where they are: in the system's buffers, then with the
+ *   kernel, whose PUB socket drops.
+ *
+ * poll() keeps a file open that was closed meanwhile: who takes a connection off the registry wakes the thread before. */
+#ifndef FW_STANDBY_H
+#define FW_STANDBY_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "core/sys.h"
+
+#define FW_PATIENCE 20000000u   /* ns without a drain */
+#define FW_ASIDE_STEP 1048576u  /* bytes of one connection before the next has its turn */
+#define FW_ASIDE_LEAST 65536u
+
+typedef struct fw_aside {
+    int fd, tell;               /* of the connection; of the pipe that wakes its loop */
+    int ended, error, told;
+    char *data;
+    size_t size, start, end;
+    uint64_t drained;           /* when, in ns */
+    pthread_mutex_t lock;
+    struct fw_aside *next, *before;
+} fw_aside;
+
+static struct {
+    pthread_mutex_t lock;       /* of this, and of who stands in the list */
+    fw_aside *first;
+    size_t count;
+    pid_t pid;                  /* in which the thread runs */
+    int wake[2];
+    size_t limit, held;         /* bytes of memory, of all together; atomic */
+    uint64_t taken;             /* bytes since the process began; atomic */
+} fw_standby = {PTHREAD_MUTEX_INITIALIZER, NULL, 0, 0, {-1, -1}, 512u << 20, 0, 0};
+
+static uint64_t fw_now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void fw_aside_init(fw_aside *a) {
+    memset(a, 0, sizeof *a);
+    a->fd = a->tell = -1;
+    pthread_mutex_init(&a->lock, NULL);
+}
+
+/* With the lock held. */
+static void fw_aside_empty(fw_aside *a) {
+    __atomic_sub_fetch(&fw_standby.held, a->size, __ATOMIC_RELAXED);
+    free(a->data);
+    a->data = NULL;
+    a->size = a->start = a->end = 0;
+}
+
+/* -- of the thread -- */
+
+/* Room for one more read, or 0 at the bound or without memory. With the lock held. */
+static size_t fw_aside_room(fw_aside *a) {
+    size_t size = a->size ? a->size * 2 : FW_ASIDE_LEAST;
+    char *data;
+    if (a->size - a->end >= FW_ASIDE_LEAST / 2) return a->size - a->end;
+    if (__atomic_load_n(&fw_standby.held, __ATOMIC_RELAXED) + size - a->size >
+        __atomic_load_n(&fw_standby.limit, __ATOMIC_RELAXED))
+        return 0;
+    data = (char *)realloc(a->data, size);
+    if (!data) return 0;
+    __atomic_add_fetch(&fw_standby.held, size - a->size, __ATOMIC_RELAXED);
+    a->data = data, a->size = size;
+    return a->size - a->end;
+}
+
+/* Takes what is there; whether anything was. */
+static int fw_aside_take(fw_aside *a) {
+    size_t taken = 0, room;
+    ssize_t n = 1;
+    pthread_mutex_lock(&a->lock);
+    while (!a->ended && n > 0 && taken < FW_ASIDE_STEP && fw_now() - a->drained >= FW_PATIENCE && (room = fw_aside_room(a))) {
+        n = recv(a->fd, a->data + a->end, room, MSG_DONTWAIT);
+        if (n > 0) {
+            a->end += (size_t)n;
+            taken += (size_t)n;
+        } else if (n == 0 || (errno != EAGAIN && errno != EINTR && errno != ENOBUFS && errno != ENOMEM)) {
+            a->ended = 1;
+            a->error = n ? errno : 0;
+        }
+    }
+    if (a->data && a->start == a->end) fw_aside_empty(a);
+    if ((taken || a->ended) && !a->told && a->tell >= 0) a->told = write(a->tell, "", 1) >= 0;
+    pthread_mutex_unlock(&a->lock);
+    __atomic_add_fetch(&fw_standby.taken, taken, __ATOMIC_RELAXED);
+    return taken > 0;
+}
+
+/* The descriptors to look at, behind that of the pipe, in the order of the registry, whose lock is held; NULL without
+ * memory. poll() leaves out a descriptor below 0. */
+static struct pollfd *fw_standby_list(void) {
+    struct pollfd *list = (struct pollfd *)calloc(fw_standby.count + 1, sizeof *list);
+    struct pollfd *next = list;
+    fw_aside *a;
+    if (!list) return NULL;
+    next->fd = fw_standby.wake[0], next->events = POLLIN;
+    for (a = fw_standby.first; a; a = a->next) {
+        next++;
+        pthread_mutex_lock(&a->lock);
+        next->fd = a->ended ? -1 : a->fd, next->events = POLLIN;
+        pthread_mutex_unlock(&a->lock);
+    }
+    return list;
+}
+
+/* Until something is readable, or the registry has changed. */
+static void fw_standby_await(void) {
+    char octets[64];
+    struct pollfd *list;
+    size_t count;
+    pthread_mutex_lock(&fw_standby.lock);
+    list = fw_standby_list();
+    count = fw_standby.count + 1;
+    pthread_mutex_unlock(&fw_standby.lock);
+    if (list && poll(list, (nfds_t)count, -1) > 0 && list[0].revents) {
+        while (read(fw_standby.wake[0], octets, sizeof octets) > 0) {}
+    }
+    free(list);
+}
+
+/* One look: until something is readable, then 20 ms, then what nobody has drained. Whether anything was taken. */
+static int fw_standby_look(uint64_t patience) {
+    struct timespec pause = {0, (long)patience};
+    struct pollfd *list, *next;
+    fw_aside *a;
+    int took = 0;
+    fw_standby_await();
+    nanosleep(&pause, NULL);
+    pthread_mutex_lock(&fw_standby.lock);
+    next = list = fw_standby_list();
+    if (list && poll(list, (nfds_t)(fw_standby.count + 1), 0) > 0) {
+        for (a = fw_standby.first; a; a = a->next) {
+            if ((++next)->revents) took |= fw_aside_take(a);
+        }
+    }
+    free(list);
+    pthread_mutex_unlock(&fw_standby.lock);
+    return took;
+}
+
+static void *fw_standby_run(void *nothing) {
+    uint64_t patience = FW_PATIENCE;
+    (void)nothing;
+    /* As long as nobody drains, sooner. */
+    for (;;) patience = fw_standby_look(patience) ? FW_PATIENCE / 10 : FW_PATIENCE;
+    return NULL;
+}
+
+/* With the registry's lock held; 0, or an errno. A child of fork has no thread. */
+static int fw_standby_start(void) {
+    sigset_t all, before;
+    pthread_t thread;
+    int problem, i;
+    if (fw_standby.pid == getpid()) return 0;
+    if (fw_standby.wake[0] < 0) {
+        if (pipe(fw_standby.wake)) return errno;
+        for (i = 0; i < 2; i++) {
+            fcntl(fw_standby.wake[i], F_SETFL, O_NONBLOCK);
+            fcntl(fw_standby.wake[i], F_SETFD, FD_CLOEXEC);
+        }
+    }
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    problem = pthread_create(&thread, NULL, fw_standby_run, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (problem) return problem;
+    pthread_detach(thread);
+    fw_standby.pid = getpid();
+    return 0;
+}
+
+static void fw_standby_wake(void) {
+    ssize_t n = write(fw_standby.wake[1], "", 1);
+    (void)n; /* full: it will wake up */
+}
+
+/* -- of the loop's thread -- */
+
+/* Takes care of a connection from now on; 0, or an errno. */
+static int fw_aside_watch(fw_aside *a, int fd, int tell) {
+    int problem;
+    pthread_mutex_lock(&fw_standby.lock);
+    problem = fw_standby_start();
+    if (!problem) {
+        a->fd = fd, a->tell = tell, a->ended = a->error = a->told = 0, a->drained = fw_now();
+        a->before = NULL, a->next = fw_standby.first;
+        if (a->next) a->next->before = a;
+        fw_standby.first = a;
+        fw_standby.count++;
+        fw_standby_wake();
+    }
+    pthread_mutex_unlock(&fw_standby.lock);
+    return problem;
+}
+
+/* Before its descriptor is closed. What was taken and not drained is dropped. */
+static void fw_aside_leave(fw_aside *a) {
+    if (a->fd < 0) return;
+    pthread_mutex_lock(&fw_standby.lock);
+    if (a->before) a->before->next = a->next;
+    else fw_standby.first = a->next;
+    if (a->next) a->next->before = a->before;
+    fw_standby.count--;
+    pthread_mutex_lock(&a->lock);
+    fw_aside_empty(a);
+    a->fd = a->tell = -1;
+    pthread_mutex_unlock(&a->lock);
+    fw_standby_wake();
+    pthread_mutex_unlock(&fw_standby.lock);
+}
+
+static void fw_aside_destroy(fw_aside *a) {
+    fw_aside_leave(a);
+    pthread_mutex_destroy(&a->lock);
+}
+
+/* What was taken; with the lock held. */
+static size_t fw_aside_give(fw_aside *a, void *buffer, size_t size) {
+    size_t n = a->end - a->start < size ? a->end - a->start : size;
+    if (!n) return 0;
+    memcpy(buffer, a->data + a->start, n);
+    a->start += n;
+    if (a->start == a->end) fw_aside_empty(a);
+    return n;
+}
+
+/* As recv: first what was taken, and behind it what is there. Fewer bytes than ``size`` are all there were. */
+static ssize_t fw_aside_recv(fw_aside *a, int fd, void *buffer, size_t size) {
+    ssize_t n = 0;
+    size_t given;
+    int error;
+    if (fd != a->fd) return fw_recv(fd, buffer, size);
+    pthread_mutex_lock(&a->lock);
+    a->drained = fw_now();
+    a->told = 0;
+    given = fw_aside_give(a, buffer, size);
+    if (a->ended) {
+        n = a->error ? -1 : 0, errno = a->error;
+    } else if (given < size) {
+        n = fw_recv(fd, (char *)buffer + given, size - given);
+    }
+    error = errno;
+    pthread_mutex_unlock(&a->lock);
+    errno = error;
+    return given && n < 0 ? (ssize_t)given : n + (ssize_t)given;
+}
+
+static size_t fw_aside_held(fw_aside *a) {
+    size_t held;
+    pthread_mutex_lock(&a->lock);
+    held = a->end - a->start + (size_t)a->ended;
+    pthread_mutex_unlock(&a->lock);
+    return held;
+}
+
+#endif
