@@ -56,11 +56,8 @@ class State(Enum):
         self.we_are_done = we_are_done
         #: None of the peer's is heard any more.
         self.peer_is_done = peer_is_done
-
-    @property
-    def is_over(self) -> bool:
-        """Nothing is read or written any more, and whoever waits is told."""
-        return self in (State.FAREWELL, State.LOST)
+        #: Nothing is read or written any more, and whoever waits is told.
+        self.is_over = self.name in {"FAREWELL", "LOST"}
 
 
 class Happened(Enum):

@@ -72,11 +72,13 @@ class Probe:
     def ride(self, end: int) -> None:
         """Bytes are about to be written, data before ``end``: a ping that is due goes with them."""
         self._end = end
-        acknowledgements, queue = self.acknowledgements, self._transport.queue
-        now = self._loop.time()
-        if acknowledgements.wanted(end, now) and not self._closing.state.we_are_done:
-            queue.append_frame(OP_PING, acknowledgements.ask(queue.queued, now))
-            self._delay = Acknowledgements.INTERVAL
+        acknowledgements = self.acknowledgements
+        if not acknowledgements.outstanding:
+            now = self._loop.time()
+            if acknowledgements.wanted(end, now) and not self._closing.state.we_are_done:
+                queue = self._transport.queue
+                queue.append_frame(OP_PING, acknowledgements.ask(queue.queued, now))
+                self._delay = Acknowledgements.INTERVAL
         if self._timer is None and end > acknowledgements.position and not acknowledgements.demoted:
             self._look_after(Acknowledgements.TAIL)
 

@@ -235,7 +235,10 @@ class PlainSocket(Transport):
             self._listener.on_lost(OSError(self.queue.errno, os.strerror(self.queue.errno)))
             return
         moved = self.queue.written != before
-        self._wait_for(status)
+        if status == FLUSH_DONE and not had_to_wait:
+            self.wait = Wait.NOTHING
+        else:
+            self._wait_for(status)
         # Last: whoever is told may have more to write.
         if had_to_wait and moved:
             self._listener.on_taken()

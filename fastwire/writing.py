@@ -107,6 +107,8 @@ class Writer:
 
     def on_written(self) -> None:
         """The system took some."""
+        if not self._waiters and self._pongs.newest is None:
+            return
         written = self._transport.written
         while self._waiters and self._waiters[0][0] <= written:
             future = heappop(self._waiters)[2]
@@ -132,27 +134,28 @@ def disappoint(future: asyncio.Future[None]) -> None:
 class Pongs:
     """Which pings are answered: all, or while `PONGS_WAITING` bytes of answers wait, the newest."""
 
-    __slots__ = ("_bytes", "_newest", "end")
+    __slots__ = ("_bytes", "end", "newest")
 
     def __init__(self) -> None:
         #: The position behind the last pong.
         self.end = 0
         self._bytes = 0
-        self._newest: bytes | None = None
+        #: A ping that is not answered yet.
+        self.newest: bytes | None = None
 
     def admit(self, payload: bytes, written: int) -> bool:
         """Whether this ping is answered now; if not, `pop` returns it unless a newer one comes."""
         if self.end <= written:
             self._bytes = 0
         if self._bytes >= PONGS_WAITING:
-            self._newest = payload
+            self.newest = payload
             return False
         self._bytes += 2 + len(payload)
         return True
 
     def pop(self, written: int) -> bytes | None:
         """The ping that is to be answered now that all pongs are written, if there is one."""
-        if self._newest is None or self.end > written:
+        if self.newest is None or self.end > written:
             return None
-        payload, self._newest = self._newest, None
+        payload, self.newest = self.newest, None
         return payload

@@ -172,7 +172,7 @@ def test_no_pong_behind_a_close_frame(site: Site) -> None:
     client, handler = site.open_narrow(site.Handler)
     filled(site, handler)
     client.send(*(client_frame(OP_PING, b"%0125d" % i) for i in range(10000)))
-    eventually(lambda: handler.connection.conversation.writer._pongs._newest == b"%0125d" % 9999)
+    eventually(lambda: handler.connection.conversation.writer._pongs.newest == b"%0125d" % 9999)
     site.run(handler.close, 1001)
     client.send(close_frame(1001))
     opcodes = [opcode for opcode, _ in client.frames()]
