@@ -49,8 +49,8 @@ def counters() -> dict[tuple[str, str, str], int]:
 
     ``from_kernels`` and ``to_kernels``: "messages" and "bytes" by channel ("shell", "control", "stdin", "iopub",
     "other"). ``from_clients`` and ``to_clients``: data messages, payload bytes in, wire bytes out. ``batches`` drained;
-    messages ``rejected``; ``invalid_signatures`` (also of messages that pass with ``permissive``) and
-    ``replayed_signatures``; ``budget_hits``: drains that left messages for the next turn; ``waited``: messages that
+    messages ``rejected``; ``invalid_signatures`` and ``replayed_signatures`` (also of messages that pass with
+    ``permissive``); ``budget_hits``: drains that left messages for the next turn; ``waited``: messages that
     were not sent at once, because a kernel's socket was full or `Uplink.held`; ``flushes`` that wrote, were
     ``blocked``, had ``no_buffers``.
     """
@@ -321,8 +321,8 @@ class Batch:
         """The budget ended the drain: more may be waiting, come back next turn."""
     @property
     def rejected(self) -> list[MessageError]:
-        """Why messages were refused, at most 16 kept; `rejected_count` counts all. With ``permissive`` also the
-        signatures that did not match although their messages passed; those are not counted."""
+        """Why messages were refused, at most 16 kept; `rejected_count` counts all. With ``permissive`` also what was
+        wrong with the signatures of messages that passed all the same; those are not counted."""
     @property
     def rejected_count(self) -> int: ...
     @property
@@ -351,7 +351,7 @@ class Batch:
 def batch_of(channel: str, messages: Sequence[Sequence[Buffer]], signer: Signer, *, permissive: bool = False) -> Batch:
     """A batch of multipart messages that were received elsewhere (identities and signature included).
 
-    ``permissive`` lets messages pass whose signature does not match; `Batch.rejected` names them.
+    ``permissive`` lets messages pass whose signature does not match or was seen before; `Batch.rejected` names them.
     """
 
 def drain(

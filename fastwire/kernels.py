@@ -276,12 +276,18 @@ class Kernel:
             self.open()
 
     def _tell_rejected(self, channel: str, error: MessageError) -> None:
-        """Messages are being refused: say why in the log, and to the users when it is about signatures."""
+        """Messages are being refused: say why in the log, and to the users when it is about signatures. Those may pass
+        all the same (``accept_invalid_signatures``)."""
         manager, relay = self.manager, self.relay
-        manager.log.warning("Refusing messages of kernel %s on %s: %s", manager.kernel_id, channel, str(error))
-        if isinstance(error, SignatureError):
-            text = f"Jupyter Server refuses messages of this kernel on {channel}: {error}\n"
-            relay.announce(notice(relay.neighbour, text))
+        of_signatures = isinstance(error, SignatureError)
+        passes = of_signatures and Fastwire(config=manager.config).accept_invalid_signatures
+        line = "Accepting messages of kernel %s on %s: %s" if passes else "Refusing messages of kernel %s on %s: %s"
+        manager.log.warning(line, manager.kernel_id, channel, str(error))
+        if of_signatures:
+            says = "Jupyter Server accepts messages of this kernel on"
+            if not passes:
+                says = "Jupyter Server refuses messages of this kernel on"
+            relay.announce(notice(relay.neighbour, f"{says} {channel}: {error}\n"))
 
     def close(self) -> None:
         """The kernel is gone."""

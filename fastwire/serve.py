@@ -14,7 +14,9 @@ always: its options, its ``jupyter_server_config`` files, its environment variab
 from __future__ import annotations
 
 import asyncio
+import copy
 import difflib
+import importlib
 import ipaddress
 import itertools
 import logging
@@ -25,12 +27,14 @@ import socket
 import ssl
 import sys
 import tempfile
+import weakref
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 from fastwire import __version__
 
@@ -50,6 +54,8 @@ try:
     from jupyter_server.extension.utils import get_metadata
     from jupyter_server.serverapp import WILDCARD_IPS, ServerApp
     from jupyter_server.utils import unix_socket_in_use, url_path_join
+    from tornado.http1connection import HTTP1Connection
+    from tornado.httpserver import HTTPServer
     from tornado.netutil import bind_sockets
     from tornado.web import HTTPError
     from traitlets import default
@@ -203,8 +209,7 @@ class FastwireServer(ServerApp):
             status.install(self.web_app)
             carry_other_websockets(self)
         super().init_httpserver()
-        # Tornado's own is an hour; None is no limit, 0 no time.
-        self.http_server.conn_params.header_timeout = Fastwire(config=self.config).handshake_timeout or None
+        limit_requests(self.http_server, Fastwire(config=self.config).handshake_timeout)
 
     def start_app(self) -> None:
         """Instead of ``ServerApp.start_app``: files, browser and URL wait until the socket listens."""
@@ -269,6 +274,46 @@ class FastwireServer(ServerApp):
             print("what it is doing: ", page.geturl(), flush=True)
 
 
+def limit_requests(server: HTTPServer, seconds: float) -> None:
+    """Close connections whose first request is not whole after ``seconds``, or a later one that has begun after twice
+    that; 0 is no limit. Between requests they have Tornado's hour: a proxy's pool uses its connections again, and one
+    that is closed at that moment takes a request with it."""
+    later, first = server.conn_params, copy.copy(server.conn_params)
+    if not seconds:
+        later.header_timeout = None
+        return
+    first.header_timeout = seconds
+    known: WeakSet[object] = WeakSet()
+    start = server.start_request
+
+    def start_request(connection: object, request: Any) -> Any:
+        if connection in known:
+            close_when_it_lasts(weakref.ref(request), seconds)
+        else:
+            known.add(connection)
+            request.params = first
+        return start(connection, request)
+
+    answering: Any = server
+    answering.start_request = start_request
+
+
+def close_when_it_lasts(request: weakref.ref[HTTP1Connection], seconds: float, *, had_begun: bool = False) -> None:
+    """Look from time to time at a request whose headers are not whole."""
+
+    def look() -> None:
+        waits = request()
+        if waits is None or waits._request_headers is not None or waits.stream.closed():  # noqa: SLF001
+            return
+        has_begun = waits.stream._read_buffer_size > 0  # noqa: SLF001 - Tornado tells nobody of a part of a request
+        if has_begun and had_begun:
+            waits.stream.close()
+        else:
+            close_when_it_lasts(request, seconds, had_begun=has_begun)
+
+    asyncio.get_running_loop().call_later(seconds, look)
+
+
 async def refuse_kernel(*args: Any, **kwargs: Any) -> NoReturn:
     """In place of ``MappingKernelManager.start_kernel``, once the server stops."""
     raise HTTPError(503, "the server is stopping")
@@ -312,18 +357,29 @@ class CommandLine(KVArgParseConfigLoader):
 def check_dotted_options(argv: Iterable[str], *, complete: bool = False) -> None:
     """Refuse each ``--Class.option`` whose class is known and has no such option.
 
-    :param complete: everything is imported, so a class that is not known now is none.
+    :param complete: everything is imported but what a request imports, so a class that is not known now is refused
+        where its name is almost one that is.
     """
     options = configurable_options()
-    for path in dotted_options(argv):
-        *_, owner, option = path.split(".")
+    paths = [(path, *path.split(".")[-2:]) for path in dotted_options(argv)]
+    if complete and any(owner not in options for _, owner, _ in paths):
+        import_what_requests_import()
+        options = configurable_options()
+    for path, owner, option in paths:
         before = path.removesuffix(f"{owner}.{option}")
         if owner in options and option not in options[owner]:
             names = {name: f"--{before}{owner}.{name}" for name in options[owner]}
             refuse_option(f"--{path}", option, names)
         if complete and owner not in options:
             owners = {name: f"--{before}{name}.{option}" for name in options if option in options[name]}
-            refuse_option(f"--{path}", owner, owners)
+            if difflib.get_close_matches(owner, owners, n=1):
+                refuse_option(f"--{path}", owner, owners)
+
+
+def import_what_requests_import() -> None:
+    """Jupyter Server imports nbconvert's exporters when somebody downloads a notebook as something else."""
+    with suppress(ImportError):
+        importlib.import_module("nbconvert.exporters")
 
 
 def dotted_options(argv: Iterable[str]) -> Iterator[str]:

@@ -151,8 +151,9 @@ class Fastwire(Configurable):
     accept_invalid_signatures = Bool(
         False,
         config=True,
-        help="Pass on kernels' messages whose signature does not match, with a warning. Jupyter Server never "
-        "checked signatures for clients of the v1 protocol; use this for a kernel that cannot sign.",
+        help="Pass on kernels' messages whose signature does not match, and those that come again, with a warning. "
+        "Jupyter Server never checked signatures for clients of the v1 protocol; use this for a kernel that cannot "
+        "sign, or sends one message many times.",
     )
 
     all_websockets = Bool(

@@ -22,6 +22,7 @@ from fastwire.errors import (
     MessageTooBig,
     PolicyViolation,
     ProtocolError,
+    SignatureError,
 )
 
 DELIMITER = b"<IDS|MSG>"
@@ -274,10 +275,10 @@ def judge(
     return parts, remarks
 
 
-def forgery(signature: bytes, parts: Sequence[bytes], signer: Signer, *, permissive: bool) -> list[InvalidSignature]:
+def forgery(signature: bytes, parts: Sequence[bytes], signer: Signer, *, permissive: bool) -> list[SignatureError]:
     try:
         signer.verify(signature, parts)
-    except InvalidSignature as error:
+    except SignatureError as error:
         if not permissive:
             raise
         return [error]

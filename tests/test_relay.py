@@ -39,6 +39,15 @@ def test_refused_messages_are_told_once_for_each_cause(stage: Stage, kernel: Ker
     ]
 
 
+def test_messages_that_come_again_pass_when_asked_for(stage: Stage, kernel: Kernel) -> None:
+    """As tslab sends its output."""
+    stage.start(kernel, permissive=True)
+    client = stage.connect("ann")
+    kernel.publish(*stream(1) * 100)
+    assert client.ids(100) == ["1"] * 100
+    assert [type(error) for _, error in stage.rejected] == [DuplicateSignature]
+
+
 def test_messages_that_are_signed_wrongly_pass_when_asked_for(stage: Stage, kernel: Kernel) -> None:
     stage.start(kernel, permissive=True)
     client = stage.connect("ann")

@@ -476,6 +476,35 @@ def test_a_handshake_that_takes_too_long(server: Server, kernel: str, slow: sock
     assert ask(server, "GET", "/api", {}).status == 200
 
 
+def test_a_connection_that_is_kept_alive_outlives_those_that_are_slow(tmp_path: Path) -> None:
+    """A proxy's pool uses its connections again; one that begins a request there and says no more is closed all the
+    same."""
+
+    def half_a_request(server: Server) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+        sock.sendall(b"GET /api HTTP/1.1\r\nHost: 127.0.0.1\r\n")
+        return sock
+
+    with serving(tmp_path, "--Fastwire.handshake_timeout=0.5") as server:
+        kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        kept.request("GET", "/api")
+        assert kept.getresponse().read()
+        assert kept.sock is not None
+        first = kept.sock
+        for _ in range(2):
+            with half_a_request(server) as slow:
+                assert slow.recv(1) == b""
+        with half_a_request(server) as slow, slow.makefile("rb") as answer:
+            slow.sendall(b"\r\n")
+            assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
+            slow.sendall(b"GET /api HTTP/1.1\r\n")
+            assert b"HTTP/1.1" not in answer.read(), "the server closes it"
+        kept.request("GET", "/api")
+        assert kept.getresponse().read()
+        assert kept.sock is first
+        kept.close()
+
+
 def test_a_handshake_may_take_any_time_if_nobody_sets_it_one(tmp_path: Path) -> None:
     with serving(tmp_path, "--Fastwire.handshake_timeout=0") as server:
         slow = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)

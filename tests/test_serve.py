@@ -515,6 +515,15 @@ def test_what_traitlets_refuses_is_one_line_too(home: Home, option: str, says: s
     assert says in refused(home, option, "--port=0")
 
 
+def test_options_of_classes_that_requests_import(home: Home) -> None:
+    """Jupyter Server takes them: nbconvert's, and whatever else nobody has imported yet."""
+    pytest.importorskip("nbconvert")
+    line = refused(home, "--port=0", "--TemplateExporter.exclude_inptu=True")
+    assert "--TemplateExporter.exclude_inptu (did you mean --TemplateExporter.exclude_input?)" in line
+    with serving(home, "--TemplateExporter.exclude_input=True", "--SomethingElse.entirely=1") as server:
+        assert server.url
+
+
 def test_an_unknown_option_of_an_extension_is_named(home: Home) -> None:
     pytest.importorskip("jupyterlab")
     line = refused(home, "--port=0", "--LabApp.default_ulr=/lab")

@@ -297,7 +297,7 @@ cdef class Batch:
             else:
                 counted.invalid_signatures += 1
             error = signature_error(verdict, frames[i + 1].len)
-            if not permissive or verdict == REPLAYED:
+            if not permissive:
                 return error
             self.remember(error)
         if scan_header(frames[first[0]], header) == NOT_JSON or not names_message(header):

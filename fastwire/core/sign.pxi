@@ -278,7 +278,7 @@ def longest_probe(Signer signer not None):
 
 cdef object signature_error(int verdict, size_t length):
     if verdict == REPLAYED:
-        return DuplicateSignature("this message has been received before; a replay is refused")
+        return DuplicateSignature("a message with this signature has been received before")
     if length == 0:
         return InvalidSignature("the message is not signed, but the connection has a key")
     return InvalidSignature("the signature does not match; does the kernel use another key or scheme?")
