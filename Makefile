@@ -17,14 +17,15 @@ SOURCES := pyproject.toml setup.py $(wildcard fastwire/_core.pyx fastwire/core/*
 PIP := $(RUN) -m pip install --disable-pip-version-check
 SERVER := $(PIP) --editable '.[lab]'
 DEVELOPER := $(PIP) --editable '.[lab,bench,test,dev]'
+SITE := $(PIP) --quiet --editable '.[site]'
 # Where only serving was asked for there is no Cython: pip brings it for the build.
 COMPILE = echo "compiling the core"; if $(RUN) -c 'import Cython' 2>/dev/null; \
 	then $(RUN) setup.py --quiet build_ext --inplace --force; else $(PIP) --quiet --no-deps --editable .; fi
 # What the tests need, for a build that must not touch the one in the source tree.
-TREE := $(wildcard *.md *.in *.toml *.py LICENSE Makefile bench docs etc fastwire fuzz tests tools)
+TREE := $(wildcard *.md *.in *.toml *.yml *.py LICENSE Makefile bench docs etc fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test portable conformance lint format bench bench-core bench-check load sanitize coverage soak fuzz upstream nightly docs dist clean
+.PHONY: help install serve test portable conformance lint format bench bench-core bench-check load sanitize coverage soak fuzz upstream nightly docs site dist clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -125,6 +126,10 @@ docs: install ## rewrite the references in docs/ from docstrings and settings
 	$(RUN) tools/api.py
 	$(RUN) tools/configuration.py
 	$(RUN) tools/closing.py
+
+site: install ## the documentation as a site with a search, in build/site; dead links fail it
+	@$(RUN) -c 'import mkdocs' 2>/dev/null || $(SITE)
+	$(RUN) tools/site.py
 
 dist: install ## sdist, and the wheel built from it, in dist/
 	rm -rf dist
