@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bench import report
 from bench.messages import LEGACY, PROTOCOLS
 from bench.server import Server
-from bench.targets import FLOORS, TARGETS, launch, running
+from bench.targets import FLOORS, TARGETS, VARIANTS, launch, running
 
 if TYPE_CHECKING:
     import argparse
@@ -63,7 +63,7 @@ def _default_targets(options: argparse.Namespace) -> list[str]:
     """Where none is named."""
     if options.url:
         return []
-    return ["fastwire"] if options.smoke else [name for name in TARGETS if name not in FLOORS]
+    return ["fastwire"] if options.smoke else [name for name in TARGETS if name not in {**FLOORS, **VARIANTS}]
 
 
 def protocols(options: argparse.Namespace) -> list[str]:

@@ -121,13 +121,19 @@ TARGETS: dict[str, Target | FloorTarget] = {
 }
 
 
-#: Started only when they are asked for by name.
+def _without_zmtp(launch: Launch) -> list[str]:
+    """All kernels are libzmq's."""
+    return [*_server_app(launch), "--Fastwire.zmtp=False"]
+
+
+#: Started only when they are asked for by name, as are the next.
+VARIANTS = {"fastwire-libzmq": Target("fastwire.serve", _without_zmtp)}
 FLOORS = {
     "floor": FloorTarget("floor"),
     "floor-noverify": FloorTarget("floor", ("--no-verify",)),
     "floor-libzmq": FloorTarget("floor-libzmq"),
 }
-TARGETS = {**FLOORS, **TARGETS}
+TARGETS = {**FLOORS, **VARIANTS, **TARGETS}
 
 
 def free_port() -> int:

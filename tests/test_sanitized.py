@@ -63,3 +63,18 @@ def test_a_report_in_a_process_that_a_test_starts(tree: Path, call: str, code: i
 @pytest.mark.parametrize("code", [0, 3])
 def test_otherwise_the_commands_exit_code_is_its_own(tree: Path, code: int) -> None:
     assert sanitized(tree, f"exit {code}").returncode == code
+
+
+def test_the_standby_reader_races_with_nobody(tmp_path: Path) -> None:
+    """Under ThreadSanitizer, without Python, which is not built for it."""
+    program, source = tmp_path / "race", Path(__file__).with_name("standby_race.c")
+    compiler = os.environ.get("CC", "cc")
+    include = ROOT / "fastwire"
+    command = [compiler, "-O1", "-g", "-fsanitize=thread", f"-I{include}", str(source), "-o", str(program), "-lpthread"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if built.returncode and "tsan" in built.stderr:
+        pytest.skip(f"{compiler} has no ThreadSanitizer here")
+    assert built.returncode == 0, built.stderr
+    result = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith(" 0 are held\n")

@@ -29,9 +29,8 @@ cdef extern from "core/standby.h" nogil:
     void fw_aside_leave(fw_aside *a)
     ssize_t fw_aside_recv(fw_aside *a, int fd, void *buffer, size_t size)
     size_t fw_aside_held(fw_aside *a)
-    size_t fw_standby_limit "fw_standby.limit"
-    size_t fw_standby_held "fw_standby.held"
-    uint64_t fw_standby_taken "fw_standby.taken"
+    void fw_standby_set_limit(size_t limit)
+    uint64_t fw_standby_taken()
 
 cdef extern from "core/sha256.h" nogil:
     ctypedef struct fw_hmac_key:
@@ -281,7 +280,7 @@ def counters():
     result["flushes", "", ""] = counted.flushes
     result["blocked", "", ""] = counted.blocked
     result["no_buffers", "", ""] = counted.no_buffers
-    result["taken_aside", "", ""] = fw_standby_taken
+    result["taken_aside", "", ""] = fw_standby_taken()
     return result
 
 

@@ -203,6 +203,10 @@ static void fw_standby_wake(void) {
 
 /* -- of the loop's thread -- */
 
+static void fw_standby_set_limit(size_t limit) { __atomic_store_n(&fw_standby.limit, limit, __ATOMIC_RELAXED); }
+
+static uint64_t fw_standby_taken(void) { return __atomic_load_n(&fw_standby.taken, __ATOMIC_RELAXED); }
+
 /* Takes care of a connection from now on; 0, or an errno. */
 static int fw_aside_watch(fw_aside *a, int fd, int tell) {
     int problem;

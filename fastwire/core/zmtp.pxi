@@ -719,8 +719,7 @@ cdef class ZmtpStream:
 
 
 def limit_standby(size_t limit):
-    global fw_standby_limit
-    fw_standby_limit = limit
+    fw_standby_set_limit(limit)
 
 
 cdef size_t sum_of_lengths(list pieces) except? 0:
