@@ -228,9 +228,18 @@ class Frames:
         """Number of frames."""
     @property
     def nbytes(self) -> int: ...
+    @property
+    def ends(self) -> Ends:
+        """Where each of them ends; it outlives their bytes."""
+    def __bytes__(self) -> bytes: ...
+
+@final
+class Ends:
+    """Where frames end, for whoever still has to know when their bytes have gone: 8 bytes a frame."""
+
+    def __len__(self) -> int: ...
     def complete_before(self, nbytes: int) -> int:
         """How many frames lie wholly in the first ``nbytes`` bytes."""
-    def __bytes__(self) -> bytes: ...
 
 @final
 class WriteQueue:
@@ -339,6 +348,8 @@ class Batch:
         """``(header, parent_header)`` of one message."""
     def msg_type(self, index: int) -> str: ...
     def message_class(self, index: int) -> str: ...
+    def part(self, begin: int, end: int) -> Batch:
+        """The messages from ``begin`` to before ``end``; their bytes are shared. Raises IndexError."""
     def replaced(self, changes: Mapping[int, Sequence[Buffer] | None]) -> Batch:
         """The same messages with the parts of some changed, or (None) left out: hooks, adaptation, rate limits.
 
@@ -347,6 +358,8 @@ class Batch:
     def frames(self, protocol: str | None) -> Frames:
         """WebSocket frames of all messages, `PROTOCOL_V1` or (None) the default protocol; encoded at the first
         call for each protocol and kept."""
+    def forget_frames(self) -> None:
+        """Those that were kept: memory is short."""
 
 def batch_of(channel: str, messages: Sequence[Sequence[Buffer]], signer: Signer, *, permissive: bool = False) -> Batch:
     """A batch of multipart messages that were received elsewhere (identities and signature included).

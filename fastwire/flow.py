@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Acknowledgements", "Limits", "Rate", "has_room", "resume_time", "too_many"]
+__all__ = ["Acknowledgements", "Limits", "Rate", "has_room", "is_said_again", "resume_time", "too_many"]
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -33,8 +33,8 @@ class Limits:
     clients_per_kernel: int = 256
     clients_per_user: int = 1024
 
-    #: A client's socket is given more only while fewer bytes than this wait for it; the rest stays in the outbox,
-    #: where it can still be re-encoded for the next socket of the session.
+    #: A client's socket is given more only while fewer bytes than this wait for it; the rest stays in the log, where it
+    #: can still be re-encoded for the next socket of the session. With many clients it is less (`fastwire.budgets`).
     high_water: int = 1 * MIB
 
     #: A client for which messages have waited so long is called slow.
@@ -43,7 +43,8 @@ class Limits:
     #: Pings tell what a client has received. Without them, what the system's TCP took counts as received.
     acknowledge: bool = True
 
-    #: What undelivered messages may take of memory: one client's, one user's, and those of all clients together.
+    #: What undelivered messages may take of memory: those of one kernel, of all whose hindmost client is one user's,
+    #: and of all together.
     client_memory_limit: int = 32 * MIB
     user_memory_limit: int = 256 * MIB
     total_memory_limit: int = 512 * MIB
@@ -51,10 +52,12 @@ class Limits:
     #: Adjacent output of one cell is joined when a quarter of the memory is used.
     merge: bool = True
 
-    #: What does not fit into memory is put aside in files, up to so many bytes a client, in a directory on a disk of
-    #: which the last ``spill_keep_free`` bytes are left to others. No directory: dropped instead.
+    #: What does not fit into memory is put aside in files, up to so many bytes a kernel, a user and in all, in a
+    #: directory on a disk of which the last ``spill_keep_free`` bytes are left to others. No directory: dropped.
     spill: bool = True
     client_spill_limit: int = 2 * GIB
+    user_spill_limit: int = 8 * GIB
+    total_spill_limit: int = 16 * GIB
     spill_keep_free: int = 1 * GIB
     spill_dir: str = ""
 
@@ -70,13 +73,26 @@ class Limits:
     resume_timeout: float = 3600.0
     resume_timeout_closed: float = 60.0
 
-    #: Detached sessions of one kernel; the oldest goes first.
-    detached_sessions: int = 4
-
 
 def resume_time(limits: Limits, *, closed: bool) -> float:
     """Seconds a session waits for its next socket; ``closed`` when its client ended the last one by a Close frame."""
     return limits.resume_timeout_closed if closed else limits.resume_timeout
+
+
+def is_said_again(msg_type: str, *, was_taken: bool, answers_pings: bool, replied: bool, restarted: bool) -> bool:
+    """Whether a message that a socket was given, and that its client has not acknowledged, is given to the next one.
+
+    ``was_taken``: TCP's other end has it. That is the client, or a proxy that may take bytes for a client that is gone:
+    one that answers pings (``answers_pings``) has said what it has, and is believed. Of one that never does TCP is all
+    there is to believe: what it takes badly twice (a second comm_open replaces a live comm, a second input_request asks
+    again) and what is from before the kernel was started again (``restarted``) does not come twice. A question that
+    was answered (``replied``: an input_reply has passed since), or whose kernel is gone, is not asked again.
+    """
+    if msg_type == "input_request" and (replied or restarted):
+        return False
+    if answers_pings or not was_taken:
+        return True
+    return not restarted and msg_type not in ("comm_open", "input_request")
 
 
 class Rate:
@@ -170,6 +186,11 @@ class Acknowledgements:
         self._due = now + self.INTERVAL
         self.outstanding = True
         return self._payload
+
+    @property
+    def answers(self) -> bool:
+        """It has answered a ping: what it says is believed."""
+        return self._answered
 
     @property
     def _payload(self) -> bytes:

@@ -310,8 +310,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._session, self._connection = session, connection
         # Another subprotocol that both have agreed to means the default one. The handler forgets it when it closes.
         self._protocol = PROTOCOL_V1 if self.subprotocol == PROTOCOL_V1 else None
-        session.prepare = self._prepare
-        session.prepare_all = self.limit_rate
+        session.downlink.prepare = self._prepare
+        session.downlink.prepare_all = self.limit_rate
         session.on_ignored = self._warn_ignored
         has_id = bool(self.websocket_handler.get_argument("session_id", None))
         # jupyter_server's own keepalive looks at pongs.
@@ -432,7 +432,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     # -- kernel to client: what one client gets differently --
 
-    def _prepare(self, batch: Batch) -> Batch:
+    def _prepare(self, batch: Batch) -> dict[int, list[bytes] | None]:
         """Rate limits, hidden tracebacks and protocol adaptation, for the messages they concern."""
         changes: dict[int, list[bytes] | None] = {}
         if batch.foreign and self._session is not None and self._session.protocol != PROTOCOL_V1:
@@ -447,7 +447,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
                     allowed = self._changed(self._limited, parts)
                     if allowed is not parts:
                         changes[index] = allowed
-        return batch.replaced(changes) if changes else batch
+        return changes
 
     def _changed(self, change: Callable[[list[bytes]], list[bytes] | None], parts: list[bytes]) -> list[bytes] | None:
         """One message as this client may have it. One that cannot be read is left out, as jupyter_server does."""

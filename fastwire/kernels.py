@@ -26,11 +26,11 @@ from tornado.web import HTTPError
 from traitlets import default
 
 from fastwire._core import Activity, Batch, Signer, limit_standby
+from fastwire.budgets import Budgets
 from fastwire.errors import MessageError, SignatureError
 from fastwire.events import note
 from fastwire.hearing import Event
 from fastwire.notices import notice
-from fastwire.outbox import Budgets
 from fastwire.relay import KernelRelay, Session
 from fastwire.settings import Fastwire, usable
 from fastwire.sockets import address_of, open_socket, raise_limits, shortage

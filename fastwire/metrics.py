@@ -29,7 +29,7 @@ except ImportError as error:
 
 from fastwire import events
 from fastwire._core import build_info, counters, histograms, live
-from fastwire.outbox import totals
+from fastwire.journal import totals
 from fastwire.relay import CLIENT_CHANNELS, KernelRelay, Session, open_relays
 
 __all__ = ["METRICS", "Metric", "client_numbers", "kernel_numbers", "process_numbers", "register"]
@@ -51,7 +51,9 @@ Samples = Iterable[tuple[tuple[str, ...], float]]
 
 def client_numbers(session: Session) -> dict[str, Any]:
     """One client now. Messages and bytes sent are those of its present connection; ``flush_seconds`` is the sum of the
-    times of its ``sent_messages`` from their kernel to the socket."""
+    times of its ``sent_messages`` from their kernel to the socket. What is kept for it is kept for others of its
+    kernel, too."""
+    memory, on_disk = session.downlink.cursor.holds
     connection = session.connection
     queue = connection.queue if connection is not None else None
     messages, seconds = queue.time_to_flush if queue is not None else (0, 0.0)
@@ -61,8 +63,8 @@ def client_numbers(session: Session) -> dict[str, Any]:
         "protocol": "v1" if session.protocol else "default",
         "pending_bytes": queue.pending_bytes if queue is not None else 0,
         "unacknowledged_bytes": connection.written - connection.received if connection is not None else 0,
-        "kept_bytes": session.outbox.memory,
-        "spilled_bytes": session.outbox.spilled_bytes,
+        "kept_bytes": memory,
+        "spilled_bytes": on_disk,
         "uplink_bytes": session.uplink_bytes,
         "sent_messages": messages,
         "sent_bytes": queue.written if queue is not None else 0,
@@ -79,6 +81,8 @@ def kernel_numbers(relay: KernelRelay) -> dict[str, Any]:
         "bytes": relay.traffic.nbytes,
         "refused": relay.rejected,
         "path": relay.path,
+        "kept_bytes": relay.journal.memory,
+        "spilled_bytes": relay.journal.shelf.nbytes,
         "clients": [client_numbers(session) for session in relay.sessions.values()],
     }
 
@@ -138,7 +142,7 @@ def counter(name: str) -> Callable[[], Samples]:
 
 
 def kept(name: str) -> Callable[[], Samples]:
-    """What happened in all outboxes."""
+    """What happened in all logs."""
     return lambda: [((), totals[name])]
 
 
@@ -261,13 +265,13 @@ METRICS = (
         "fastwire_kept_bytes",
         "gauge",
         "Bytes of memory in which messages are kept until their clients have them.",
-        sum_over_clients("kept_bytes"),
+        lambda: [((), sum(relay.journal.memory for relay in open_relays))],
     ),
     Metric(
         "fastwire_spilled_bytes",
         "gauge",
         "Bytes of messages kept in files until their clients can take them.",
-        sum_over_clients("spilled_bytes"),
+        lambda: [((), sum(relay.journal.shelf.nbytes for relay in open_relays))],
     ),
     Metric(
         "fastwire_uplink_waiting_bytes",

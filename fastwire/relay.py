@@ -1,8 +1,8 @@
 """One kernel's ZMQ sockets to many clients and back, in batches.
 
 A `KernelRelay` owns the one iopub subscription of a kernel. A `Session` owns a client's shell, control and stdin
-channels and its outbox; it lives as long as the client may come back, however many WebSockets that takes. Kernel to
-client: Channel -> Session -> Outbox -> Connection; client to kernel: Connection -> Uplink.
+channels; it lives as long as the client may come back, however many WebSockets that takes. Kernel to client: Channel ->
+Journal -> Downlink -> Connection; client to kernel: Connection -> Uplink.
 
 This room knows no jupyter_server: where the kernel is comes from a callable, messages are bytes.
 """
@@ -11,12 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any
 from weakref import WeakSet
 
 import zmq
@@ -24,22 +19,22 @@ import zmq
 from fastwire._core import (
     OP_BINARY,
     OP_TEXT,
-    PROTOCOL_V1,
     Activity,
     Batch,
     FrameParser,
     Signer,
     Uplink,
-    encode_legacy,
-    encode_v1,
 )
+from fastwire.budgets import Budgets
 from fastwire.channels import Channel, Traffic, ZmqChannel, ZmtpChannel
+from fastwire.disk import Disk
+from fastwire.downlink import Downlink
 from fastwire.errors import MessageError, SocketClosed
 from fastwire.events import note
 from fastwire.flow import KIB, Limits, resume_time
 from fastwire.hearing import Event, Hearing
+from fastwire.journal import Journal
 from fastwire.notices import NOBODY, Neighbour, local_batch
-from fastwire.outbox import Budgets, Outbox, Result, Sent
 from fastwire.websocket import Connection
 from fastwire.zmtp import Address
 
@@ -63,24 +58,6 @@ UPLINK_LOOK, UPLINK_LOOK_SELDOM = 0.01, 0.32
 
 #: ``open_socket(channel, identity)`` connects a ZMQ socket to the kernel, or says where it listens.
 OpenSocket = Callable[[str, bytes | None], "zmq.Socket[bytes] | Address"]
-
-
-@cache
-def threads() -> ThreadPoolExecutor:
-    """For work on files; made when the first session spills."""
-    return ThreadPoolExecutor(2, "fastwire-spill")
-
-
-def run_aside(job: Callable[[], Any], done: Callable[[Result], None]) -> None:
-    """Call ``job`` in another thread and ``done`` with its future on this loop."""
-    asyncio.get_running_loop().run_in_executor(threads(), job).add_done_callback(done)
-
-
-class Ends(list[int]):
-    """Where compressed messages end, as `Frames` knows it of plain ones."""
-
-    def complete_before(self, nbytes: int) -> int:
-        return bisect_right(self, nbytes)
 
 
 class KernelRelay:
@@ -108,6 +85,8 @@ class KernelRelay:
         self.traffic = Traffic()
         self.limits = limits or Limits()
         self.budgets = budgets or Budgets(self.limits)
+        self.journal = Journal(self.limits, self.budgets, Disk.current())
+        self.journal.on_drop = self._on_drop
         self.signer = signer
         self.sessions: dict[str, Session] = {}
         #: What the kernel is doing. Who knows of message types that do not count sets another before it is opened.
@@ -255,16 +234,27 @@ class KernelRelay:
                 observe(active, state)
             except Exception as error:  # clients get their messages all the same
                 log.error("an observer of kernel %s: %s", self.name, error, exc_info=error)
-        for session in list(self.sessions.values()):
-            session.deliver(batch)
+        self.say(batch)
+
+    def say(self, batch: Batch, *, ours: bool = False) -> None:
+        """Messages for all clients; ``ours`` are those of the server itself."""
+        if self.sessions:
+            entry = self.journal.append(batch, ours=ours)
+            for session in list(self.sessions.values()):
+                session.downlink.pass_on(entry)
+            self.journal.settle()
+
+    def _on_drop(self) -> None:
+        text = "clients are too far behind: the oldest output is dropped, and they are told where"
+        log.warning("kernel %s: %s", self.name, text)
+        note("drop", text, kernel=self.name)
 
     def begin_anew(self) -> None:
         """The kernel was started again: what it has said before is its last word, and not repeated to anyone."""
         self.drain_iopub()
         self.activity.begin_anew()
         self.listens_on_stdin = True
-        for session in self.sessions.values():
-            session.outbox.barrier()
+        self.journal.barrier = self.journal.end
 
     # -- whether iopub is heard --
 
@@ -292,8 +282,7 @@ class KernelRelay:
     def announce(self, batch: Batch) -> None:
         """Say something to every session, also to those that come later."""
         self._announced.append(batch)
-        for session in list(self.sessions.values()):
-            session.say(batch)
+        self.say(batch, ours=True)
 
     def iopub_is_behind(self) -> bool:
         """Before a reply is passed on: what the kernel printed first must come first. A turn's budget of it has been
@@ -329,17 +318,6 @@ class KernelRelay:
             del self.sessions[session.session_id]
         session.close(level)
 
-    def limit_detached(self) -> None:
-        """The oldest goes first, of the user who has the most: nobody drives out what is kept for others."""
-        detached = [session for session in self.sessions.values() if session.connection is None]
-        detached.sort(key=lambda session: session.detached_at)
-        while len(detached) > self.limits.detached_sessions:
-            of_user = Counter(session.user for session in detached)
-            most = max(of_user.values())
-            oldest = next(session for session in detached if of_user[session.user] == most)
-            detached.remove(oldest)
-            self.end_session(oldest)
-
     def _close_iopub(self) -> None:
         if self.iopub is not None:
             self.iopub.close()
@@ -354,6 +332,7 @@ class KernelRelay:
             if connection is not None:
                 lost = f"; {unsent} messages did not reach it" if unsent else ""
                 connection.close(1011, f"the kernel was shut down{lost}")
+        self.journal.close()
         self._close_iopub()
         self.hearing.happens(Event.CLOSE)
 
@@ -363,11 +342,8 @@ open_relays: WeakSet[KernelRelay] = WeakSet()
 
 
 class Session:
-    """One client's side of a kernel: its shell, control and stdin sockets, its outbox, and the WebSocket it has now.
-
-    ``prepare(batch)`` may change what this client gets. It is called for batches that are `Batch.unusual`, and for
-    each one when ``prepare_all`` is set (rate limits); nobody else pays. It holds until the next socket brings its own.
-    """
+    """One client's side of a kernel: its shell, control and stdin sockets, the WebSocket it has now, and its
+    `Downlink`."""
 
     def __init__(self, relay: KernelRelay, session_id: str, identity: bytes, user: str) -> None:
         self.relay = relay
@@ -376,20 +352,14 @@ class Session:
         #: Whose session it is: nobody else may continue it.
         self.user = user
         self._budget = relay.budgets.of(user)
-        self.outbox = Outbox(relay.limits, self._budget, run_aside)
-        self.outbox.on_ready = self._pump
-        self.outbox.on_drop = self._on_drop
-        self.connection: Connection | None = None
-        self.protocol: str | None = None
-        self.prepare: Callable[[Batch], Batch] | None = None
-        self.prepare_all = False
+        self.downlink = Downlink(
+            relay.journal.cursor(user), relay.limits, relay.budgets, self._cannot_say, self._is_slow
+        )
+        self.downlink.cursor.on_overflow = self._overflow
         self.on_ignored: Callable[[list[str]], None] | None = None
         self.detached_at = 0.0
-        self._lag = ""  # "slow", "resuming", or neither
-        self._lag_timer: asyncio.TimerHandle | None = None
         self._resumable = False
         self._deadline: asyncio.TimerHandle | None = None
-        self._high_water = relay.limits.high_water
         self._allowed: frozenset[str] = frozenset()
         self._expiry: asyncio.TimerHandle | None = None
         self._charged = 0
@@ -401,14 +371,18 @@ class Session:
         self._closed = False
         self._can_be_asked = asyncio.Event()
         self._channels: list[Channel] = []
-        self._open_channels()
+        try:
+            self._open_channels()
+        except BaseException:
+            self.downlink.close()
+            raise
 
     def _open_channels(self) -> None:
         # stdin first, shell last: what a kernel asks on a socket that is not there yet, it drops.
         opened = self.relay.channels(
             CLIENT_CHANNELS[::-1],
             self.identity,
-            self.deliver,
+            self._answer,
             before=self.relay.iopub_is_behind,
             after=self._after_wake_up,
         )
@@ -471,7 +445,17 @@ class Session:
         """One of "away", "paused", "slow", "resuming" or "fine"."""
         if self.connection is None:
             return "away"
-        return "paused" if self._paused else self._lag or "fine"
+        return "paused" if self._paused else self.downlink.lag.state or "fine"
+
+    @property
+    def connection(self) -> Connection | None:
+        """The WebSocket it has now."""
+        return self.downlink.connection
+
+    @property
+    def protocol(self) -> str | None:
+        """That of the WebSocket it has now, or had last."""
+        return self.downlink.protocol
 
     @property
     def uplink(self) -> Uplink:
@@ -501,10 +485,9 @@ class Session:
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
-            self._note("resume", f"came back; {len(self.outbox):,} messages had been kept for it")
+            self._note("resume", f"came back; {self.downlink.cursor.kept:,} messages had been kept for it")
         self._resumable = resumable
-        self.connection = connection
-        self.protocol = protocol
+        self.downlink.protocol = protocol
         self._allowed = allowed_message_types
         self._paused = False
         waiting = self._uplink
@@ -515,36 +498,27 @@ class Session:
             self._uplink.adopt(waiting)
         connection.consumer = self._consume
         connection.receiver = self.send
-        connection.on_progress = self._on_progress
         connection.label = (self.relay.name, self.label)
-        self._caught_up()
-        self._lag = "resuming" if self.outbox.waiting else ""
         connection.on_stalled = self._on_stalled
         connection.limit_stalls(self.relay.limits.write_deadline)
         if self.relay.limits.acknowledge:
             connection.acknowledge()
-        self._pump()
+        self.downlink.attach(connection, protocol)
 
     def detach(self, connection: Connection, *, replaced: bool = False) -> None:
         """The socket is gone. Nothing when another one has taken its place already. ``replaced``: the next is attached
         at once, so that the session does not count as detached."""
         if connection is not self.connection:
             return
-        connection.consumer = connection.receiver = connection.on_progress = connection.on_stalled = None
-        self.connection = None
-        self._caught_up()
+        connection.consumer = connection.receiver = connection.on_stalled = None
+        self.downlink.detach()
         self._stop_deadline()
-        if self._closed:
-            return
-        self.outbox.rewind(connection.received, connection.taken, connection.written)
         if not self._resumable:
             self.relay.end_session(self)
             return
         self.detached_at = self._loop.time()
         patience = resume_time(self.relay.limits, closed=connection.closed_by_peer)
         self._expiry = self._loop.call_later(patience, self.relay.end_session, self)
-        if not replaced:
-            self.relay.limit_detached()
 
     # -- kernel to client --
 
@@ -554,14 +528,23 @@ class Session:
         self.deliver(batch)
 
     def deliver(self, batch: Batch) -> None:
-        """Messages of the kernel for this client, in order."""
-        try:
-            if self.prepare is not None and (self.prepare_all or batch.unusual):
-                batch = self.prepare(batch)
-            if len(batch):
-                self.say(batch)
-        except Exception as error:  # noqa: BLE001 - a policy, or what cannot be said in a protocol; others have theirs
-            self._give_up(error, "the server could not handle a message of the kernel")
+        """Messages of the kernel for this client alone."""
+        self._deliver(batch, ours=False)
+
+    def say(self, batch: Batch, *, momentary: bool = False) -> None:
+        """What the server itself says to this client, as it is. If ``momentary``, to the socket it has now."""
+        if not momentary or self.connection is not None:
+            self._deliver(batch, momentary=momentary, ours=True)
+
+    def _deliver(self, batch: Batch, *, momentary: bool = False, ours: bool) -> None:
+        if self._closed:
+            return
+        journal = self.relay.journal
+        self.downlink.pass_on(journal.append(batch, self.downlink.cursor.number, momentary=momentary, ours=ours))
+        journal.settle()
+
+    def _cannot_say(self, error: Exception) -> None:
+        self._give_up(error, "the server could not handle a message of the kernel")
 
     def _give_up(self, error: Exception, reason: str) -> None:
         """This client's policy or sockets failed: what it would be sent is not known to be right."""
@@ -569,23 +552,9 @@ class Session:
         if self.connection is not None:
             self.connection.close(1011, reason)
 
-    def say(self, batch: Batch, *, momentary: bool = False) -> None:
-        """Messages that this client gets as they are. One that is ``momentary`` is for the socket it has now."""
-        if self._flowing():
-            self.outbox.pass_on(batch, self._send(batch), momentary=momentary)
-            return
-        if momentary and self.connection is None:
-            return
-        if not self.outbox.append(batch, momentary=momentary):
-            self._overflow()
-        elif self.connection is not None:
-            if self._lag_timer is None and not self._lag:
-                self._lag_timer = self._loop.call_later(self.relay.limits.slow_after, self._is_slow)
-            self._pump()
-
     def _overflow(self) -> None:
-        """Replies, statuses and what else may not be dropped are more than the client may have waiting."""
-        text = f"is given up: {len(self.outbox)} messages that may not be dropped are more than it may have waiting"
+        """Replies, statuses and what else may not be dropped are more than there may be, and it is the hindmost."""
+        text = f"is given up: {self.downlink.cursor.kept} messages wait for it, and there is no room for them"
         log.warning("session %s %s", self.session_id, text)
         self._note("overflow", text)
         connection = self.connection
@@ -593,71 +562,9 @@ class Session:
         if connection is not None:
             connection.close(1013, "too far behind: messages were lost")
 
-    def _on_drop(self) -> None:
-        text = "is too far behind: its oldest output is dropped, and it is told where"
-        log.warning("session %s %s", self.session_id, text)
-        self._note("drop", text)
-
-    def _flowing(self) -> bool:
-        """Whether the socket can be given more at once: nothing waits before that, and it is not behind."""
-        connection, outbox = self.connection, self.outbox
-        return (
-            connection is not None
-            and not outbox.waiting
-            and connection.queue.pending_bytes < self._high_water
-            and outbox.sent_memory < outbox.window
-            and not connection.is_closing()
-        )
-
-    def _pump(self) -> None:
-        """Give the socket what waits, up to its high-water mark."""
-        connection, outbox = self.connection, self.outbox
-        if connection is None or connection.is_closing():
-            return
-        queue = connection.queue
-        while outbox.waiting and queue.pending_bytes < self._high_water and outbox.sent_memory < outbox.window:
-            if not outbox.feed(self._send):
-                break
-
-    def _send(self, batch: Batch) -> Sent:
-        connection = self.connection
-        assert connection is not None
-        if connection.compresses:
-            return self._send_compressed(connection, batch)
-        begin = connection.queue.queued
-        frames = batch.frames(self.protocol)
-        return begin, connection.write_frames(frames), frames
-
-    def _send_compressed(self, connection: Connection, batch: Batch) -> Sent:
-        """permessage-deflate works message by message: this client alone is off the compiled path."""
-        encode = encode_v1 if self.protocol == PROTOCOL_V1 else encode_legacy
-        begin = connection.queue.queued
-        ends = Ends()
-        for index in range(len(batch)):
-            payload = encode(batch.channel, batch[index])
-            connection.write_message(payload, binary=isinstance(payload, bytes))
-            ends.append(connection.queue.queued - begin)
-        return begin, connection.queue.queued, ends
-
-    def _on_progress(self) -> None:
-        assert self.connection is not None
-        self.outbox.release(self.connection.received)
-        if self.outbox.waiting:
-            self._pump()
-        elif self._lag or self._lag_timer:
-            self._caught_up()
-
     def _is_slow(self) -> None:
-        self._lag_timer = None
-        if self.connection is not None:
-            self._lag = "slow"
-            self._note("slow", f"takes messages slower than they come: {self.outbox.memory / 1e6:.1f} MB wait for it")
-
-    def _caught_up(self) -> None:
-        self._lag = ""
-        if self._lag_timer is not None:
-            self._lag_timer.cancel()
-            self._lag_timer = None
+        memory = self.relay.journal.memory / 1e6
+        self._note("slow", f"takes messages slower than they come: {memory:.1f} MB wait for it")
 
     def _on_stalled(self) -> None:
         """A client that can come back is worth more without a socket that takes nothing; others have the keepalive."""
@@ -806,12 +713,11 @@ class Session:
             self._look.cancel()
         if self._expiry is not None:
             self._expiry.cancel()
-        self._caught_up()
         for channel in self._channels:
             channel.close()
         self._tell_unsent()
-        has_all = self.connection is not None and not self.outbox.waiting  # or it is on its way
-        lost = self.outbox.clear()
+        has_all = self.connection is not None and self.downlink.cursor.is_live  # or it is on its way
+        lost = self.downlink.close()
         if lost and not has_all:
             log.log(level, "session %s ended with %s messages undelivered", self.session_id, lost)
             self._note("expired", f"its session ended; {lost:,} messages were not delivered")

@@ -23,9 +23,9 @@ from typing import Any
 
 from fastwire import __version__, installed, logs
 from fastwire._core import build_info
+from fastwire.disk import is_in_memory
 from fastwire.flow import MIB, MOST_FOR_ONE, Limits, has_room
 from fastwire.sockets import MOST_DESCRIPTORS
-from fastwire.spill import is_in_memory
 
 __all__ = ["main", "report"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from jupyter_core.paths import jupyter_runtime_dir
-from traitlets import Bool, Float, Integer, TraitError, Unicode, default, validate
+from traitlets import Bool, Float, Integer, TraitError, Unicode, default, observe, validate
 from traitlets.config import Configurable
 
+from fastwire.disk import is_in_memory
 from fastwire.flow import KIB, Limits
-from fastwire.spill import is_in_memory
 
 __all__ = ["Fastwire", "usable"]
 
@@ -36,26 +36,32 @@ class Fastwire(Configurable):
         help="Seconds a session is kept for its client to come back after the client closed the connection.",
     )
     detached_sessions = Integer(
-        Limits.detached_sessions, min=0, config=True, help="Sessions without a client that one kernel keeps at most."
+        0,
+        config=True,
+        help="Of no effect any more: what is kept for clients that are away is bounded in bytes, by "
+        "client_memory_limit and client_spill_limit, and in time, by resume_timeout.",
     )
     client_memory_limit = Integer(
         Limits.client_memory_limit,
         min=64 * KIB,  # with less a reply of a few lines would be too much
         config=True,
-        help="Bytes of memory that one client's undelivered messages may take. Beyond that they are put aside on disk.",
+        help="Bytes of memory that what one kernel has said may take until the clients that are behind have it. Half "
+        "of it is used before anything is put aside on disk.",
     )
     user_memory_limit = Integer(
         Limits.user_memory_limit,
         min=0,
         config=True,
-        help="Bytes of memory that the undelivered messages of all clients of one user may take together. Clients that "
-        "show the server's token and no cookie count as one user.",
+        help="Bytes of memory that undelivered messages may take of all kernels whose hindmost client is one user's, "
+        "what waits in the queues of sockets included. Clients that show the server's token and no cookie count as one "
+        "user.",
     )
     total_memory_limit = Integer(
         Limits.total_memory_limit,
         min=0,
         config=True,
-        help="Bytes of memory that the undelivered messages of all clients may take together.",
+        help="Bytes of memory that the undelivered messages of all kernels may take together, what waits in the queues "
+        "of sockets included.",
     )
     acknowledge = Bool(
         Limits.acknowledge,
@@ -82,9 +88,16 @@ class Fastwire(Configurable):
         Limits.client_spill_limit,
         min=0,
         config=True,
-        help="Bytes of one client's messages that may be put aside. Beyond that the oldest output is dropped, and the "
-        "client is told in its place.",
+        help="Bytes of one kernel's messages that may be put aside. Beyond that the oldest output is dropped, and the "
+        "clients that have not got it are told in its place.",
     )
+    user_spill_limit = Integer(
+        Limits.user_spill_limit,
+        min=0,
+        config=True,
+        help="The same of all kernels whose hindmost client is one user's.",
+    )
+    total_spill_limit = Integer(Limits.total_spill_limit, min=0, config=True, help="The same of all kernels together.")
     spill_keep_free = Integer(
         Limits.spill_keep_free, min=0, config=True, help="Bytes of the disk of spill_dir that are left to others."
     )
@@ -169,6 +182,13 @@ class Fastwire(Configurable):
         help="Speak to kernels without libzmq where that is possible: over tcp or ipc, without CURVE, ZMTP 3, with a "
         "kernel manager that connects as jupyter_client does. Otherwise, and for all when this is off, libzmq does.",
     )
+
+    @observe("detached_sessions")
+    def _no_detached_sessions(self, _: Any) -> None:
+        log.warning(
+            "Fastwire.detached_sessions has no effect any more, remove it: what is kept for clients that are away is "
+            "bounded by client_memory_limit, client_spill_limit and resume_timeout."
+        )
 
     @default("spill_dir")
     def _default_spill_dir(self) -> str:

@@ -258,6 +258,12 @@ class Connection(WebSocketProtocol13):
         return max(self.conversation.transport.taken, self.conversation.received)
 
     @property
+    def answers_pings(self) -> bool:
+        """The peer has said by a pong what it has received: it is believed."""
+        probe = self.conversation.probe
+        return probe is not None and probe.acknowledgements.answers
+
+    @property
     def closed_by_peer(self) -> bool:
         """The peer sent a Close frame before we did."""
         return self.conversation.closing.closed_by_peer

@@ -311,7 +311,7 @@ def check_frames(batch: _core.Batch, messages: list[list[bytes]]) -> list[tuple[
         agree((len(encoded), encoded.nbytes), (len(each), sum(map(len, each))))
         if each:
             first = len(each[0])
-            agree([encoded.complete_before(n) for n in (0, first - 1, first)], [0, 0, 1])
+            agree([encoded.ends.complete_before(n) for n in (0, first - 1, first)], [0, 0, 1])
         results.append((encoded, b"".join(each)))
     return results
 

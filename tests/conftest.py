@@ -22,7 +22,7 @@ settings.register_profile("nightly", max_examples=3000, deadline=None, suppress_
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 #: What they assert for all tests of several files is shown as a test's own assertions are.
-pytest.register_assert_rewrite("relay_stage", "websocket_site")
+pytest.register_assert_rewrite("journal_stage", "relay_stage", "websocket_site")
 
 FAILED = pytest.StashKey[bool]()
 

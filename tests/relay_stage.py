@@ -27,6 +27,7 @@ from wsclient import PATIENCE, close_frame
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.channels import Channel, ZmqChannel
+from fastwire.downlink import Changes
 from fastwire.flow import Limits
 from fastwire.relay import KernelRelay, Session
 from fastwire.testing import Kernel as Kernel
@@ -83,8 +84,8 @@ class Handler(WebSocketHandler):
             session.connection.close()
             session.detach(session.connection, replaced=True)
         self.session = session
-        session.prepare = self.stage.prepare.get(session_id)
-        session.prepare_all = session.prepare is not None
+        session.downlink.prepare = self.stage.prepare.get(session_id)
+        session.downlink.prepare_all = session.downlink.prepare is not None
         session.on_ignored = self.stage.ignored.extend
         resumable = self.get_argument("gone", None) is None
         session.attach(self.connection, self.selected_subprotocol, self.stage.allowed, resumable=resumable)
@@ -171,7 +172,7 @@ class Stage:
 
     def __init__(self, context: zmq.Context) -> None:
         self.context = context
-        self.prepare: dict[str, Callable[[Batch], Batch]] = {}
+        self.prepare: dict[str, Callable[[Batch], Changes]] = {}
         self.ignored: list[str] = []
         self.allowed: frozenset[str] = frozenset()
         self.send_buffers: dict[str, int] = {}
@@ -396,7 +397,7 @@ def kernel(context: zmq.Context) -> Iterator[Kernel]:
 def settle(stage: Stage, client: Client) -> None:
     """The client has read all it was given, and says so."""
     session = stage.session(client.session_id)
-    while stage.run(lambda: session.outbox.sent_memory):
+    while stage.run(lambda: session.downlink.cursor.flight):
         client.acknowledge()
         asked = session.connection.conversation.probe.acknowledgements
         until(lambda asked=asked: stage.run(lambda: not asked.outstanding), "the pong has come")

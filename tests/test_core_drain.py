@@ -308,12 +308,12 @@ def test_frames_that_are_complete(protocol: str | None) -> None:
     ends = [sum(single[: i + 1]) for i in range(4)]
     assert ends[-1] == frames.nbytes
     for nbytes in (0, 1, *(end + more for end in ends for more in (-1, 0, 1)), 1 << 40):
-        assert frames.complete_before(nbytes) == sum(end <= nbytes for end in ends)
+        assert frames.ends.complete_before(nbytes) == sum(end <= nbytes for end in ends)
 
 
 def test_no_frames_are_never_complete() -> None:
     frames = _core.batch_of("iopub", [], _core.Signer(b"")).frames(None)
-    assert (frames.complete_before(0), frames.complete_before(100)) == (0, 0)
+    assert (frames.ends.complete_before(0), frames.ends.complete_before(100)) == (0, 0)
 
 
 # -- sizes -----------------------------------------------------------------------------------------

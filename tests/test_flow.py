@@ -34,7 +34,7 @@ def test_every_limit_is_a_bound_by_default(field: str) -> None:
 
 
 def test_a_socket_is_given_less_than_a_session_may_keep() -> None:
-    """What waits in a socket cannot be spelled again for the next one: most of it has to be in the outbox."""
+    """What waits in a socket cannot be spelled again for the next one: most of it has to be in the log."""
     assert Limits().high_water < Limits().client_memory_limit < Limits().total_memory_limit
 
 

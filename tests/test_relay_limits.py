@@ -19,8 +19,8 @@ from relay_stage import BUDGET, KIB, MIB, Kernel, Stage, both_protocols, leave, 
 
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
+from fastwire.journal import Journal
 from fastwire.metrics import client_numbers
-from fastwire.outbox import Outbox
 from fastwire.relay import Session
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
@@ -29,27 +29,23 @@ pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 # -- limits ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [0, 1, 2])
-def test_the_oldest_detached_session_goes_first(stage: Stage, kernel: Kernel, limit: int) -> None:
-    stage.start(kernel, detached_sessions=limit)
-    names = ["one", "two", "three", "four"]
-    clients = [stage.connect(name) for name in names]
-    for client in clients[:-1]:
-        client.drop()
-        until(lambda count=client: len(stage.closed) == clients.index(count) + 1, "its end")
-    kept = names[3 - limit : 3]
-    assert sorted(stage.relay.sessions) == sorted([*kept, "four"])
-    assert sum(not sock.closed for sock in stage.sockets) == 1 + 3 * (limit + 1)
-
-
-def test_who_takes_over_its_own_session_drives_out_nobody(stage: Stage, kernel: Kernel) -> None:
-    """The server still has its last socket: the session is away for no moment."""
-    stage.start(kernel, detached_sessions=1)
-    leave(stage, stage.connect("bob"), "drop")
+@both_protocols
+def test_twenty_clients_that_break_at_once_come_back_to_everything(
+    stage: Stage, kernel: Kernel, protocol: str | None
+) -> None:
+    """A proxy is reloaded: no number of them is too many to be kept."""
+    stage.start(kernel)
+    names = [f"client-{number}" for number in range(20)]
+    clients = [stage.connect(name, protocol) for name in names]
     kernel.publish(*stream(1))
-    stage.connect("ann")
-    stage.connect("ann")
-    assert stage.connect("bob").ids(1) == ["1"]
+    assert [client.ids(1) for client in clients] == [["1"]] * 20
+    for client in clients:
+        settle(stage, client)
+        client.reset()
+    until(lambda: len(stage.closed) == 20, "their ends")
+    kernel.publish(*stream(2, 3))
+    for name in names:
+        assert stage.connect(name, protocol).ids(2) == ["2", "3"]
 
 
 def test_a_session_that_ends_while_its_kernel_moves_opens_no_sockets(stage: Stage, kernel: Kernel) -> None:
@@ -85,30 +81,31 @@ def test_an_observer_that_raises_takes_no_message_from_a_client(
     assert ann.ids(2) == ["1", "2"]
 
 
-def ann_away(stage: Stage, kernel: Kernel, **limits: Any) -> Outbox:
+def ann_away(stage: Stage, kernel: Kernel, **limits: Any) -> Journal:
     """She has been there, and left."""
     stage.start(kernel, **limits)
     leave(stage, stage.connect("ann"), "drop")
-    return stage.session("ann").outbox
+    return stage.relay.journal
 
 
 def test_what_is_too_much_for_memory_waits_on_the_disk(stage: Stage, kernel: Kernel, tmp_path: Path) -> None:
     """Displays between the lines keep them apart: they would be joined."""
     limits = {"client_memory_limit": 4 * MIB, "spill_dir": str(tmp_path), "spill_keep_free": 0}
-    outbox = ann_away(stage, kernel, **limits)
+    journal = ann_away(stage, kernel, **limits)
     count = 6000
     for number in range(0, count, 40):
         for n in range(number, number + 40, 2):
             kernel.publish(*stream(n, size=5000), message("display_data", str(n + 1)))
-        until(lambda: stage.run(lambda: outbox.memory) < 3 * MIB, "there is room again")
-    until(lambda: stage.run(lambda: len(outbox)) == count, "the relay has all")
-    assert stage.run(lambda: outbox.spilled_bytes) > 12 * MIB
+        until(lambda: stage.run(lambda: journal.memory) < 3 * MIB, "there is room again")
+    until(lambda: stage.run(lambda: stage.session("ann").downlink.cursor.kept) == count, "the relay has all")
+    assert stage.run(lambda: journal.shelf.nbytes) > 12 * MIB
     assert not list(tmp_path.iterdir()), "files without a name"
     again = stage.connect("ann", PROTOCOL_V1)
     assert again.ids(count) == [str(n) for n in range(count)]
     kernel.publish(*stream(count))
     assert again.ids(1) == [str(count)]
-    assert stage.run(lambda: outbox.spilled_bytes) == 0
+    settle(stage, again)
+    assert stage.run(lambda: journal.shelf.nbytes) == 0
 
 
 @pytest.fixture
@@ -126,14 +123,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_really_full(stage: Stage, kernel: Kernel, small_disk: Path) -> None:
     """ENOSPC in the middle of a record: that and what follows stays in memory, and the oldest goes."""
     limits = {"client_memory_limit": 4 * MIB, "spill_dir": str(small_disk), "spill_keep_free": 0, "merge": False}
-    outbox = ann_away(stage, kernel, **limits)
+    journal = ann_away(stage, kernel, **limits)
     count = 2000
     for number in range(0, count, 20):
         kernel.publish(*stream(*range(number, number + 20), size=8000))
         until(lambda seen=number + 19: f'"{seen}"'.encode() in stage.relay.neighbour[0], "the relay has it")
     kernel.publish(message("execute_reply", "end"))
     until(lambda: b'"end"' in stage.relay.neighbour[0], "the kernel has said it all")
-    assert stage.run(lambda: outbox.memory) < 8 * MIB
+    assert stage.run(lambda: journal.memory) < 8 * MIB
     again = stage.connect("ann")
     got = [again.next()]
     while got[-1].header["msg_id"] != "end":
@@ -148,15 +145,16 @@ def test_a_disk_that_is_really_full(stage: Stage, kernel: Kernel, small_disk: Pa
 
 def test_output_that_is_too_much_is_dropped_with_a_word(stage: Stage, kernel: Kernel) -> None:
     """The oldest of it, and what is not output never: without a directory to put it aside."""
-    outbox = ann_away(stage, kernel, client_memory_limit=200_000, merge=False)
+    journal = ann_away(stage, kernel, client_memory_limit=200_000, merge=False)
     kernel.publish(message("status", "busy"), *stream(*range(100), size=10_000), message("execute_reply", "reply"))
     until(lambda: b'"reply"' in stage.relay.neighbour[0], "the kernel has said it all")
-    assert stage.run(lambda: outbox.memory) <= 200_000
+    assert stage.run(lambda: journal.memory) <= 200_000
     again = stage.connect("ann")
-    kernel.publish(*stream(100))
     got = [again.next()]
-    while got[-1].header["msg_id"] != "100":
+    while got[-1].header["msg_id"] != "reply":
         got.append(again.next())
+    kernel.publish(*stream(100))
+    got.append(again.next())
     ids = [each.header["msg_id"] for each in got]
     (place,) = [n for n, each in enumerate(got) if each.content.get("name") == "stderr"]
     said = got[place]
@@ -213,17 +211,17 @@ def test_lines_of_one_cell_are_joined(stage: Stage, kernel: Kernel) -> None:
 
 def test_a_message_that_is_larger_than_the_limit(stage: Stage, kernel: Kernel, tmp_path: Path) -> None:
     """It comes to who is there, and waits on the disk for who is not."""
-    outbox = ann_away(stage, kernel, client_memory_limit=4 * MIB, spill_dir=str(tmp_path), spill_keep_free=0)
+    journal = ann_away(stage, kernel, client_memory_limit=4 * MIB, spill_dir=str(tmp_path), spill_keep_free=0)
     client = stage.connect("bob")
     kernel.publish(message("display_data", "large", {"data": "x" * 20 * MIB}), *stream(1))
     assert client.ids(2) == ["large", "1"]
-    until(lambda: stage.run(lambda: outbox.memory) < MIB, "it is on the disk")
+    until(lambda: stage.run(lambda: journal.memory) < MIB, "it is on the disk")
     assert stage.connect("ann").ids(2) == ["large", "1"]
 
 
 def test_all_clients_together_have_a_limit(stage: Stage, kernel: Kernel) -> None:
     """Four of them away, each under its own limit."""
-    stage.start(kernel, total_memory_limit=6 * MIB, detached_sessions=10, merge=False)
+    stage.start(kernel, total_memory_limit=6 * MIB, merge=False)
     for name in "abcd":
         leave(stage, stage.connect(name), "drop")
     bob = stage.connect("bob")
@@ -270,7 +268,7 @@ def test_a_session_that_was_resumed_does_not_expire(stage: Stage, kernel: Kernel
 
 @both_protocols
 def test_a_socket_is_given_no_more_than_it_takes(stage: Stage, kernel: Kernel, protocol: str | None) -> None:
-    """20 MB for a client that does not read: they wait in the outbox, and all come when it reads."""
+    """20 MB for a client that does not read: they wait in the log, and all come when it reads."""
     stage.send_buffers["ann"] = 256 * KIB
     stage.start(kernel, high_water=256 * KIB, merge=False)
     client = stage.connect("ann", protocol, receive_buffer=256 * KIB)
@@ -281,7 +279,7 @@ def test_a_socket_is_given_no_more_than_it_takes(stage: Stage, kernel: Kernel, p
     session = stage.session("ann")
     connection = session.connection
     assert connection.queue.pending_bytes < 256 * KIB + MIB + 20_000, "more than the mark and one batch"
-    assert session.outbox.memory > 15_000_000
+    assert stage.relay.journal.memory > 15_000_000
     assert client.ids(count) == [str(n) for n in range(count)]
 
 
@@ -294,8 +292,7 @@ def test_what_was_written_is_let_go(stage: Stage, kernel: Kernel, deflate: bool)
     kernel.publish(message("display_data", "1", {}, bytes(5 * MIB)))
     assert client.ids(1) == ["1"]
     settle(stage, client)
-    outbox = stage.session("ann").outbox
-    assert (len(outbox), outbox.memory) == (0, 0)
+    assert (stage.session("ann").downlink.cursor.kept, stage.relay.journal.memory) == (0, 0)
     assert _core.live()["zmq_messages"] == before["zmq_messages"]
 
 

@@ -44,7 +44,7 @@ def test_a_kernel_on_other_ports(
     leave(stage, away, "reset")
     kernel.publish(*stream(1))
     assert ann.ids(1) == ["1"]
-    until(lambda: len(stage.session("bob").outbox) == 1, "a message waits")
+    until(lambda: stage.session("bob").downlink.cursor.kept == 1, "a message waits")
     old = list(stage.sockets)
     move(stage, moved)
     assert all(sock.closed for sock in old)

@@ -13,8 +13,8 @@ from wsclient import close_frame
 
 from fastwire._core import PROTOCOL_V1
 from fastwire.flow import Acknowledgements
+from fastwire.journal import totals
 from fastwire.notices import local_batch
-from fastwire.outbox import totals
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
@@ -38,7 +38,7 @@ def test_messages_wait_for_a_client_that_is_away(
     kernel.reply("ann", message("execute_reply", "reply"))
     assert bob.ids(4) == ["1", "2", "3", "4"]
     session = stage.session("ann")
-    until(lambda: len(session.outbox) == 3, "the messages wait")
+    until(lambda: session.downlink.cursor.kept == 3, "the messages wait")
     again = stage.connect("ann", PROTOCOL_V1 if protocol is None else None)
     assert again.ids(3) == ["3", "4", "reply"]
     kernel.publish(*stream(5))
@@ -172,7 +172,7 @@ def test_a_client_that_answers_no_pings(stage: Stage, kernel: Kernel, monkeypatc
         return client.ids(1) == [str(number)] and stage.run(lambda: asked.demoted)
 
     until(is_believed, "it is believed")
-    until(lambda: not stage.run(lambda: session.outbox.sent_memory), "nothing is kept for it")
+    until(lambda: not stage.run(lambda: session.downlink.cursor.flight), "nothing is kept for it")
     stage.take_logs()
 
 

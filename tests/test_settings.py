@@ -30,6 +30,11 @@ def test_no_setting_is_negative() -> None:
                 Fastwire(config=Config({"Fastwire": {field.name: -1}}))
 
 
+def test_who_sets_what_is_no_more_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    Fastwire(config=Config({"Fastwire": {"detached_sessions": 4}}))
+    assert "detached_sessions has no effect any more" in caplog.text
+
+
 def test_a_client_may_have_a_reply_waiting() -> None:
     with pytest.raises(TraitError, match=r"client_memory_limit.* 65536"):
         Fastwire(config=Config({"Fastwire": {"client_memory_limit": 0}}))

@@ -195,11 +195,7 @@ def one_round(server: Server, kernel: str, number: int) -> None:
 def test_nothing_grows(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Not even over the sessions that are kept for a while."""
     # A busy machine may take a while to bring a client back.
-    options = (
-        "--Fastwire.resume_timeout=5",
-        "--Fastwire.resume_timeout_closed=0.2",
-        "--Fastwire.detached_sessions=1",
-    )
+    options = ("--Fastwire.resume_timeout=5", "--Fastwire.resume_timeout_closed=0.2")
     with serving(tmp_path, *options) as server:
         kernel = server.start_kernel("light")
         rounds = 0

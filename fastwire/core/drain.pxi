@@ -468,6 +468,20 @@ cdef class Batch:
             return []
         return [i for i in range(self.count) if self.messages[i].foreign]
 
+    def part(self, Py_ssize_t begin, Py_ssize_t end):
+        cdef Batch other = new_batch(self.channel)
+        cdef Indexed *message
+        cdef Py_ssize_t i
+        if not 0 <= begin <= end <= self.count:
+            raise IndexError("the batch has no such messages")
+        other.received = self.received
+        other.store.keep(self.store)
+        for i in range(begin, end):
+            message = other.new_message()
+            message[0] = self.messages[i]
+            other.index(message)
+        return other
+
     def replaced(self, dict changes not None):
         cdef Batch other = new_batch(self.channel)
         cdef Indexed *message
@@ -494,6 +508,9 @@ cdef class Batch:
         if self.legacy_frames is None:
             self.legacy_frames = encode_batch(self, LEGACY)
         return self.legacy_frames
+
+    def forget_frames(self):
+        self.v1_frames = self.legacy_frames = None
 
 
 cdef Batch new_batch(str channel):
@@ -599,9 +616,11 @@ cdef Frames encode_batch(Batch batch, int protocol):
     tails.channel = fixed(PyBytes_AS_STRING(channel), PyBytes_GET_SIZE(channel))
     tails.text = fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
     tails.binary = fixed(PyBytes_AS_STRING(binary), PyBytes_GET_SIZE(binary))
-    frames.ends = <uint64_t *>malloc((batch.count + 1) * sizeof(uint64_t))
-    if frames.ends == NULL:
+    frames.ends = Ends.__new__(Ends)
+    frames.ends.items = <uint64_t *>malloc((batch.count + 1) * sizeof(uint64_t))
+    if frames.ends.items == NULL:
         raise MemoryError
+    frames.ends.count = batch.count
     for i in range(batch.count):
         m = &batch.messages[i]
         size = payload_size(m, protocol, &tails)
@@ -609,7 +628,7 @@ cdef Frames encode_batch(Batch batch, int protocol):
             raise MalformedMessage("a message with buffers is at most 4 GiB in the default protocol; use v1")
         size += header_size(size)
         frames.nbytes += size
-        frames.ends[i] = frames.nbytes
+        frames.ends.items[i] = frames.nbytes
         copied += size - large_bytes(m.parts if protocol == V1 else m.text, 4, &segments)
         copied -= large_bytes(m.parts + 4, m.count - 4, &segments)
         if protocol == LEGACY:

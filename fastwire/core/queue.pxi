@@ -24,6 +24,33 @@ cdef struct Segment:
 
 
 @cython.final
+cdef class Ends:
+    """Where frames end, which may be asked long after their bytes have gone."""
+
+    cdef uint64_t *items        # of each frame, in bytes from the first
+    cdef Py_ssize_t count
+
+    def __init__(self):
+        raise TypeError("Ends are those of Frames")
+
+    def __dealloc__(self):
+        free(self.items)
+
+    def __len__(self):
+        return self.count
+
+    def complete_before(self, uint64_t nbytes):
+        cdef Py_ssize_t low = 0, high = self.count, middle
+        while low < high:
+            middle = (low + high) // 2
+            if self.items[middle] <= nbytes:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+
+@cython.final
 cdef class Frames:
     """Wire bytes: one block with everything small, and segments that interleave it with large parts elsewhere."""
 
@@ -31,7 +58,7 @@ cdef class Frames:
     cdef size_t block_size
     cdef Segment *segments
     cdef Py_ssize_t segment_count
-    cdef uint64_t *ends         # of each frame, in bytes from the first
+    cdef readonly Ends ends
     cdef Py_ssize_t count
     cdef uint64_t received      # when the batch was, in ns
     cdef readonly size_t nbytes
@@ -44,20 +71,9 @@ cdef class Frames:
         if self.block != NULL:
             block_put(self.block, self.block_size)
         free(self.segments)
-        free(self.ends)
 
     cdef size_t memory(self) noexcept:
         return self.block_size + self.count * sizeof(uint64_t) + self.segment_count * sizeof(Segment)
-
-    def complete_before(self, uint64_t nbytes):
-        cdef Py_ssize_t low = 0, high = self.count, middle
-        while low < high:
-            middle = (low + high) // 2
-            if self.ends[middle] <= nbytes:
-                low = middle + 1
-            else:
-                high = middle
-        return low
 
     def __len__(self):
         return self.count

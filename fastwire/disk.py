@@ -1,0 +1,233 @@
+"""Bytes put aside on a disk, in files that nobody else can open and that vanish with the process.
+
+No call that may wait for a disk is made on the loop: opening, asking what is free, writing, reading and closing are
+jobs of a `Disk`, which has a thread for what is written and one for what is read and let go, so that who waits to read
+does not wait for those who write. They are daemon threads of our own and not a `ThreadPoolExecutor`, whose threads are
+joined when the interpreter ends: a disk that hangs for good would keep the process from ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any, Protocol
+from weakref import WeakKeyDictionary, ref
+
+from fastwire.budgets import Budget
+from fastwire.flow import MIB
+
+__all__ = ["Disk", "Job", "Record", "Runner", "SpillFile", "is_in_memory"]
+
+#: A file's room goes back to the disk when all its records were let go of, so there are several, of about this size.
+FILE_SIZE = 64 * MIB
+
+#: What is done in a thread.
+Job = Callable[[], Any]
+
+#: Hears what a job returned, or the OSError it raised, on the loop.
+Done = Callable[[Any], None]
+
+
+class Runner(Protocol):
+    """Something that does jobs elsewhere: a `Disk`, or what a test has in its place."""
+
+    def write(self, prepare: Callable[[], Job | None], done: Done) -> None:
+        """``prepare`` makes the job when its turn has come, so that no bytes wait in memory for a slow disk."""
+
+    def read(self, prepare: Callable[[], Job | None], done: Done) -> None:
+        """The same for what somebody waits for."""
+
+    def close(self, job: Job) -> None:
+        """A job whose result nobody waits for."""
+
+
+class Worker:
+    """A thread that does one job after the other. ``done`` is called on the loop with what it returned or raised."""
+
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._name = name
+        self._loop = ref(loop)
+        self._waiting: deque[tuple[Callable[[], Job | None], Done]] = deque()
+        self._jobs: SimpleQueue[tuple[Job, Done]] = SimpleQueue()
+        self._busy = False
+        self._started = False
+
+    def add(self, prepare: Callable[[], Job | None], done: Done) -> None:
+        self._waiting.append((prepare, done))
+        self._next()
+
+    def _next(self) -> None:
+        while self._waiting and not self._busy:
+            prepare, done = self._waiting.popleft()
+            job = prepare()
+            if job is not None:
+                self._busy = True
+                self._jobs.put((job, done))
+                if not self._started:
+                    self._started = True
+                    threading.Thread(target=self._run, name=self._name, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            job, done = self._jobs.get()
+            try:
+                result = job()
+            except OSError as error:
+                result = error
+            loop = self._loop()
+            with suppress(RuntimeError):  # it has ended
+                if loop is not None:
+                    loop.call_soon_threadsafe(self._finished, done, result)
+            del job, done, result, loop
+
+    def _finished(self, done: Done, result: Any) -> None:
+        self._busy = False
+        done(result)
+        self._next()
+
+
+class Disk:
+    """The threads of a loop that wait for disks."""
+
+    _of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, Disk] = WeakKeyDictionary()
+
+    @classmethod
+    def current(cls) -> Disk:
+        """That of the running loop."""
+        loop = asyncio.get_running_loop()
+        if loop not in cls._of_loops:
+            cls._of_loops[loop] = cls(loop)
+        return cls._of_loops[loop]
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._writer = Worker("fastwire-write", loop)
+        self._reader = Worker("fastwire-read", loop)
+
+    def write(self, prepare: Callable[[], Job | None], done: Done) -> None:
+        self._writer.add(prepare, done)
+
+    def read(self, prepare: Callable[[], Job | None], done: Done) -> None:
+        self._reader.add(prepare, done)
+
+    def close(self, job: Job) -> None:
+        self._reader.add(lambda: job, ignore)
+
+
+def ignore(_: Any) -> None:
+    """What became of it is nobody's business."""
+
+
+@dataclass(eq=False)
+class Part:
+    """One of the files: how far its room is given out, and how many records of it somebody still wants."""
+
+    file: IO[bytes] | None = None  # until the first job opens it
+    end: int = 0
+    records: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """Where bytes are, or are to be."""
+
+    part: Part
+    offset: int
+    size: int
+
+
+@dataclass(eq=False)
+class SpillFile:
+    """Records in a directory, as far as a budget goes, and never in the last ``keep_free`` bytes of its disk.
+
+    `place`, `forget` and `close` are for the loop and wait for nothing; `write` and `read` are jobs for a thread. The
+    files have mode 0600 and no name (`tempfile.TemporaryFile`). What a file takes is counted until it is closed.
+    """
+
+    directory: str
+    keep_free: int
+    budget: Budget
+    runner: Runner
+    parts: deque[Part] = field(default_factory=deque)
+
+    @property
+    def nbytes(self) -> int:
+        return self.budget.used
+
+    def place(self, size: int) -> Record | None:
+        """Room for a record, or None where a bound is reached."""
+        if size > self.budget.left:
+            return None
+        if not self.parts or self.parts[-1].end >= min(FILE_SIZE, self.budget.limit // 8):
+            self.parts.append(Part())
+        part = self.parts[-1]
+        record = Record(part, part.end, size)
+        part.end += size
+        part.records += 1
+        self.budget.take(size)
+        return record
+
+    def write(self, record: Record, data: bytes) -> None:
+        """Raises OSError."""
+        part = record.part
+        disk = os.statvfs(self.directory)
+        if disk.f_bavail * disk.f_frsize - len(data) < self.keep_free:
+            raise OSError(errno.ENOSPC, "the rest of the disk is left to others")
+        if part.file is None:
+            part.file = tempfile.TemporaryFile(dir=self.directory, buffering=0)  # noqa: SIM115 - as long as its records
+        write_all(part.file.fileno(), data, record.offset)
+
+    def read(self, record: Record) -> bytes:
+        """Raises OSError."""
+        assert record.part.file is not None
+        data = os.pread(record.part.file.fileno(), record.size, record.offset)
+        if len(data) < record.size:
+            raise OSError(errno.EIO, "what was put aside is not there any more")
+        return data
+
+    def forget(self, record: Record) -> None:
+        """Nobody wants it, or it could not be written."""
+        record.part.records -= 1
+        if not record.part.records:
+            self._let_go(record.part)
+
+    def _let_go(self, part: Part) -> None:
+        self.parts.remove(part)
+        self.budget.take(-part.end)
+        if part.file is not None:
+            self.runner.close(part.file.close)
+
+    def close(self) -> None:
+        """Only when no job is under way."""
+        while self.parts:
+            self._let_go(self.parts[-1])
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(fd, rest, offset)
+        rest = rest[written:]
+        offset += written
+
+
+def is_in_memory(directory: str | Path) -> bool:
+    """Whether a directory lies in a file system that is itself memory (tmpfs): nothing is won by writing there."""
+    device = Path(directory).stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace")
+    except OSError:  # not Linux
+        return False
+    return any(
+        fields[2] == number and fields[fields.index("-") + 1] in ("tmpfs", "ramfs")
+        for fields in map(str.split, mounts.splitlines())
+    )

@@ -1,0 +1,215 @@
+"""The way of a kernel's messages to one client: its cursor in the kernel's log, and the WebSocket it has now.
+
+What is appended is given to the socket at once while that takes it; otherwise the cursor stays behind, and the socket
+is given what it can take whenever it has taken some, up to a mark: little is to wait where it cannot be spelled again
+for the client's next socket. What one client gets differently is applied here, when it is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+
+from fastwire._core import PROTOCOL_V1, Batch, encode_legacy, encode_v1
+from fastwire.budgets import Budgets
+from fastwire.flow import Limits
+from fastwire.journal import Countable, Cursor
+from fastwire.segments import Entry
+from fastwire.websocket import Connection
+
+__all__ = ["Changes", "Downlink", "Lag"]
+
+log = logging.getLogger(__name__)
+
+#: What a client gets instead of some messages of a batch, by index: other parts, or (None) nothing.
+Changes = Mapping[int, Sequence[bytes] | None]
+
+
+class CompressedEnds(list[int]):
+    """Where compressed messages end, as `Ends` knows it of plain ones."""
+
+    def complete_before(self, nbytes: int) -> int:
+        return bisect_right(self, nbytes)
+
+
+class Lag:
+    """Whether a client is slow: messages have waited for it longer than ``slow_after``; or resuming: it came back to
+    some. ``on_slow`` is called when it has become slow."""
+
+    def __init__(self, slow_after: float, on_slow: Callable[[], None]) -> None:
+        self.state = ""
+        self._slow_after = slow_after
+        self._on_slow = on_slow
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begins(self) -> None:
+        if self._timer is None and not self.state:
+            self._timer = asyncio.get_running_loop().call_later(self._slow_after, self._is_slow)
+
+    def _is_slow(self) -> None:
+        self._timer = None
+        self.state = "slow"
+        self._on_slow()
+
+    def ends(self) -> None:
+        self.state = ""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class Downlink:
+    """One client's end of a log.
+
+    ``prepare(batch)`` says what this client gets instead of some messages. It is asked about batches that are
+    `Batch.unusual`, and about each one when ``prepare_all`` is set (rate limits); nobody else pays. ``on_failure``
+    hears of a policy, or of a message that cannot be said in this client's protocol.
+    """
+
+    def __init__(
+        self,
+        cursor: Cursor,
+        limits: Limits,
+        budgets: Budgets,
+        on_failure: Callable[[Exception], None],
+        on_slow: Callable[[], None],
+    ) -> None:
+        self.cursor = cursor
+        self.connection: Connection | None = None
+        self.protocol: str | None = None
+        self.prepare: Callable[[Batch], Changes] | None = None
+        self.prepare_all = False
+        self.lag = Lag(limits.slow_after, on_slow)
+        self._budgets = budgets
+        self._on_failure = on_failure
+        self._answered_pings = False  # who had the last socket
+        cursor.on_ready = self.pump
+
+    # -- a socket --
+
+    def attach(self, connection: Connection, protocol: str | None) -> None:
+        """Give it first what the client has not received, then what comes."""
+        self.connection, self.protocol = connection, protocol
+        connection.on_progress = self._on_progress
+        self._budgets.count_sockets(1)
+        self.cursor.attach()
+        self.lag.ends()
+        self.pump()
+        self.lag.state = "" if self.cursor.is_live else "resuming"
+
+    def detach(self) -> None:
+        """It is gone."""
+        connection = self.connection
+        assert connection is not None
+        connection.on_progress = None
+        self.connection = None
+        self._budgets.count_sockets(-1)
+        self.lag.ends()
+        self.cursor.rewind(connection.received, connection.taken, connection.written)
+        self.cursor.was_closed = connection.closed_by_peer
+        self._answered_pings = connection.answers_pings
+
+    def _has_room(self, connection: Connection) -> bool:
+        queue = connection.queue
+        return (
+            queue.pending_bytes < self._budgets.high_water
+            and queue.queued - connection.received < self.cursor.journal.window
+            and not connection.is_closing()
+        )
+
+    # -- what it is given --
+
+    def pass_on(self, entry: Entry) -> None:
+        """An entry that was just appended for this client, or for all."""
+        cursor = self.cursor
+        if not cursor.is_live:
+            return
+        connection = self.connection
+        if connection is not None and self._has_room(connection):
+            self._try_to_give(connection, entry)
+        else:
+            cursor.fall_behind(entry)
+            if connection is not None:
+                self.lag.begins()
+
+    def pump(self) -> None:
+        """Give the socket what waits, up to its mark."""
+        connection, cursor = self.connection, self.cursor
+        if connection is None:
+            return
+        while self._has_room(connection):
+            entry = cursor.next()
+            if entry is not None:
+                self._try_to_give(connection, entry)
+                continue
+            if cursor.is_live:
+                self.lag.ends()
+            elif not cursor.is_waiting:
+                asyncio.get_running_loop().call_soon(self.pump)
+            break
+
+    def _on_progress(self) -> None:
+        assert self.connection is not None
+        self.cursor.release(self.connection.received)
+        if not self.cursor.is_live:
+            self.pump()
+
+    def _try_to_give(self, connection: Connection, entry: Entry) -> None:
+        try:
+            self._give(connection, entry)
+        except Exception as error:  # noqa: BLE001 - a policy, or what cannot be said in a protocol; others have theirs
+            self.cursor.given(entry, 0, 0, CompressedEnds())
+            self._on_failure(error)
+
+    def _give(self, connection: Connection, entry: Entry) -> None:
+        cursor, batch = self.cursor, entry.batch
+        changes: dict[int, Sequence[bytes] | None] = {}
+        if self.prepare is not None and (self.prepare_all or batch.unusual) and not entry.ours:
+            changes.update(self.prepare(batch))
+        if entry.first < cursor.written or entry.first < cursor.position:
+            changes.update(self._left_out(entry, len(batch)))
+        indices = None
+        if changes:
+            indices = [index for index in range(len(batch)) if changes.get(index, ()) is not None]
+            batch = batch.replaced(changes)
+        begin = connection.queue.queued
+        ends = self._send(connection, batch) if len(batch) else CompressedEnds()
+        cursor.given(entry, begin, connection.queue.queued, ends, indices)
+
+    def _left_out(self, entry: Entry, count: int) -> dict[int, None]:
+        """What the client has of it, or is not to be given again."""
+        again = self.cursor.again(entry, answers_pings=self._answered_pings, replied=False)
+        return {} if again is None else dict.fromkeys({*range(count)}.difference(again))
+
+    def _send(self, connection: Connection, batch: Batch) -> Countable:
+        if connection.compresses:
+            return self._send_compressed(connection, batch)
+        frames = batch.frames(self.protocol)
+        connection.write_frames(frames)
+        return frames.ends
+
+    def _send_compressed(self, connection: Connection, batch: Batch) -> Countable:
+        """permessage-deflate works message by message: this client alone is off the compiled path."""
+        encode = encode_v1 if self.protocol == PROTOCOL_V1 else encode_legacy
+        begin = connection.queue.queued
+        ends = CompressedEnds()
+        for index in range(len(batch)):
+            payload = encode(batch.channel, batch[index])
+            connection.write_message(payload, binary=isinstance(payload, bytes))
+            ends.append(connection.queue.queued - begin)
+        return ends
+
+    # -- the end --
+
+    def close(self) -> int:
+        """Returns the number of messages that the client is not known to have."""
+        kept = self.cursor.kept
+        self.lag.ends()
+        if self.connection is not None:
+            self.connection.on_progress = None
+            self.connection = None
+            self._budgets.count_sockets(-1)
+        self.cursor.end()
+        return kept

@@ -1,0 +1,726 @@
+"""What a kernel says, kept once and in order, and each client's place in it.
+
+A kernel is a log. What it says is appended, numbered by messages; each session has a `Cursor`. One whose socket takes
+everything at once is *live*: its place is the end, whatever is appended, and costs nothing. Slow, stalled, away, back:
+all are a cursor that stands *behind*, at a number. What a socket was given and its client is not known to have is in
+the cursor's ``flight``: when the socket is lost the cursor goes back to the first of it.
+
+What is difficult, and was believed and is wrong
+------------------------------------------------
+
+*Each client owns what it has not received.* So it was, and it made one stalled client of a kernel cost as much as the
+next, made what one of them kept compete with what the others kept, and bounded by number what only bytes can bound: the
+fifth that was away was forgotten without a word (`test_twenty_clients_that_break_at_once_come_back_to_everything`).
+Here a segment of the log is held by whoever stands in it, is put on the disk once, and is let go from the front of the
+log when nobody stands in the first one: nothing is searched for what can go. A message costs the same whether
+nothing is kept or gigabytes (``python -m bench.journal``).
+
+*When the disk is late, the loop waits for it.* Then everybody waits. Here no disk call is made on the loop: at the
+bound of what may be kept the oldest output goes, and whoever had still to get it is told in its place.
+
+*A position is an index.* Lines are joined and output is dropped where nobody has seen it yet, so indices move. Numbers
+do not: a message's number is its entry's first plus its place in it, and where an entry has become shorter the numbers
+at its end belong to nothing. So what is joined or stripped must have no cursor's number inside: it is cut there
+(`Journal._marks`), and what is in flight is left alone, because where its client will come back to is not known yet.
+
+*A list of what to say again.* Three numbers are enough, whatever was lost: everything before ``position`` was received,
+before ``taken`` the peer's TCP had it, before ``written`` it was given to ours. What lies between is judged message by
+message when it is given again (`flow.is_said_again`), with the policy of the new socket.
+
+*Memory that is in flight cannot go.* It can: only where its frames end is kept of it (`fastwire._core.Ends`), its bytes
+go to the disk with their segment and come back if the socket is lost.
+
+``tests/test_journal.py`` drives this with everything at once against lists that keep everything.
+
+The states of a segment
+-----------------------
+
+`State` has them, `TRANSITIONS` which follows which. SEALED and LOADED can be used, ON_DISK has to be read first; what
+is LOADED lies on the disk, too, and leaves memory whenever that is needed, so that cursors at different places take
+turns.
+
+Nothing here knows a socket, a loop or a clock. Jobs on the disk are given to a `disk.Runner`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+from fastwire._core import Batch, compacted
+from fastwire.budgets import Budget, Budgets
+from fastwire.disk import Runner
+from fastwire.flow import KIB, MIB, Limits, is_said_again
+from fastwire.segments import (
+    ENTRY,
+    Entry,
+    Gap,
+    Segment,
+    State,
+    Zone,
+    in_zones,
+    is_fixed,
+    pieces_of,
+    runs_of,
+)
+from fastwire.shelf import ENDLESS, SPILL_AT, Shelf, totals
+
+__all__ = ["Countable", "Cursor", "Journal", "totals"]
+
+#: A segment's bytes of memory, at most; while nobody is behind, so that little waits for the last pong; and at least.
+SEGMENT, LIVE_SEGMENT, LEAST_SEGMENT = 1 * MIB, 64 * KIB, 4 * KIB
+
+#: Lines are joined from this part of a limit on.
+JOIN_AT = 4
+
+#: Of what a log may have, the part that may be on its way to those who are behind; and at least so much to each.
+WINDOW, LEAST_WINDOW = 4, 64 * KIB
+
+#: At least this part of a limit is dropped at once, so that dropping is rare.
+DROP = 64
+
+#: Entries of others that a cursor passes before something else is done.
+PASSES = 1024
+
+OUTPUT = ("stream", "display")
+
+
+class Countable(Protocol):
+    """Where the frames of a batch end on a socket: `Ends`, or something else that knows."""
+
+    def __len__(self) -> int: ...
+    def complete_before(self, nbytes: int, /) -> int:
+        """How many messages lie wholly in the first ``nbytes`` bytes."""
+
+
+class Given(NamedTuple):
+    """What a socket was given of an entry, or of a part of it: where that begins and ends in the socket's bytes, and
+    the numbers of its messages, which are those from ``first`` on unless ``numbers`` has them."""
+
+    end: int
+    begin: int
+    ends: Countable
+    first: int
+    numbers: Sequence[int] | None
+    segment: Segment
+
+    def reached(self, position: int) -> int | None:
+        """The number of the first message that does not lie wholly before a position of the socket."""
+        place = self.ends.complete_before(max(position - self.begin, 0))
+        if place == len(self.ends):
+            return None
+        return self.first + place if self.numbers is None else self.numbers[place]
+
+
+class Cursor:
+    """A client's place in the log.
+
+    ``on_ready`` is called when what it waits for has come from the disk, ``on_overflow`` when it must be ended: what
+    may not be dropped is more than there may be. ``is_connected`` is whether it has a socket, and ``was_closed``
+    whether its client said goodbye to the last one.
+    """
+
+    def __init__(self, journal: Journal, number: int, user: str) -> None:
+        self.number = number
+        self.user = user
+        self.is_connected = False
+        self.was_closed = False
+        self.on_ready: Callable[[], None] | None = None
+        self.on_overflow: Callable[[], None] | None = None
+        self.flight: deque[Given] = deque()
+        #: Where it reads on; None where it is live.
+        self.place: Segment | None = None
+        self.position = journal.end
+        self.taken = self.written = 0
+        self.journal = journal
+        self._index = 0
+        self._version = -1
+        self._stands: Segment | None = None
+        self._since = 0
+
+    @property
+    def is_live(self) -> bool:
+        return self.place is None
+
+    @property
+    def is_caught_up(self) -> bool:
+        """It needs nothing that was said."""
+        return self._stands is None or self.position == self.journal.end
+
+    # -- where it stands --
+
+    def _stand(self) -> None:
+        """Where it needs nothing before."""
+        needed = self.flight[0].segment if self.flight else self.place
+        if needed is not self._stands:
+            if needed is not None:
+                needed.standers[self] = None
+                self.journal.arrive(needed)
+            before, self._stands = self._stands, needed
+            if before is not None:
+                del before.standers[self]
+                self.journal.leave(before)
+
+    def _go(self, place: Segment | None, position: int) -> None:
+        if (place is None) != (self.place is None):
+            self.journal.count_behind(-1 if place is None else 1)
+        self.place, self.position, self._version = place, position, -1
+
+    def fall_behind(self, entry: Entry) -> None:
+        """It is not given what was just appended."""
+        self._go(self.journal.open, entry.first)
+        self._stand()
+
+    # -- a socket --
+
+    def attach(self) -> None:
+        """What is momentary and was said before is not for the new socket."""
+        self.is_connected = True
+        self.was_closed = False
+        self._since = self.journal.end
+
+    def next(self) -> Entry | None:
+        """What it is to be given next. None: nothing, or (not live) nothing at hand: it lies on the disk, or there was
+        so much for others that the rest can wait for the next turn (``is_waiting`` tells these apart)."""
+        segment = self.place
+        for _ in range(PASSES):
+            if segment is None:
+                break
+            if segment.entries is not None and (entry := self._entry_of(segment)) is not None:
+                if self._concerns(entry):
+                    return entry
+                self._pass(entry)
+            elif segment.next is not None and (segment.entries is not None or not segment.concerns(self.number)):
+                segment = segment.next
+                self._go(segment, segment.first)
+                self._stand()
+            elif segment.next is None:
+                segment = None
+                self._go(None, self.position)
+                self._stand()
+            else:
+                self.journal.fetch(segment, self)
+                break
+        return None
+
+    @property
+    def is_waiting(self) -> bool:
+        """For the disk."""
+        return self.place is not None and self in self.place.waiters
+
+    def _entry_of(self, segment: Segment) -> Entry | None:
+        entries = segment.entries
+        assert entries is not None
+        if self._version != segment.version:
+            self._version = segment.version
+            self._index = bisect_right(entries, self.position, key=end_of)
+        return entries[self._index] if self._index < len(entries) else None
+
+    def _concerns(self, entry: Entry) -> bool:
+        return entry.audience in (None, self.number) and not (entry.momentary and entry.first < self._since)
+
+    def _pass(self, entry: Entry) -> None:
+        self._index += 1
+        self.position = entry.end
+
+    def again(self, entry: Entry, *, answers_pings: bool, replied: bool) -> list[int] | None:
+        """The indices of the messages that it is to be given of an entry of which some were given before; None for
+        all."""
+        if self.position <= entry.first >= self.written:
+            return None
+        batch = entry.batch
+        indices = []
+        for index in range(max(self.position - entry.first, 0), len(batch)):
+            number = entry.first + index
+            if number >= self.written or is_said_again(
+                batch.msg_type(index),
+                was_taken=number < self.taken,
+                answers_pings=answers_pings,
+                replied=replied,
+                restarted=number < self.journal.barrier,
+            ):
+                indices.append(index)
+        return indices
+
+    def given(self, entry: Entry, begin: int, end: int, ends: Countable, indices: Sequence[int] | None = None) -> None:
+        """A socket was given messages of the next entry, all or those with these indices; none where ``end`` is
+        ``begin``."""
+        segment = self.place or self.journal.open
+        if end > begin:
+            numbers = None if indices is None else [entry.first + index for index in indices]
+            self.flight.append(Given(end, begin, ends, entry.first, numbers, segment))
+        if self.place is not None:
+            self._pass(entry)
+            self.journal.recount(segment, entry)
+        if self._stands is None:
+            self._stand()
+
+    def release(self, position: int) -> None:
+        """The client has received everything before a position of its socket."""
+        flight = self.flight
+        if flight and flight[0].end <= position:
+            while flight and flight[0].end <= position:
+                flight.popleft()
+            self._stand()
+
+    def rewind(self, received: int, taken: int, written: int) -> None:
+        """The socket is gone: go back to what the client has not received. ``written`` bytes were given to TCP, whose
+        other end has ``taken`` some of them."""
+        self.release(received)
+        self.is_connected = False
+        journal = self.journal
+        totals["repeated"] += self._messages_before(written) - self._messages_before(received)
+        reads_on = journal.end if self.place is None else self.position
+        self.taken = max(self.taken, self._reached(taken, reads_on))
+        self.written = max(self.written, self._reached(written, reads_on))
+        back = self._reached(received, reads_on)
+        place = self.flight[0].segment if self.flight else self.place or journal.open
+        self.flight.clear()
+        self._go(place, back)
+        self._stand()
+
+    def _reached(self, position: int, otherwise: int) -> int:
+        for given in self.flight:
+            number = given.reached(position)
+            if number is not None:
+                return number
+        return otherwise
+
+    def _messages_before(self, position: int) -> int:
+        return sum(given.ends.complete_before(max(position - given.begin, 0)) for given in self.flight)
+
+    def end(self) -> None:
+        """It needs nothing any more."""
+        self.on_ready = self.on_overflow = None
+        self.flight.clear()
+        self._go(None, self.position)
+        self.journal.cursors.pop(self.number, None)
+        self._stand()
+
+    # -- for others --
+
+    @property
+    def kept(self) -> int:
+        """Messages that it is not known to have."""
+        own = (None, self.number)
+        segment = self._stands
+        count = 0
+        while segment is not None:
+            count += sum(segment.counts.get(audience, 0) for audience in own)
+            segment = segment.next
+        first = self._stands
+        if first is not None and first.entries is not None:
+            needed = self.flight[0].first if self.flight else self.position
+            for entry in first.entries:
+                if entry.audience in own:
+                    count -= min(max(needed - entry.first, 0), len(entry))
+        return count
+
+    @property
+    def holds(self) -> tuple[int, int]:
+        """Bytes of memory and of the disk that are kept from where it stands on, for it and others."""
+        memory = on_disk = 0
+        segment = self._stands
+        while segment is not None:
+            memory += segment.memory
+            if segment.record is not None:
+                on_disk += segment.record.size
+            segment = segment.next
+        return memory, on_disk
+
+    @property
+    def zone(self) -> Zone:
+        """The numbers from the first that is in flight to what it was given last."""
+        return (self.flight[0].first, self.journal.end if self.place is None else self.position)
+
+
+def end_of(entry: Entry) -> int:
+    return entry.end
+
+
+class Journal:
+    """One kernel's log: `append`, then give the entry to whom it is for, then `settle`.
+
+    ``on_drop`` is called when output is dropped, once until there was room again.
+    """
+
+    def __init__(self, limits: Limits, budgets: Budgets, runner: Runner | None = None) -> None:
+        self.cursors: dict[int, Cursor] = {}
+        self.front = self.open = Segment(0)
+        #: The number of what comes next.
+        self.end = 0
+        #: The kernel was started again before what has this number.
+        self.barrier = 0
+        self.on_drop: Callable[[], None] | None = None
+        self._user = budgets.of("")
+        self.budget = Budget(limits.client_memory_limit, self._user)
+        self._limits = limits
+        self._budgets = budgets
+        self._numbers = 0
+        self._newest: Entry | None = None
+        self._behind = 0
+        self._is_dropping = False
+        self._huge: Segment | None = None  # the last that is one message
+        self._raw: deque[Segment] = deque()  # sealed, lines not joined
+        self._droppable: deque[Segment] = deque()  # in memory alone, with output
+        self.shelf = Shelf(self, limits, budgets, runner if limits.spill and limits.spill_dir else None)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the process's memory that it takes."""
+        return self.budget.used
+
+    def cursor(self, user: str = "") -> Cursor:
+        """A new one, at the end."""
+        self._numbers += 1
+        cursor = self.cursors[self._numbers] = Cursor(self, self._numbers, user)
+        return cursor
+
+    def count_behind(self, more: int) -> None:
+        """Cursors that are."""
+        self._behind += more
+        for budget in (self._user, self._budgets.total):
+            if self._behind:
+                budget.logs.add(self)
+            else:
+                budget.logs.discard(self)
+
+    # -- in --
+
+    def append(
+        self, batch: Batch, audience: int | None = None, *, momentary: bool = False, ours: bool = False
+    ) -> Entry:
+        if self.open.entries and batch.memory > self.segment_size:
+            self._seal()
+        segment = self.open
+        first = self.end
+        self.end = segment.end = first + len(batch)
+        entry = Entry(first, self.end, batch, audience, momentary=momentary, ours=ours)
+        assert segment.entries is not None
+        segment.entries.append(entry)
+        segment.counts[audience] = segment.counts.get(audience, 0) + len(batch)
+        self._hold(segment, entry.memory)
+        self._newest = entry
+        return entry
+
+    def settle(self) -> None:
+        """Whoever could be given the newest entry at once was."""
+        segment = self.open
+        newest, self._newest = self._newest, None
+        if segment is self.front and not segment.standers:
+            self.leave(segment)
+            return
+        if newest is not None:
+            self.recount(segment, newest)
+        if segment.memory >= self.segment_size:
+            self._seal()
+        self.make_room()
+
+    @property
+    def segment_size(self) -> int:
+        """Bytes of memory at which a segment is whole."""
+        return max(min(SEGMENT if self._behind else LIVE_SEGMENT, self._share // 16), LEAST_SEGMENT)
+
+    @property
+    def _share(self) -> int:
+        """Bytes of memory that it may have where all logs have the same."""
+        return min(self._limits.client_memory_limit, self._user.share, self._budgets.total.share)
+
+    @property
+    def window(self) -> int:
+        """Bytes that a client may have on their way to it, unacknowledged: they cannot be dropped."""
+        return max(self._share // WINDOW // max(self._behind, 1), LEAST_WINDOW)
+
+    def _seal(self) -> None:
+        segment = self.open
+        segment.become(State.SEALED)
+        if segment.end - segment.first == 1:
+            self._huge = segment
+        self._raw.append(segment)
+        self._droppable.append(segment)
+        self.shelf.add(segment)
+        self.open = segment.next = Segment(self.end, segment)
+
+    def recount(self, segment: Segment, entry: Entry) -> None:
+        """Encoding it for a socket has made it larger."""
+        if type(entry) is Entry and segment.entries is not None:
+            if self.memory > self.budget.limit // SPILL_AT:
+                entry.batch.forget_frames()
+            before, entry.memory = entry.memory, entry.batch.memory + ENTRY
+            if entry.memory != before:
+                self._hold(segment, entry.memory - before)
+
+    def _hold(self, segment: Segment, nbytes: int) -> None:
+        segment.memory += nbytes
+        self.budget.take(nbytes)
+
+    def set_entries(self, segment: Segment, entries: list[Entry] | None) -> None:
+        """In the place of those it has; None: they are on the disk alone."""
+        segment.entries = entries
+        segment.version += 1
+        self._hold(segment, sum(entry.memory for entry in entries or ()) - segment.memory)
+        if entries is not None:
+            counts: dict[int | None, int] = {}
+            for entry in entries:
+                counts[entry.audience] = counts.get(entry.audience, 0) + len(entry)
+            segment.counts = counts
+
+    # -- out --
+
+    def leave(self, segment: Segment) -> None:
+        """A cursor stands there no more: what nobody stands in at the front of the log can go."""
+        if segment is not self.front or segment.standers:
+            return
+        while not self.front.standers:
+            first = self.front
+            if first is self.open:
+                if first.entries:
+                    self._free(first)
+                    self.front = self.open = Segment(self.end)
+                    self.shelf.is_empty()
+                break
+            assert first.next is not None
+            self.front = first.next
+            self.front.previous = None
+            self._free(first)
+        if self.front.standers:
+            self._charge()
+
+    def arrive(self, segment: Segment) -> None:
+        """A cursor stands there now."""
+        if segment is self.front and len(segment.standers) == 1:
+            self._charge()
+
+    def _free(self, segment: Segment) -> None:
+        self._hold(segment, -segment.memory)
+        segment.entries = None
+        state = segment.state
+        segment.become(State.FREED)
+        self.shelf.was_freed(segment, state)
+
+    def _charge(self) -> None:
+        """The user of the hindmost cursor."""
+        user = self._budgets.of(next(iter(self.front.standers)).user)
+        if user is not self._user:
+            self._user.logs.discard(self)
+            self._user = user
+            self.budget.move(user)
+            self.shelf.charge(user.disk)
+            self.count_behind(0)
+
+    def close(self) -> None:
+        """No more is kept."""
+        for cursor in list(self.cursors.values()):
+            cursor.end()
+        self.shelf.close()
+
+    def fetch(self, segment: Segment, cursor: Cursor) -> None:
+        """The cursor waits for what lies on the disk."""
+        if cursor not in segment.waiters:
+            segment.waiters.append(cursor)
+        self.shelf.read(segment)
+
+    # -- making room --
+
+    def make_room(self) -> None:
+        """After something was added to memory."""
+        budget: Budget | None = self.budget
+        while budget is not None:
+            if budget.used > budget.limit // JOIN_AT:
+                self._giver(budget).give_way(budget)
+            budget = budget.whole
+
+    def _giver(self, budget: Budget) -> Journal:
+        """Who is to give way: this log, unless it has less than its share."""
+        enough = budget.share if budget.used > budget.limit else budget.share // 2
+        if budget is self.budget or self.memory >= enough:
+            return self
+        return cast("Journal", max(budget.logs, key=memory_of, default=self))
+
+    def give_way(self, budget: Budget) -> None:
+        limit = budget.limit
+        while self._raw and budget.used > limit // JOIN_AT:
+            self._join(self._raw.popleft())
+        if budget.used > limit // SPILL_AT:
+            self.shelf.relieve(budget)
+        else:
+            self._is_dropping = False
+        if budget.used > limit and self._huge is not None and self._huge.memory > limit // JOIN_AT:
+            # A message that is larger than there may be passes, one at a time.
+            limit += self._huge.memory
+        if budget.used > limit:
+            self._end_closed()
+        while budget.used > limit and self._drop(max(budget.used - limit, limit // DROP)):
+            pass
+        while budget.used > limit and self._end_hindmost():
+            pass
+
+    def _end_closed(self) -> None:
+        """Who has said goodbye, where that makes room for who has not."""
+        while (standers := self.front.standers) and all(each.was_closed for each in standers):
+            if all(each.was_closed or each.is_caught_up for each in self.cursors.values()):
+                break
+            for cursor in list(standers):
+                self._overflows(cursor)
+
+    def _end_hindmost(self) -> bool:
+        """What may not be dropped is too much. Who has said goodbye goes before who lost its network, and who is away
+        before who is there."""
+        standers = self.front.standers
+        if not standers:
+            return False
+        victim = min(standers, key=lambda cursor: (not cursor.was_closed, cursor.is_connected))
+        self._overflows(victim)
+        return True
+
+    def _overflows(self, cursor: Cursor) -> None:
+        if cursor.on_overflow is not None:
+            cursor.on_overflow()
+        cursor.end()
+
+    def _marks(self, segment: Segment) -> tuple[list[int], list[Zone]]:
+        """The numbers inside a segment at which something is cut, and what is in flight."""
+        marks = sorted(mark for mark in self._numbers_of_cursors() if segment.first < mark < segment.end)
+        zones = [cursor.zone for cursor in self.cursors.values() if cursor.flight]
+        return marks, [(begin, end) for begin, end in zones if begin < segment.end and end > segment.first]
+
+    def _is_wanted(self, entry: Entry) -> bool:
+        """Of an entry for one cursor: that is still there, and has not passed it."""
+        if entry.audience is None:
+            return True
+        cursor = self.cursors.get(entry.audience)
+        if cursor is None:
+            return False
+        needed = cursor.flight[0].first if cursor.flight else self.end if cursor.is_live else cursor.position
+        return needed < entry.end
+
+    def _join(self, segment: Segment) -> None:
+        """Make small what waits: lines of one cell become one message, small batches one."""
+        if segment.state is not State.SEALED or segment.is_joined:
+            return
+        assert segment.entries is not None
+        segment.is_joined = True
+        marks, zones = self._marks(segment)
+        size = max(self.segment_size // 4, LEAST_SEGMENT)
+        runs = runs_of(filter(self._is_wanted, segment.entries), marks, zones, size)
+        self.set_entries(segment, [run[0] if is_fixed(run[0], zones) else self._joined(run) for run in runs])
+
+    @property
+    def oldest_output(self) -> int:
+        """The number where output begins that is in memory alone."""
+        while self._droppable and self._droppable[0].state not in (State.SEALED, State.WRITING):
+            self._droppable.popleft()
+        return self._droppable[0].first if self._droppable else self.end
+
+    def _joined(self, run: list[Entry]) -> Entry:
+        (batch,) = compacted([entry.batch for entry in run], ENDLESS, join=self._limits.merge)
+        totals["merged"] += sum(map(len, run)) - len(batch)
+        return Entry(run[0].first, run[-1].end, batch, run[0].audience, ours=run[0].ours)
+
+    def _drop(self, excess: int) -> bool:
+        """Drop about so much of the oldest output in memory. False: there is none."""
+        enough = self.memory - excess
+        before = self.memory
+        held: list[Segment] = []  # what is in flight there may be dropped later
+        while self._droppable and self.memory > enough:
+            segment = self._droppable.popleft()
+            if segment.state in (State.SEALED, State.WRITING) and self.strip(segment, self.memory - enough):
+                held.append(segment)
+        self._droppable.extendleft(reversed(held))
+        if self.memory > enough:
+            self.strip(self.open, self.memory - enough)
+        return self.memory < before
+
+    def strip(self, segment: Segment, excess: int) -> bool:
+        """Leave out about so much of a segment's output. The notice stands before what is left of an entry, or behind
+        where the entry began with that. Returns whether there is more of it."""
+        assert segment.entries is not None
+        marks, zones = self._marks(segment)
+        freed = 0
+        left: list[Entry] = []
+        for entry in segment.entries:
+            if freed >= excess or not entry.has_output or in_zones(entry, zones):
+                left.append(entry)
+                continue
+            freed += entry.memory
+            for piece in pieces_of(entry, marks, SEGMENT):
+                self._strip_entry(left, piece, marks, zones)
+        if freed:
+            self._replace(segment, left)
+        return any(entry.has_output for entry in left)
+
+    def _replace(self, segment: Segment, entries: list[Entry]) -> None:
+        """In memory: what is on the disk is not right any more."""
+        self.shelf.changed(segment)
+        self.set_entries(segment, entries)
+        self._unite(segment)
+
+    def _strip_entry(self, left: list[Entry], entry: Entry, marks: list[int], zones: list[Zone]) -> None:
+        """Add to ``left`` what remains of an entry."""
+        batch = entry.batch
+        kept = compacted([batch], ENDLESS, join=False, output=False)
+        lost = len(batch) - sum(map(len, kept))
+        if not lost:
+            left.append(Entry(entry.first, entry.end, kept[0], entry.audience, ours=entry.ours))
+            return
+        # Numbers are cut where the notice stands: before what is kept, or after it.
+        begins = batch.message_class(0) in OUTPUT
+        place = entry.first + 1 if begins else entry.end - 1
+        gap = Gap(entry.first, place if kept else entry.end) if begins else Gap(place, entry.end)
+        last = next(index for index in reversed(range(len(batch))) if batch.message_class(index) in OUTPUT)
+        nbytes = batch.nbytes - sum(each.nbytes for each in kept)
+        gap.lose(lost, nbytes, batch.headers(last))
+        totals["dropped"] += lost
+        totals["dropped_bytes"] += nbytes
+        begin, end = (place, entry.end) if begins else (entry.first, place)
+        remains = [Entry(begin, end, each, ours=entry.ours) for each in kept]
+        if not begins:
+            left.extend(remains)
+        before = left[-1] if left else None
+        may_grow = gap.first not in marks and isinstance(before, Gap) and not in_zones(before, zones)
+        if isinstance(before, Gap) and before.audience is None and may_grow:
+            before.absorb(gap)
+        else:
+            left.append(gap)
+        if not self._is_dropping:
+            self._is_dropping = True
+            if self.on_drop is not None:
+                self.on_drop()
+        if begins:
+            left.extend(remains)
+
+    def _unite(self, segment: Segment) -> None:
+        """A notice at the beginning of a segment goes up in one at the end of the segment before, if nobody's place is
+        between them."""
+        before = segment.previous
+        if before is None or not before.entries or not segment.entries:
+            return
+        last, gap = before.entries[-1], segment.entries[0]
+        if not isinstance(last, Gap) or not isinstance(gap, Gap) or last.audience != gap.audience:
+            return
+        if State.SEALED is not before.state or segment.state not in (State.SEALED, State.OPEN):
+            return
+        if any(gap.first <= mark < gap.end for mark in self._numbers_of_cursors()):
+            return
+        if in_zones(gap, self._marks(segment)[1]) or in_zones(last, self._marks(before)[1]):
+            return
+        last.absorb(gap)
+        before.end = segment.first = gap.end
+        before.version += 1
+        self.set_entries(segment, segment.entries[1:])
+        if not segment.entries and segment.next is not None and not segment.standers and self._is_nobodys(segment):
+            before.next, segment.next.previous = segment.next, before
+            self._free(segment)
+
+    def _is_nobodys(self, segment: Segment) -> bool:
+        return all(cursor.place is not segment for cursor in self.cursors.values())
+
+    def _numbers_of_cursors(self) -> set[int]:
+        """At which the log is not to be joined."""
+        return {n for cursor in self.cursors.values() for n in (cursor.position, cursor.taken, cursor.written)}
+
+
+def memory_of(log: Any) -> int:
+    return cast(int, log.memory)

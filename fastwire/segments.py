@@ -1,0 +1,268 @@
+"""What a log is made of: entries of messages, in segments that are in memory or on a disk.
+
+`State` has the states of a segment, `TRANSITIONS` which follows which. Messages are numbered. Cut at some numbers,
+entries can be made smaller (`runs_of`), and a segment can be told as bytes and back.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from fastwire._core import PROTOCOL_V1, Batch, batch_of_frames
+from fastwire.disk import Record
+from fastwire.errors import MalformedMessage
+from fastwire.flow import KIB, MIB
+from fastwire.notices import NOBODY, Neighbour, notice
+
+__all__ = [
+    "ENTRY", "TRANSITIONS", "Entry", "Gap", "Segment", "State", "Zone", "in_zones", "is_fixed", "packed", "pieces_of",
+    "runs_of", "size_of", "unpacked",
+]  # fmt: skip
+
+#: About what an entry takes beside its batch.
+ENTRY = 128
+
+STREAM, DISPLAY = 2, 3  # of `MESSAGE_CLASSES`
+
+#: The numbers of messages from one to before another.
+Zone = tuple[int, int]
+
+
+class State(enum.Enum):
+    """Of a segment."""
+
+    OPEN = "what comes next is added to it"
+    SEALED = "whole, in memory"
+    WRITING = "in memory, and on its way to the disk"
+    ON_DISK = "on the disk"
+    READING = "on its way from the disk"
+    LOADED = "on the disk, and in memory"
+    FREED = "nobody needs it"
+
+
+TRANSITIONS: dict[State, set[State]] = {
+    State.OPEN: {State.SEALED, State.FREED},
+    State.SEALED: {State.WRITING, State.FREED},
+    State.WRITING: {State.LOADED, State.SEALED, State.FREED},
+    State.LOADED: {State.ON_DISK, State.SEALED, State.FREED},
+    State.ON_DISK: {State.READING, State.FREED},
+    State.READING: {State.LOADED, State.SEALED, State.FREED},
+    State.FREED: set(),
+}
+
+
+class Entry:
+    """A batch in the log, for all or (``audience``) for one cursor. Its messages are numbered from ``first`` on; the
+    numbers up to ``end`` that it has no messages for belong to nothing. A ``momentary`` one is true only for the
+    sockets that were there when it was said; what the server says itself is ``ours``, and no client's policy is asked.
+    """
+
+    __slots__ = ("audience", "batch", "end", "first", "memory", "momentary", "ours")
+
+    def __init__(
+        self,
+        first: int,
+        end: int,
+        batch: Batch,
+        audience: int | None = None,
+        *,
+        momentary: bool = False,
+        ours: bool = False,
+    ) -> None:
+        self.first = first
+        self.end = end
+        self.batch = batch
+        self.audience = audience
+        self.momentary = momentary
+        self.ours = ours
+        self.memory = batch.memory + ENTRY
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    @property
+    def has_output(self) -> bool:
+        """That may be dropped."""
+        counts = self.batch.counts
+        return self.audience is None and not self.momentary and counts[STREAM] + counts[DISPLAY] > 0
+
+    def part(self, begin: int, end: int) -> Entry:
+        """Its messages from the number ``begin`` to before ``end``."""
+        if (begin, end) == (self.first, self.end):
+            return self
+        most = len(self.batch)
+        batch = self.batch.part(min(begin - self.first, most), min(end - self.first, most))
+        return Entry(begin, end, batch, self.audience, momentary=self.momentary, ours=self.ours)
+
+
+class Gap(Entry):
+    """What is missing, in its place."""
+
+    __slots__ = ("_messages", "_nbytes", "_neighbour")
+    has_output = False
+
+    def __init__(self, first: int, end: int, audience: int | None = None) -> None:
+        self.first = first
+        self.end = end
+        self.audience = audience
+        self.momentary = False
+        self.ours = True
+        self.memory = KIB
+        self._messages = 0
+        self._nbytes = 0
+        self._neighbour = NOBODY
+
+    def __len__(self) -> int:
+        return 1
+
+    def lose(self, messages: int, nbytes: int, neighbour: Neighbour = NOBODY) -> None:
+        self._messages += messages
+        self._nbytes += nbytes
+        self._neighbour = neighbour
+
+    def absorb(self, later: Gap) -> None:
+        self.lose(later._messages, later._nbytes, later._neighbour)
+        self.end = later.end
+
+    @property
+    def told(self) -> tuple[int, int, str, str]:
+        """What `lose` was told, for a file."""
+        header, parent_header = self._neighbour
+        return (self._messages, self._nbytes, header.decode("latin-1"), parent_header.decode("latin-1"))
+
+    @property
+    def batch(self) -> Batch:  # type: ignore[override]
+        text = (
+            f"\n[{self._messages} messages of output ({size_of(self._nbytes)}) are missing here: they came faster "
+            "than this client took them, and there was no room to keep them]\n"
+        )
+        return notice(self._neighbour, text)
+
+
+def size_of(nbytes: int) -> str:
+    return f"{nbytes / MIB:.1f} MB" if nbytes >= MIB else f"{nbytes / KIB:.1f} kB"
+
+
+class Segment:
+    """A part of the log. ``standers`` are the cursors that need nothing before it and may need this; ``counts`` its
+    messages by audience."""
+
+    __slots__ = (
+        "counts", "end", "entries", "first", "is_joined", "memory", "next", "previous", "record", "standers", "state",
+        "version", "waiters",
+    )  # fmt: skip
+
+    def __init__(self, first: int, previous: Segment | None = None) -> None:
+        self.state = State.OPEN
+        self.first = self.end = first
+        self.entries: list[Entry] | None = []
+        self.counts: dict[int | None, int] = {}
+        self.memory = 0
+        self.previous = previous
+        self.next: Segment | None = None
+        self.record: Record | None = None
+        self.standers: dict[Any, None] = {}
+        self.waiters: list[Any] = []
+        self.is_joined = False
+        #: Changes when its entries do.
+        self.version = 0
+
+    def become(self, state: State) -> None:
+        assert state in TRANSITIONS[self.state], f"a segment that is {self.state.name} cannot become {state.name}"
+        self.state = state
+
+    def concerns(self, audience: int) -> bool:
+        return None in self.counts or audience in self.counts
+
+    @property
+    def is_usable(self) -> bool:
+        return self.entries is not None
+
+
+def in_zones(entry: Entry, zones: Iterable[Zone]) -> bool:
+    return any(begin < entry.end and end > entry.first for begin, end in zones)
+
+
+def is_fixed(entry: Entry, zones: Iterable[Zone]) -> bool:
+    """Not to be joined to others."""
+    return type(entry) is not Entry or entry.momentary or in_zones(entry, zones)
+
+
+def runs_of(entries: Iterable[Entry], marks: Sequence[int], zones: Sequence[Zone], size: int) -> Iterator[list[Entry]]:
+    """Entries, or pieces of them, that can become one of about ``size`` bytes."""
+    run: list[Entry] = []
+    nbytes = 0
+    for entry in entries:
+        for piece in (entry,) if is_fixed(entry, zones) else pieces_of(entry, marks, size):
+            if run and (nbytes >= size or is_fixed(piece, zones) or not follows(run[-1], piece, marks, zones)):
+                yield run
+                run, nbytes = [], 0
+            run.append(piece)
+            nbytes += piece.batch.nbytes
+    if run:
+        yield run
+
+
+def follows(entry: Entry, later: Entry, marks: Sequence[int], zones: Sequence[Zone]) -> bool:
+    return (
+        not is_fixed(entry, zones)
+        and (entry.audience, entry.ours) == (later.audience, later.ours)
+        and entry.batch.channel == later.batch.channel
+        and not any(entry.end <= mark <= later.first for mark in marks)
+    )
+
+
+def pieces_of(entry: Entry, marks: Sequence[int], size: int) -> Iterator[Entry]:
+    """Cut at the marks, and so that none is much larger than ``size`` bytes."""
+    count = len(entry.batch)
+    places = {mark for mark in marks if entry.first < mark < entry.first + count}
+    if entry.batch.nbytes > 2 * size:
+        step = max(count * size // entry.batch.nbytes, 1)
+        places.update(range(entry.first + step, entry.first + count, step))
+    begin = entry.first
+    for place in (*sorted(places), entry.end):
+        yield entry.part(begin, place)
+        begin = place
+
+
+def packed(segment: Segment) -> bytes:
+    """A segment as it lies in a file: a table in JSON and its length, then the frames of each entry."""
+    assert segment.entries is not None
+    table = []
+    frames = []
+    for entry in segment.entries:
+        # Of a copy: its frames would stay with a batch.
+        batch = entry.batch
+        data = bytes(batch.part(0, len(batch)).frames(PROTOCOL_V1))
+        gap = entry.told if isinstance(entry, Gap) else None
+        kind = (entry.audience, entry.momentary, entry.ours)
+        table.append([entry.first, entry.end, batch.channel, kind, gap, len(data)])
+        frames.append(data)
+    head = json.dumps(table).encode()
+    return b"".join((len(head).to_bytes(4, "big"), head, *frames))
+
+
+def unpacked(data: bytes) -> list[Entry]:
+    """Raises MalformedMessage when that is not what was put aside."""
+    begin = 4 + int.from_bytes(data[:4], "big")
+    entries: list[Entry] = []
+    try:
+        table = json.loads(data[4:begin])
+        for first, end, channel, (audience, momentary, ours), gap, size in table:
+            entry: Entry
+            if gap is not None:
+                entry = Gap(first, end, audience)
+                entry.lose(gap[0], gap[1], (gap[2].encode("latin-1"), gap[3].encode("latin-1")))
+            else:
+                batch = batch_of_frames(channel, data[begin : begin + size])
+                entry = Entry(first, end, batch, audience, momentary=bool(momentary), ours=bool(ours))
+            begin += size
+            entries.append(entry)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise MalformedMessage(f"what was put aside cannot be read back: {error}") from None
+    if begin != len(data):
+        raise MalformedMessage("what was put aside cannot be read back: it has another length")
+    return entries

@@ -1,0 +1,328 @@
+"""The part of a kernel's log that is on a disk, or on its way there and back."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+from fastwire.budgets import Budget, Budgets
+from fastwire.disk import Job, Record, Runner, SpillFile
+from fastwire.errors import MalformedMessage
+from fastwire.flow import KIB, MIB, Limits
+from fastwire.segments import Entry, Gap, Segment, State, packed, unpacked
+
+__all__ = ["ENDLESS", "SPILL_AT", "Log", "Shelf", "totals"]
+
+log = logging.getLogger(__name__)
+
+#: What is put aside in one go.
+JOB = 4 * MIB
+
+#: Segments are put aside from this part of a limit on: there is to be room left while the disk is at work.
+SPILL_AT = 2
+
+#: Smaller segments are written last: what is left of one whose output was dropped would keep a file from being closed.
+SMALL = 32 * KIB
+
+#: More bytes than there are.
+ENDLESS = 1 << 62
+
+#: Errors of a disk that may be over the next time.
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
+
+#: What happened in all logs since the process began, in messages unless the name says bytes: "repeated", "merged",
+#: "spilled", "spilled_bytes", "dropped", "dropped_bytes".
+totals: Counter[str] = Counter()
+
+
+class Log(Protocol):
+    """What a shelf knows of the log that it belongs to."""
+
+    front: Segment
+    budget: Budget
+
+    @property
+    def cursors(self) -> Mapping[int, Any]: ...
+    @property
+    def oldest_output(self) -> int: ...
+    @property
+    def segment_size(self) -> int: ...
+    def set_entries(self, segment: Segment, entries: list[Entry] | None) -> None: ...
+    def strip(self, segment: Segment, excess: int) -> bool: ...
+    def make_room(self) -> None: ...
+
+
+class Shelf:
+    """The part of a log that is on the disk, or on its way.
+
+    A segment is written when memory is short, the oldest first; it is read when a cursor wants it, or to be stripped
+    where the disk is full: the oldest output goes first, and it lies there.
+    """
+
+    def __init__(self, journal: Log, limits: Limits, budgets: Budgets, runner: Runner | None) -> None:
+        self._journal = journal
+        self._directory = limits.spill_dir
+        self._runner = runner
+        self._file: SpillFile | None = None
+        if runner is not None:
+            budget = Budget(limits.client_spill_limit, budgets.of("").disk)
+            self._file = SpillFile(limits.spill_dir, limits.spill_keep_free, budget, runner)
+        self._unwritten: deque[Segment] = deque()
+        self._small: deque[Segment] = deque()  # nor are these
+        self._loaded: deque[Segment] = deque()
+        self._oldest = journal.front  # that may have output on the disk
+        self._jobs = 0
+        self._writes = False
+        self._strips: Segment | None = None  # read to be stripped
+        self._full = False
+        self._failed = False  # for writing, for good; what lies there can be read
+        self._closed = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of files."""
+        return self._file.nbytes if self._file is not None else 0
+
+    def charge(self, budget: Budget) -> None:
+        if self._file is not None:
+            self._file.budget.move(budget)
+
+    def add(self, segment: Segment) -> None:
+        """It was sealed."""
+        if self._file is not None and not self._failed:
+            is_small = segment.memory < min(SMALL, self._journal.segment_size // 2)
+            (self._small if is_small else self._unwritten).append(segment)
+
+    def changed(self, segment: Segment) -> None:
+        """Its entries are about to: what is on the disk is not right any more."""
+        if segment.state is State.LOADED:
+            self._loaded.remove(segment)
+            self._forget(segment)
+        elif segment.state is not State.WRITING:
+            return
+        segment.become(State.SEALED)
+        self.add(segment)
+
+    def was_freed(self, segment: Segment, state: State) -> None:
+        if state is State.LOADED:
+            self._loaded.remove(segment)
+        if state in (State.LOADED, State.ON_DISK):
+            self._forget(segment)
+
+    def is_empty(self) -> None:
+        """The log is: a disk that was full may have room now."""
+        self._full = False
+
+    def _forget(self, segment: Segment) -> None:
+        assert self._file is not None
+        assert segment.record is not None
+        self._file.forget(segment.record)
+        segment.record = None
+        self._full = False
+
+    def relieve(self, budget: Budget) -> None:
+        """Have less in memory."""
+        while budget.used > budget.limit // SPILL_AT and self._evict(hard=budget.used > budget.limit):
+            pass
+        if budget.used > budget.limit // SPILL_AT and self._file is not None and not self._failed:
+            if self._full:
+                self._strip_oldest()
+            elif not self._writes and (self._unwritten or self._small):
+                self._writes = True
+                self._start(self._runner.write, self._prepare_write, self._written)  # type: ignore[union-attr]
+
+    def _evict(self, *, hard: bool) -> bool:
+        """Let go of a segment that is on the disk, too: one that nobody reads, if there is one."""
+        if len(self._loaded) <= (0 if hard else 1):
+            return False
+        places = {cursor.place for cursor in self._journal.cursors.values() if cursor.is_connected}
+        segment = next((each for each in self._loaded if each not in places), self._loaded[0])
+        self._loaded.remove(segment)
+        segment.become(State.ON_DISK)
+        self._journal.set_entries(segment, None)
+        return True
+
+    def _start(self, how: Callable[..., None], prepare: Callable[[], Job | None], done: Callable[[Any], None]) -> None:
+        """A job, of which there is one for each segment."""
+
+        def prepared() -> Job | None:
+            job = None if self._closed else prepare()
+            if job is None:
+                self._jobs -= 1
+                self._close_file()
+            return job
+
+        def finished(result: Any) -> None:
+            self._jobs -= 1
+            done(result)
+            self._close_file()
+
+        self._jobs += 1
+        how(prepared, finished)
+
+    # -- writing --
+
+    def _prepare_write(self) -> Job | None:
+        assert self._file is not None
+        self._writes = False
+        places = self._place(self._unwritten) or self._place(self._small)
+        if not places:
+            return None
+        self._writes = True
+        return partial(write_each, self._file, places)
+
+    def _place(self, segments: deque[Segment]) -> list[tuple[Segment, Record, bytes]]:
+        """As many of the first as one job may write."""
+        assert self._file is not None
+        places: list[tuple[Segment, Record, bytes]] = []
+        size = 0
+        while segments and size < min(JOB, self._journal.budget.limit // 8) and not self._full:
+            segment = segments.popleft()
+            if segment.state is State.SEALED:
+                data = packed(segment)
+                record = self._file.place(len(data))
+                if record is None:
+                    segments.appendleft(segment)
+                    self._is_full("the limit of what may be put aside is reached")
+                    break
+                segment.become(State.WRITING)
+                places.append((segment, record, data))
+                size += len(data)
+        return places
+
+    def _is_full(self, why: str) -> None:
+        self._full = True
+        log.warning("messages cannot be put aside in %s: %s", self._directory, why)
+
+    def _written(self, result: tuple[list[tuple[Segment, Record]], int, OSError | None]) -> None:
+        assert self._file is not None
+        self._writes = False
+        places, count, problem = result
+        for index, (segment, record) in enumerate(places):
+            if segment.state is State.WRITING and index < count:
+                segment.record = record
+                segment.become(State.LOADED)
+                self._loaded.append(segment)
+                totals["spilled"] += sum(segment.counts.values())
+                totals["spilled_bytes"] += record.size
+            else:
+                self._file.forget(record)
+        if problem is not None:
+            self._failed |= problem.errno not in PASSING
+            self._is_full(problem.strerror or str(problem))
+            for segment, _ in reversed(places[count:]):
+                if segment.state is State.WRITING:
+                    segment.become(State.SEALED)
+                    self._unwritten.appendleft(segment)
+        self._journal.make_room()
+
+    # -- reading --
+
+    def read(self, segment: Segment) -> None:
+        if segment.state is State.ON_DISK:
+            assert self._runner is not None
+            segment.become(State.READING)
+            self._start(self._runner.read, partial(self._prepare_read, segment), partial(self._was_read, segment))
+
+    def _prepare_read(self, segment: Segment) -> Job | None:
+        assert self._file is not None
+        if segment.state is State.FREED:
+            self._forget(segment)
+            return None
+        assert segment.record is not None
+        return partial(self._file.read, segment.record)
+
+    def _was_read(self, segment: Segment, result: bytes | OSError) -> None:
+        if segment.state is State.FREED:
+            self._forget(segment)
+            return
+        try:
+            if isinstance(result, OSError):
+                raise result
+            entries = unpacked(result)
+        except (OSError, MalformedMessage) as error:
+            log.error("%s messages that were put aside are lost: %s", sum(segment.counts.values()), error)
+            self._was_lost(segment)
+        else:
+            segment.become(State.LOADED)
+            self._loaded.append(segment)
+            self._journal.set_entries(segment, entries)
+        waiters, segment.waiters = segment.waiters, []
+        for cursor in waiters:
+            if cursor.on_ready is not None:
+                cursor.on_ready()
+        if segment is self._strips:
+            self._strips = None
+            self._strip(segment)
+        self._journal.make_room()
+
+    def _was_lost(self, segment: Segment) -> None:
+        """All it was for are told."""
+        assert segment.record is not None
+        entries: list[Entry] = []
+        size = segment.record.size
+        for place, (audience, count) in enumerate(segment.counts.items(), segment.first):
+            gap = Gap(place, place + 1, audience)
+            gap.lose(count, size)
+            totals["dropped"] += count
+            entries.append(gap)
+        entries[-1].end = segment.end
+        totals["dropped_bytes"] += size
+        self._forget(segment)
+        segment.become(State.SEALED)
+        self._journal.set_entries(segment, entries)
+        self.add(segment)
+
+    # -- a disk that is full --
+
+    def _strip_oldest(self) -> None:
+        """The oldest output there is lies on the disk: it comes back to be dropped."""
+        if self._strips is not None:
+            return
+        if self._oldest.state is State.FREED:
+            self._oldest = self._journal.front
+        while self._oldest.next is not None and self._oldest.state not in (State.ON_DISK, State.LOADED):
+            if self._oldest.state is State.READING:
+                return
+            self._oldest = self._oldest.next
+        segment = self._oldest
+        if self._journal.oldest_output < segment.first:
+            return  # which is in memory
+        if segment.state is State.LOADED:
+            self._strip(segment)
+        elif segment.state is State.ON_DISK:
+            self._strips = segment
+            self.read(segment)
+
+    def _strip(self, segment: Segment) -> None:
+        if segment.state is State.LOADED:
+            self._journal.strip(segment, ENDLESS)
+            if segment is self._oldest and segment.next is not None:
+                self._oldest = segment.next
+
+    # -- the end --
+
+    def close(self) -> None:
+        self._closed = True
+        self._close_file()
+
+    def _close_file(self) -> None:
+        if self._closed and not self._jobs and self._file is not None:
+            self._file.close()
+
+
+def write_each(
+    file: SpillFile, places: list[tuple[Segment, Record, bytes]]
+) -> tuple[list[tuple[Segment, Record]], int, OSError | None]:
+    """In a thread: what was to be written, how much of it was, and why not the rest."""
+    where = [(segment, record) for segment, record, _ in places]
+    for count, (_, record, data) in enumerate(places):
+        try:
+            file.write(record, data)
+        except OSError as error:
+            return where, count, error
+    return where, len(places), None

@@ -1,0 +1,81 @@
+"""Who gives way when logs together need too much."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from journal_stage import MIB, Client, all_of, batch_of, changed, line, say
+
+from fastwire.budgets import LEAST_MARK, QUEUES, Budget, Budgets
+from fastwire.flow import KIB, Limits
+from fastwire.journal import Journal
+
+pytest_plugins = "journal_stage"  # the fixture `limits`
+
+
+def test_one_user_leaves_room_to_others() -> None:
+    limits = Limits(user_memory_limit=8 * MIB, total_memory_limit=100 * MIB, spill=False)
+    budgets = Budgets(limits)
+    assert budgets.of("ann") is budgets.of("ann") is not budgets.of("bob")
+    logs = {}
+    for name in ("ann", "ann too", "bob"):
+        logs[name] = Journal(limits, budgets)
+        Client(logs[name], name.split()[0]).lose_socket()
+    for number in range(1000):
+        for journal in logs.values():
+            say(journal, batch_of(line(number, 10_000)))
+    assert logs["ann"].memory + logs["ann too"].memory <= 7 * MIB
+    assert 5 * MIB < logs["bob"].memory <= 7 * MIB
+    for journal in logs.values():
+        journal.close()
+    assert budgets.total.used == 0
+
+
+def test_who_has_most_gives_way(limits: Limits) -> None:
+    """A small log is not the one that loses output because another is large."""
+    limits = changed(limits, total_memory_limit=2 * MIB, client_memory_limit=4 * MIB, spill=False)
+    budgets = Budgets(limits)
+    large, small = Journal(limits, budgets), Journal(limits, budgets)
+    clients = [Client(journal) for journal in (large, small)]
+    for client in clients:
+        client.lose_socket()
+    for number in range(400):
+        say(large, batch_of(line(number, 5000)))
+    for number in range(100):
+        say(small, batch_of(line(number, 5000)))
+        assert budgets.total.used <= 2 * MIB
+    assert all_of(clients[1]) == [*range(100)]
+    got = all_of(clients[0])
+    assert got == [*range(got[0], 400)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-100, 100) | st.none())))
+def test_a_budget_is_what_its_parts_are(steps: list[tuple[int, int | None]]) -> None:
+    """Each of four parts takes bytes, or (None) becomes a part of the other of two."""
+    total = Budget(1000)
+    wholes = [Budget(700, total), Budget(700, total)]
+    parts = [Budget(500, wholes[0]) for _ in range(4)]
+    for index, nbytes in steps:
+        part = parts[index]
+        if nbytes is None:
+            part.move(wholes[part.whole is wholes[0]])
+        else:
+            part.take(nbytes)
+        for whole in wholes:
+            assert whole.used == sum(each.used for each in parts if each.whole is whole)
+        assert total.used == sum(each.used for each in parts)
+        assert part.left == min(500 - part.used, 700 - part.whole.used, 1000 - total.used)
+
+
+def test_what_waits_in_sockets_is_a_part_of_the_limit() -> None:
+    """However many there are, as long as each may have what a socket needs."""
+    limits = Limits(total_memory_limit=16 * MIB)
+    budgets = Budgets(limits)
+    assert budgets.high_water == limits.high_water
+    for count in range(1, 200):
+        budgets.count_sockets(1)
+        assert budgets.high_water == LEAST_MARK or count * budgets.high_water <= 16 * MIB // QUEUES
+    assert budgets.high_water == LEAST_MARK
+    for _ in range(199):
+        budgets.count_sockets(-1)
+    assert budgets.high_water == limits.high_water
+    assert budgets.total.limit + 16 * MIB // QUEUES == 16 * MIB
+    assert LEAST_MARK >= 8 * KIB

@@ -1,0 +1,400 @@
+"""A kernel's log against lists that keep everything: whatever sockets take and lose and whatever becomes of the disk,
+each client's messages come in order, and none is missing without a word."""
+
+import errno
+import json
+import tempfile
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from journal_stage import (
+    KIB,
+    LIMIT,
+    PLENTY,
+    Client,
+    Disk,
+    all_of,
+    batch_of,
+    changed,
+    line,
+    log_of,
+    numbers,
+    other,
+    say,
+)
+
+from fastwire import _core
+from fastwire._core import PROTOCOL_V1, Batch
+from fastwire.budgets import Budgets
+from fastwire.flow import Limits
+from fastwire.journal import Journal, totals
+from fastwire.segments import Segment, State, size_of
+
+pytest_plugins = "journal_stage"  # the fixture `limits`
+
+
+class Logs(RuleBasedStateMachine):
+    """Two kernels' logs, clients of two users, one disk."""
+
+    clients_at_most = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory()
+        self.disk = Disk()
+        self.count = 0
+        self.clients: list[Client] = []
+        self.under_way: list[Callable[[], None]] = []
+        self.logs: list[Journal] = []
+
+    @initialize(
+        merge=st.booleans(),
+        spill=st.sampled_from([0, 20 * KIB, PLENTY]),
+        limit=st.sampled_from([LIMIT // 4, LIMIT]),
+        user=st.sampled_from([LIMIT // 4, PLENTY]),
+        total=st.sampled_from([LIMIT // 2, PLENTY]),
+        user_spill=st.sampled_from([30 * KIB, PLENTY]),
+    )
+    def begin(self, merge: bool, spill: int, limit: int, user: int, total: int, user_spill: int) -> None:
+        self.limits = Limits(
+            client_memory_limit=limit,
+            user_memory_limit=user,
+            total_memory_limit=total,
+            merge=merge,
+            spill=bool(spill),
+            spill_dir=self.directory.name,
+            client_spill_limit=spill,
+            user_spill_limit=user_spill,
+            spill_keep_free=0,
+        )
+        self.budgets = Budgets(self.limits)
+        self.logs = [Journal(self.limits, self.budgets, self.disk) for _ in range(2)]
+        self.clients = [Client(self.logs[0], "ann")]
+
+    kinds = st.lists(st.sampled_from(["line"] * 5 + ["comm_open", "status"]), min_size=1, max_size=6)
+    sizes = st.sampled_from([0, 0, 100, 3000, 9000])
+
+    def new(self, kinds: list[str], size: int, channel: str) -> tuple[Batch, list[int]]:
+        messages = []
+        begin = self.count
+        for kind in kinds:
+            messages.append(line(self.count, size) if kind == "line" else other(kind, self.count, size))
+            self.count += 1
+        return batch_of(*messages, channel=channel), [*range(begin, self.count)]
+
+    def log(self, data: st.DataObject) -> Journal:
+        return data.draw(st.sampled_from(self.logs))
+
+    def a_client(self, data: st.DataObject) -> Client:
+        return data.draw(st.sampled_from(self.clients))
+
+    @precondition(lambda self: len(self.clients) < self.clients_at_most)
+    @rule(data=st.data(), user=st.sampled_from(["ann", "bob"]), protocol=st.sampled_from((None, PROTOCOL_V1)))
+    def join(self, data: st.DataObject, user: str, protocol: str | None) -> None:
+        self.clients.append(Client(self.log(data), user, protocol))
+
+    @rule(data=st.data(), kinds=kinds, size=sizes, room=st.integers(0, 63))
+    def say(self, data: st.DataObject, kinds: list[str], size: int, room: int) -> None:
+        """To all clients of a kernel, some of whose sockets have room."""
+        log = self.log(data)
+        heard_by = [client for client in self.clients if client.journal is log]
+        if heard_by:
+            batch, said = self.new(kinds, size, "iopub")
+            entry = log.append(batch)
+            for index, client in enumerate(heard_by):
+                client.hears(entry, said, has_room=bool(room >> index & 1))
+            log.settle()
+            self.end_those_who_had_to()
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data(), size=sizes, kind=st.sampled_from(["execute_reply", "input_request"]), room=st.booleans())
+    def reply(self, data: st.DataObject, size: int, kind: str, room: bool) -> None:
+        client = self.a_client(data)
+        batch, said = self.new([kind], size, "shell")
+        client.hears(client.journal.append(batch, client.cursor.number), said, has_room=room)
+        client.journal.settle()
+        self.end_those_who_had_to()
+
+    def end_those_who_had_to(self) -> None:
+        self.clients = [client for client in self.clients if not client.ended]
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data())
+    def feed(self, data: st.DataObject) -> None:
+        client = self.a_client(data)
+        if client.cursor.is_connected:
+            client.feed()
+
+    @precondition(lambda self: self.disk.jobs)
+    @rule(fault=st.sampled_from([None] * 5 + [errno.ENOSPC, errno.EIO]))
+    def work(self, fault: int | None) -> None:
+        self.disk.fault = fault
+        self.disk.work()
+        self.disk.fault = None
+        self.end_those_who_had_to()
+
+    @precondition(lambda self: self.disk.jobs)
+    @rule()
+    def work_slowly(self) -> None:
+        """Much may happen until it is done."""
+        end = self.disk.begin()
+        if end is not None:
+            self.under_way.append(end)
+
+    @precondition(lambda self: self.under_way)
+    @rule()
+    def finish(self) -> None:
+        self.disk.finish(self.under_way.pop(0))
+        self.end_those_who_had_to()
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data())
+    def move(self, data: st.DataObject) -> None:
+        """The positions of a socket go forward, often up to or next to the end of a message."""
+        client = self.a_client(data)
+        ends = [end + off for end, _ in client.messages for off in (-1, 0, 1)]
+
+        def between(low: int, high: int) -> int:
+            places = [place for place in ends if low <= place <= high]
+            return data.draw(st.sampled_from(places) | st.integers(low, high) if places else st.integers(low, high))
+
+        client.written = between(client.written, client.queued)
+        client.taken = between(client.taken, client.written)
+        client.received = between(client.received, client.taken)
+        if data.draw(st.booleans()):
+            client.cursor.release(client.received)
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data(), closed=st.booleans())
+    def break_off(self, data: st.DataObject, closed: bool) -> None:
+        client = self.a_client(data)
+        if client.cursor.is_connected:
+            client.lose_socket()
+            client.cursor.was_closed = closed
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data(), protocol=st.sampled_from((None, PROTOCOL_V1)))
+    def come_back(self, data: st.DataObject, protocol: str | None) -> None:
+        client = self.a_client(data)
+        if not client.cursor.is_connected:
+            client.start(protocol)
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        client = self.a_client(data)
+        client.cursor.end()
+        self.clients.remove(client)
+
+    @invariant()
+    def it_counts_right(self) -> None:
+        for log in self.logs:
+            memory = 0
+            for segment in segments_of(log):
+                entries = segment.entries or []
+                assert segment.memory == sum(entry.memory for entry in entries)
+                memory += segment.memory
+                assert (segment.entries is None) == (segment.state in (State.ON_DISK, State.READING))
+                for before, after in pairwise(entries):
+                    assert before.end <= after.first
+                assert all(stander._stands is segment for stander in segment.standers)
+            assert memory == log.memory
+            for cursor in log.cursors.values():
+                place = cursor.flight[0].segment if cursor.flight else cursor.place
+                assert cursor._stands is place
+                assert place is None or place in segments_of(log)
+        if self.logs:
+            assert self.budgets.total.used == sum(log.memory for log in self.logs)
+            assert self.budgets.disk.used == sum(log.shelf.nbytes for log in self.logs)
+
+    @invariant()
+    def it_keeps_within_its_limits(self) -> None:
+        """But for what is in flight, the newest message, and one that is larger than there may be."""
+        for log in self.logs:
+            assert log.shelf.nbytes <= self.limits.client_spill_limit
+
+    def teardown(self) -> None:
+        """Sockets that take everything get exactly what was missing; then nothing is left."""
+        for client in self.clients:
+            if client.cursor.is_connected:
+                client.lose_socket()
+        for client in self.clients:
+            client.start(None)
+            for _ in range(100_000):
+                if client.ended or (client.cursor.is_live and not client.cursor.flight):
+                    break
+                client.feed()
+                client.cursor.release(client.queued)
+                self.settle()
+            else:
+                pytest.fail("it never gets there")
+            if not client.ended:
+                client.client += client.before(client.queued)
+                client.check(merge=self.limits.merge)
+        self.settle()
+        for log in self.logs:
+            assert log.memory == 0
+            assert log.shelf.nbytes == 0
+            log.close()
+        self.settle()
+        assert not self.logs or self.budgets.total.used == self.budgets.disk.used == 0
+        self.directory.cleanup()
+
+    def settle(self) -> None:
+        while self.under_way:
+            self.disk.finish(self.under_way.pop(0))
+        while self.disk.work():
+            pass
+
+
+def segments_of(log: Journal) -> list[Segment]:
+    segments = []
+    segment: Segment | None = log.front
+    while segment is not None:
+        segments.append(segment)
+        segment = segment.next
+    return segments
+
+
+TestLogs = Logs.TestCase
+
+
+# -- one at a time ---------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_for_nobody() -> None:
+    journal, client = log_of(Limits())
+    client.cursor.end()
+    say(journal, batch_of(line(0)))
+    assert (journal.memory, journal.front.entries) == (0, [])
+
+
+def test_who_is_live_costs_a_message_nothing_when_it_has_it() -> None:
+    journal = Journal(Limits(), Budgets(Limits()))
+    client = Client(journal)
+    before = _core.live()
+    for number in range(10):
+        client.hears(journal.append(batch_of(line(number, 9000))), [number])
+        journal.settle()
+    assert client.cursor.is_live
+    assert client.cursor.kept == 10
+    client.cursor.release(client.queued)
+    client.messages.clear()
+    assert journal.memory == 0
+    assert _core.live() == before
+
+
+def test_a_message_that_was_begun_comes_again_as_a_whole() -> None:
+    journal = Journal(Limits(), Budgets(Limits()))
+    client = Client(journal)
+    client.hears(journal.append(batch_of(line(0), line(1), line(2))), [0, 1, 2])
+    client.received = client.messages[0][0]
+    client.taken = client.written = client.received + 1
+    client.lose_socket()
+    assert all_of(client, None, PROTOCOL_V1) == [1, 2]
+    assert totals["repeated"] == 0
+
+
+def test_what_was_not_acknowledged_comes_again_and_is_counted() -> None:
+    journal = Journal(Limits(), Budgets(Limits()))
+    client = Client(journal)
+    client.hears(journal.append(batch_of(*map(line, range(10)))), [*range(10)])
+    ends = [end for end, _ in client.messages]
+    client.received, client.taken, client.written = ends[3], ends[5], ends[7]
+    client.lose_socket()
+    assert all_of(client) == [4, 5, 6, 7, 8, 9]
+    assert totals["repeated"] == 4
+
+
+def test_the_oldest_output_goes_first(limits: Limits) -> None:
+    journal, client = log_of(changed(limits, spill=False))
+    dropped = []
+    journal.on_drop = lambda: dropped.append(journal.memory)
+    for number in range(400):
+        say(journal, batch_of(line(number, 1000) if number % 10 else other("status", number)))
+        assert journal.memory <= LIMIT
+    got = all_of(client)
+    first = next(number for number in got if number % 10)
+    assert got == [number for number in range(400) if not number % 10 or number >= first]
+    assert 200 < first < 390
+    assert totals["dropped"] == len([n for n in range(first) if n % 10])
+    assert len(dropped) == 1, "until there is room again"
+
+
+def test_a_notice_says_what_is_missing_where_it_is_missing(limits: Limits) -> None:
+    journal, client = log_of(changed(limits, spill=False))
+    say(journal, batch_of(other("status", 0)))
+    for number in range(1, 400):
+        say(journal, batch_of(line(number, 1000)))
+    all_of(client)
+    _, said, *rest = [parts for _, parts in client.messages]
+    count = totals["dropped"]
+    told = f"[{count} messages of output ({size_of(totals['dropped_bytes'])}) are missing"
+    assert told in json.loads(said[3])["text"]
+    assert numbers(rest[0])[0] == count + 1
+    assert json.loads(said[0])["session"] == json.loads(rest[0][0])["session"]
+    assert said[1] == rest[0][1]
+
+
+def test_what_may_not_be_dropped_has_an_end(limits: Limits) -> None:
+    journal, client = log_of(changed(limits, spill=False))
+    kept = 0
+    while not client.ended:
+        say(journal, batch_of(other("execute_reply", kept, 5000), channel="shell"), client.cursor.number)
+        kept += 1
+    assert 20 < kept < 55
+    assert journal.memory == 0
+
+
+def test_who_said_goodbye_goes_before_who_lost_its_network(limits: Limits) -> None:
+    """And before any output goes that somebody else waits for."""
+    journal, closed = log_of(changed(limits, spill=False))
+    closed.cursor.was_closed = True
+    for number in range(60):
+        say(journal, batch_of(line(number, 1000)))
+    lost = Client(journal)
+    lost.lose_socket()
+    for number in range(60, 140):
+        say(journal, batch_of(line(number, 1000)))
+    assert (closed.ended, lost.ended) == (True, False)
+    assert all_of(lost) == [*range(60, 140)]
+
+
+def test_who_said_goodbye_is_waited_for_where_nobody_else_waits(limits: Limits) -> None:
+    journal, closed = log_of(changed(limits, spill=False))
+    closed.cursor.was_closed = True
+    for number in range(400):
+        say(journal, batch_of(line(number, 1000)))
+    assert not closed.ended
+    got = all_of(closed)
+    assert got == [*range(got[0], 400)]
+
+
+def test_many_clients_that_are_behind_cost_what_one_costs(limits: Limits) -> None:
+    disk = Disk()
+    journal, first = log_of(limits, disk)
+    clients = [first, *(Client(journal) for _ in range(99))]
+    for client in clients[1:]:
+        client.lose_socket()
+    for number in range(1000):
+        say(journal, batch_of(line(number, 500)))
+        while disk.work():
+            pass
+    assert journal.memory <= LIMIT
+    assert journal.shelf.nbytes < 1000 * 1500
+    assert totals["spilled"] <= 1000
+    for client in clients[:10]:
+        assert all_of(client, disk) == [*range(1000)]
+    for client in clients[10:]:
+        client.cursor.end()
+    assert journal.memory == journal.shelf.nbytes == 0
+
+
+def test_what_comes_after_the_end_is_not_kept() -> None:
+    journal, client = log_of(Limits())
+    say(journal, batch_of(line(1)))
+    journal.close()
+    assert (client.cursor.kept, journal.memory) == (0, 0)

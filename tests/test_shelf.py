@@ -1,0 +1,156 @@
+"""What becomes of a log when memory is short and the disk is slow, full, late or broken."""
+
+import errno
+import json
+from itertools import chain
+
+import pytest
+from journal_stage import KIB, LIMIT, Client, Disk, all_of, batch_of, changed, line, log_of, numbers, other, say
+
+from fastwire._core import PROTOCOL_V1
+from fastwire.flow import Limits
+from fastwire.journal import totals
+
+pytest_plugins = "journal_stage"  # the fixture `limits`
+
+
+def test_the_disk_takes_what_memory_does_not(limits: Limits) -> None:
+    """Also what may not be dropped; in order, whatever the channel."""
+    disk = Disk()
+    journal, client = log_of(limits, disk)
+    count = 3000
+    for number in range(count):
+        if number % 3:
+            say(journal, batch_of(line(number, 500)))
+        else:
+            say(journal, batch_of(other("x", number, 500), channel="shell"), client.cursor.number)
+        while disk.work():
+            pass
+        assert journal.memory <= LIMIT
+    assert client.cursor.kept == count
+    assert journal.shelf.nbytes > count * 300
+    assert all_of(client, disk, PROTOCOL_V1) == [*range(count)]
+    assert journal.shelf.nbytes == totals["dropped"] == 0
+
+
+def test_cursors_at_different_places_take_turns_with_memory(limits: Limits) -> None:
+    disk = Disk()
+    journal, first = log_of(limits, disk)
+    clients = [first]
+    for number in range(4000):
+        if number % 400 == 0 and number:
+            clients.append(Client(journal))
+            clients[-1].lose_socket()
+        say(journal, batch_of(line(number, 500)))
+        while disk.work():
+            pass
+    for client in clients:
+        client.start(None)
+    while not all(client.cursor.is_live for client in clients):
+        for client in clients:
+            client.feed()
+            client.cursor.release(client.queued)
+        while disk.work():
+            assert journal.memory <= LIMIT + 32 * KIB
+    for place, client in enumerate(clients):
+        got = list(chain.from_iterable(numbers(parts) for _, parts in client.messages))
+        assert got == [*range(400 * place, 4000)]
+    assert journal.memory == journal.shelf.nbytes == 0
+
+
+def test_a_full_disk_loses_its_oldest_output(limits: Limits) -> None:
+    """It is read back, and what may not be dropped is kept."""
+    disk = Disk()
+    journal, client = log_of(changed(limits, client_spill_limit=100 * KIB), disk)
+    count = 3000
+    for number in range(count):
+        say(journal, batch_of(line(number, 500) if number % 100 else other("status", number)))
+        while disk.work():
+            pass
+        assert journal.memory <= LIMIT
+        assert journal.shelf.nbytes <= 100 * KIB
+    got = all_of(client, disk)
+    assert [number for number in got if not number % 100] == [*range(0, count, 100)]
+    output = [number for number in got if number % 100]
+    assert output == [number for number in range(output[0], count) if number % 100]
+    assert count - output[0] > 150
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE, errno.EIO])
+def test_a_disk_that_fails(limits: Limits, number: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is lost that fits into memory."""
+    disk = Disk()
+    journal, client = log_of(limits, disk)
+    count = 0
+    while not disk.jobs:
+        say(journal, batch_of(line(count, 500)))
+        count += 1
+    disk.fault = number
+    disk.work()
+    assert all_of(client, disk) == [*range(count)]
+    assert "cannot be put aside" in caplog.text
+
+
+def test_what_lies_on_a_disk_that_takes_no_more_can_be_read(limits: Limits) -> None:
+    disk = Disk()
+    journal, client = log_of(limits, disk)
+    count = 0
+    while journal.shelf.nbytes < 100 * KIB:
+        say(journal, batch_of(line(count, 500)))
+        disk.work()
+        count += 1
+    while not disk.jobs:
+        say(journal, batch_of(line(count, 500)))
+        count += 1
+    disk.fault = errno.EIO
+    disk.work()
+    assert all_of(client, disk) == [*range(count)]
+
+
+def test_what_cannot_be_read_back_is_told(limits: Limits, caplog: pytest.LogCaptureFixture) -> None:
+    disk = Disk()
+    journal, client = log_of(limits, disk)
+    for number in range(1000):
+        say(journal, batch_of(line(number, 500)))
+        while disk.work():
+            pass
+    client.start(None)
+    while not disk.jobs:
+        client.feed()
+        client.cursor.release(client.queued)
+    disk.fault = errno.EIO
+    disk.work()
+    got = all_of(client, disk)
+    assert got == sorted(got)
+    assert len(got) < 1000
+    assert any("are missing here" in json.loads(parts[3])["text"] for _, parts in client.messages)
+    assert "are lost" in caplog.text
+
+
+def test_an_end_with_the_disk_at_work(limits: Limits) -> None:
+    disk = Disk()
+    journal, client = log_of(limits, disk)
+    while not disk.jobs:
+        say(journal, batch_of(line(0, 500)))
+    end = disk.begin()
+    client.cursor.end()
+    assert journal.memory == 0
+    assert end is not None
+    disk.finish(end)
+    assert journal.shelf.nbytes == 0
+    assert not disk.jobs
+
+
+def test_a_disk_that_hangs_costs_output_and_no_memory(limits: Limits) -> None:
+    """Jobs that never end: the oldest output goes, and its place is told."""
+    disk = Disk()
+    journal, client = log_of(limits, disk)
+    for number in range(2000):
+        say(journal, batch_of(line(number, 500)))
+        if disk.jobs:
+            disk.begin()
+        assert journal.memory <= LIMIT
+    assert totals["dropped"] > 1000
+    got = all_of(client, disk)
+    assert got == [*range(got[0], 2000)]
+    assert len([parts for _, parts in client.messages if not numbers(parts)]) == 1
