@@ -438,6 +438,19 @@ def test_a_budget_of_bytes(pair: tuple[zmq.Socket, zmq.Socket]) -> None:
     assert (len(batch), batch.more) == (6, False)
 
 
+def test_refused_bytes_use_the_budget_up(pair: tuple[zmq.Socket, zmq.Socket]) -> None:
+    """Each of them is hashed, whoever made it."""
+    kernel, server = pair
+    signer, multipart = signed([builders.message("stream", "forged", {"text": "x" * 100_000})])
+    forged = [frame if i != 1 else b"0" * 64 for i, frame in enumerate(multipart[0])]
+    for _ in range(10):
+        send(kernel, forged)
+    seen = []
+    while (batch := _core.drain(server, "iopub", signer, max_bytes=150_000)) is not None:
+        seen.append((len(batch), batch.rejected_count, batch.more))
+    assert seen == [(0, 2, True)] * 5
+
+
 def test_refused_messages_use_the_budget_up(pair: tuple[zmq.Socket, zmq.Socket]) -> None:
     """Else a flood of them would hold the loop."""
     kernel, server = pair

@@ -210,6 +210,7 @@ cdef class Batch:
     cdef Py_ssize_t count
     cdef Py_ssize_t room
     cdef readonly size_t nbytes
+    cdef size_t refused_bytes       # of messages that were rejected: they cost their digests
     cdef Py_ssize_t by_class[CLASSES]
     cdef readonly bint more
     cdef uint64_t received          # when, in ns
@@ -317,6 +318,7 @@ cdef class Batch:
         cdef size_t small_bytes = 0
         error = self.judge(signer, permissive, spans, count, &first, &header)
         if error is not None:
+            self.refused_bytes += sum_of(spans, count)
             return self.reject(error)
         message = self.new_message()
         message.count = <uint32_t>(count - first)
@@ -351,6 +353,7 @@ cdef class Batch:
         cdef size_t copied_bytes = 0
         error = self.judge(signer, permissive, spans, count, &first, &header)
         if error is not None:
+            self.refused_bytes += sum_of(spans, count)
             return self.reject(error)
         message = self.new_message()
         message.count = <uint32_t>(count - first)
@@ -388,6 +391,7 @@ cdef class Batch:
         views = Views(frames)
         error = self.judge(signer, permissive, views.spans, views.count, &first, &header)
         if error is not None:
+            self.refused_bytes += sum_of(views.spans, views.count)
             return self.reject(error)
         tally(&counted.from_kernels[self.channel_number], sum_of(views.spans + first, views.count - first))
         return self.add_parts(frames[first:])
@@ -827,7 +831,7 @@ cdef Batch drain_directly(socket, str channel, Signer signer, Py_ssize_t max_mes
         finally:
             close_frames(incoming)
         may_be_closed |= signer.runs_python() or batch.reasons is not None or batch.store.kept is not None
-        if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
+        if batch.count + batch.rejected_count >= max_messages or batch.nbytes + batch.refused_bytes >= max_bytes:
             counted.budget_hits += 1
             batch.more = True
             return batch
@@ -850,7 +854,7 @@ cdef Batch drain_by_pyzmq(socket, str channel, Signer signer, Py_ssize_t max_mes
             batch = new_batch(channel)
             counted.batches += 1
         batch.add_python(signer, permissive, frames)
-        if batch.count + batch.rejected_count >= max_messages or batch.nbytes >= max_bytes:
+        if batch.count + batch.rejected_count >= max_messages or batch.nbytes + batch.refused_bytes >= max_bytes:
             counted.budget_hits += 1
             batch.more = True
             return batch

@@ -345,7 +345,7 @@ cdef class ZmtpStream:
                         batch = new_batch(channel)
                         counted.batches += 1
                     self.add_to(batch, signer, permissive)
-                    if batch.count + batch.rejected_count < max_messages and batch.nbytes < max_bytes:
+                    if batch.count + batch.rejected_count < max_messages and batch.nbytes + batch.refused_bytes < max_bytes:
                         continue
                     break
                 if step == BROKEN:
