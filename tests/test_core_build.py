@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import zmq
+from packaging.requirements import Requirement
 from server import ROOT
 
 from fastwire import _core
@@ -48,6 +50,15 @@ def test_libzmqs_functions_are_found_in_pyzmqs_wheels() -> None:
 
 def test_live_counts_by_kind() -> None:
     assert _core.live() == {"messages": 0, "zmq_messages": 0, "blocks": 0, "buffers": 0, "records": 0}
+
+
+def test_the_core_is_never_compiled_by_a_cython_that_drops_references_twice() -> None:
+    """3.3.1: that of a list comprehension's list, when memory for its next item is missing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    asked = [*project["build-system"]["requires"], *project["project"]["optional-dependencies"]["dev"]]
+    ranges = {each.specifier for each in map(Requirement, asked) if each.name == "cython"}
+    versions = ("3.1.0", "3.2.4", "3.3.0", "3.3.1")
+    assert [[version in each for version in versions] for each in ranges] == [[True, True, False, False]]
 
 
 @pytest.mark.parametrize(("name", "value"), CONSTANTS.items())

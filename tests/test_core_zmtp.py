@@ -312,6 +312,18 @@ def test_budgets_leave_the_rest_for_the_next_drain() -> None:
     assert _core.counters()["budget_hits", "", ""] == hits + 4
 
 
+def test_refused_bytes_use_the_budget_up() -> None:
+    """Each of them is hashed, whoever made it."""
+    stream = shaken("SUB")
+    for _ in range(10):
+        _, frames = signed(b"")
+        stream.feed(multipart([frames[0], frames[1], b"0" * 64, b"x" * LARGE, *frames[4:]]))
+    seen = []
+    while (batch := stream.drain(-1, "iopub", Signer(KEY), max_bytes=150_000)) is not None:
+        seen.append((len(batch), batch.rejected_count, batch.more))
+    assert seen == [(0, 2, True)] * 5
+
+
 def test_large_parts_stay_where_they_were_received() -> None:
     """A message that fills half of the inbox takes it along; the next is received elsewhere."""
     parts, frames = signed(b"a" * LARGE)

@@ -307,6 +307,10 @@ cdef class Batch:
             return blank_part()
         return None
 
+    cdef bint spent(self, Py_ssize_t max_messages, size_t max_bytes) noexcept:
+        """Whether a drain's budget is used up; by what it refuses too."""
+        return self.count + self.rejected_count >= max_messages or self.nbytes + self.refused_bytes >= max_bytes
+
     cdef int add_zmq(self, Signer signer, bint permissive, Incoming *incoming, Py_ssize_t count) except -1:
         """Takes over the frames of one message that libzmq received."""
         cdef fw_span *spans = incoming.spans
@@ -831,7 +835,7 @@ cdef Batch drain_directly(socket, str channel, Signer signer, Py_ssize_t max_mes
         finally:
             close_frames(incoming)
         may_be_closed |= signer.runs_python() or batch.reasons is not None or batch.store.kept is not None
-        if batch.count + batch.rejected_count >= max_messages or batch.nbytes + batch.refused_bytes >= max_bytes:
+        if batch.spent(max_messages, max_bytes):
             counted.budget_hits += 1
             batch.more = True
             return batch
@@ -854,7 +858,7 @@ cdef Batch drain_by_pyzmq(socket, str channel, Signer signer, Py_ssize_t max_mes
             batch = new_batch(channel)
             counted.batches += 1
         batch.add_python(signer, permissive, frames)
-        if batch.count + batch.rejected_count >= max_messages or batch.nbytes + batch.refused_bytes >= max_bytes:
+        if batch.spent(max_messages, max_bytes):
             counted.budget_hits += 1
             batch.more = True
             return batch

@@ -345,9 +345,9 @@ cdef class ZmtpStream:
                         batch = new_batch(channel)
                         counted.batches += 1
                     self.add_to(batch, signer, permissive)
-                    if batch.count + batch.rejected_count < max_messages and batch.nbytes + batch.refused_bytes < max_bytes:
-                        continue
-                    break
+                    if batch.spent(max_messages, max_bytes):
+                        break
+                    continue
                 if step == BROKEN:
                     raise self.broken()
                 if fd < 0 or self.ended or <size_t>n < room:
