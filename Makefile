@@ -25,7 +25,7 @@ COMPILE = echo "compiling the core"; if $(RUN) -c 'import Cython' 2>/dev/null; \
 TREE := $(wildcard *.md *.in *.toml *.yml *.py LICENSE Makefile bench docs etc fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test portable conformance lint format bench bench-core bench-check load sanitize coverage soak fuzz upstream nightly docs site dist clean
+.PHONY: help install serve test portable arm conformance lint format bench bench-core bench-check load sanitize coverage soak fuzz upstream nightly docs site dist clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -58,6 +58,9 @@ portable: install ## the core's tests on a core without SSE2 and SHA instruction
 	$(COPY) \
 	&& FASTWIRE_PORTABLE=1 $(RUN) setup.py --quiet build_ext --inplace \
 	&& PYTHONPATH=. $(RUN) -m pytest --timeout=300 $(or $(ARGS),-q tests/test_core*.py)
+
+arm: install ## the core's tests on ARM, by qemu in a Debian root that is made once, in build/arm-root; needs root
+	$(COPY) && tools/arm.sh $(RUN) $(or $(ARGS),-q tests/test_core*.py)
 
 conformance: install ## RFC 6455 case by case: make conformance ARGS="--targets fastwire,tornado -v"
 	$(RUN) tests/conformance $(ARGS)
@@ -115,6 +118,7 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	HYPOTHESIS_PROFILE=nightly $(MAKE) test ARGS="--timeout=3600"
 	FASTWIRE_TEST_PATH=libzmq $(MAKE) test ARGS="tests/test_kernels.py tests/test_jupyter.py tests/test_jupyter_inside.py"
 	$(MAKE) sanitize
+	$(MAKE) arm
 	$(MAKE) upstream
 	$(MAKE) soak
 	$(MAKE) fuzz SECONDS=7200

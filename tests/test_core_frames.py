@@ -479,6 +479,7 @@ except MessageTooBig as error:
 """
 
 
+@pytest.mark.address_space
 @pytest.mark.skipif(not STATM.exists(), reason="no /proc/self/statm")
 def test_a_message_for_which_there_is_no_memory() -> None:
     """It is refused as one that is too big, and what came before it stays what it was."""

@@ -644,6 +644,7 @@ def test_one_that_is_being_drained_refuses() -> None:
     assert len(refused) == 3
 
 
+@pytest.mark.address_space
 def test_without_memory_nothing_is_lost() -> None:
     """In a process of its own, whose memory has a limit."""
     code = """
