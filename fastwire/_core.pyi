@@ -169,7 +169,9 @@ def frame_header(opcode: int, length: int, *, fin: bool = True) -> bytes:
     """
 
 def close_payload(code: int | None, reason: str = "") -> bytes:
-    """The payload of a Close frame; ``reason`` is cut to 123 bytes at a character's edge; None gives b""."""
+    """The payload of a Close frame; ``reason`` is cut to 123 bytes at a character's edge; None gives b"".
+
+    Raises ValueError for a code that must not be sent (RFC 6455 section 7.4.1)."""
 
 def parse_close(payload: Buffer) -> tuple[int | None, str]:
     """``(code, reason)`` of a Close payload; ``(None, "")`` for an empty one.

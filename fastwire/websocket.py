@@ -216,7 +216,8 @@ class Connection(WebSocketProtocol13):
         self.conversation.stalls.limit = seconds
 
     def close(self, code: int | None = None, reason: str | None = None) -> None:
-        """Send a Close frame; TCP is closed when the peer has answered, or after `conversation.CLOSE_TIMEOUT`."""
+        """Send a Close frame; TCP is closed when the peer has answered, or after `conversation.CLOSE_TIMEOUT`.
+        Raises ValueError for a code that must not be sent: the peer would have to fail the connection for it."""
         self._check_thread()
         if code is None and reason is not None:
             # JupyterLab does not come back after 1000.

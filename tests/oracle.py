@@ -178,9 +178,16 @@ def decode_legacy(payload: str | bytes) -> tuple[str, list[bytes]]:
     raw = dict(members(text))
     parts = [raw["header"], raw["parent_header"], raw["metadata"], content_text(value.get("content"), raw)]
     try:
-        return channel_text(value.get("channel"), raw), [part.encode() for part in parts] + buffers
+        return channel_text(value.get("channel"), raw), [mended(part).encode() for part in parts] + buffers
     except UnicodeEncodeError as error:
         raise MalformedMessage("half a surrogate pair") from error
+
+
+def mended(text: str) -> str:
+    """Halves of surrogate pairs become U+FFFD, be they escaped or not."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    escape = r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2}|\\."
+    return re.sub(escape, lambda m: m[0] if m[1] or m[0][:3].lower() != "\\ud" or len(m[0]) == 2 else "\\ufffd", text)
 
 
 def content_text(content: object, raw: dict[str, str]) -> str:

@@ -68,6 +68,21 @@ def test_the_server_closes(site: Site, arguments: tuple, sent: tuple[int | None,
     eventually(lambda: handler.closes == [(1001, "understood")])
 
 
+@on("fastwire", "fastwire-tls", "fastwire-deflate")
+@pytest.mark.parametrize("code", [999, 1005, 1006, 5000])
+def test_a_code_that_must_not_be_sent_is_the_applications_mistake(site: Site, code: int) -> None:
+    """It was sent, and the client blamed for its answer."""
+    client, handler = site.open(site.Handler)
+    with pytest.raises(ValueError, match=f"{code} is no code"):
+        site.run(handler.close, code)
+    client.send_message("still open")
+    site.run(handler.close, 1000)
+    assert client.close_frame() == (1000, "")
+    assert handler.events == ["still open"]
+    client.send(close_frame(1000))
+    assert client.ended()
+
+
 def test_close_handshakes_with_the_library(site: Site) -> None:
     async def the_client() -> None:
         async with site.websockets_client() as client:

@@ -424,13 +424,25 @@ def test_legacy_cases(text: str, portable: bool) -> None:
     assert attempt(_core.decode_legacy, binary) == attempt(oracle.decode_legacy, binary)
 
 
-@pytest.mark.parametrize("half", ['"\\ud800"', '"a\\udc00b"'])
+@pytest.mark.parametrize("half", ["\\ud800", "a\\udc00b", "\\udbff\\ud83d\\ude00", "\\\\\\uDFFF", "\\ud83d\\\\ude00"])
 def test_half_a_surrogate_pair(half: str) -> None:
-    """JSON may hold one in an escape. The text of a content could not be UTF-8 with it."""
-    assert refused(_core.decode_legacy, spelled({"content": half}))
-    content = f'{{"a": {half}}}'
-    assert _core.decode_legacy(spelled({"content": content}))[1][3] == content.encode()
-    assert _core.decode_legacy(spelled({"channel": half}))[0] == json.loads(half)
+    """JSON may hold one in an escape, which a kernel cannot encode: it gets U+FFFD."""
+    for spelling in f'{{"a": "{half}"}}', json.dumps(f'{{"a": "{half}"}}'), f'{{"{half}": {{}}}}':
+        text = spelled({"content": spelling, "metadata": f'{{"{half}": "\\ud83d\\ude00"}}'})
+        channel, parts = _core.decode_legacy(text)
+        assert (channel, parts) == oracle.decode_legacy(text)
+        for part in parts[:4]:
+            json.dumps(json.loads(part), ensure_ascii=False).encode()
+            assert b"\\ufffd" in part.lower() or part in (parts[0], parts[1])
+    text = spelled({"content": f'"{half}"'})
+    assert _core.decode_legacy(text) == oracle.decode_legacy(text)
+    assert _core.decode_legacy(spelled({"channel": f'"{half}"'}))[0] == json.loads(f'"{half}"')
+
+
+@pytest.mark.parametrize("content", ["\\", "\\\\\\", "\\u", "\\ud83", "\\ud83d\\u", "{}\\"])
+def test_a_content_that_is_text_and_ends_in_half_an_escape(content: str) -> None:
+    text = spelled({"content": json.dumps(content)})
+    assert _core.decode_legacy(text) == oracle.decode_legacy(text)
 
 
 def test_half_a_surrogate_pair_in_the_text_itself_is_refused() -> None:

@@ -800,6 +800,12 @@ def test_close_payloads(code: int, reason: str) -> None:
     assert cut == reason or len(cut.encode()) > 119
 
 
+@pytest.mark.parametrize("code", [-1, 0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 1 << 16, 1 << 40])
+def test_codes_that_must_not_be_sent(code: int) -> None:
+    with pytest.raises(ValueError, match=r"is no code for a Close frame"):
+        _core.close_payload(code)
+
+
 def test_close_without_a_code() -> None:
     assert _core.close_payload(None) == b""
     assert _core.parse_close(b"") == (None, "")

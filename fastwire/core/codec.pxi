@@ -434,10 +434,64 @@ cdef const char *v1_message(fw_span payload, Message *message) noexcept nogil:
 
 cdef bytes content_of_text(fw_span content):
     """The JSON text inside a JSON string (Session.serialize takes content that is packed already)."""
+    text = unescaped(content)
     try:
-        return unescaped(content).encode()
+        return text.encode()
     except UnicodeEncodeError:
-        raise malformed("its content has a lone surrogate") from None
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+
+
+cdef const uint8_t *half_pair(const uint8_t *p, const uint8_t *end) noexcept nogil:
+    """The first escape in a JSON text that is half of a surrogate pair without the other, or NULL."""
+    cdef int unit
+    while True:
+        p = <const uint8_t *>memchr(p, 92, end - p)
+        if p == NULL or end - p < 6:  # a content that is text need not be JSON
+            return NULL
+        unit = hex_four(p + 2, end) if p[1] == 117 else 0
+        if unit >= 0xD800 and unit < 0xDC00 and end - p >= 12 and p[6] == 92 and p[7] == 117 and is_low(p + 8, end):
+            p += 12
+        elif unit >= 0xD800 and unit < 0xE000:
+            return p
+        else:
+            p += 2
+
+
+cdef inline bint is_low(const uint8_t *digits, const uint8_t *end) noexcept nogil:
+    return hex_four(digits, end) & ~0x3FF == 0xDC00
+
+
+cdef bytes with_whole_pairs(fw_span *text):
+    """JSON may spell half of a surrogate pair, kernels cannot read it: IPython's cell had no end. It becomes U+FFFD, in
+    a copy that the caller keeps; None where there is none."""
+    cdef const uint8_t *found = half_pair(<const uint8_t *>text.ptr, <const uint8_t *>text.ptr + text.len)
+    cdef bytes copy
+    cdef char *p
+    if found == NULL:
+        return None
+    copy = span_bytes(text[0])
+    p = PyBytes_AS_STRING(copy) + (found - <const uint8_t *>text.ptr)
+    text[0] = fixed(PyBytes_AS_STRING(copy), text.len)
+    while p != NULL:
+        memcpy(p, b"\\ufffd", 6)
+        p = <char *>half_pair(<const uint8_t *>p + 6, <const uint8_t *>text.ptr + text.len)
+    return copy
+
+
+cdef list mend(Message *message):
+    """What a client may say and a kernel cannot read is put right. Keep what this returns as long as the parts."""
+    cdef list kept = None
+    cdef bytes text
+    cdef int i
+    if message.text_content:
+        text = content_of_text(message.parts.items[3])
+        message.parts.items[3] = fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+        kept = [text]
+    for i in range(4):
+        text = with_whole_pairs(&message.parts.items[i])
+        if text is not None:
+            kept = (kept or []) + [text]
+    return kept
 
 
 cdef object text_span(str text, fw_span *span):
@@ -482,10 +536,8 @@ def decode_legacy(payload):
         problem = legacy_split(span, &message) if binary else legacy_json(span, False, &message)
         if problem != NULL:
             raise refusal(problem)
-        parts = parts_list(&message.parts)
-        if message.text_content:
-            parts[3] = content_of_text(message.parts.items[3])
-        return channel_of(message.channel, True), parts
+        kept = mend(&message)  # noqa: F841 - the parts lie in it
+        return channel_of(message.channel, True), parts_list(&message.parts)
     finally:
         free(message.parts.items)
         release(&held)

@@ -79,6 +79,8 @@ def parse_close(payload):
 def close_payload(code, str reason=""):
     if code is None:
         return b""
+    if not 0 <= code < 65536 or not is_close_code(code):
+        raise ValueError(f"{code} is no code for a Close frame: 1000 to 1003, 1007 to 1014 and 3000 to 4999 are")
     text = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
     return int(code).to_bytes(2, "big") + text.encode()
 

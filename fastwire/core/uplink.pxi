@@ -228,7 +228,6 @@ cdef class Uplink:
     cdef int pass_on(self, int opcode, fw_span payload) except -1:
         cdef const char *problem
         cdef int target
-        cdef bytes text
         self.message.parts.count = 0
         if self.protocol == V1 and opcode == BINARY:
             problem = v1_message(payload, &self.message)
@@ -246,9 +245,7 @@ cdef class Uplink:
             return 0
         if self.allowed and not self.is_allowed():
             return 0
-        if self.message.text_content:
-            text = content_of_text(self.message.parts.items[3])
-            self.message.parts.items[3] = fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+        kept = mend(&self.message) if self.protocol == LEGACY else None  # noqa: F841 - the parts lie in it
         return self.dispatch(target)
 
     cdef bint is_allowed(self) except -1:
