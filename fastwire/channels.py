@@ -305,11 +305,11 @@ class DisconnectWatch:
 
     def __init__(self, socket: zmq.Socket[bytes], on_disconnect: Callable[[], None]) -> None:
         address = f"inproc://fastwire-{next(watches)}"
-        #: What was before somebody watched is not told: believed to be there.
+        #: What was before somebody watched is not told: believed to be there, until an attempt fails.
         self.connected = True
         self._socket = socket
         self._on_disconnect = on_disconnect
-        socket.monitor(address, zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        socket.monitor(address, zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._events: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR, socket_class=zmq.Socket)
         self._events.connect(address)
         self._fd = int(self._events.getsockopt(zmq.FD))
@@ -324,7 +324,7 @@ class DisconnectWatch:
             while True:
                 event = int.from_bytes(self._events.recv_multipart(zmq.NOBLOCK)[0][:2], sys.byteorder)
                 self.connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-                disconnected |= not self.connected
+                disconnected |= event == zmq.EVENT_DISCONNECTED
         if disconnected:
             self._on_disconnect()
 

@@ -23,10 +23,10 @@ __all__ = ["TRANSITIONS", "Event", "Hearing", "State"]
 
 
 class State(enum.Enum):
-    UNHEARD = "subscribed, and nothing was heard yet: who comes waits, and there is nobody whose requests could"
+    UNHEARD = "subscribed, and nothing was heard yet: who comes waits, and there is nobody yet whose requests could"
     HEARD = "what the kernel says is heard, and requests pass"
     BELIEVED = "nothing was heard, nor is it waited for: it publishes nothing, or answers nobody. Requests pass"
-    LOST = "it was heard: its process is another now, or the connection broke. Requests wait"
+    LOST = "its process is another now, its connection broke, or somebody was let in before a word came. Requests wait"
     RETURNING = "it is heard again, and may not yet be connected to everybody whom it could ask. Requests wait"
     ENDING = "its process is to be replaced by another: requests wait for that, and what it says proves nothing"
     CLOSED = "the kernel is gone"
@@ -35,6 +35,7 @@ class State(enum.Enum):
 class Event(enum.Enum):
     SPOKE = "a message came on iopub"
     BROKE = "the connection of iopub broke, or a new one was made, or the kernel's process is another"
+    LET_IN = "somebody is connected, whether or not it is heard"
     PROVEN = "it is heard, it has answered, and it can ask all who are connected"
     GIVEN_UP = "it answers without a word on iopub, or it does not answer although it runs"
     RESTART = "somebody is about to end its process and to start another"
@@ -46,7 +47,13 @@ S, E = State, Event
 
 #: Every event in every state. What is not said here changes nothing.
 TRANSITIONS: dict[State, dict[Event, State]] = {
-    S.UNHEARD: {E.SPOKE: S.HEARD, E.GIVEN_UP: S.BELIEVED, E.RESTART: S.ENDING, E.CLOSE: S.CLOSED},
+    S.UNHEARD: {
+        E.SPOKE: S.HEARD,
+        E.LET_IN: S.LOST,  # he waits no longer, what he asks does
+        E.GIVEN_UP: S.BELIEVED,
+        E.RESTART: S.ENDING,
+        E.CLOSE: S.CLOSED,
+    },
     S.HEARD: {E.BROKE: S.LOST, E.RESTART: S.ENDING, E.CLOSE: S.CLOSED},
     S.BELIEVED: {E.SPOKE: S.HEARD, E.BROKE: S.LOST, E.RESTART: S.ENDING, E.CLOSE: S.CLOSED},
     S.LOST: {E.SPOKE: S.RETURNING, E.GIVEN_UP: S.BELIEVED, E.RESTART: S.ENDING, E.CLOSE: S.CLOSED},

@@ -354,8 +354,10 @@ class Kernel:
 
     def settle_doubt(self) -> None:
         """Where somebody is connected, whose requests wait. Who comes later asks for himself."""
-        if connected_to(self.relay) and self.hearing.doubtful:
-            self.prove()
+        if connected_to(self.relay):
+            self.hearing.happens(Event.LET_IN)
+            if self.hearing.doubtful:
+                self.prove()
 
     @property
     def _state(self) -> str | None:

@@ -12,6 +12,7 @@ connection.json``.
 ``welcome``         the same, and it welcomes subscribers (JEP 65)
 ``once``            it can be started once
 ``gated``           at its second start it waits for a file, ``2`` behind the name of the connection file, and so on
+``shut``            the same at its first start, and it listens on iopub after it has begun to answer
 ``silent``          it publishes nothing about kernel_info requests
 ``late``            it listens on iopub, and then on stdin, after it has begun to answer; a cell asks for input
 =================  =================================================================================
@@ -36,7 +37,7 @@ ODD = os.environ.get("FASTWIRE_ODD", "")
 PARENT = os.getppid()
 
 #: Seconds after its start at which a kernel listens that is ``late``.
-LATE = {"iopub": 0.3, "stdin": 1.0} if ODD == "late" else {}
+LATE = {"late": {"iopub": 0.3, "stdin": 1.0}, "shut": {"iopub": 0.3}}.get(ODD, {})
 
 
 class Kernel:
@@ -145,12 +146,12 @@ def wait_for_the_gate(name: str) -> None:
     starts = Path(f"{name}.starts")
     number = len(starts.read_text()) + 1 if starts.exists() else 1
     starts.write_text("x" * number)
-    while number > 1 and not Path(f"{name}.{number}").exists() and os.getppid() == PARENT:
+    while (number > 1 or ODD == "shut") and not Path(f"{name}.{number}").exists() and os.getppid() == PARENT:
         time.sleep(0.01)
 
 
 if __name__ == "__main__":
-    if ODD == "gated":
+    if ODD in ("gated", "shut"):
         wait_for_the_gate(sys.argv[sys.argv.index("-f") + 1])
     if ODD == "once":
         Path(sys.argv[sys.argv.index("-f") + 1] + ".once").touch(exist_ok=False)

@@ -61,6 +61,7 @@ ODD = (
     "once",
     "late",
     "gated",
+    "shut",
     "silent",
 )
 

@@ -157,6 +157,25 @@ def test_a_restart_is_answered_before_the_kernel_is(tmp_path: Path, monkeypatch:
     asyncio.run(use())
 
 
+@pytest.mark.parametrize("zmtp", [True, False], ids=["zmtp", "libzmq"])
+def test_what_is_asked_of_a_kernel_that_is_not_there_yet_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zmtp: bool
+) -> None:
+    """Its first start takes longer than anybody waits: who connects is let in, what he asks is not."""
+
+    async def use() -> None:
+        config = {"MappingKernelManager": {"kernel_info_timeout": 0.5}, "Fastwire": {"zmtp": zmtp}}
+        async with serving(tmp_path, monkeypatch, **config) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="odd-shut")
+            async with inside.client(kernel) as client:
+                await inside.connection()
+                await execute(client, "1")
+                open_the_gate(inside.manager.get_kernel(kernel), 1)
+                assert await result(client, "1") == "'1'"
+
+    asyncio.run(use())
+
+
 def test_a_proof_that_cannot_be_made_lets_nothing_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
