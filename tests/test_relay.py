@@ -196,6 +196,24 @@ def test_who_comes_in_the_middle_of_a_cell_hears_first_that_the_kernel_is_at_wor
     assert cid.ids(1) == ["notice"]
 
 
+def test_a_reply_ends_a_request_whose_idle_is_lost(stage: Stage, kernel: Kernel) -> None:
+    """Nobody is told any more that the kernel is at work on it."""
+    relay = stage.start(kernel)
+    ann = stage.connect("ann")
+    stage.introduce(ann)
+    cell = {"msg_id": "cell", "msg_type": "execute_request"}
+    kernel.publish(status("busy", "busy", **cell))
+    assert ann.ids(1) == ["busy"]
+    header, _, *rest = message("execute_reply", "reply")
+    kernel.reply("ann", [header, json.dumps(cell).encode(), *rest])
+    assert ann.ids(1) == ["reply"]
+    assert stage.run(lambda: relay.activity.status) is None
+    later = {"msg_id": "later", "msg_type": "execute_request"}
+    kernel.publish(status("busy", "busy later", **later), status("idle", "idle later", **later))
+    assert ann.ids(2) == ["busy later", "idle later"]
+    assert relay.activity.state == "idle"
+
+
 # -- what is no message ----------------------------------------------------------------------------
 
 
