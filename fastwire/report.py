@@ -63,12 +63,21 @@ def to_be_shown(value: Any) -> Any:
     """The same without passwords and tokens of URLs, and without the home directory, which has its owner's name."""
     match value:
         case str():
-            return PASSWORD_IN_URL.sub(r"\1[secret]@", logs.strike_out(value)).replace(str(Path.home()), "~")
+            return without_home(PASSWORD_IN_URL.sub(r"\1[secret]@", logs.strike_out(value)))
         case Mapping():
             return {name: to_be_shown(each) for name, each in value.items()}
         case list():
             return [to_be_shown(each) for each in value]
     return value
+
+
+def without_home(text: str) -> str:
+    """A user whom the system does not know has no home directory, or is given the root of all."""
+    with suppress(RuntimeError):
+        home = Path.home()
+        if home != home.parent:
+            return re.sub(rf"{re.escape(str(home))}(?![\w.-])", "~", text)
+    return text
 
 
 # -- Jupyter ---------------------------------------------------------------------------------------

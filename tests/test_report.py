@@ -85,6 +85,20 @@ def test_the_same_for_a_person(home: Home) -> None:
     assert "None" not in said
 
 
+def test_a_home_that_is_the_root_of_all(home: Home) -> None:
+    """As containers give to a user whom the system does not know."""
+    found = home.json(variables={"HOME": "/"})
+    assert f"{home.path}/config/jupyter_server_config.json" in found["jupyter"]["configuration"]
+    assert "~" not in json.dumps(found)
+
+
+def test_a_path_that_begins_as_the_home_directory(home: Home) -> None:
+    other = f"{home.path}ny"
+    Path(other).mkdir()
+    home.configure("jupyter_server_config.py", f"c.Fastwire.spill_dir = {other!r}\n")
+    assert home.json()["machine"]["disk"]["spill_dir"] == other
+
+
 def test_the_extension_is_off(home: Home) -> None:
     home.extension(on=False)
     found = home.json()
