@@ -213,11 +213,13 @@ class Conversation:
         may_speak = not self.closing.state.we_are_done
         if not self._take(Happened.PEER_FAULT):
             return
-        log.warning("WebSocket client %s: %s; closing with %s", self._application.peer, str(error), error.close_code)
+        how = f"closing with {error.close_code}" if may_speak else "behind our Close frame"
+        log.warning("WebSocket client %s: %s; %s", self._application.peer, str(error), how)
         if may_speak:
             self._say_close(error.close_code, str(error))
         self._application.on_failure(error)
         self._limit_closing()
+        self._finish_if_written()
 
     def _take(self, happened: Happened) -> State | None:
         state = self.closing.take(happened)

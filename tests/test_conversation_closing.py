@@ -505,6 +505,19 @@ def test_a_unix_domain_socket(site: Site) -> None:
 
 
 @on_ours
+def test_a_broken_frame_behind_our_close_ends_the_wait(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing more to say, and nothing of the peer's to wait for."""
+    monkeypatch.setattr("fastwire.conversation.CLOSE_TIMEOUT", 1000.0)
+    client, handler = site.open(site.Handler)
+    site.run(lambda: handler.close(1000))
+    assert client.close_frame() == (1000, "")
+    client.send(b"\x8f\x80\0\0\0\0")
+    assert client.ended()
+    eventually(lambda: handler.closes)
+    assert [line for line in site.take_logs() if "1002" not in line], "no second Close frame, nor a word of one"
+
+
+@on_ours
 def test_a_client_that_never_answers_our_close(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastwire.conversation, "CLOSE_TIMEOUT", 0.02)
     client, handler = site.open(site.Handler)
