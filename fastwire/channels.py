@@ -54,7 +54,7 @@ class Traffic:
 class Channel:
     """One channel on the loop. What it receives goes to ``on_batch``, and before that to ``on_faulty`` when messages
     were refused. ``before`` and ``after`` frame each wake-up; as long as ``before`` returns that something else has to
-    come first, nothing is received for `LONGEST_WAIT` turns. However fast the kernel sends, no turn receives more than
+    come first, nothing is received for ``patience`` turns. However fast the kernel sends, no turn receives more than
     a budget.
     """
 
@@ -75,6 +75,8 @@ class Channel:
         self.name = name
         self.traffic = Traffic()
         self._comes_back = False
+        #: Turns of the loop that it waits for what has to come first.
+        self.patience = LONGEST_WAIT
         self._waited = 0
         self._signer = signer.fork()
         self._on_batch = on_batch
@@ -94,7 +96,7 @@ class Channel:
         """What is there, up to the budget of one turn, or later when something else has to come first."""
         if self._comes_back:
             return
-        if self._before is not None and self._before() and self._waited < LONGEST_WAIT:
+        if self._before is not None and self._before() and self._waited < self.patience:
             self._waited += 1
             self.come_back()
             return

@@ -75,6 +75,9 @@ SEGMENT, LIVE_SEGMENT, LEAST_SEGMENT = 1 * MIB, 64 * KIB, 4 * KIB
 #: Lines are joined from this part of a limit on.
 JOIN_AT = 4
 
+#: From this part of a limit on a kernel that prints faster than the disk writes is read a little slower.
+PRESSED_AT = 3, 4
+
 #: Of what a log may have, the part that may be on its way to those who are behind; and at least so much to each.
 WINDOW, LEAST_WINDOW = 4, 64 * KIB
 
@@ -523,6 +526,15 @@ class Journal:
         self.shelf.read(segment)
 
     # -- making room --
+
+    def is_pressed(self) -> bool:
+        """Little room is left, and the disk is at work: what comes next may wait a few turns of the loop for that."""
+        budget: Budget | None = self.budget if self.shelf.is_writing else None
+        while budget is not None:
+            if budget.used > budget.limit // PRESSED_AT[1] * PRESSED_AT[0]:
+                return True
+            budget = budget.whole
+        return False
 
     def make_room(self) -> None:
         """After something was added to memory."""

@@ -53,6 +53,9 @@ STDIN_PATIENCE = 5.0
 #: Bytes on their way to a kernel that nobody counts: those of a request are gone in a moment.
 UPLINK_FREE = 64 * KIB
 
+#: Turns of the loop for which a kernel is not read while memory is almost full and the disk is at work: some 30 ms.
+DISK_PATIENCE = 1024
+
 #: Seconds until somebody looks how many are left of those that are counted, and at most, when nothing moves.
 UPLINK_LOOK, UPLINK_LOOK_SELDOM = 0.01, 0.32
 
@@ -132,7 +135,8 @@ class KernelRelay:
 
     def _open_iopub(self) -> None:
         try:
-            self.iopub = self.channel("iopub", None, self._on_iopub)
+            self.iopub = self.channel("iopub", None, self._on_iopub, before=self.journal.is_pressed)
+            self.iopub.patience = DISK_PATIENCE
             if self._on_doubt is not None:
                 self.iopub.watch(self.doubt)
         except Exception as error:

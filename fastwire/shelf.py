@@ -20,7 +20,7 @@ __all__ = ["ENDLESS", "SPILL_AT", "Log", "Shelf", "totals"]
 log = logging.getLogger(__name__)
 
 #: What is put aside in one go.
-JOB = 4 * MIB
+JOB = 8 * MIB
 
 #: Segments are put aside from this part of a limit on: there is to be room left while the disk is at work.
 SPILL_AT = 2
@@ -113,6 +113,10 @@ class Shelf:
         if state in (State.LOADED, State.ON_DISK):
             self._forget(segment)
 
+    @property
+    def is_writing(self) -> bool:
+        return self._writes
+
     def is_empty(self) -> None:
         """The log is: a disk that was full may have room now."""
         self._full = False
@@ -180,7 +184,7 @@ class Shelf:
         assert self._file is not None
         places: list[tuple[Segment, Record, bytes]] = []
         size = 0
-        while segments and size < min(JOB, self._journal.budget.limit // 8) and not self._full:
+        while segments and size < min(JOB, self._journal.budget.limit // 4) and not self._full:
             segment = segments.popleft()
             if segment.state is State.SEALED:
                 data = packed(segment)

@@ -154,3 +154,23 @@ def test_a_disk_that_hangs_costs_output_and_no_memory(limits: Limits) -> None:
     got = all_of(client, disk)
     assert got == [*range(got[0], 2000)]
     assert len([parts for _, parts in client.messages if not numbers(parts)]) == 1
+
+
+def test_a_kernel_waits_a_moment_for_a_disk_that_is_at_work(limits: Limits) -> None:
+    """When little room is left; not for one that is at rest, or with room for more."""
+    disk = Disk()
+    journal, client = log_of(limits, disk)
+    number = 0
+    while not disk.jobs:
+        assert not journal.is_pressed()
+        say(journal, batch_of(line(number, 500)))
+        number += 1
+    assert not journal.is_pressed()
+    while journal.memory < LIMIT * 7 // 8:
+        say(journal, batch_of(line(number, 500)))
+        number += 1
+    assert journal.is_pressed()
+    while disk.work():
+        pass
+    assert not journal.is_pressed()
+    assert all_of(client, disk) == [*range(number)]

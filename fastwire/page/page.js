@@ -244,8 +244,9 @@ function kernelNumbers(kernel, seconds) {
   const now = {
     rate: gainedOf(row, { messages: kernel.messages ?? 0 }, seconds).messages,
     latency: sent ? sum("time") / sent : null,
-    kept: sum("kept"),
-    spilled: sum("spilled"),
+    // Once, however many of its clients wait for it.
+    kept: kernel.kept_bytes ?? 0,
+    spilled: kernel.spilled_bytes ?? 0,
   };
   const state = worst(clients.map((client) => client.state));
   row.clientKeys = keys;
@@ -274,8 +275,8 @@ function drawTiles(status, seconds) {
   const { bounds, counts } = status.time_to_flush;
   const gain = counts.map((n, i) => Math.max(n - (before ? before.time_to_flush.counts[i] : n), 0));
   const clients = status.kernels.flatMap((kernel) => kernel.clients ?? []);
-  const kept = clients.reduce((sum, client) => sum + client.kept_bytes, 0);
-  const spilled = clients.reduce((sum, client) => sum + client.spilled_bytes, 0);
+  const kept = status.kernels.reduce((sum, kernel) => sum + (kernel.kept_bytes ?? 0), 0);
+  const spilled = status.kernels.reduce((sum, kernel) => sum + (kernel.spilled_bytes ?? 0), 0);
   const p99 = quantile(bounds, gain, 0.99);
   const values = { rate, bytes, latency: p99, kept: kept + spilled };
   for (const [name, value] of Object.entries(values)) {
