@@ -191,9 +191,10 @@ class FrameParser:
     nothing is parsed after it. Nothing is parsed after a Close frame either. A text that cannot become UTF-8 fails
     as soon as the octets show it. A Close frame comes out only when its code and reason may be sent (`parse_close`
     reads them). Declared lengths cost no memory before the bytes arrive. ``max_fragments`` is the number of frames of
-    one message, 0 for any. A message for which there is no memory is one that is too big.
+    one message, 0 for any.
 
-    Raises (from iteration) ProtocolError, InvalidPayload, MessageTooBig, PolicyViolation.
+    Raises (from iteration) ProtocolError, InvalidPayload, MessageTooBig, PolicyViolation, and OutOfMemory when there is
+    none for bytes that have come. MemoryError is for this call only: the next one gives the same message.
     """
 
     def __init__(self, max_message_size: int = 10485760, *, deflate: bool = False, max_fragments: int = 0) -> None: ...
@@ -380,7 +381,8 @@ def drain(
 ) -> Batch | None:
     """Receive from a ZMQ socket until EAGAIN or a budget is reached; None when nothing was there.
 
-    Reads ``socket.underlying`` at each call. Raises SocketClosed, zmq.ZMQError.
+    Reads ``socket.underlying`` at each call. Raises SocketClosed, zmq.ZMQError; MemoryError, after which nothing is
+    lost: the message that there was no memory for waits with ``signer``, and the next drain begins with it.
     """
 
 # -- what waits for a client that is behind --

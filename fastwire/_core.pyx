@@ -17,6 +17,7 @@ from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.sequence cimport PySequence_Fast
+from cpython.tuple cimport PyTuple_New, PyTuple_SET_ITEM
 from cpython.unicode cimport PyUnicode_DecodeUTF8, PyUnicode_GET_LENGTH
 from libc.errno cimport EAGAIN, EINTR, ENOBUFS, ENOMEM, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -36,6 +37,7 @@ from fastwire.errors import (
     InvalidSignature,
     MalformedMessage,
     MessageTooBig,
+    OutOfMemory,
     PolicyViolation,
     ProtocolError,
     SocketClosed,

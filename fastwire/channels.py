@@ -117,7 +117,11 @@ class Channel:
         """Receive everything that is there, up to the budget of one turn. Returns whether more is waiting."""
         if self.closed:
             return False
-        batch, more = self._receive()
+        try:
+            batch, more = self._receive()
+        except MemoryError:  # nothing was lost for it, but the descriptor's edge may be
+            self.come_back()
+            raise
         if more:
             self.come_back()
         if batch is None:

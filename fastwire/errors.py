@@ -16,6 +16,7 @@
     │   └── PolicyViolation    1008     allowed by RFC 6455, but more of it than the server takes
     ├── ZmtpError                       a kernel's bytes break ZMTP 3: its connection is closed and made anew
     ├── TooManyClients         1013     of one kernel or of one user: come back later
+    ├── OutOfMemory (MemoryError) 1011  there is none for what a client sends; it comes back, and sends it again
     └── SocketClosed           1011     the kernel's ZMQ sockets are closed: it was shut down
 
 ``close_code`` is the WebSocket close code (RFC 6455 section 7.4) that a server sends for the error,
@@ -35,6 +36,7 @@ __all__ = [
     "MalformedMessage",
     "MessageError",
     "MessageTooBig",
+    "OutOfMemory",
     "PolicyViolation",
     "ProtocolError",
     "SignatureError",
@@ -110,6 +112,12 @@ class TooManyClients(FastwireError):
     """As many clients of one kernel, or of one user, as the server allows."""
 
     close_code = 1013
+
+
+class OutOfMemory(FastwireError, MemoryError):
+    """The process has no memory for what the client sends; the bytes are gone, so its connection ends."""
+
+    close_code = 1011
 
 
 class SocketClosed(FastwireError):

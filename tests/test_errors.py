@@ -1,5 +1,6 @@
 """The tree of exceptions is the one its docstring draws."""
 
+import builtins
 import re
 
 import pytest
@@ -34,7 +35,7 @@ def test_every_class_is_drawn_and_exported() -> None:
 def test_bases(name: str) -> None:
     parent, also, _ = TREE[name]
     bases = [getattr(errors, parent) if parent else Exception]
-    bases += [ValueError] if also == "ValueError" else []
+    bases += [getattr(builtins, also)] if also else []
     assert getattr(errors, name).__bases__ == tuple(bases)
 
 

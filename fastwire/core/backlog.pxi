@@ -206,25 +206,33 @@ def batch_of_frames(str channel, bytes data not None):
     cdef Spans parts
     cdef fw_span rest = fixed(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
     cdef fw_span payload, name
+    cdef const char *problem
     batch.store.keep(data)
     memset(&parts, 0, sizeof(parts))
     try:
         while rest.len:
             parts.count = 0
-            if not next_frame(&rest, &payload) or v1_split(payload, payload.len, &name, &parts) != NULL:
-                raise MalformedMessage("what was put aside cannot be read back")
+            if not next_frame(&rest, &payload):
+                raise unreadable()
+            problem = v1_split(payload, payload.len, &name, &parts)
+            if problem != NULL:
+                raise MemoryError if problem == NO_MEMORY else unreadable()
             message = batch.new_message()
             message.count = <uint32_t>parts.count
             message.parts = <fw_span *>batch.store.get(parts.count * sizeof(fw_span))
             memcpy(message.parts, parts.items, parts.count * sizeof(fw_span))
             if any_blank(message.parts) or scan_header(message.parts[0], &message.header) == NOT_JSON:
-                raise MalformedMessage("what was put aside cannot be read back")
+                raise unreadable()
             if not names_message(&message.header):
-                raise MalformedMessage("what was put aside cannot be read back")
+                raise unreadable()
             batch.index(message)
     finally:
         free(parts.items)
     return batch
+
+
+cdef object unreadable():
+    return MalformedMessage("what was put aside cannot be read back")
 
 
 cdef bint next_frame(fw_span *rest, fw_span *payload) noexcept nogil:

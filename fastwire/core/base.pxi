@@ -84,9 +84,9 @@ cdef extern from "core/outgoing.h" nogil:
         size_t count
         fw_span *frames
     fw_account *fw_account_new()
-    fw_account *fw_account_hold(fw_account *)
-    void fw_account_let_go(fw_account *)
-    size_t fw_account_bytes(const fw_account *)
+    size_t fw_account_bytes(fw_account *)
+    void fw_account_adopt(fw_account *, fw_account *)
+    void fw_accounts_let_go(fw_account *)
     fw_record *fw_record_new(fw_span signature, const fw_span *parts, size_t count)
     int fw_record_frame(fw_record *, size_t i, fw_zmq_msg *frame)
     void fw_record_charge(fw_record *, fw_account *)

@@ -151,26 +151,27 @@ cdef class Store:
     cdef size_t memory(self) noexcept:
         return self.arena.size + self.elsewhere
 
-    cdef const char *hold(self, fw_zmq_msg *frame) except NULL:
-        """Keeps a large frame where libzmq received it; returns its bytes."""
+    cdef fw_zmq_msg *room_to_hold(self, size_t count) except NULL:
+        """For so many large frames; `hold` does not fail afterwards."""
         cdef fw_zmq_msg **held
-        cdef fw_zmq_msg *mine
         cdef size_t room
-        if self.held_count == self.held_room:
-            room = self.held_room * 2 if self.held_room else 4
+        if self.held_count + count > self.held_room:
+            room = max(self.held_room * 2, self.held_count + count, <size_t>4)
             held = <fw_zmq_msg **>realloc(self.held, room * sizeof(void *))
             if held == NULL:
                 raise MemoryError
             self.held = held
             self.held_room = room
-        mine = <fw_zmq_msg *>self.get(sizeof(fw_zmq_msg))
+        return <fw_zmq_msg *>self.get(count * sizeof(fw_zmq_msg))
+
+    cdef void hold(self, fw_zmq_msg *mine, fw_zmq_msg *frame) noexcept:
+        """Keeps a large frame where libzmq received it: its bytes stay where they are."""
         zmq_msg_init(mine)
         zmq_msg_move(mine, frame)
         self.held[self.held_count] = mine
         self.held_count += 1
         self.elsewhere += zmq_msg_size(mine)
         alive.zmq_messages += 1
-        return <const char *>zmq_msg_data(mine)
 
 
 cdef size_t size_of_kept(object data):
@@ -186,19 +187,17 @@ cdef size_t size_of_kept(object data):
 cdef enum:
     SMALL_ROOM = 65536      # bytes of one message's small frames that are copied
 
-# The frames of the message that is being received. Small ones are copied behind each other as they come, and the next
-# takes their place in libzmq's hands: an eighth less work for libzmq than to keep each, and HMAC reads them in one go.
-cdef struct Incoming:
-    fw_span *spans
-    fw_zmq_msg *kept    # the frames that are not in ``small``, in order, and room for the next
-    Py_ssize_t kept_count
-    Py_ssize_t room     # of both
-    char *small
-
-
 cdef inline bint is_kept(const Incoming *incoming, fw_span span) noexcept nogil:
     """Whether a frame's bytes are still where libzmq received them."""
     return <const char *>span.ptr < incoming.small or <const char *>span.ptr > incoming.small + SMALL_ROOM
+
+
+# What was found of a message before it joins a batch.
+cdef struct Judged:
+    Py_ssize_t first    # where its parts begin
+    Header header
+    bint fresh          # its digest is to be remembered
+    uint64_t digest
 
 
 @cython.final
@@ -266,11 +265,6 @@ cdef class Batch:
         scan_header(message.text[0], &message.header)
         return 0
 
-    cdef int reject(self, object error) except -1:
-        self.rejected_count += 1
-        counted.rejected += 1
-        return self.remember(error)
-
     cdef int remember(self, object error) except -1:
         if self.reasons is None:
             self.reasons = []
@@ -279,8 +273,8 @@ cdef class Batch:
         return 0
 
     cdef object judge(self, Signer signer, bint permissive, const fw_span *frames, Py_ssize_t count,
-                      Py_ssize_t *first, Header *header):
-        """None when the message is good (``first``: where its parts begin), else the error that refuses it."""
+                      Judged *judged):
+        """None when the message is good, else the error that refuses it."""
         cdef Py_ssize_t i
         cdef int verdict
         for i in range(count):
@@ -288,10 +282,11 @@ cdef class Batch:
                 break
         else:
             return no_delimiter()
-        first[0] = i + 2
-        if count - first[0] < 4:
-            return need_four(max(count - first[0], 0))
-        verdict = signer.judge(frames[i + 1], frames + first[0])
+        judged.first = i + 2
+        if count - judged.first < 4:
+            return need_four(max(count - judged.first, 0))
+        verdict = signer.judge(frames[i + 1], frames + judged.first, &judged.digest)
+        judged.fresh = verdict == TRUSTED
         if verdict != TRUSTED:
             if verdict == REPLAYED:
                 counted.replayed_signatures += 1
@@ -301,81 +296,109 @@ cdef class Batch:
             if not permissive:
                 return error
             self.remember(error)
-        if scan_header(frames[first[0]], header) == NOT_JSON or not names_message(header):
+        if scan_header(frames[judged.first], &judged.header) == NOT_JSON or not names_message(&judged.header):
             return bad_header()
-        if any_blank(frames + first[0]):
+        if any_blank(frames + judged.first):
             return blank_part()
         return None
+
+    cdef bint refuses(self, Signer signer, bint permissive, const fw_span *frames, Py_ssize_t count,
+                      Judged *judged) except -1:
+        """Whether a message is rejected. What raises (there is no memory) has done nothing."""
+        memset(judged, 0, sizeof(Judged))
+        error = self.judge(signer, permissive, frames, count, judged)
+        if error is None:
+            return False
+        self.remember(error)
+        self.rejected_count += 1
+        self.refused_bytes += sum_of(frames, count)
+        counted.rejected += 1
+        if judged.fresh:
+            signer.remember(judged.digest)
+        return True
+
+    cdef void accept(self, Signer signer, const Judged *judged, Indexed *message) noexcept:
+        """It has joined the batch."""
+        if judged.fresh:
+            signer.remember(judged.digest)
+        tally(&counted.from_kernels[self.channel_number], sum_of(message.parts, message.count))
+
+    cdef bint is_empty(self) noexcept:
+        return self.count + self.rejected_count == 0
 
     cdef bint spent(self, Py_ssize_t max_messages, size_t max_bytes) noexcept:
         """Whether a drain's budget is used up; by what it refuses too."""
         return self.count + self.rejected_count >= max_messages or self.nbytes + self.refused_bytes >= max_bytes
 
-    cdef int add_zmq(self, Signer signer, bint permissive, Incoming *incoming, Py_ssize_t count) except -1:
+    # What raises adds nothing: the message comes again.
+
+    cdef int add_zmq(self, Signer signer, bint permissive, Incoming *incoming) except -1:
         """Takes over the frames of one message that libzmq received."""
         cdef fw_span *spans = incoming.spans
-        cdef Py_ssize_t first = 0, i
-        cdef Header header
+        cdef Py_ssize_t i
+        cdef Judged judged
         cdef Indexed *message
         cdef fw_zmq_msg *kept = incoming.kept
+        cdef fw_zmq_msg *held
         cdef char *small
-        cdef size_t small_bytes = 0
-        error = self.judge(signer, permissive, spans, count, &first, &header)
-        if error is not None:
-            self.refused_bytes += sum_of(spans, count)
-            return self.reject(error)
+        cdef size_t small_bytes = 0, large = 0
+        if self.refuses(signer, permissive, spans, incoming.count, &judged):
+            return 0
         message = self.new_message()
-        message.count = <uint32_t>(count - first)
+        message.count = <uint32_t>(incoming.count - judged.first)
         message.parts = <fw_span *>self.store.get(message.count * sizeof(fw_span))
-        for i in range(first, count):
+        for i in range(judged.first, incoming.count):
             if spans[i].len <= COPY_LIMIT:
                 small_bytes += spans[i].len
-        small = <char *>self.store.get(small_bytes)
-        for i in range(count):
-            if i < first:
-                pass
-            elif spans[i].len <= COPY_LIMIT:
-                memcpy(small, spans[i].ptr, spans[i].len)
-                message.parts[i - first] = fixed(small, spans[i].len)
-                small += spans[i].len
             else:
-                message.parts[i - first] = fixed(self.store.hold(kept), spans[i].len)
+                large += 1
+        small = <char *>self.store.get(small_bytes)
+        held = self.store.room_to_hold(large)
+        for i in range(judged.first, incoming.count):
+            message.parts[i - judged.first] = spans[i]
+            if spans[i].len <= COPY_LIMIT:
+                memcpy(small, spans[i].ptr, spans[i].len)
+                message.parts[i - judged.first].ptr = small
+                small += spans[i].len
+        # The header moved: what was found in it moves along.
+        self.rebase(message, &judged.header, spans[judged.first].ptr)
+        self.index(message)
+        self.accept(signer, &judged, message)
+        for i in range(incoming.count):
+            if i >= judged.first and spans[i].len > COPY_LIMIT:
+                self.store.hold(held, kept)
+                held += 1
             if is_kept(incoming, spans[i]):
                 kept += 1
-        # The header moved: what was found in it moves along.
-        self.rebase(message, &header, spans[first].ptr)
-        tally(&counted.from_kernels[self.channel_number], sum_of(message.parts, message.count))
-        return self.index(message)
+        return 0
 
     cdef int add_spans(self, Signer signer, bint permissive, const fw_span *spans, Py_ssize_t count,
                        bint large_stay) except -1:
         """One message whose frames lie where others will be received. ``large_stay``: the batch's store keeps them."""
-        cdef Py_ssize_t first = 0, i
-        cdef Header header
+        cdef Py_ssize_t i
+        cdef Judged judged
         cdef Indexed *message
         cdef char *copied
         cdef size_t copied_bytes = 0
-        error = self.judge(signer, permissive, spans, count, &first, &header)
-        if error is not None:
-            self.refused_bytes += sum_of(spans, count)
-            return self.reject(error)
+        if self.refuses(signer, permissive, spans, count, &judged):
+            return 0
         message = self.new_message()
-        message.count = <uint32_t>(count - first)
+        message.count = <uint32_t>(count - judged.first)
         message.parts = <fw_span *>self.store.get(message.count * sizeof(fw_span))
-        for i in range(first, count):
+        for i in range(judged.first, count):
             if spans[i].len <= COPY_LIMIT or not large_stay:
                 copied_bytes += spans[i].len
         copied = <char *>self.store.get(copied_bytes)
-        for i in range(first, count):
+        for i in range(judged.first, count):
+            message.parts[i - judged.first] = spans[i]
             if spans[i].len <= COPY_LIMIT or not large_stay:
                 memcpy(copied, spans[i].ptr, spans[i].len)
-                message.parts[i - first] = fixed(copied, spans[i].len)
+                message.parts[i - judged.first].ptr = copied
                 copied += spans[i].len
-            else:
-                message.parts[i - first] = spans[i]
-        self.rebase(message, &header, spans[first].ptr)
-        tally(&counted.from_kernels[self.channel_number], sum_of(message.parts, message.count))
-        return self.index(message)
+        self.rebase(message, &judged.header, spans[judged.first].ptr)
+        self.index(message)
+        self.accept(signer, &judged, message)
+        return 0
 
     cdef int rebase(self, Indexed *message, const Header *header, const void *before) noexcept:
         cdef const char *after = <const char *>message.parts[0].ptr
@@ -389,16 +412,14 @@ cdef class Batch:
     cdef int add_python(self, Signer signer, bint permissive, object frames) except -1:
         """One message whose frames are Python's; those that are not bytes are copied."""
         cdef Views views
-        cdef Header header
-        cdef Py_ssize_t first = 0
+        cdef Judged judged
         frames = [frame if type(frame) is bytes else bytes(frame) for frame in frames]
         views = Views(frames)
-        error = self.judge(signer, permissive, views.spans, views.count, &first, &header)
-        if error is not None:
-            self.refused_bytes += sum_of(views.spans, views.count)
-            return self.reject(error)
-        tally(&counted.from_kernels[self.channel_number], sum_of(views.spans + first, views.count - first))
-        return self.add_parts(frames[first:])
+        if self.refuses(signer, permissive, views.spans, views.count, &judged):
+            return 0
+        self.add_parts(frames[judged.first:])
+        self.accept(signer, &judged, &self.messages[self.count - 1])
+        return 0
 
     cdef int add_parts(self, list parts) except -1:
         """A message that is known to be good; ``parts`` are bytes."""
@@ -678,28 +699,40 @@ cdef enum:
 
 # Room that the last drain left for the next. Each takes it for itself: Python code runs while messages are judged
 # (hashlib's, a finalizer), and with it other threads, which may drain too.
-cdef Incoming spare
-memset(&spare, 0, sizeof(spare))
+cdef Incoming *spare = NULL
 
 
-cdef Incoming take_spare() noexcept:
-    cdef Incoming mine = spare
-    memset(&spare, 0, sizeof(spare))
+cdef Incoming *take_spare() except NULL:
+    global spare
+    cdef Incoming *mine = spare
+    spare = NULL
+    if mine == NULL:
+        mine = <Incoming *>calloc(1, sizeof(Incoming))
+        if mine == NULL:
+            raise MemoryError
     return mine
 
 
 cdef void give_back(Incoming *mine) noexcept:
     """What one message of a million frames needed is not kept."""
-    if spare.small == NULL and mine.room <= SPARE_ROOM:
-        memcpy(&spare, mine, sizeof(spare))
-        return
-    free(mine.spans)
-    free(mine.kept)
-    free(mine.small)
+    global spare
+    close_frames(mine)
+    if spare == NULL and mine.room <= SPARE_ROOM:
+        spare = mine
+    else:
+        free_incoming(mine)
 
 
-cdef int more_room(Incoming *incoming, Py_ssize_t count) except -1:
-    """Room for more frames than ``count``; those that are there move along."""
+cdef void free_incoming(Incoming *incoming) noexcept:
+    close_frames(incoming)
+    free(incoming.spans)
+    free(incoming.kept)
+    free(incoming.small)
+    free(incoming)
+
+
+cdef int more_room(Incoming *incoming) except -1:
+    """Room for more frames; those that are there move along. Without memory they stay."""
     cdef Py_ssize_t room = incoming.room * 2 if incoming.room else 32
     cdef fw_zmq_msg *kept = <fw_zmq_msg *>malloc((room + 1) * sizeof(fw_zmq_msg))
     cdef fw_span *spans = <fw_span *>realloc(incoming.spans, room * sizeof(fw_span))
@@ -710,17 +743,14 @@ cdef int more_room(Incoming *incoming, Py_ssize_t count) except -1:
         incoming.small = <char *>malloc(SMALL_ROOM)
     if kept == NULL or spans == NULL or incoming.small == NULL:
         free(kept)
-        close_frames(incoming)
         raise MemoryError
-    for i in range(count):
+    for i in range(incoming.count):
         if is_kept(incoming, spans[i]):
             zmq_msg_init(&kept[k])
             zmq_msg_move(&kept[k], &incoming.kept[k])
             # The bytes of a very small message lie in the zmq_msg_t itself.
             spans[i].ptr = zmq_msg_data(&kept[k])
             k += 1
-    if incoming.room:
-        zmq_msg_close(&incoming.kept[k])
     zmq_msg_init(&kept[k])
     free(incoming.kept)
     incoming.kept = kept
@@ -728,44 +758,38 @@ cdef int more_room(Incoming *incoming, Py_ssize_t count) except -1:
     return 0
 
 
-cdef Py_ssize_t receive_message(void *handle, Incoming *incoming) except -1:
-    """The number of frames received into ``incoming``, 0 when no message is there. `close_frames` lets go of them."""
-    cdef Py_ssize_t count = 0
-    cdef size_t used = 0
+cdef bint receive_message(void *handle, Incoming *incoming) except -1:
+    """Whether a whole message is in ``incoming`` now. `close_frames` lets go of it; what was received when memory ran
+    out stays there, and the next call goes on."""
     cdef fw_zmq_msg *frame
     cdef fw_span *span
-    cdef bint more = True
-    incoming.kept_count = 0
-    if incoming.room:
-        zmq_msg_init(incoming.kept)
-    while more:
-        if count == incoming.room:
-            more_room(incoming, count)
+    while not incoming.whole:
+        if incoming.count == incoming.room:
+            more_room(incoming)
         frame = &incoming.kept[incoming.kept_count]
-        if receive_frame(handle, frame, incoming) == NOTHING:
-            return 0
-        more = zmq_msg_more(frame)
-        span = &incoming.spans[count]
+        if receive_frame(handle, frame) == NOTHING:
+            return False
+        incoming.whole = not zmq_msg_more(frame)
+        span = &incoming.spans[incoming.count]
         span[0] = fixed(<const char *>zmq_msg_data(frame), zmq_msg_size(frame))
-        count += 1
-        if span.len <= COPY_LIMIT and span.len <= SMALL_ROOM - used:
-            memcpy(incoming.small + used, span.ptr, span.len)
-            span.ptr = incoming.small + used
-            used += span.len
+        incoming.count += 1
+        if span.len <= COPY_LIMIT and span.len <= SMALL_ROOM - incoming.used:
+            memcpy(incoming.small + incoming.used, span.ptr, span.len)
+            span.ptr = incoming.small + incoming.used
+            incoming.used += span.len
         else:
             incoming.kept_count += 1
             zmq_msg_init(frame + 1)
-    return count
+    return True
 
 
-cdef inline int receive_frame(void *handle, fw_zmq_msg *frame, Incoming *incoming) except -1:
-    """NOTHING when there is no message. Closes all frames unless it has received one."""
+cdef inline int receive_frame(void *handle, fw_zmq_msg *frame) except -1:
+    """NOTHING when there is no message."""
     cdef int problem
     while zmq_msg_recv(frame, handle, FW_ZMQ_DONTWAIT) < 0:
         problem = zmq_errno()
         if problem == EINTR:
             continue
-        close_frames(incoming)
         if problem == EAGAIN:
             return NOTHING
         raise zmq_problem(problem)
@@ -773,11 +797,16 @@ cdef inline int receive_frame(void *handle, fw_zmq_msg *frame, Incoming *incomin
 
 
 cdef void close_frames(Incoming *incoming) noexcept:
-    """Of one message, with the place of the next."""
+    """Of one message: the place of the next is empty."""
     cdef Py_ssize_t i
     if incoming.room:
         for i in range(incoming.kept_count + 1):
             zmq_msg_close(&incoming.kept[i])
+        zmq_msg_init(incoming.kept)
+    incoming.kept_count = 0
+    incoming.count = 0
+    incoming.used = 0
+    incoming.whole = False
 
 
 cdef object zmq_problem(int number):
@@ -797,43 +826,49 @@ cdef void *handle_of(object socket) except NULL:
 def drain(socket, str channel, Signer signer not None, *, Py_ssize_t max_messages=DRAIN_MESSAGES,
           size_t max_bytes=DRAIN_BYTES, bint permissive=False):
     # The GIL stays: a drain is over in microseconds, taking the GIL back from a busy thread can take milliseconds.
-    cdef Incoming incoming
+    cdef Incoming *incoming
     if not direct_zmq:
         return drain_by_pyzmq(socket, channel, signer, max_messages, max_bytes, permissive)
-    incoming = take_spare()
+    incoming = signer.unread if signer.unread != NULL else take_spare()
+    signer.unread = NULL
     try:
-        return drain_directly(socket, channel, signer, max_messages, max_bytes, permissive, &incoming)
+        return drain_directly(socket, channel, signer, max_messages, max_bytes, permissive, incoming)
     finally:
-        give_back(&incoming)
+        if incoming.count and signer.unread == NULL:
+            signer.unread = incoming
+        else:
+            give_back(incoming)
 
 
 cdef Batch drain_directly(socket, str channel, Signer signer, Py_ssize_t max_messages, size_t max_bytes,
                           bint permissive, Incoming *incoming):
     cdef Batch batch = None
-    cdef Py_ssize_t count
     cdef void *handle = NULL
     cdef bint may_be_closed = True      # Python code has run since its handle was read
     while True:
         try:
             if may_be_closed:
                 handle = handle_of(socket)
-            count = receive_message(handle, incoming)
-        except (SocketClosed, zmq.ZMQError):
-            # What was received is not lost for it; the next drain says it again.
-            if batch is None:
-                raise
-            batch.more = True
-            return batch
-        if count == 0:
-            return batch
-        may_be_closed = batch is None   # making it may collect garbage
-        try:
+            if not receive_message(handle, incoming):
+                return batch
+            may_be_closed = batch is None   # making it may collect garbage
             if batch is None:
                 batch = new_batch(channel)
                 counted.batches += 1
-            batch.add_zmq(signer, permissive, incoming, count)
-        finally:
+            batch.add_zmq(signer, permissive, incoming)
+        except MemoryError:
+            # What was received is not lost for it, nor what is being received.
+            if batch is None or batch.is_empty():
+                raise
+            batch.more = True
+            return batch
+        except BaseException as error:
             close_frames(incoming)
+            if batch is None or not isinstance(error, (SocketClosed, zmq.ZMQError)):
+                raise
+            batch.more = True  # the next drain says it again
+            return batch
+        close_frames(incoming)
         may_be_closed |= signer.runs_python() or batch.reasons is not None or batch.store.kept is not None
         if batch.spent(max_messages, max_bytes):
             counted.budget_hits += 1
@@ -846,18 +881,28 @@ cdef Batch drain_by_pyzmq(socket, str channel, Signer signer, Py_ssize_t max_mes
     cdef Batch batch = None
     while True:
         try:
-            frames = socket.recv_multipart(zmq.DONTWAIT)
+            if signer.unread_frames is None:
+                signer.unread_frames = socket.recv_multipart(zmq.DONTWAIT)
+            if batch is None:
+                batch = new_batch(channel)
+                counted.batches += 1
+            batch.add_python(signer, permissive, signer.unread_frames)
         except zmq.Again:
+            return batch
+        except MemoryError:
+            if batch is None or batch.is_empty():
+                raise
+            batch.more = True
             return batch
         except zmq.ZMQError as error:
             if batch is None:
                 raise zmq_problem(error.errno) from None
             batch.more = True
             return batch
-        if batch is None:
-            batch = new_batch(channel)
-            counted.batches += 1
-        batch.add_python(signer, permissive, frames)
+        except BaseException:
+            signer.unread_frames = None
+            raise
+        signer.unread_frames = None
         if batch.spent(max_messages, max_bytes):
             counted.budget_hits += 1
             batch.more = True
@@ -865,18 +910,18 @@ cdef Batch drain_by_pyzmq(socket, str channel, Signer signer, Py_ssize_t max_mes
 
 
 def receive_and_drop(socket):
-    cdef Incoming incoming
+    cdef Incoming *incoming
     cdef Py_ssize_t dropped = 0
     if not direct_zmq:
         raise RuntimeError("libzmq's own functions are not in use")
     incoming = take_spare()
     try:
-        while receive_message(handle_of(socket), &incoming):
-            close_frames(&incoming)
+        while receive_message(handle_of(socket), incoming):
+            close_frames(incoming)
             dropped += 1
         return dropped
     finally:
-        give_back(&incoming)
+        give_back(incoming)
 
 
 def batch_of(str channel, messages, Signer signer not None, *, bint permissive=False):

@@ -24,9 +24,10 @@
 /* Up to so many bytes lie in a zmq_msg_t itself, and need no memory. */
 #define FW_TINY 32
 
-typedef struct {
-    size_t bytes;   /* that libzmq was given and has not passed on */
-    size_t holders; /* the uplinks that share it, and the records that are counted in it */
+typedef struct fw_account {
+    size_t bytes;               /* that libzmq was given and has not passed on */
+    size_t holders;             /* its uplink, and the records that are counted in it */
+    struct fw_account *earlier; /* of an uplink that this one's uplink has adopted; for its uplink's thread only */
 } fw_account;
 
 typedef struct fw_record {
@@ -56,7 +57,37 @@ static void fw_account_let_go(fw_account *a) {
     if (a && __atomic_sub_fetch(&a->holders, 1, __ATOMIC_ACQ_REL) == 0) free(a);
 }
 
-static size_t fw_account_bytes(const fw_account *a) { return __atomic_load_n(&a->bytes, __ATOMIC_RELAXED); }
+/* Of this one and all earlier ones; those that are done with go. */
+static size_t fw_account_bytes(fw_account *a) {
+    size_t sum = __atomic_load_n(&a->bytes, __ATOMIC_RELAXED);
+    while (a->earlier) {
+        fw_account *next = a->earlier;
+        size_t bytes = __atomic_load_n(&next->bytes, __ATOMIC_RELAXED);
+        sum += bytes;
+        if (bytes) {
+            a = next;
+        } else {
+            a->earlier = next->earlier;
+            fw_account_let_go(next);
+        }
+    }
+    return sum;
+}
+
+/* What an adopted uplink had: ``other`` and its earlier ones. */
+static void fw_account_adopt(fw_account *a, fw_account *other) {
+    fw_account_bytes(a);
+    while (a->earlier) a = a->earlier;
+    a->earlier = other;
+}
+
+static void fw_accounts_let_go(fw_account *a) {
+    while (a) {
+        fw_account *earlier = a->earlier;
+        fw_account_let_go(a);
+        a = earlier;
+    }
+}
 
 /* NULL without memory. */
 static fw_record *fw_record_new(fw_span signature, const fw_span *parts, size_t count) {

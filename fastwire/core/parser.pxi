@@ -27,6 +27,7 @@ cdef enum:
     BAD_TEXT
     TOO_BIG
     TOO_MANY
+    NO_ROOM
 
 
 cdef bint is_close_code(int code) noexcept nogil:
@@ -53,9 +54,14 @@ cdef const char *close_problem(const uint8_t *p, size_t got, size_t length, int 
     return NULL
 
 
+cdef dict FRAME_ERRORS = {
+    BAD_FRAME: ProtocolError, BAD_TEXT: InvalidPayload, TOO_BIG: MessageTooBig, TOO_MANY: PolicyViolation,
+    NO_ROOM: OutOfMemory,
+}
+
+
 cdef object frame_error(int error, const char *problem):
-    kinds = {BAD_FRAME: ProtocolError, BAD_TEXT: InvalidPayload, TOO_BIG: MessageTooBig, TOO_MANY: PolicyViolation}
-    return kinds[error](problem.decode())
+    return FRAME_ERRORS[error](problem.decode())
 
 
 def parse_close(payload):
@@ -262,7 +268,13 @@ cdef class FrameParser:
         span_of(data, &held, &span)
         try:
             while done < span.len:
-                self.claim_read_buffer()
+                try:
+                    self.claim_read_buffer()
+                except MemoryError:
+                    if done == 0:
+                        raise
+                    self.no_memory()  # the caller could not go on in the middle
+                    return
                 piece = min(span.len - done, <size_t>READ_SIZE)
                 memcpy(read_buffer, <const char *>span.ptr + done, piece)
                 self.parse(<uint8_t *>read_buffer, piece)
@@ -286,6 +298,7 @@ cdef class FrameParser:
         global read_buffer, read_buffer_owner
         cdef FrameParser owner
         self.check_not_lent()
+        self.leave_kept_buffer()
         if read_buffer_owner != NULL:
             owner = <FrameParser>read_buffer_owner
             if owner.lent:
@@ -308,11 +321,14 @@ cdef class FrameParser:
     cdef int lend(self) except -1:
         """Until `take_back` the events stay where they are."""
         self.check_not_lent()
+        self.leave_kept_buffer()
         self.lent = True
         return 0
 
-    cdef int take_back(self) except -1:
+    cdef void take_back(self) noexcept:
         self.lent = False
+
+    cdef int leave_kept_buffer(self) except -1:
         if self.kept_buffer != NULL:
             self.own_events()
             free(self.kept_buffer)
@@ -345,7 +361,7 @@ cdef class FrameParser:
         return -1
 
     cdef int no_memory(self) noexcept:
-        return self.fail(TOO_BIG, "there is no memory for the message")
+        return self.fail(NO_ROOM, "there is no memory for the message")
 
     cdef uint8_t *parse_head(self, uint8_t *p, uint8_t *end) noexcept:
         """Collects one header; each octet is judged as it comes."""
@@ -606,6 +622,8 @@ cdef class FrameParser:
             self.event_count = 0
             if read_buffer_owner == <PyObject *>self:
                 read_buffer_owner = NULL
+            free(self.kept_buffer)
+            self.kept_buffer = NULL
             if self.event_room > 64:
                 free(self.events)
                 self.events = NULL
@@ -618,26 +636,31 @@ cdef class FrameParser:
         return self
 
     def __next__(self):
+        # First: it may run a finalizer, which may come back here. Nothing else does, and what fails takes nothing.
+        cdef tuple item = PyTuple_New(2)
         cdef Event *event = self.peek()
+        cdef object opcode
         self.check_not_lent()
         if event == NULL:
             if self.error:
                 self.raise_error()
             raise StopIteration
-        if event.opcode == TEXT:
-            payload = PyUnicode_DecodeUTF8(event.ptr, <Py_ssize_t>event.len, NULL)
-        else:
-            payload = self.bytes_of(event)
+        payload = self.payload_of(event)
         opcode = event.opcode
-        self.took()  # first: making the tuple may run a finalizer, which may come back here
-        return opcode, payload
+        Py_INCREF(opcode)
+        PyTuple_SET_ITEM(item, 0, opcode)
+        Py_INCREF(payload)
+        PyTuple_SET_ITEM(item, 1, payload)
+        self.took()
+        return item
 
-    cdef bytes bytes_of(self, Event *event):
+    cdef object payload_of(self, Event *event):
+        if event.opcode == TEXT:
+            return PyUnicode_DecodeUTF8(event.ptr, <Py_ssize_t>event.len, NULL)
         if event.own == NULL and not own_event(event):
             raise MemoryError
-        if <size_t>PyBytes_GET_SIZE(<object>event.own) != event.len and not resize_bytes(&event.own, event.len):
-            self.took()  # its bytes are gone
-            raise MemoryError
+        if <size_t>PyBytes_GET_SIZE(<object>event.own) != event.len:
+            return PyBytes_FromStringAndSize(event.ptr, <Py_ssize_t>event.len)
         return <bytes>event.own
 
     @property

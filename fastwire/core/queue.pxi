@@ -117,6 +117,35 @@ cdef inline char *block_data(Block *block) noexcept nogil:
     return <char *>block + sizeof(Block)
 
 
+cdef void *keep(object data, int kind, fw_span *span) except NULL:
+    """Holds the bytes of ``data`` where they lie; those of a buffer are in ``span`` then."""
+    cdef Py_buffer *buffer
+    if kind == OF_OBJECT:
+        Py_INCREF(data)
+        alive.buffers += 1
+        return <void *>data
+    buffer = <Py_buffer *>malloc(sizeof(Py_buffer))
+    if buffer == NULL:
+        raise MemoryError
+    try:
+        PyObject_GetBuffer(data, buffer, PyBUF_SIMPLE)
+    except BaseException:
+        free(buffer)
+        raise
+    span[0] = fixed(<const char *>buffer.buf, buffer.len)
+    alive.buffers += 1
+    return buffer
+
+
+cdef void drop(void *keeper, int kind) noexcept:
+    alive.buffers -= 1
+    if kind == OF_OBJECT:
+        Py_DECREF(<object>keeper)
+    else:
+        PyBuffer_Release(<Py_buffer *>keeper)
+        free(keeper)
+
+
 @cython.final
 cdef class WriteQueue:
     cdef size_t copy_threshold
@@ -154,11 +183,14 @@ cdef class WriteQueue:
     cdef inline Entry *entry(self, size_t index) noexcept:
         return &self.entries[index & (self.room - 1)]
 
-    cdef Entry *new_entry(self) except NULL:
+    cdef int make_room(self, size_t count, size_t length) except -1:
+        """For so many entries, and for so many bytes in a block: `add` and `reserve` do not fail afterwards."""
         cdef Entry *entries
         cdef size_t room, i
-        if self.last - self.first == self.room:
-            room = self.room * 2 if self.room else 16
+        if self.last - self.first + count > self.room:
+            room = max(self.room, <size_t>16)
+            while room < self.last - self.first + count:
+                room *= 2
             entries = <Entry *>malloc(room * sizeof(Entry))
             if entries == NULL:
                 raise MemoryError
@@ -167,11 +199,15 @@ cdef class WriteQueue:
             free(self.entries)
             self.entries = entries
             self.room = room
-        self.last += 1
-        return self.entry(self.last - 1)
+        if length and (self.block == NULL or self.block.size - self.block.used < length):
+            self.new_block(length)
+        return 0
 
     cdef int add(self, const char *ptr, size_t length, void *keeper, int kind) except -1:
-        cdef Entry *entry = self.new_entry()
+        cdef Entry *entry
+        self.make_room(1, 0)
+        entry = self.entry(self.last)
+        self.last += 1
         self.queued += length
         entry.ptr = ptr
         entry.len = length
@@ -218,81 +254,92 @@ cdef class WriteQueue:
         self.block = block
         return block
 
+    # What raises has queued nothing: half a frame would end the connection. Positions are made before, as they are
+    # objects, which need memory.
+
     def append(self, data):
         cdef Py_buffer held
         cdef fw_span span
         span_of(data, &held, &span)
         try:
-            self.append_span(data, span)
+            return self.put(NULL, 0, data, span)
         finally:
             release(&held)
-        return self.queued
-
-    cdef int append_span(self, object data, fw_span span) except -1:
-        cdef Py_buffer *kept
-        if span.len == 0:
-            return 0
-        if span.len <= self.copy_threshold:
-            memcpy(self.reserve(span.len), span.ptr, span.len)
-            return 0
-        if PyBytes_CheckExact(data):
-            self.add(<const char *>span.ptr, span.len, <void *>data, OF_OBJECT)
-            Py_INCREF(data)
-        else:
-            kept = <Py_buffer *>malloc(sizeof(Py_buffer))
-            if kept == NULL:
-                raise MemoryError
-            PyObject_GetBuffer(data, kept, PyBUF_SIMPLE)
-            self.add(<const char *>kept.buf, kept.len, kept, OF_BUFFER)
-        alive.buffers += 1
-        return 0
 
     def append_frame(self, int opcode, payload):
         cdef Py_buffer held
         cdef fw_span span
         cdef char header[10]
         cdef size_t n
-        cdef int first
         if isinstance(payload, str):
             payload = (<str>payload).encode()
         span_of(payload, &held, &span)
         try:
-            first = first_byte(opcode, span.len, True)
-            if opcode < CLOSE or opcode & RSV1_BIT:
-                counted.to_clients.messages += 1
-            n = write_header(header, first, span.len)
-            memcpy(self.reserve(n), header, n)
-            self.append_span(payload, span)
+            n = write_header(header, first_byte(opcode, span.len, True), span.len)
+            position = self.put(header, n, payload, span)
         finally:
             release(&held)
-        return self.queued
+        if opcode < CLOSE or opcode & RSV1_BIT:
+            counted.to_clients.messages += 1
+        return position
+
+    cdef object put(self, const char *header, size_t n, object data, fw_span span):
+        """The header, and behind it the bytes of ``data``; the position behind them."""
+        cdef object position
+        cdef char *p
+        cdef int kind
+        cdef void *keeper
+        if span.len <= self.copy_threshold:
+            position = self.queued + n + span.len
+            if n + span.len:
+                p = self.reserve(n + span.len)
+                if n:
+                    memcpy(p, header, n)
+                if span.len:
+                    memcpy(p + n, span.ptr, span.len)
+            return position
+        kind = OF_OBJECT if PyBytes_CheckExact(data) else OF_BUFFER
+        keeper = keep(data, kind, &span)
+        try:
+            position = self.queued + n + span.len
+            self.make_room(2, n)
+        except BaseException:
+            drop(keeper, kind)
+            raise
+        if n:
+            memcpy(self.reserve(n), header, n)
+        self.add(<const char *>span.ptr, span.len, keeper, kind)
+        return position
 
     def extend(self, Frames frames not None):
         cdef Py_ssize_t i
         cdef Segment *segment
-        counted.to_clients.messages += frames.count
+        cdef size_t copied = 0
+        cdef object position
+        position = self.queued + frames.nbytes
+        for i in range(frames.segment_count):
+            if frames.segments[i].len <= SHARE_FROM:
+                copied += frames.segments[i].len
+        self.make_room(frames.segment_count, copied)
+        if frames.count and self.last_stamp - self.first_stamp == self.stamp_room:
+            self.more_stamps()
         for i in range(frames.segment_count):
             segment = &frames.segments[i]
             if segment.len <= SHARE_FROM:
                 memcpy(self.reserve(segment.len), segment.ptr, segment.len)
             else:
-                self.add(segment.ptr, segment.len, <void *>frames, OF_OBJECT)
-                Py_INCREF(frames)
-                alive.buffers += 1
+                self.add(segment.ptr, segment.len, keep(frames, OF_OBJECT, NULL), OF_OBJECT)
         if frames.count:
             self.stamp(frames)
-        return self.queued
+            counted.to_clients.messages += frames.count
+        return position
 
-    cdef int stamp(self, Frames frames) except -1:
-        cdef Stamp *stamp
-        if self.last_stamp - self.first_stamp == self.stamp_room:
-            self.more_stamps()
-        stamp = &self.stamps[self.last_stamp & (self.stamp_room - 1)]
+    cdef void stamp(self, Frames frames) noexcept:
+        cdef Stamp *stamp = &self.stamps[self.last_stamp & (self.stamp_room - 1)]
         stamp.end = self.queued
         stamp.received = frames.received
         stamp.messages = frames.count
         self.last_stamp += 1
-        return 0
 
     cdef int more_stamps(self) except -1:
         cdef size_t room = self.stamp_room * 2 if self.stamp_room else 4
@@ -402,10 +449,10 @@ cdef class WriteQueue:
                 memcpy(out, pieces[i].iov_base, pieces[i].iov_len)
                 out += pieces[i].iov_len
             if given == 0:  # a finalizer has cleared the queue
-                break
+                return data[: out - PyBytes_AS_STRING(data)]
             self.advance(given)
             left -= given
-        return data[: out - PyBytes_AS_STRING(data)]
+        return data
 
     def acknowledge(self, uint64_t position):
         if not self.acknowledging:
@@ -463,12 +510,7 @@ cdef class WriteQueue:
             if block.entries == 0 and block != self.block:
                 self.free_block(block)
             return
-        alive.buffers -= 1
-        if entry.kind == OF_OBJECT:
-            Py_DECREF(<object>entry.keeper)
-        else:
-            PyBuffer_Release(<Py_buffer *>entry.keeper)
-            free(entry.keeper)
+        drop(entry.keeper, entry.kind)
 
     cdef void free_block(self, Block *block) noexcept:
         block_put(block, sizeof(Block) + block.size)

@@ -68,7 +68,11 @@ cdef enum:
 
 cdef bint too_many_digits(Py_ssize_t digits) noexcept with gil:
     """For an integer in Python now: a program may change the limit, 0 is none."""
-    cdef Py_ssize_t most = sys.get_int_max_str_digits()
+    cdef Py_ssize_t most
+    try:
+        most = sys.get_int_max_str_digits()
+    except MemoryError:
+        return False
     return most and digits > most
 
 

@@ -140,7 +140,7 @@ cdef class Uplink:
     cdef Signer signer
     cdef list sockets           # of shell, control, stdin
     cdef Line waiting[UPLINKS]  # per socket: messages it had no room for
-    cdef fw_account *account    # of what libzmq has; shared with the uplinks before and after this one
+    cdef fw_account *account    # of what libzmq has, and of what uplinks that were adopted gave it
     cdef object tracked         # the same by pyzmq: (MessageTracker, bytes)
     cdef readonly size_t waiting_bytes
     cdef readonly Py_ssize_t waiting_messages
@@ -169,7 +169,7 @@ cdef class Uplink:
         cdef int target
         for target in range(UPLINKS):
             line_drop(&self.waiting[target])
-        fw_account_let_go(self.account)
+        fw_accounts_let_go(self.account)
         free(self.message.parts.items)
 
     cdef int begin(self) except -1:
@@ -404,15 +404,23 @@ cdef class Uplink:
 
     cdef int take_over(self, Uplink other) except -1:
         cdef int target
-        if self.signer is not other.signer:  # a kernel that came back may have another key
-            other.sign_anew(self.signer)
+        cdef fw_account *fresh = fw_account_new()
+        if fresh == NULL:
+            raise MemoryError
+        try:
+            tracked = other.tracked + self.tracked
+            nothing = deque()
+            if self.signer is not other.signer:  # a kernel that came back may have another key
+                other.sign_anew(self.signer)
+        except BaseException:
+            fw_accounts_let_go(fresh)
+            raise
         for target in range(UPLINKS):
             line_put_before(&self.waiting[target], &other.waiting[target])
-        if fw_account_bytes(self.account) == 0:
-            fw_account_let_go(self.account)
-            self.account = fw_account_hold(other.account)
-        self.tracked.extendleft(reversed(other.tracked))
-        other.tracked.clear()
+        fw_account_adopt(self.account, other.account)
+        other.account = fresh
+        self.tracked = tracked
+        other.tracked = nothing
         self.waiting_bytes += other.waiting_bytes
         self.waiting_messages += other.waiting_messages
         self.sent += other.sent
@@ -452,17 +460,23 @@ cdef class Uplink:
     cdef int readable(self) except -1:
         """Which of the sockets that were sent to have something to read: their descriptor may have lost its edge. So
         may one that has room again for messages that wait: those are sent until it is full."""
-        cdef int target, events, result = 0
+        cdef int target, result = 0
         for target in range(UPLINKS):
             if not self.touched & (1 << target) and self.waiting[target].first == NULL:
                 continue
-            events = self.events_of(target)
-            while events & FW_ZMQ_POLLOUT and self.waiting[target].first != NULL and self.send_waiting(target):
-                events = self.events_of(target)
-            if events & FW_ZMQ_POLLIN:
+            try:
+                if self.is_readable(target):
+                    result |= 1 << target
+            except MemoryError:  # what was sent was sent; whoever reads sees whether there is something
                 result |= 1 << target
         self.touched = 0
         return result
+
+    cdef bint is_readable(self, int target) except -1:
+        cdef int events = self.events_of(target)
+        while events & FW_ZMQ_POLLOUT and self.waiting[target].first != NULL and self.send_waiting(target):
+            events = self.events_of(target)
+        return events & FW_ZMQ_POLLIN != 0
 
     cdef int events_of(self, int target) except -1:
         """ZMQ_EVENTS, 0 for a closed socket: whoever sends to it hears of that."""

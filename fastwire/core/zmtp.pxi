@@ -157,6 +157,7 @@ cdef class ZmtpStream:
     cdef Spans frames               # of the message that is being received: offsets from its start, and lengths
     cdef size_t scanned             # bytes from its start that were looked at
     cdef size_t wanted              # bytes from its start that the next frame is known to reach to
+    cdef bint whole                 # all of its frames are there
     cdef uint64_t frame_bytes
     cdef size_t command_bytes
 
@@ -241,6 +242,7 @@ cdef class ZmtpStream:
         cdef size_t i
         cdef Range *range_
         cdef bytes data
+        cdef size_t nbytes
         if self.first_range == self.last_range:
             return 0
         data = self.output.kept_bytes()
@@ -249,8 +251,9 @@ cdef class ZmtpStream:
             messages.append(
                 data[range_.start - self.output.acked : range_.end - self.output.acked]
             )
+        nbytes = sum_of_lengths(messages)
         self.unsent = messages + self.unsent
-        self.unsent_bytes += sum_of_lengths(messages)
+        self.unsent_bytes += nbytes
         return 0
 
     cdef int greet(self) except -1:
@@ -360,7 +363,7 @@ cdef class ZmtpStream:
                 got += n
         except Exception:
             # What was received is not lost for it; the next drain says it again.
-            if batch is None or batch.count + batch.rejected_count == 0:
+            if batch is None or batch.is_empty():
                 raise
         else:
             counted.budget_hits += 1
@@ -401,6 +404,7 @@ cdef class ZmtpStream:
         return 0
 
     cdef void next_message(self) noexcept:
+        self.whole = False
         self.frames.count = 0
         self.scanned = 0
         self.wanted = 0
@@ -411,11 +415,12 @@ cdef class ZmtpStream:
 
     cdef int look(self) except -1:
         """On to the end of the next message. What raises has used up nothing."""
-        cdef int step = ONWARDS
+        cdef int step = WHOLE if self.whole else ONWARDS
         while step == ONWARDS:
             if self.phase == OVER:
                 return BROKEN
             step = self.look_at_greeting() if self.phase == AWAITS_GREETING else self.look_at_frame()
+        self.whole = step == WHOLE
         return step
 
     cdef int breaks(self, const char *problem) noexcept:

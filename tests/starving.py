@@ -1,0 +1,620 @@
+"""Runs every public function of the core with each of its allocations failing once: `test_core_memory` starts it.
+
+Of each function a case makes what it needs and returns ``(call, outcome)``: ``call`` is what runs without memory, and
+``outcome`` says, in plain values, what came of its result. One that failed is called again, and must come to the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import builders
+import zmq
+import zmtp_oracle as peer
+from builders import KEY, client_frame, message
+
+from fastwire import _core
+from fastwire._core import (
+    OP_BINARY,
+    OP_PING,
+    OP_TEXT,
+    PROTOCOL_V1,
+    Activity,
+    Batch,
+    FrameParser,
+    Signer,
+    Uplink,
+    WriteQueue,
+    ZmtpStream,
+)
+from fastwire.errors import OutOfMemory
+
+Case = Callable[[], tuple[Callable[[], Any], Callable[[Any], Any]]]
+
+LARGE = 20_000
+numbers = itertools.count()
+context = zmq.Context()
+
+PARTS = message("stream", "one", {"text": "x" * 3000}, b"a" * LARGE, b"b")
+STATUS = message("status", "two", {"execution_state": "busy"})
+MANY = [message("stream", f"n{i}", {"name": "stdout", "text": f"line {i}\n"}) for i in range(40)]
+FOREIGN = [PARTS[0], b'{"a": "\xff"}', *PARTS[2:]]
+
+
+def same(result: object) -> object:
+    return result
+
+
+def pure(call: Callable[[], Any], outcome: Callable[[Any], Any] = same) -> Case:
+    """A function that changes nothing."""
+    return lambda: (call, outcome)
+
+
+def signed(parts: Sequence[bytes]) -> list[bytes]:
+    return [b"<IDS|MSG>", Signer(KEY).sign(parts), *parts]
+
+
+def batch(*messages: Sequence[bytes], channel: str = "iopub") -> Batch:
+    return _core.batch_of(channel, [signed(each) for each in messages or [PARTS]], Signer(KEY))
+
+
+def listed(each: Batch) -> list[list[bytes]]:
+    return [each[i] for i in range(len(each))]
+
+
+# -- sign --
+
+
+def verify(scheme: str = "hmac-sha256") -> tuple[Any, Any]:
+    signer = Signer(KEY, scheme)
+    signature = signer.sign(PARTS)
+    return lambda: signer.verify(signature, PARTS), lambda _: signer.history_length
+
+
+# -- parser --
+
+
+def feed() -> tuple[Any, Any]:
+    parser = FrameParser(deflate=True)
+    data = client_frame(OP_BINARY, b"a" * LARGE, fin=False) + client_frame(OP_PING, b"p") + client_frame(0, b"c")
+    data += b"".join(client_frame(OP_TEXT, f"text {i}") for i in range(20))
+    return lambda: parser.feed(data), lambda _: events(parser)
+
+
+def events(parser: FrameParser) -> list[object]:
+    """Its messages; behind them `OutOfMemory` when it ended with that."""
+    seen: list[object] = []
+    try:
+        seen += iter(parser)
+    except OutOfMemory:
+        return [*seen, OutOfMemory]
+    return seen
+
+
+def receive() -> tuple[Any, Any]:
+    parser = FrameParser()
+    ours, theirs = builders.socket.socketpair()
+    ours.setblocking(False)
+    theirs.sendall(client_frame(OP_TEXT, "é" * 300) + client_frame(OP_PING, b"p"))
+
+    def call() -> None:
+        parser.receive(ours.fileno())
+
+    def outcome(_: object) -> object:
+        ours.close()
+        theirs.close()
+        return events(parser)
+
+    return call, outcome
+
+
+def take_events(*frames: bytes) -> Case:
+    def case() -> tuple[Any, Any]:
+        parser = FrameParser()
+        parser.feed(b"".join(frames))
+        return lambda: next(parser), lambda first: [first, *parser]
+
+    return case
+
+
+# -- queue --
+
+
+def queued(put: Callable[[WriteQueue], object], before: bytes = b"before") -> Case:
+    """``put`` behind some bytes, and what is written then."""
+
+    def case() -> tuple[Any, Any]:
+        queue = WriteQueue()
+        queue.append(before)
+        return lambda: put(queue), lambda position: (position, queue.queued, queue.take(1 << 20))
+
+    return case
+
+
+def take() -> tuple[Any, Any]:
+    queue = WriteQueue()
+    queue.append(b"a" * LARGE)
+    queue.append(b"b")
+    return lambda: queue.take(10_000), lambda data: (data, queue.take(1 << 20))
+
+
+def flush() -> tuple[Any, Any]:
+    queue = WriteQueue()
+    queue.extend(batch(PARTS, STATUS).frames(None))
+    ours, theirs = builders.socket.socketpair()
+
+    def outcome(answer: object) -> object:
+        ours.close()
+        data = b"".join(iter(lambda: theirs.recv(1 << 20), b""))
+        theirs.close()
+        return answer, data
+
+    return lambda: queue.flush(ours.fileno()), outcome
+
+
+def with_queue(call: Callable[[WriteQueue], object]) -> Case:
+    def case() -> tuple[Any, Any]:
+        queue = WriteQueue(acknowledge=True)
+        queue.append(b"a" * LARGE)
+        queue.take(100)
+        return lambda: call(queue), lambda result: (result, queue.written, queue.acknowledged)
+
+    return case
+
+
+# -- drain --
+
+
+def pair() -> tuple[zmq.Socket, zmq.Socket]:
+    """As `builders.zmq_pair`, each at an address of its own."""
+    kernel, server = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    server.setsockopt(zmq.IDENTITY, b"client")
+    address = f"inproc://{next(numbers)}"
+    kernel.bind(address)
+    server.connect(address)
+    server.send(b"here I am")
+    kernel.recv_multipart()
+    return kernel, server
+
+
+def closed(*sockets: zmq.Socket) -> None:
+    for each in sockets:
+        each.close(0)
+
+
+def drain(scheme: str = "hmac-sha256", extra: Sequence[bytes] = ()) -> Case:
+    def case() -> tuple[Any, Any]:
+        kernel, server = pair()
+        maker, signer = Signer(KEY, scheme), Signer(KEY, scheme)
+        for parts in (
+            PARTS,
+            STATUS,
+            FOREIGN,
+            [*STATUS[:3], b'{"many": 1}', *[b"%d" % i for i in range(70)]],
+            *MANY[:3],
+        ):
+            kernel.send_multipart([b"client", b"<IDS|MSG>", maker.sign(parts), *parts])
+        kernel.send_multipart([b"client", b"<IDS|MSG>", b"forged", *STATUS])
+        assert server.poll(builders.PATIENCE_MS)
+        seen: list[object] = []
+
+        def call() -> None:
+            while (got := _core.drain(server, "shell", signer)) is not None:
+                seen.append(got)
+
+        def outcome(_: object) -> object:
+            messages = [parts for each in seen for parts in listed(each)]
+            refused = sum(each.rejected_count for each in seen)
+            seen.clear()
+            closed(kernel, server)
+            return messages, refused, signer.history_length
+
+        return call, outcome
+
+    return case
+
+
+# -- zmtp --
+
+
+def shaken(socket_type: str = "DEALER") -> ZmtpStream:
+    stream = ZmtpStream(socket_type, b"me")
+    stream.feed(peer.greeting() + peer.ready(b"ROUTER" if socket_type == "DEALER" else b"XPUB"))
+    assert stream.drain(-1, "shell", Signer(KEY)) is None
+    stream.take(1 << 20)
+    return stream
+
+
+def zmtp_drain() -> tuple[Any, Any]:
+    stream, signer, seen = ZmtpStream("DEALER", b"me"), Signer(KEY), []
+    said = peer.greeting() + peer.ready(b"ROUTER") + peer.ping(b"abc")
+    for parts in (PARTS, STATUS, FOREIGN, *MANY):
+        said += peer.multipart(signed(parts))
+    stream.feed(said + peer.multipart([b"<IDS|MSG>", b"forged", *STATUS]))
+
+    def call() -> None:
+        while (got := stream.drain(-1, "shell", signer)) is not None:
+            seen.append(got)
+
+    def outcome(_: object) -> object:
+        messages = [parts for each in seen for parts in listed(each)]
+        refused = sum(each.rejected_count for each in seen)
+        seen.clear()
+        return messages, refused, stream.take(1 << 20), signer.history_length
+
+    return call, outcome
+
+
+def zmtp_feed() -> tuple[Any, Any]:
+    stream = shaken()
+    return lambda: stream.feed(peer.multipart(signed(STATUS))), lambda _: listed(stream.drain(-1, "shell", Signer(KEY)))
+
+
+def zmtp_send(count: int = 5) -> Case:
+    def case() -> tuple[Any, Any]:
+        stream = shaken()
+        for _ in range(count - 1):
+            stream.send([b"x"])
+        return lambda: stream.send([b"abc", b"d" * 3000]), lambda sent: (sent, stream.take(1 << 20), stream.sent)
+
+    return case
+
+
+def zmtp_renew() -> tuple[Any, Any]:
+    stream = shaken()
+    stream.send([b"abc", b"d" * 3000])
+    stream.send([b"e"])
+    stream.take(10)
+
+    def outcome(_: object) -> object:
+        stream.feed(peer.greeting() + peer.ready(b"ROUTER"))
+        stream.drain(-1, "shell", Signer(KEY))
+        return stream.take(1 << 20), stream.pending_bytes, stream.pending_messages
+
+    return stream.renew, outcome
+
+
+def zmtp_call(call: Callable[[ZmtpStream], object]) -> Case:
+    def case() -> tuple[Any, Any]:
+        stream = shaken()
+        stream.send([b"abc"])
+        return lambda: call(stream), lambda result: (result, stream.state, stream.take(1 << 20))
+
+    return case
+
+
+def zmtp_flush() -> tuple[Any, Any]:
+    stream = shaken()
+    stream.send([b"abc", b"d" * 3000])
+    ours, theirs = builders.socket.socketpair()
+
+    def outcome(answer: object) -> object:
+        ours.close()
+        data = b"".join(iter(lambda: theirs.recv(1 << 20), b""))
+        theirs.close()
+        return answer, data, stream.sent
+
+    return lambda: stream.flush(ours.fileno()), outcome
+
+
+# -- uplink --
+
+REQUEST = message("execute_request", "ask", {"code": "1"}, b"b" * 100)
+
+
+class Kernel:
+    """Real sockets; shell takes what it is given."""
+
+    sockets_of_nobody = dict.fromkeys(("shell", "control", "stdin"))
+
+    def __init__(self) -> None:
+        self.pairs = {channel: pair() for channel in ("shell", "control", "stdin")}
+        self.sockets = {channel: ends[1] for channel, ends in self.pairs.items()}
+
+    def uplink(self, key: bytes = KEY) -> Uplink:
+        return Uplink(PROTOCOL_V1, Signer(key), self.sockets)
+
+    def heard(self) -> list[list[bytes]]:
+        """All that has come, and the sockets are closed."""
+        router = self.pairs["shell"][0]
+        seen = []
+        while router.poll(100 if not seen else 20):
+            seen.append(router.recv_multipart())
+        for ends in self.pairs.values():
+            closed(*ends)
+        return seen
+
+
+def asked(count: int = 3) -> list[bytes]:
+    return [_core.encode_v1("shell", [*REQUEST[:3], b'{"n": %d}' % i, *REQUEST[4:]]) for i in range(count)]
+
+
+def sending(call: Callable[[Uplink], object], *, before: Callable[[Uplink], object] = same) -> Case:
+    def case() -> tuple[Any, Any]:
+        kernel = Kernel()
+        uplink = kernel.uplink()
+        before(uplink)
+        return lambda: call(uplink), lambda result: (kernel.heard(), uplink.waiting_messages, uplink.sent)
+
+    return case
+
+
+def relay() -> tuple[Any, Any]:
+    kernel, parser = Kernel(), FrameParser()
+    uplink = kernel.uplink()
+    parser.feed(b"".join(client_frame(OP_BINARY, each) for each in asked()))
+    return lambda: uplink.relay(parser), lambda _: (kernel.heard(), parser.pending, uplink.sent)
+
+
+def held(uplink: Uplink) -> None:
+    uplink.held = True
+    for each in asked():
+        uplink.send(OP_BINARY, each)
+
+
+def retry() -> tuple[Any, Any]:
+    kernel = Kernel()
+    uplink = kernel.uplink()
+    held(uplink)
+    uplink.held = False
+    return uplink.retry, lambda _: (kernel.heard(), uplink.waiting_messages, uplink.waiting_bytes, uplink.sent)
+
+
+def adopt() -> tuple[Any, Any]:
+    kernel = Kernel()
+    uplink, other = kernel.uplink(b"another key"), kernel.uplink()
+    held(other)
+
+    def outcome(_: object) -> object:
+        uplink.retry()
+        return kernel.heard(), other.waiting_messages, uplink.waiting_bytes, uplink.sent
+
+    return lambda: uplink.adopt(other), outcome
+
+
+# -- activity --
+
+
+def activity(call: Callable[[Activity], object]) -> Case:
+    def case() -> tuple[Any, Any]:
+        one = Activity(["usage_reply"])
+        return lambda: call(one), lambda result: (result, one.state, one.status)
+
+    return case
+
+
+def put_aside() -> tuple[Any, Any]:
+    data = bytes(batch(*MANY).frames(PROTOCOL_V1))
+    return lambda: _core.batch_of_frames("iopub", data), listed
+
+
+def frames_of(protocol: str | None) -> Case:
+    def case() -> tuple[Any, Any]:
+        each = batch(PARTS, STATUS, FOREIGN)
+        return lambda: each.frames(protocol), bytes
+
+    return case
+
+
+LEGACY_TEXT = builders.client_message(REQUEST[:4], "shell", None)
+LEGACY_BINARY = builders.client_message(REQUEST, "shell", None)
+
+
+@cache
+def one() -> Batch:
+    return batch(PARTS, STATUS, FOREIGN)
+
+
+@cache
+def two() -> Batch:
+    return batch(*MANY)
+
+
+@cache
+def idle() -> Batch:
+    return batch(STATUS)
+
+
+#: Every public function and method of the core. A name may have several cases.
+CASES: dict[str, Case | Sequence[Case]] = {
+    "build_info": pure(_core.build_info),
+    "live": pure(lambda: sorted(_core.live())),
+    "counters": pure(lambda: sorted(_core.counters())),
+    "histograms": pure(lambda: sorted(_core.histograms())),
+    "Signer": pure(lambda: Signer(KEY), lambda it: it.sign(PARTS)),
+    "Signer.fork": pure(Signer(KEY).fork, lambda it: it.sign(PARTS)),
+    "Signer.sign": [pure(lambda: Signer(KEY).sign(PARTS)), pure(lambda: Signer(KEY, "hmac-sha512").sign(PARTS))],
+    "Signer.verify": [verify, lambda: verify("hmac-sha512")],
+    "split_identities": pure(lambda: _core.split_identities([b"id", *signed(PARTS)])),
+    "encode_v1": pure(lambda: _core.encode_v1("shell", PARTS)),
+    "decode_v1": pure(lambda: _core.decode_v1(asked(1)[0])),
+    "encode_legacy": [pure(lambda p=p: _core.encode_legacy("shell", p)) for p in (STATUS, PARTS, FOREIGN)],
+    "decode_legacy": [pure(lambda t=t: _core.decode_legacy(t)) for t in (LEGACY_TEXT, LEGACY_BINARY)],
+    "header_fields": pure(lambda: _core.header_fields(PARTS[0])),
+    "check_json": [pure(lambda: _core.check_json(b'{"a": [1, 2]}')), pure(lambda: _core.check_json(b"1" * 700))],
+    "frame_header": pure(lambda: _core.frame_header(OP_BINARY, 70_000)),
+    "parse_close": pure(lambda: _core.parse_close(b"\x03\xe8bye")),
+    "close_payload": pure(lambda: _core.close_payload(1000, "bye")),
+    "FrameParser": pure(FrameParser, lambda it: it.pending),
+    "FrameParser.feed": feed,
+    "FrameParser.receive": receive,
+    "FrameParser.__next__": [
+        take_events(client_frame(OP_TEXT, "é" * 100), client_frame(OP_BINARY, b"b"), client_frame(OP_PING, b"p")),
+        take_events(client_frame(OP_BINARY, b"b" * 600, fin=False), client_frame(0, b"c")),
+    ],
+    "WriteQueue": pure(WriteQueue, lambda it: it.queued),
+    "WriteQueue.append": [
+        queued(lambda q: q.append(b"small")),
+        queued(lambda q: q.append(b"a" * LARGE)),
+        queued(lambda q: q.append(bytearray(LARGE))),
+        queued(lambda q: q.append(b"a" * 5000)),
+    ],
+    "WriteQueue.append_frame": [
+        queued(lambda q: q.append_frame(OP_TEXT, "text")),
+        queued(lambda q: q.append_frame(OP_BINARY, b"a" * LARGE)),
+        queued(lambda q: q.append_frame(OP_BINARY, memoryview(bytearray(LARGE)))),
+        queued(lambda q: q.append_frame(OP_BINARY, b"a" * LARGE), b"b" * 3900),
+    ],
+    "WriteQueue.extend": [
+        queued(lambda q: q.extend(one().frames(None))),
+        queued(lambda q: q.extend(one().frames(PROTOCOL_V1))),
+        queued(lambda q: q.extend(idle().frames(None))),
+    ],
+    "WriteQueue.flush": flush,
+    "WriteQueue.take": take,
+    "WriteQueue.acknowledge": with_queue(lambda q: q.acknowledge(50)),
+    "WriteQueue.clear": with_queue(lambda q: (q.clear(), None)[1]),
+    "drain": [drain(), drain("hmac-sha512")],
+    "batch_of": pure(lambda: batch(PARTS, STATUS, FOREIGN, *MANY), listed),
+    "batch_of_frames": put_aside,
+    "compacted": pure(lambda: _core.compacted([one(), two()], 3000), lambda made: [listed(each) for each in made]),
+    "Batch.__getitem__": pure(lambda: one()[0]),
+    "Batch.headers": pure(lambda: one().headers(0)),
+    "Batch.msg_type": pure(lambda: one().msg_type(1)),
+    "Batch.message_class": pure(lambda: one().message_class(1)),
+    "Batch.replaced": pure(lambda: one().replaced({0: STATUS, 2: None}), listed),
+    "Batch.frames": [frames_of(None), frames_of(PROTOCOL_V1)],
+    "Frames.__bytes__": pure(lambda: bytes(two().frames(None))),
+    "Ends.complete_before": pure(lambda: one().frames(None).ends.complete_before(10)),
+    "Batch.part": pure(lambda: one().part(1, 3), listed),
+    "Batch.forget_frames": pure(lambda: one().part(0, 2).forget_frames()),
+    "Activity": pure(lambda: Activity(["usage_reply"]), lambda it: it.state),
+    "Activity.observe": activity(lambda it: it.observe(idle())),
+    "Activity.answered": activity(lambda it: it.answered(idle())),
+    "Activity.forget": activity(lambda it: it.forget()),
+    "Activity.begin_anew": activity(lambda it: it.begin_anew()),
+    "ZmtpStream": pure(lambda: ZmtpStream("DEALER", b"me"), lambda it: it.take(1000)),
+    "ZmtpStream.feed": zmtp_feed,
+    "ZmtpStream.drain": zmtp_drain,
+    "ZmtpStream.send": [zmtp_send(), zmtp_send(1)],
+    "ZmtpStream.flush": zmtp_flush,
+    "ZmtpStream.take": zmtp_call(lambda it: it.take(3)),
+    "ZmtpStream.renew": zmtp_renew,
+    "ZmtpStream.attach": zmtp_call(lambda it: it.attach(-1)),
+    "ZmtpStream.detach": zmtp_call(lambda it: it.detach()),
+    "ZmtpStream.close": zmtp_call(lambda it: it.close()),
+    "Uplink": pure(lambda: Uplink(None, Signer(KEY), Kernel.sockets_of_nobody), lambda it: it.sent),
+    "Uplink.send": [
+        sending(lambda it: it.send(OP_BINARY, asked(1)[0])),
+        sending(lambda it: it.send(OP_BINARY, asked(1)[0]), before=held),
+    ],
+    "Uplink.relay": relay,
+    "Uplink.retry": retry,
+    "Uplink.adopt": adopt,
+    "limit_standby": pure(lambda: _core.limit_standby(512 << 20)),
+}
+
+#: For the tests: they are called with memory.
+SWITCHES = {
+    "fail_allocation",
+    "force_portable",
+    "longest_probe",
+    "receive_and_drop",
+    "script_syscalls",
+    "scripted_left",
+    "use_pyzmq",
+}
+
+#: Types of the core that `_core.pyi` does not name.
+INSIDE = {"Received", "Store", "Views", "Walk"}
+MADE_BY_OTHERS = {"Batch", "Ends", "Frames"}
+CALLED = {"__next__", "__getitem__", "__bytes__"}
+
+
+def public() -> Iterator[str]:
+    """The names of what `CASES` must have."""
+    for name, value in vars(_core).items():
+        if name.startswith("_") or name in INSIDE or getattr(value, "__module__", "fastwire._core") != "fastwire._core":
+            continue
+        if isinstance(value, type):
+            if name not in MADE_BY_OTHERS:
+                yield name
+            for method, each in vars(value).items():
+                if callable(each) and (not method.startswith("_") or method in CALLED):
+                    yield f"{name}.{method}"
+        elif callable(value) and name not in SWITCHES:
+            yield name
+
+
+# -- failing --
+
+
+def of_the_core(number: int) -> Callable[[], bool]:
+    """Lets that allocation of the core fail; returns what ends it, and says whether it did."""
+    _core.fail_allocation(number)
+
+    def end() -> bool:
+        fired = _core.scripted_left() == 0
+        _core.fail_allocation(0)
+        return fired
+
+    return end
+
+
+def of_python(number: int) -> Callable[[], bool]:
+    import _testcapi
+
+    end = _testcapi.remove_mem_hooks
+    _testcapi.set_nomemory(number - 1, number)
+    return end
+
+
+QUIET = 6  # calls in a row that nothing has failed in: an allocation may be survived without a word
+
+
+def exhaust(name: str, case: Case, fail: Callable[[int], Callable[[], object]]) -> int:
+    """The number of allocations that failed."""
+    call, outcome = case()
+    expected = outcome(call())
+    failed = quiet = 0
+    del call, outcome
+    for number in itertools.count(1):
+        before = _core.live()
+        call, outcome = case()
+        end = fail(number)
+        try:
+            result = call()
+        except MemoryError:
+            fell = True
+        else:
+            fell = False
+        finally:
+            end()
+        if fell:
+            failed += 1
+            result = call()
+        got = outcome(result)
+        if isinstance(got, list) and got[-1:] == [OutOfMemory]:
+            assert got[:-1] == expected[: len(got) - 1], (name, number)
+        else:
+            assert got == expected, (name, number, fell)
+        del call, outcome, result, got
+        after = _core.live()
+        if after != before:
+            gc.collect()
+            after = _core.live()
+        assert after == before, (name, number, before, after)
+        quiet = 0 if fell else quiet + 1
+        if quiet == QUIET:
+            return failed
+    raise AssertionError
+
+
+def main(name: str) -> None:
+    stray: list[object] = []
+    sys.unraisablehook = lambda unraisable: stray.append(repr(unraisable.exc_value))
+    cases = CASES[name]
+    for case in cases if isinstance(cases, list) else [cases]:
+        exhaust(name, case, of_the_core)
+        exhaust(name, case, of_python)
+    assert not stray, stray
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:] or CASES:
+        main(each)
