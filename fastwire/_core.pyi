@@ -76,7 +76,8 @@ class Signer:
     0 keeps none. Memory: at most 24 bytes a digest, allocated as they come.
 
     Source: messaging spec, "Wire protocol"; `jupyter_client.session.Session.sign`, `deserialize`.
-    Raises ValueError for a ``signature_scheme`` that is not "hmac-" and a hashlib name.
+    Raises ValueError for a ``signature_scheme`` that is not "hmac-" and a hashlib name, and for a ``history_size``
+    that is not from 0 to 2**30.
     """
 
     def __init__(self, key: Buffer, signature_scheme: str = "hmac-sha256", *, history_size: int = 65536) -> None: ...

@@ -681,6 +681,18 @@ def test_without_memory_nothing_is_lost() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
 
 
+def test_what_a_message_of_very_many_frames_needed_is_counted_and_not_kept() -> None:
+    stream, count = shaken(), 100_000
+    _, frames = signed(b"")
+    data = multipart([*frames, *[b""] * count])
+    stream.feed(data[:-2])
+    assert drained(stream) == []
+    assert stream.memory > 16 * count + len(data)
+    stream.feed(data[-2:])
+    assert [len(parts) for parts in drained(stream)] == [5 + count]
+    assert stream.memory == stream.pending_bytes
+
+
 # -- libzmq at the other end -----------------------------------------------------------------------
 
 

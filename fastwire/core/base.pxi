@@ -40,6 +40,8 @@ cdef extern from "core/sha256.h" nogil:
         size_t len
     const char *fw_sha256_select(int portable)
     void fw_hmac_init(fw_hmac_key *k, const uint8_t *key, size_t n)
+    fw_span fw_next_run(const fw_span *spans, size_t count, size_t *i)
+    void fw_hmac_outer(const fw_hmac_key *k, const uint8_t *inner, uint8_t *digest)
     void fw_hmac(const fw_hmac_key *k, const fw_span *spans, size_t count, uint8_t *digest)
     void fw_hex(const uint8_t *data, size_t n, char *out)
     int fw_equal_constant_time(const void *a, const void *b, size_t n)
@@ -358,6 +360,9 @@ cdef object need_four(Py_ssize_t count):
 
 # -- a growing list of spans --
 
+cdef enum:
+    FEW_SPANS = 1024
+
 cdef struct Spans:
     fw_span *items
     size_t count
@@ -378,6 +383,15 @@ cdef int spans_add(Spans *spans, const void *ptr, size_t length) noexcept nogil:
     spans.items[spans.count].len = length
     spans.count += 1
     return 0
+
+
+cdef void spans_clear(Spans *spans) noexcept nogil:
+    """What one message of very many parts needed is not kept."""
+    spans.count = 0
+    if spans.room > FEW_SPANS:
+        free(spans.items)
+        spans.items = NULL
+        spans.room = 0
 
 
 # -- what this build is --

@@ -234,6 +234,7 @@ cdef class FrameParser:
     cdef size_t event_count
     cdef size_t event_room
     cdef size_t event_bytes
+    cdef size_t owned           # events before it have bytes of their own
 
     cdef int error
     cdef const char *problem
@@ -337,9 +338,10 @@ cdef class FrameParser:
 
     cdef int own_events(self) except -1:
         cdef size_t i
-        for i in range(self.head_event, self.event_count):
+        for i in range(max(self.head_event, self.owned), self.event_count):
             if self.events[i].own == NULL and not own_event(&self.events[i]):
                 raise MemoryError
+            self.owned = i + 1
         return 0
 
     cdef void parse(self, uint8_t *p, size_t length) noexcept:
@@ -620,6 +622,7 @@ cdef class FrameParser:
         if self.head_event == self.event_count:
             self.head_event = 0
             self.event_count = 0
+            self.owned = 0
             if read_buffer_owner == <PyObject *>self:
                 read_buffer_owner = NULL
             free(self.kept_buffer)

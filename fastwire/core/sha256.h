@@ -252,21 +252,32 @@ static void fw_hmac_init(fw_hmac_key *k, const uint8_t *key, size_t n) {
     fw_sha256_blocks(k->outer, pad, 1);
 }
 
+/* The spans from ``*i`` on that follow each other in memory, as one; ``*i`` is behind them then. */
+static fw_span fw_next_run(const fw_span *spans, size_t count, size_t *i) {
+    fw_span run = spans[(*i)++];
+    for (; *i < count && (const char *)spans[*i].ptr == (const char *)run.ptr + run.len; (*i)++) run.len += spans[*i].len;
+    return run;
+}
+
+/* ``inner`` and ``digest`` may be the same. */
+static void fw_hmac_outer(const fw_hmac_key *k, const uint8_t inner[32], uint8_t digest[32]) {
+    fw_sha256 s;
+    memcpy(s.state, k->outer, sizeof s.state);
+    s.length = 64;
+    fw_sha256_update(&s, inner, 32);
+    fw_sha256_final(&s, digest);
+}
+
 static void fw_hmac(const fw_hmac_key *k, const fw_span *spans, size_t count, uint8_t digest[32]) {
     fw_sha256 s;
     memcpy(s.state, k->inner, sizeof s.state);
     s.length = 64;
     for (size_t i = 0; i < count;) {
-        /* Spans that follow each other in memory are hashed as one. */
-        const char *begin = (const char *)spans[i].ptr, *end = begin + spans[i].len;
-        for (i++; i < count && (const char *)spans[i].ptr == end; i++) end += spans[i].len;
-        fw_sha256_update(&s, begin, (size_t)(end - begin));
+        fw_span run = fw_next_run(spans, count, &i);
+        fw_sha256_update(&s, run.ptr, run.len);
     }
     fw_sha256_final(&s, digest);
-    memcpy(s.state, k->outer, sizeof s.state);
-    s.length = 64;
-    fw_sha256_update(&s, digest, 32);
-    fw_sha256_final(&s, digest);
+    fw_hmac_outer(k, digest, digest);
 }
 
 static void fw_hex(const uint8_t *bytes, size_t n, char *out) {

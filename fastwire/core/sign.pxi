@@ -9,9 +9,11 @@ cdef enum:
     SHA256
     HASHLIB
 
-# Without SHA instructions, from so many bytes on, OpenSSL's assembly gains more than the call of hashlib costs.
 cdef enum:
-    OPENSSL_FROM = 2048
+    # Without SHA instructions, from so many bytes on, OpenSSL's assembly gains more than the calls of hashlib cost.
+    OPENSSL_FROM = 640
+    # The table of the history has at least twice as many slots, and its indexes 32 bits.
+    MAX_HISTORY = 1 << 30
 
 # The frames of the message that is being received. Small ones are copied behind each other as they come, and the next
 # takes their place in libzmq's hands: an eighth less work for libzmq than to keep each, and HMAC reads them in one go.
@@ -168,17 +170,26 @@ def _keyed(bytes key, str signature_scheme):
     return keyed
 
 
+def _inner(bytes key):
+    """hashlib's SHA-256 behind HMAC's inner pad (RFC 2104). Its HMAC objects cost three times as much to copy."""
+    if len(key) > 64:
+        key = hashlib.sha256(key).digest()
+    return hashlib.sha256(bytes([byte ^ 0x36 for byte in key.ljust(64, b"\0")]))
+
+
 @cython.final
 cdef class Signer:
     cdef int scheme
     cdef fw_hmac_key key
-    cdef object keyed
+    cdef object keyed       # of hashlib, to be copied: HMAC, or with `SHA256` its inner hash
     cdef History history
     cdef readonly str signature_scheme
     cdef Incoming *unread       # what a drain received and had no memory for; the next begins with it
     cdef object unread_frames   # the same by pyzmq
 
-    def __init__(self, key, str signature_scheme="hmac-sha256", *, uint32_t history_size=65536):
+    def __init__(self, key, str signature_scheme="hmac-sha256", *, history_size=65536):
+        if not 0 <= history_size <= MAX_HISTORY:
+            raise ValueError(f"history_size is a number of digests from 0 to 2**30, not {history_size}")
         key = bytes(memoryview(key))
         keyed = _keyed(key, signature_scheme)
         self.signature_scheme = signature_scheme
@@ -189,6 +200,7 @@ cdef class Signer:
         elif signature_scheme == "hmac-sha256":
             self.scheme = SHA256
             fw_hmac_init(&self.key, <const uint8_t *>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+            self.keyed = _inner(key)
         else:
             self.scheme = HASHLIB
 
@@ -219,29 +231,37 @@ cdef class Signer:
         """Whether other threads may run while a message is judged: hashlib releases the GIL."""
         return self.scheme == HASHLIB or (self.scheme == SHA256 and sha_instructions == NULL)
 
-    cdef bint by_hashlib(self, const fw_span *parts) noexcept:
-        return self.scheme == HASHLIB or (sha_instructions == NULL and sum_of(parts, 4) >= OPENSSL_FROM)
-
     cdef bytes digest(self, const fw_span *parts):
-        """The raw digest of four parts by hashlib."""
-        cdef int i
+        """Of four parts, by hashlib."""
+        cdef size_t i = 0
+        cdef fw_span run
         keyed = self.keyed.copy()
-        for i in range(4):
-            if parts[i].len:
+        while i < 4:
+            run = fw_next_run(parts, 4, &i)
+            if run.len:
                 # Not copied: whoever calls holds the bytes until this returns.
-                view = PyMemoryView_FromMemory(<char *>parts[i].ptr, <Py_ssize_t>parts[i].len, PyBUF_READ)
+                view = PyMemoryView_FromMemory(<char *>run.ptr, <Py_ssize_t>run.len, PyBUF_READ)
                 keyed.update(view)
                 view.release()
         return keyed.digest()
+
+    cdef int sha256(self, const fw_span *parts, uint8_t *digest) except -1:
+        cdef bytes inner
+        if sha_instructions == NULL and sum_of(parts, 4) >= OPENSSL_FROM:
+            inner = self.digest(parts)
+            fw_hmac_outer(&self.key, <const uint8_t *>PyBytes_AS_STRING(inner), digest)
+        else:
+            fw_hmac(&self.key, parts, 4, digest)
+        return 0
 
     cdef bytes hex_signature(self, const fw_span *parts):
         cdef uint8_t digest[32]
         cdef bytes signature
         if self.scheme == UNSIGNED:
             return b""
-        if self.by_hashlib(parts):
+        if self.scheme == HASHLIB:
             return self.digest(parts).hex().encode()
-        fw_hmac(&self.key, parts, 4, digest)
+        self.sha256(parts, digest)
         signature = PyBytes_FromStringAndSize(NULL, 64)
         fw_hex(digest, 32, PyBytes_AS_STRING(signature))
         return signature
@@ -253,8 +273,8 @@ cdef class Signer:
         cdef char expected[64]
         if self.scheme == UNSIGNED:
             return TRUSTED
-        if not self.by_hashlib(parts):
-            fw_hmac(&self.key, parts, 4, digest)
+        if self.scheme == SHA256:
+            self.sha256(parts, digest)
             fw_hex(digest, 32, expected)
             if signature.len != 64 or not fw_equal_constant_time(signature.ptr, expected, 64):
                 return FORGED

@@ -142,6 +142,7 @@ cdef class Uplink:
     cdef Line waiting[UPLINKS]  # per socket: messages it had no room for
     cdef fw_account *account    # of what libzmq has, and of what uplinks that were adopted gave it
     cdef object tracked         # the same by pyzmq: (MessageTracker, bytes)
+    cdef size_t tracked_bytes
     cdef readonly size_t waiting_bytes
     cdef readonly Py_ssize_t waiting_messages
     cdef readonly uint64_t sent
@@ -179,6 +180,10 @@ cdef class Uplink:
         self.sending = True
         return 0
 
+    cdef void end(self) noexcept:
+        self.sending = False
+        spans_clear(&self.message.parts)
+
     def relay(self, FrameParser parser not None):
         self.begin()
         try:
@@ -189,7 +194,7 @@ cdef class Uplink:
                 parser.take_back()
             return self.readable()
         finally:
-            self.sending = False
+            self.end()
 
     cdef int pass_all(self, FrameParser parser) except -1:
         cdef Event *event
@@ -221,7 +226,7 @@ cdef class Uplink:
                 self.pass_on(opcode, span)
                 return self.readable()
             finally:
-                self.sending = False
+                self.end()
         finally:
             release(&held)
 
@@ -336,7 +341,7 @@ cdef class Uplink:
             raise SocketClosed("the ZMQ socket is closed")
         frames = [span_bytes(record.frames[i]) for i in range(record.count)]
         last = zmq.Frame(frames.pop(), track=True, copy=False, copy_threshold=0)
-        self.tracked.append((last.tracker, record.cost))
+        self.track(last.tracker, record.cost)
         try:
             for frame in frames:
                 result |= self.send_frame(socket, frame, zmq.SNDMORE)
@@ -347,11 +352,20 @@ cdef class Uplink:
         except BaseException:
             # A message that is begun and cannot be ended would swallow the next one.
             socket.close()
-            self.tracked.pop()
+            self.untrack(self.tracked.pop())
             raise
         if result == FULL:
-            self.tracked.pop()
+            self.untrack(self.tracked.pop())
         return result
+
+    cdef int track(self, object tracker, size_t cost) except -1:
+        self.tracked.append((tracker, cost))
+        self.tracked_bytes += cost
+        return 0
+
+    cdef int untrack(self, tuple entry) except -1:
+        self.tracked_bytes -= <size_t>entry[1]
+        return 0
 
     cdef int send_frame(self, socket, frame, int flags) except -1:
         try:
@@ -370,7 +384,7 @@ cdef class Uplink:
                 self.send_waiting(target)
             return self.readable()
         finally:
-            self.sending = False
+            self.end()
 
     cdef int send_waiting(self, int target) except -1:
         """The number of messages that a socket has taken now."""
@@ -398,9 +412,9 @@ cdef class Uplink:
             try:
                 self.take_over(other)
             finally:
-                other.sending = False
+                other.end()
         finally:
-            self.sending = False
+            self.end()
 
     cdef int take_over(self, Uplink other) except -1:
         cdef int target
@@ -421,6 +435,8 @@ cdef class Uplink:
         other.account = fresh
         self.tracked = tracked
         other.tracked = nothing
+        self.tracked_bytes += other.tracked_bytes
+        other.tracked_bytes = 0
         self.waiting_bytes += other.waiting_bytes
         self.waiting_messages += other.waiting_messages
         self.sent += other.sent
@@ -500,13 +516,11 @@ cdef class Uplink:
     def sending_bytes(self):
         cdef size_t nbytes = fw_account_bytes(self.account)
         while self.tracked and self.tracked[0][0].done:
-            self.tracked.popleft()
-        for _, cost in self.tracked:
-            nbytes += cost
+            self.untrack(self.tracked.popleft())
         for socket in self.sockets:
             if isinstance(socket, ZmtpStream):
                 nbytes += (<ZmtpStream>socket).waiting_bytes()
-        return nbytes
+        return nbytes + self.tracked_bytes
 
     @property
     def ignored(self):

@@ -405,7 +405,7 @@ cdef class ZmtpStream:
 
     cdef void next_message(self) noexcept:
         self.whole = False
-        self.frames.count = 0
+        spans_clear(&self.frames)
         self.scanned = 0
         self.wanted = 0
         self.frame_bytes = 0
@@ -591,11 +591,14 @@ cdef class ZmtpStream:
     cdef int say_unsent(self) except -1:
         """The messages that the last connection did not take."""
         cdef bytes message
-        while self.unsent:
-            message = self.unsent[0]
-            memcpy(self.place(PyBytes_GET_SIZE(message)), PyBytes_AS_STRING(message), PyBytes_GET_SIZE(message))
-            self.unsent_bytes -= PyBytes_GET_SIZE(message)
-            del self.unsent[0]
+        cdef Py_ssize_t said = 0
+        try:
+            for message in self.unsent:
+                memcpy(self.place(PyBytes_GET_SIZE(message)), PyBytes_AS_STRING(message), PyBytes_GET_SIZE(message))
+                self.unsent_bytes -= PyBytes_GET_SIZE(message)
+                said += 1
+        finally:
+            del self.unsent[:said]
         return 0
 
     def send(self, frames):
@@ -709,7 +712,9 @@ cdef class ZmtpStream:
 
     @property
     def memory(self):
-        return (self.inbox.size if self.pinned is None else 0) + self.waiting_bytes()
+        cdef size_t inbox = self.inbox.size if self.pinned is None else 0
+        cdef size_t frames = self.frames.room * sizeof(fw_span) if self.frames.room > FEW_SPANS else 0
+        return inbox + frames + self.waiting_bytes()
 
     cdef size_t waiting_bytes(self) noexcept:
         return self.unsent_bytes + <size_t>(self.output.queued - self.output.written)
