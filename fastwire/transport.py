@@ -183,6 +183,7 @@ class Transport(ABC):
         self._final = self._given
         self.read_off()
         self.queue.clear()
+        self.parser = FrameParser(0)  # and with the old one what had begun: a connection may be held long after its end
 
 
 class PlainSocket(Transport):

@@ -85,7 +85,7 @@ def test_a_call_from_another_thread_is_refused(call: str) -> None:
 
 def test_a_call_by_way_of_the_loop_is_how_it_is_done() -> None:
     def use(handler: Kept, client: wsclient.Client) -> None:
-        handler.ws_connection._loop.call_soon_threadsafe(handler.write_message, "from a thread")
+        handler.ws_connection.stream.io_loop.asyncio_loop.call_soon_threadsafe(handler.write_message, "from a thread")
         assert client.message() == "from a thread"
 
     with_connection(use)
