@@ -245,6 +245,10 @@ class Ends:
     def complete_before(self, nbytes: int) -> int:
         """How many frames lie wholly in the first ``nbytes`` bytes."""
 
+    def longest(self, received: int, written: int) -> tuple[int, int]:
+        """The bytes and the index of the longest frame that begins in the first ``written`` bytes and does not end in
+        the first ``received``; ``(0, -1)`` where there is none."""
+
 @final
 class WriteQueue:
     """One socket's outgoing bytes with two cursors: *written* (the kernel's TCP buffer took them) and

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 
 from fastwire._core import PROTOCOL_V1, Batch, encode_legacy, encode_v1
 from fastwire.budgets import Budgets
-from fastwire.flow import Limits
+from fastwire.flow import Attempts, Limits
 from fastwire.journal import Countable, Cursor
-from fastwire.segments import Entry
+from fastwire.notices import notice
+from fastwire.segments import Entry, Gap, size_of
 from fastwire.websocket import Connection
 
 __all__ = ["Changes", "Downlink", "Lag"]
@@ -27,11 +29,25 @@ log = logging.getLogger(__name__)
 Changes = Mapping[int, Sequence[bytes] | None]
 
 
+#: The close code of a client that was sent a message that is too long for it (RFC 6455 section 7.4.1).
+TOO_LONG = 1009
+
+
 class CompressedEnds(list[int]):
-    """Where compressed messages end, as `Ends` knows it of plain ones."""
+    """Where compressed messages end, as `Ends` knows it of plain ones; ``sizes`` are those of the messages: a client
+    bounds them decompressed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
 
     def complete_before(self, nbytes: int) -> int:
         return bisect_right(self, nbytes)
+
+    def longest(self, received: int, written: int) -> tuple[int, int]:
+        begins = [0, *self]
+        begun = range(self.complete_before(received), bisect_left(begins, written, hi=len(self)))
+        return max(((self.sizes[index], index) for index in begun), key=itemgetter(0), default=(0, -1))
 
 
 class Lag:
@@ -82,6 +98,7 @@ class Downlink:
         self.prepare: Callable[[Batch], Changes] | None = None
         self.prepare_all = False
         self.lag = Lag(limits.slow_after, on_slow)
+        self.attempts = Attempts()
         self._budgets = budgets
         self._on_failure = on_failure
         self._answered_pings = False  # who had the last socket
@@ -99,17 +116,26 @@ class Downlink:
         self.pump()
         self.lag.state = "" if self.cursor.is_live else "resuming"
 
-    def detach(self) -> None:
-        """It is gone."""
+    def detach(self) -> bool:
+        """It is gone. Returns whether a message is passed over from now on, because the client cannot take it."""
         connection = self.connection
         assert connection is not None
         connection.on_progress = None
         self.connection = None
         self._budgets.count_sockets(-1)
         self.lag.ends()
-        self.cursor.rewind(connection.received, connection.taken, connection.written)
-        self.cursor.was_closed = connection.closed_by_peer
+        cursor, received, written = self.cursor, connection.received, connection.written
+        longest = cursor.longest(received, written)
+        cursor.rewind(received, connection.taken, written)
+        cursor.was_closed = connection.closed_by_peer
         self._answered_pings = connection.answers_pings
+        too_long = connection.closed_by_peer and connection.close_code == TOO_LONG
+        place = None if cursor.is_caught_up else cursor.position
+        in_vain = self.attempts.ended(place, too_long=too_long, answers=connection.answers_pings)
+        if not in_vain or longest is None:
+            return False
+        cursor.pass_over(longest)
+        return True
 
     def _has_room(self, connection: Connection) -> bool:
         queue = connection.queue
@@ -168,6 +194,8 @@ class Downlink:
         changes: dict[int, Sequence[bytes] | None] = {}
         if self.prepare is not None and (self.prepare_all or batch.unusual) and not entry.ours:
             changes.update(self.prepare(batch))
+        if cursor.passed_over and not isinstance(entry, Gap):
+            changes.update(self._told(connection, entry))
         if entry.first < cursor.written or entry.first < cursor.position:
             changes.update(self._left_out(entry, len(batch)))
         indices = None
@@ -177,6 +205,22 @@ class Downlink:
         begin = connection.queue.queued
         ends = self._send(connection, batch) if len(batch) else CompressedEnds()
         cursor.given(entry, begin, connection.queue.queued, ends, indices)
+
+    def _told(self, connection: Connection, entry: Entry) -> Changes:
+        """What its client cannot take, and a line about it, which stands on iopub."""
+        batch = entry.batch
+        changes: dict[int, Sequence[bytes] | None] = {}
+        for number in self.cursor.passed_over.intersection(range(entry.first, entry.first + len(batch))):
+            index = number - entry.first
+            size = size_of(sum(map(len, batch[index])))
+            text = f"\n[a message ({size}) is missing here: this client, or a proxy before it, does not take it]\n"
+            line = notice(batch.headers(index), text)
+            if batch.channel == "iopub":
+                changes[index] = line[0]
+            else:
+                changes[index] = None
+                self._send(connection, line)
+        return changes
 
     def _left_out(self, entry: Entry, count: int) -> dict[int, None]:
         """What the client has of it, or is not to be given again."""
@@ -199,6 +243,7 @@ class Downlink:
             payload = encode(batch.channel, batch[index])
             connection.write_message(payload, binary=isinstance(payload, bytes))
             ends.append(connection.queue.queued - begin)
+            ends.sizes.append(len(payload))
         return ends
 
     # -- the end --

@@ -23,6 +23,7 @@ KINDS = {
     "expired": "a client did not come back in time, or too much waited for it: what was kept is gone",
     "unsent": "a session or its kernel ended before messages of its client had reached the kernel",
     "unproven": "a kernel cannot be asked whether it is heard, and requests wait; or it publishes nothing",
+    "too_long": "a client cannot take a message: it is passed over, and the client is told where",
     "drop": "output was dropped, because there was no room to keep it for a client",
     "no_buffers": "the system was short of buffers (ENOBUFS); the bytes were kept and written later",
     "refused": "a kernel's messages were refused: malformed, replayed or wrongly signed",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Acknowledgements", "Limits", "Rate", "has_room", "is_said_again", "resume_time", "too_many"]
+__all__ = ["Acknowledgements", "Attempts", "Limits", "Rate", "has_room", "is_said_again", "resume_time", "too_many"]
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -93,6 +93,36 @@ def is_said_again(msg_type: str, *, was_taken: bool, answers_pings: bool, replie
     if answers_pings or not was_taken:
         return True
     return not restarted and msg_type not in ("comm_open", "input_request")
+
+
+class Attempts:
+    """The connections of a session, as they end: whether its client cannot take a message that it is given each time.
+
+    A client says so (close code 1009). A proxy between, or a client that fails, just ends the connection: of `MOST` in
+    a row that end at the same place the message is taken to be the reason. Of a client that never answered a ping that
+    place is not known: it may have had the message each time.
+    """
+
+    MOST = 3
+
+    def __init__(self) -> None:
+        #: The last one ended further on than the one before, or its client has everything.
+        self.has_progressed = True
+        self._place: int | None = None
+        self._count = 0
+        self._answers = False
+
+    def ended(self, place: int | None, *, too_long: bool, answers: bool) -> bool:
+        """One ended, and its client has received what comes before ``place``; None: everything. ``answers``: it has
+        answered a ping, on this one or before. Returns whether a message is to be passed over."""
+        self._answers |= answers
+        self.has_progressed = place is None or place != self._place
+        self._count = 1 if self.has_progressed else self._count + 1
+        self._place = place
+        if place is None or not (too_long or (self._answers and self._count >= self.MOST)):
+            return False
+        self._count = 0
+        return True
 
 
 class Rate:

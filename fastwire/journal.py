@@ -47,6 +47,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol, cast
 
 from fastwire._core import Batch, compacted
@@ -97,6 +98,10 @@ class Countable(Protocol):
     def complete_before(self, nbytes: int, /) -> int:
         """How many messages lie wholly in the first ``nbytes`` bytes."""
 
+    def longest(self, received: int, written: int, /) -> tuple[int, int]:
+        """The bytes and the index of the longest of which some were written and not all received; bytes are 0 where
+        there is none."""
+
 
 class Given(NamedTuple):
     """What a socket was given of an entry, or of a part of it: where that begins and ends in the socket's bytes, and
@@ -114,6 +119,14 @@ class Given(NamedTuple):
         place = self.ends.complete_before(max(position - self.begin, 0))
         if place == len(self.ends):
             return None
+        return self._number(place)
+
+    def longest(self, received: int, written: int) -> tuple[int, int]:
+        """The bytes and the number of the longest message on its way at these positions of the socket; or no bytes."""
+        nbytes, place = self.ends.longest(max(received - self.begin, 0), max(written - self.begin, 0))
+        return (nbytes, self._number(place)) if nbytes else (0, 0)
+
+    def _number(self, place: int) -> int:
         return self.first + place if self.numbers is None else self.numbers[place]
 
 
@@ -137,6 +150,8 @@ class Cursor:
         self.place: Segment | None = None
         self.position = journal.end
         self.taken = self.written = 0
+        #: The numbers of messages that its client cannot take, from its position on.
+        self.passed_over: set[int] = set()
         self.journal = journal
         self._index = 0
         self._version = -1
@@ -284,6 +299,16 @@ class Cursor:
         self._go(place, back)
         self._stand()
 
+    def longest(self, received: int, written: int) -> int | None:
+        """The number of the longest message that was on its way to the client."""
+        longest = (given.longest(received, written) for given in self.flight)
+        nbytes, number = max(longest, key=itemgetter(0), default=(0, 0))
+        return number if nbytes else None
+
+    def pass_over(self, number: int) -> None:
+        """The client is told of this message, and not given it."""
+        self.passed_over = {number, *(each for each in self.passed_over if each >= self.position)}
+
     def _reached(self, position: int, otherwise: int) -> int:
         for given in self.flight:
             number = given.reached(position)
@@ -332,6 +357,12 @@ class Cursor:
                 on_disk += segment.record.size
             segment = segment.next
         return memory, on_disk
+
+    @property
+    def marks(self) -> set[int]:
+        """The numbers at which the log is not to be joined for it."""
+        after = (number + 1 for number in self.passed_over)
+        return {self.position, self.taken, self.written, *self.passed_over, *after}
 
     @property
     def zone(self) -> Zone:
@@ -731,7 +762,7 @@ class Journal:
 
     def _numbers_of_cursors(self) -> set[int]:
         """At which the log is not to be joined."""
-        return {n for cursor in self.cursors.values() for n in (cursor.position, cursor.taken, cursor.written)}
+        return {n for cursor in self.cursors.values() for n in cursor.marks}
 
 
 def memory_of(log: Any) -> int:

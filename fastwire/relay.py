@@ -362,6 +362,7 @@ class Session:
         self.downlink.cursor.on_overflow = self._overflow
         self.on_ignored: Callable[[list[str]], None] | None = None
         self.detached_at = 0.0
+        self._kept_until = 0.0
         self._resumable = False
         self._deadline: asyncio.TimerHandle | None = None
         self._allowed: frozenset[str] = frozenset()
@@ -515,14 +516,17 @@ class Session:
         if connection is not self.connection:
             return
         connection.consumer = connection.receiver = connection.on_stalled = None
-        self.downlink.detach()
+        if self.downlink.detach():
+            self._note("too_long", "cannot take a message: it is passed over, and the client is told where")
         self._stop_deadline()
         if not self._resumable:
             self.relay.end_session(self)
             return
         self.detached_at = self._loop.time()
-        patience = resume_time(self.relay.limits, closed=connection.closed_by_peer)
-        self._expiry = self._loop.call_later(patience, self.relay.end_session, self)
+        until = self.detached_at + resume_time(self.relay.limits, closed=connection.closed_by_peer)
+        # Who comes back in vain is not waited for any longer for that.
+        self._kept_until = until if self.downlink.attempts.has_progressed else min(until, self._kept_until)
+        self._expiry = self._loop.call_at(self._kept_until, self.relay.end_session, self)
 
     # -- kernel to client --
 

@@ -314,6 +314,24 @@ def test_frames_that_are_complete(protocol: str | None) -> None:
 def test_no_frames_are_never_complete() -> None:
     frames = _core.batch_of("iopub", [], _core.Signer(b"")).frames(None)
     assert (frames.ends.complete_before(0), frames.ends.complete_before(100)) == (0, 0)
+    assert frames.ends.longest(0, 100) == (0, -1)
+
+
+@given(st.lists(st.integers(0, 300), max_size=6), st.integers(0, 3000), st.integers(0, 3000))
+def test_the_longest_frame_on_its_way(sizes: list[int], received: int, written: int) -> None:
+    messages = [builders.message("stream", str(n), {"text": "x" * size}) for n, size in enumerate(sizes)]
+    signer, multipart = signed(messages)
+    batch = _core.batch_of("iopub", multipart, signer)
+    ends = batch.frames(None).ends
+    places = [next(n for n in range(9000) if ends.complete_before(n) > i) for i in range(len(sizes))]
+    begins = [0, *places]
+    on_their_way = [
+        (end - begin, -i)
+        for i, (begin, end) in enumerate(zip(begins, places, strict=False))
+        if begin < written and end > received
+    ]
+    nbytes, place = max(on_their_way, default=(0, 1))
+    assert ends.longest(received, written) == (nbytes, -place)
 
 
 # -- sizes -----------------------------------------------------------------------------------------

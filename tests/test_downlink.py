@@ -2,10 +2,16 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+import websockets.sync.client
 from builders import message
-from relay_stage import Kernel, Stage, leave, stream, until
+from relay_stage import KIB, Kernel, Stage, both_protocols, leave, stream, until
+from server import Message
+from websockets.exceptions import ConnectionClosed
+from wsclient import PATIENCE
 
 from fastwire import _core
 from fastwire._core import Batch
@@ -109,3 +115,134 @@ def test_the_hook_holds_while_its_client_is_away(stage: Stage, kernel: Kernel) -
     kernel.publish(*stream(1))
     until(lambda: stage.session("ann").downlink.cursor.kept == 1, "the message waits")
     assert stage.connect("ann").next().content == {"hidden": True}
+
+
+# -- what a client cannot take ---------------------------------------------------------------------
+
+
+@contextmanager
+def narrow(stage: Stage, protocol: str | None = None, *, compresses: bool = False) -> Iterator[Iterator[Message]]:
+    """What a client hears that answers pings, and takes no message of more than 64 KiB."""
+    before = len(stage.opened)
+    with websockets.sync.client.connect(
+        f"ws://127.0.0.1:{stage.address[1]}/ann",
+        subprotocols=[protocol] if protocol else None,
+        compression="deflate" if compresses else None,
+        max_size=64 * KIB,
+        ping_interval=None,
+    ) as sock:
+        until(lambda: len(stage.opened) > before, "the session has it")
+        yield (Message.of(sock.recv(PATIENCE), protocol) for _ in range(1000))
+    stage.wait_detached("ann")
+
+
+def refuses(heard: Iterator[Message]) -> None:
+    """It ends the connection before it has heard all."""
+    with pytest.raises(ConnectionClosed) as closed:
+        list(heard)
+    assert closed.value.sent is not None
+    assert closed.value.sent.code == 1009
+
+
+def is_told(message: Message) -> bool:
+    """That something is missing."""
+    return message.channel == "iopub" and "a message (200." in message.content.get("text", "")
+
+
+@both_protocols
+@pytest.mark.parametrize("compresses", [False, True], ids=["plain", "compressed"])
+def test_a_message_that_is_too_long_for_a_client_is_passed_over(
+    stage: Stage, kernel: Kernel, protocol: str | None, *, compresses: bool
+) -> None:
+    """When it has said so, by the close code 1009."""
+    stage.start(kernel)
+    with narrow(stage, protocol, compresses=compresses) as heard:
+        kernel.publish(*stream(1), *stream(2, size=200 * KIB), *stream(3))
+        refuses(heard)
+    kernel.publish(*stream(4))
+    with narrow(stage, protocol, compresses=compresses) as heard:
+        told = []
+        for message in heard:
+            told.append("told" if is_told(message) else message.header["msg_id"])
+            if told[-1] == "4":
+                break
+    assert told in (["1", "told", "3", "4"], ["told", "3", "4"]), "the first may be known to be there"
+
+
+def test_each_of_them_is_passed_over(stage: Stage, kernel: Kernel) -> None:
+    """A session comes to its end of them, and a reply on shell is told of on iopub."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    leave(stage, client, "reset")
+    kernel.publish(*stream(1, 2, size=200 * KIB))
+    kernel.reply("ann", stream(3, size=200 * KIB)[0])
+    until(lambda: stage.session("ann").downlink.cursor.kept == 3, "they wait")
+    for _ in range(3):
+        with narrow(stage) as heard:
+            refuses(heard)
+    with narrow(stage) as heard:
+        kernel.publish(*stream(4))
+        assert [is_told(next(heard)) for _ in range(4)] == [True, True, True, False]
+
+
+def test_who_takes_everything_is_given_it(stage: Stage, kernel: Kernel) -> None:
+    """What one client cannot take is passed over for that one."""
+    stage.start(kernel)
+    bob = stage.connect("bob")
+    with narrow(stage) as heard:
+        kernel.publish(*stream(1, size=200 * KIB))
+        refuses(heard)
+    assert len(bob.next().content["text"]) == 200 * KIB
+
+
+def test_connections_that_end_at_the_same_message_end_with_it(stage: Stage, kernel: Kernel) -> None:
+    """A proxy that does not take it says nothing: the third time it is the message."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    kernel.publish(*stream(0))
+    client.next()
+    leave(stage, client, "reset")
+    kernel.publish(*stream(1), *stream(2, size=200 * KIB), *stream(3))
+    until(lambda: stage.session("ann").downlink.cursor.kept == 3, "they wait")
+    for _ in range(3):
+        client = stage.connect("ann")
+        assert [len(client.next().content["text"]) for _ in range(3)] == [10, 200 * KIB, 10]
+        leave(stage, client, "reset", settled=False)
+    client = stage.connect("ann")
+    assert [is_told(client.next()) for _ in range(3)] == [False, True, False]
+
+
+def test_what_is_passed_over_stays_in_its_place_among_lines_that_are_joined(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel, client_memory_limit=1024 * KIB, spill=False)
+    with narrow(stage) as heard:
+        kernel.publish(*stream(1, size=20 * KIB), *stream(2, size=200 * KIB), *stream(3, size=20 * KIB))
+        refuses(heard)
+    for number in range(10, 410, 10):
+        kernel.publish(*stream(*range(number, number + 10), size=1 * KIB))
+    until(lambda: stage.run(lambda: stage.relay.journal.end) == 403, "it is all there")
+    told = []
+    with narrow(stage) as heard:
+        for message in heard:
+            told.append(is_told(message))
+            if len(told) > 3:
+                break
+    assert told.count(True) == 1
+    assert told.index(True) < 2
+
+
+def test_who_comes_back_in_vain_is_not_kept_longer_for_that(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+    client = stage.connect("ann")
+    session = stage.session("ann")
+    kernel.publish(*stream(1))
+    ends = []
+    for _ in range(3):
+        client.next()
+        leave(stage, client, "reset", settled=False)
+        ends.append(session._expiry.when())
+        client = stage.connect("ann")
+    assert len({*ends}) == 1
+    client.next()
+    leave(stage, client, "reset")
+    assert session._expiry.when() > ends[0]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastwire.flow import Acknowledgements, Limits, Rate, resume_time, too_many
+from fastwire.flow import Acknowledgements, Attempts, Limits, Rate, resume_time, too_many
 
 PATIENCE = Acknowledgements.PATIENCE
 
@@ -18,6 +18,37 @@ def test_a_client_that_said_goodbye_is_waited_for_briefly() -> None:
 def test_a_client_whose_connection_broke_is_waited_for_longer() -> None:
     assert resume_time(Limits(resume_timeout=50.0, resume_timeout_closed=7.0), closed=False) == 50.0
     assert resume_time(Limits(), closed=False) > resume_time(Limits(), closed=True)
+
+
+def test_a_client_that_says_a_message_is_too_long_is_believed_at_once() -> None:
+    attempts = Attempts()
+    assert attempts.ended(7, too_long=True, answers=False)
+    assert not attempts.ended(None, too_long=True, answers=False), "it has everything"
+
+
+def test_three_attempts_that_end_at_the_same_place_are_believed() -> None:
+    attempts = Attempts()
+    assert [attempts.ended(place, too_long=False, answers=True) for place in (7, 7, 8, 8, 8, 8, 8, 8)] == [
+        *(False, False, False, False, True),
+        *(False, False, True),
+    ]
+    assert [attempts.ended(place, too_long=False, answers=True) for place in (9, 9, None, 9, 9)] == [False] * 5
+
+
+def test_who_never_answered_may_have_had_it_each_time() -> None:
+    attempts = Attempts()
+    assert not any(attempts.ended(7, too_long=False, answers=False) for _ in range(9))
+    assert attempts.ended(7, too_long=False, answers=True), "it has missed enough"
+    assert [attempts.ended(7, too_long=False, answers=False) for _ in range(3)] == [False, False, True], "it had, once"
+
+
+def test_an_attempt_without_progress_is_known() -> None:
+    attempts = Attempts()
+    progress = []
+    for place in (7, 7, 8, None, None, 9, 9):
+        attempts.ended(place, too_long=False, answers=True)
+        progress.append(attempts.has_progressed)
+    assert progress == [True, False, True, True, True, True, False]
 
 
 def test_limits_do_not_change_under_those_who_share_them() -> None:

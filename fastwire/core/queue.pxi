@@ -49,6 +49,18 @@ cdef class Ends:
                 high = middle
         return low
 
+    def longest(self, uint64_t received, uint64_t written):
+        cdef Py_ssize_t index, best = -1
+        cdef uint64_t begin = 0, most = 0
+        for index in range(self.count):
+            if begin >= written:
+                break
+            if self.items[index] > received and self.items[index] - begin > most:
+                most = self.items[index] - begin
+                best = index
+            begin = self.items[index]
+        return most, best
+
 
 @cython.final
 cdef class Frames:

@@ -20,6 +20,7 @@ const KINDS = {
   no_buffers: "No buffers",
   refused: "Messages refused",
   overflow: "Client given up",
+  too_long: "Message too long",
   stalled: "Client took nothing",
   demoted: "Client answers no pings",
 };
