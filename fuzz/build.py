@@ -92,5 +92,6 @@ def environment(target: str) -> dict[str, str]:
         "PYTHONPATH": f"{PACKAGE}{os.pathsep}{ROOT}",
         "PYTHONMALLOC": "malloc",  # Python's own allocator would hide overruns
         "ASAN_OPTIONS": options("ASAN_OPTIONS", "detect_leaks=1:allocator_may_return_null=1"),
+        "LSAN_OPTIONS": options("LSAN_OPTIONS", f"suppressions={ROOT / 'fuzz' / 'leaks.supp'}:print_suppressions=0"),
         "UBSAN_OPTIONS": options("UBSAN_OPTIONS", "halt_on_error=1:print_stacktrace=1"),
     }

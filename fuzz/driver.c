@@ -16,6 +16,15 @@ static void give_up(void) {
     abort(); /* libFuzzer keeps the input */
 }
 
+/* Before LeakSanitizer looks: what is ended at exit is in Python's hands until then. */
+static void finish(void) {
+    PyObject *targets = PyImport_ImportModule("fuzz.targets");
+    PyObject *done = targets ? PyObject_CallMethod(targets, "finish", NULL) : NULL;
+    if (!done) PyErr_Print();
+    Py_XDECREF(done);
+    Py_XDECREF(targets);
+}
+
 static const char *setting(const char *name) {
     const char *value = getenv(name);
     if (value) return value;
@@ -40,6 +49,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
         PyErr_Print();
         exit(2);
     }
+    atexit(finish);
     return 0;
 }
 

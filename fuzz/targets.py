@@ -19,6 +19,7 @@ from itertools import cycle
 from pathlib import Path
 
 import zmq
+import zmq.utils.garbage
 
 from fastwire import _core
 from fastwire.errors import FrameError, MalformedMessage, MessageError, ZmtpError
@@ -45,6 +46,11 @@ def prepared(name: str) -> Callable[[memoryview], None]:
     """`run` for one target, in a Python whose json has no limits of its own."""
     lift_limits()
     return partial(run, name)
+
+
+def finish() -> None:
+    """End the thread by which pyzmq hears what libzmq has let go of: cut off, it leaks what it stands on."""
+    zmq.utils.garbage.gc.stop()
 
 
 def lift_limits() -> None:
