@@ -125,14 +125,14 @@ class Downlink:
         self._budgets.count_sockets(-1)
         self.lag.ends()
         cursor, received, written = self.cursor, connection.received, connection.written
-        longest = cursor.longest(received, written)
+        nbytes, longest = cursor.longest(received, written)
         cursor.rewind(received, connection.taken, written)
         cursor.was_closed = connection.closed_by_peer
         self._answered_pings = connection.answers_pings
         too_long = connection.closed_by_peer and connection.close_code == TOO_LONG
         place = None if cursor.is_caught_up else cursor.position
-        in_vain = self.attempts.ended(place, too_long=too_long, answers=connection.answers_pings)
-        if not in_vain or longest is None:
+        answers = connection.answers_pings
+        if not self.attempts.ended(place, too_long=too_long, answers=answers, longest=nbytes) or not nbytes:
             return False
         cursor.pass_over(longest)
         return True

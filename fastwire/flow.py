@@ -100,10 +100,14 @@ class Attempts:
 
     A client says so (close code 1009). A proxy between, or a client that fails, just ends the connection: of `MOST` in
     a row that end at the same place the message is taken to be the reason. Of a client that never answered a ping that
-    place is not known: it may have had the message each time.
+    place is not known: it may have had the message each time. A short message is no reason: a network that fails three
+    times before a pong has come, in a flood, looks the same.
     """
 
     MOST = 3
+
+    #: What every WebSocket stack takes, by default, and proxies too.
+    LEAST = 1 * MIB
 
     def __init__(self) -> None:
         #: The last one ended further on than the one before, or its client has everything.
@@ -112,14 +116,15 @@ class Attempts:
         self._count = 0
         self._answers = False
 
-    def ended(self, place: int | None, *, too_long: bool, answers: bool) -> bool:
+    def ended(self, place: int | None, *, too_long: bool, answers: bool, longest: int) -> bool:
         """One ended, and its client has received what comes before ``place``; None: everything. ``answers``: it has
-        answered a ping, on this one or before. Returns whether a message is to be passed over."""
+        answered a ping, on this one or before. ``longest`` are the bytes of the longest message that was on its way.
+        Returns whether a message is to be passed over."""
         self._answers |= answers
         self.has_progressed = place is None or place != self._place
         self._count = 1 if self.has_progressed else self._count + 1
         self._place = place
-        if place is None or not (too_long or (self._answers and self._count >= self.MOST)):
+        if place is None or not (too_long or (self._answers and self._count >= self.MOST and longest >= self.LEAST)):
             return False
         self._count = 0
         return True

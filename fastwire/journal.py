@@ -299,11 +299,9 @@ class Cursor:
         self._go(place, back)
         self._stand()
 
-    def longest(self, received: int, written: int) -> int | None:
-        """The number of the longest message that was on its way to the client."""
-        longest = (given.longest(received, written) for given in self.flight)
-        nbytes, number = max(longest, key=itemgetter(0), default=(0, 0))
-        return number if nbytes else None
+    def longest(self, received: int, written: int) -> tuple[int, int]:
+        """The bytes and the number of the longest message that was on its way to the client; or no bytes."""
+        return max((given.longest(received, written) for given in self.flight), key=itemgetter(0), default=(0, 0))
 
     def pass_over(self, number: int) -> None:
         """The client is told of this message, and not given it."""

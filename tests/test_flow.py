@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from fastwire.flow import Acknowledgements, Attempts, Limits, Rate, resume_time, too_many
 
 PATIENCE = Acknowledgements.PATIENCE
+LONG = Attempts.LEAST
 
 
 def test_a_client_that_said_goodbye_is_waited_for_briefly() -> None:
@@ -22,31 +23,37 @@ def test_a_client_whose_connection_broke_is_waited_for_longer() -> None:
 
 def test_a_client_that_says_a_message_is_too_long_is_believed_at_once() -> None:
     attempts = Attempts()
-    assert attempts.ended(7, too_long=True, answers=False)
-    assert not attempts.ended(None, too_long=True, answers=False), "it has everything"
+    assert attempts.ended(7, too_long=True, answers=False, longest=LONG)
+    assert not attempts.ended(None, too_long=True, answers=False, longest=LONG), "it has everything"
 
 
 def test_three_attempts_that_end_at_the_same_place_are_believed() -> None:
     attempts = Attempts()
-    assert [attempts.ended(place, too_long=False, answers=True) for place in (7, 7, 8, 8, 8, 8, 8, 8)] == [
-        *(False, False, False, False, True),
-        *(False, False, True),
-    ]
-    assert [attempts.ended(place, too_long=False, answers=True) for place in (9, 9, None, 9, 9)] == [False] * 5
+    believed = [attempts.ended(place, too_long=False, answers=True, longest=LONG) for place in (7, 7, 8, 8, 8, 8, 8, 8)]
+    assert believed == [False, False, False, False, True, False, False, True]
+    places = (9, 9, None, 9, 9)
+    assert not any(attempts.ended(place, too_long=False, answers=True, longest=LONG) for place in places)
+
+
+def test_a_short_message_is_no_reason_unless_its_client_says_so() -> None:
+    attempts = Attempts()
+    assert not any(attempts.ended(7, too_long=False, answers=True, longest=LONG - 1) for _ in range(9))
+    assert attempts.ended(7, too_long=True, answers=True, longest=10)
 
 
 def test_who_never_answered_may_have_had_it_each_time() -> None:
     attempts = Attempts()
-    assert not any(attempts.ended(7, too_long=False, answers=False) for _ in range(9))
-    assert attempts.ended(7, too_long=False, answers=True), "it has missed enough"
-    assert [attempts.ended(7, too_long=False, answers=False) for _ in range(3)] == [False, False, True], "it had, once"
+    assert not any(attempts.ended(7, too_long=False, answers=False, longest=LONG) for _ in range(9))
+    assert attempts.ended(7, too_long=False, answers=True, longest=LONG), "it has missed enough"
+    later = [attempts.ended(7, too_long=False, answers=False, longest=LONG) for _ in range(3)]
+    assert later == [False, False, True], "it has answered before"
 
 
 def test_an_attempt_without_progress_is_known() -> None:
     attempts = Attempts()
     progress = []
     for place in (7, 7, 8, None, None, 9, 9):
-        attempts.ended(place, too_long=False, answers=True)
+        attempts.ended(place, too_long=False, answers=True, longest=LONG)
         progress.append(attempts.has_progressed)
     assert progress == [True, False, True, True, True, True, False]
 
