@@ -52,6 +52,7 @@ class Hooked(zmq.Socket):
 PEER = """
 import os, sys, time, zmq
 router = zmq.Context().socket(zmq.ROUTER)
+router.rcvhwm = 1  # so that its libzmq reads no more than its program does
 print(router.bind_to_random_port("tcp://127.0.0.1"), flush=True)
 sys.stdin.readline()
 time.sleep(0.5)
