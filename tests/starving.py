@@ -481,6 +481,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Batch.frames": [frames_of(None), frames_of(PROTOCOL_V1)],
     "Frames.__bytes__": pure(lambda: bytes(two().frames(None))),
     "Ends.complete_before": pure(lambda: one().frames(None).ends.complete_before(10)),
+    "Ends.longest": pure(lambda: one().frames(None).ends.longest(0, 10)),
     "Batch.part": pure(lambda: one().part(1, 3), listed),
     "Batch.forget_frames": pure(lambda: one().part(0, 2).forget_frames()),
     "Activity": pure(lambda: Activity(["usage_reply"]), lambda it: it.state),
