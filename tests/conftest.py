@@ -24,6 +24,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 #: What they assert for all tests of several files is shown as a test's own assertions are.
 pytest.register_assert_rewrite("journal_stage", "relay_stage", "websocket_site")
 
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("nightly") and os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
+        pytest.skip("takes long: make nightly")
+
+
 FAILED = pytest.StashKey[bool]()
 
 #: Lines for the end of the report: what was counted in this run.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import subprocess
@@ -164,7 +163,7 @@ def drip(client: Client, nbytes: int = 4000) -> None:
     client.socket.client._buffer += client.socket.client.sock.recv(nbytes)
 
 
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="two minutes: make nightly")
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_reader_of_one_kilobyte_a_second(tmp_path: Path) -> None:
     """Three times as long as `write_deadline`, in which its TCP has made no room for a new write."""
