@@ -25,7 +25,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 pytest.register_assert_rewrite("journal_stage", "relay_stage", "websocket_site")
 
 
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("nightly") and os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
         pytest.skip("takes long: make nightly")
