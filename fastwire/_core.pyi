@@ -588,9 +588,9 @@ class Uplink:
     def retry(self) -> int:
         """Send again what waits; the result is that of `relay`."""
     def adopt(self, other: Uplink) -> None:
-        """Take over what waits in another uplink, before what waits here, and its counts of `sent` and `sending_bytes`:
-        the client has a new socket, or the kernel a new key (what waits is signed anew). The other is empty afterwards.
-        Without memory nothing is taken over."""
+        """Take over what waits in another uplink, before what waits here, and what it has counted: the client has a new
+        socket, or the kernel a new key (what waits is signed anew). The other is empty afterwards. Without memory
+        nothing is taken over."""
     held: bool
     """Requests on shell wait, whether the socket has room or not; control and stdin go on."""
     @property
@@ -604,6 +604,9 @@ class Uplink:
     @property
     def sent(self) -> int:
         """Messages a socket has taken."""
+    @property
+    def answers(self) -> int:
+        """Messages on stdin, which answer what the kernel has asked: those that a socket has taken, and that wait."""
     @property
     def ignored(self) -> list[str]:
         """Since the last look: unknown channels and message types that are not allowed, in words; taking them clears

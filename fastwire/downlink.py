@@ -15,7 +15,7 @@ from operator import itemgetter
 
 from fastwire._core import PROTOCOL_V1, Batch, encode_legacy, encode_v1
 from fastwire.budgets import Budgets
-from fastwire.flow import Attempts, Limits
+from fastwire.flow import Attempts, Limits, Questions
 from fastwire.journal import Countable, Cursor
 from fastwire.notices import notice
 from fastwire.segments import Entry, Gap, size_of
@@ -81,7 +81,8 @@ class Downlink:
 
     ``prepare(batch)`` says what this client gets instead of some messages. It is asked about batches that are
     `Batch.unusual`, and about each one when ``prepare_all`` is set (rate limits); nobody else pays. ``on_failure``
-    hears of a policy, or of a message that cannot be said in this client's protocol.
+    hears of a policy, or of a message that cannot be said in this client's protocol. ``count_answers`` counts what the
+    client has said on stdin.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Downlink:
         budgets: Budgets,
         on_failure: Callable[[Exception], None],
         on_slow: Callable[[], None],
+        count_answers: Callable[[], int],
     ) -> None:
         self.cursor = cursor
         self.connection: Connection | None = None
@@ -101,6 +103,8 @@ class Downlink:
         self.attempts = Attempts()
         self._budgets = budgets
         self._on_failure = on_failure
+        self._questions = Questions()
+        self._count_answers = count_answers
         self._answered_pings = False  # who had the last socket
         cursor.on_ready = self.pump
 
@@ -224,8 +228,14 @@ class Downlink:
 
     def _left_out(self, entry: Entry, count: int) -> dict[int, None]:
         """What the client has of it, or is not to be given again."""
-        again = self.cursor.again(entry, answers_pings=self._answered_pings, replied=False)
+        answered = self.look_for_answers()
+        again = self.cursor.again(entry, answers_pings=self._answered_pings, answered=answered)
         return {} if again is None else dict.fromkeys({*range(count)}.difference(again))
+
+    def look_for_answers(self) -> int:
+        """What the kernel has asked before this number is answered. To be called before the kernel's next question."""
+        self._questions.look(self._count_answers(), self.cursor.journal.end)
+        return self._questions.answered
 
     def _send(self, connection: Connection, batch: Batch) -> Countable:
         if connection.compresses:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Acknowledgements", "Attempts", "Limits", "Rate", "has_room", "is_said_again", "resume_time", "too_many"]
+__all__ = [
+    "Acknowledgements", "Attempts", "Limits", "Questions", "Rate", "has_room", "is_said_again", "resume_time",
+    "too_many",
+]  # fmt: skip
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -86,13 +89,29 @@ def is_said_again(msg_type: str, *, was_taken: bool, answers_pings: bool, replie
     one that answers pings (``answers_pings``) has said what it has, and is believed. Of one that never does TCP is all
     there is to believe: what it takes badly twice (a second comm_open replaces a live comm, a second input_request asks
     again) and what is from before the kernel was started again (``restarted``) does not come twice. A question that
-    was answered (``replied``: an input_reply has passed since), or whose kernel is gone, is not asked again.
+    was answered (``replied``, as `Questions` knows), or whose kernel is gone, is not asked again.
     """
     if msg_type == "input_request" and (replied or restarted):
         return False
     if answers_pings or not was_taken:
         return True
     return not restarted and msg_type not in ("comm_open", "input_request")
+
+
+class Questions:
+    """Which of a kernel's questions to one client are answered: those that were asked before an answer passed. A kernel
+    that asks anew waits for no other answer; and an answer need not say which question it is for."""
+
+    def __init__(self) -> None:
+        #: What has a number before this is answered.
+        self.answered = 0
+        self._answers = 0
+
+    def look(self, answers: int, end: int) -> None:
+        """So many answers have passed; what was asked until now has a number before ``end``. To be called before the
+        next question."""
+        if answers != self._answers:
+            self._answers, self.answered = answers, end
 
 
 class Attempts:

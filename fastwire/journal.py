@@ -243,9 +243,9 @@ class Cursor:
         self._index += 1
         self.position = entry.end
 
-    def again(self, entry: Entry, *, answers_pings: bool, replied: bool) -> list[int] | None:
+    def again(self, entry: Entry, *, answers_pings: bool, answered: int) -> list[int] | None:
         """The indices of the messages that it is to be given of an entry of which some were given before; None for
-        all."""
+        all. Questions with a number before ``answered`` are."""
         if self.position <= entry.first >= self.written:
             return None
         batch = entry.batch
@@ -256,7 +256,7 @@ class Cursor:
                 batch.msg_type(index),
                 was_taken=number < self.taken,
                 answers_pings=answers_pings,
-                replied=replied,
+                replied=number < answered,
                 restarted=number < self.journal.barrier,
             ):
                 indices.append(index)

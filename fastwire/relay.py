@@ -357,7 +357,12 @@ class Session:
         self.user = user
         self._budget = relay.budgets.of(user)
         self.downlink = Downlink(
-            relay.journal.cursor(user), relay.limits, relay.budgets, self._cannot_say, self._is_slow
+            relay.journal.cursor(user),
+            relay.limits,
+            relay.budgets,
+            self._cannot_say,
+            self._is_slow,
+            self._count_answers,
         )
         self.downlink.cursor.on_overflow = self._overflow
         self.on_ignored: Callable[[list[str]], None] | None = None
@@ -533,6 +538,8 @@ class Session:
     def _answer(self, batch: Batch) -> None:
         """Messages of the kernel on this client's own sockets."""
         self.relay.activity.answered(batch)
+        if batch.channel == "stdin":
+            self.downlink.look_for_answers()
         self.deliver(batch)
 
     def deliver(self, batch: Batch) -> None:
@@ -550,6 +557,9 @@ class Session:
         journal = self.relay.journal
         self.downlink.pass_on(journal.append(batch, self.downlink.cursor.number, momentary=momentary, ours=ours))
         journal.settle()
+
+    def _count_answers(self) -> int:
+        return self._uplink.answers
 
     def _cannot_say(self, error: Exception) -> None:
         self._give_up(error, "the server could not handle a message of the kernel")

@@ -587,6 +587,20 @@ def test_adopting_loses_nothing_that_waits_already(narrow: Kernel) -> None:
     assert sorted(drained(narrow, new, 20)) == list(range(20))
 
 
+@both_protocols
+def test_answers_are_counted(kernel: Kernel, protocol: str | None) -> None:
+    """What is said on stdin, over all uplinks of a client; not what is refused."""
+    old, new = kernel.uplink(protocol), kernel.uplink(protocol)
+    for channel in (*oracle.CHANNELS, "stdin"):
+        old.relay(parser_of(*map(data_frame, numbered(1, protocol, channel))))
+    with pytest.raises(MalformedMessage):
+        old.relay(parser_of(data_frame("{")))
+    assert (old.answers, old.sent) == (2, 4)
+    new.relay(parser_of(*map(data_frame, numbered(3, protocol, "stdin"))))
+    new.adopt(old)
+    assert (old.answers, new.answers) == (0, 5)
+
+
 def test_adopting_itself_changes_nothing(narrow: Kernel) -> None:
     uplink = narrow.uplink(None)
     uplink.relay(parser_of(*map(data_frame, numbered(10, None))))

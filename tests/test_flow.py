@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastwire.flow import Acknowledgements, Attempts, Limits, Rate, resume_time, too_many
+from fastwire.flow import Acknowledgements, Attempts, Limits, Questions, Rate, resume_time, too_many
 
 PATIENCE = Acknowledgements.PATIENCE
 LONG = Attempts.LEAST
@@ -19,6 +19,23 @@ def test_a_client_that_said_goodbye_is_waited_for_briefly() -> None:
 def test_a_client_whose_connection_broke_is_waited_for_longer() -> None:
     assert resume_time(Limits(resume_timeout=50.0, resume_timeout_closed=7.0), closed=False) == 50.0
     assert resume_time(Limits(), closed=False) > resume_time(Limits(), closed=True)
+
+
+def test_a_question_is_answered_by_what_is_said_after_it() -> None:
+    questions = Questions()
+    questions.look(0, 10)  # before one with the number 10
+    assert questions.answered == 0
+    questions.look(1, 20)
+    assert questions.answered == 20
+    questions.look(1, 30)  # nothing was said since
+    assert questions.answered == 20
+
+
+def test_who_answers_before_it_is_asked_has_not_answered() -> None:
+    questions = Questions()
+    questions.look(3, 10)
+    questions.look(3, 11)
+    assert questions.answered == 10
 
 
 def test_a_client_that_says_a_message_is_too_long_is_believed_at_once() -> None:

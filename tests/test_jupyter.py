@@ -1,6 +1,7 @@
 """Real kernels through the real server, as Jupyter's clients meet them, in both protocols."""
 
 import asyncio
+import copy
 import json
 import re
 import signal
@@ -17,6 +18,7 @@ import wsclient
 from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
+from network import Network
 from server import (
     FASTWIRE,
     JUPYTER,
@@ -469,6 +471,64 @@ def test_coming_back_after_tcp_broke(server: Server, light: str, protocol: str |
     assert {"execute_reply", "status"} <= {message.type for message in second.log if message.parent == cell}
     assert again.result == "4"
     assert numbers(other.log) == [*range(count)]
+
+
+ASKS = """
+import os, time
+while not os.path.exists({0!r}): time.sleep(0.01)
+print("asking", flush=True)
+print("hello", input("who? "), flush=True)
+"""
+
+
+@both_protocols
+def test_what_was_answered_is_not_asked_again(server: Server, kernel: str, protocol: str | None) -> None:
+    """The connection breaks before the client's WebSocket stack has said that it has the question."""
+    begin = server.home / f"begin-{uuid.uuid4().hex}"
+    begin.touch()
+    with Client(server, kernel, protocol) as other:
+        first = Client(server, kernel, protocol, how=Raw)
+        first.run("0")
+        cell = first.execute(ASKS.format(str(begin)), allow_stdin=True)
+        first.expect("input_request")
+        first.send("input_reply", {"value": "Zoë"}, channel="stdin")
+        other.receive_until(lambda message: "hello" in message.content.get("text", ""))
+        first.socket.reset()
+        with Client(server, kernel, protocol, first.session_id) as second:
+            assert second.collect(cell).text().endswith("hello Zoë\n")
+            assert [m for m in second.log if m.type == "input_request"] == []
+
+
+@both_protocols
+def test_a_question_that_a_tunnel_has_swallowed_comes_again(server: Server, kernel: str, protocol: str | None) -> None:
+    """What a proxy took counts for nothing: this client answers pings."""
+    begin = server.home / f"begin-{uuid.uuid4().hex}"
+    with Network(server.port) as network, Client(server, kernel, protocol) as other:
+        through = copy.copy(server)
+        through.port = network.port
+        first = Client(through, kernel, protocol)
+        first.run("0")
+        cell = first.execute(ASKS.format(str(begin)), allow_stdin=True)
+        first.expect("execute_input")
+        sent = sent_to(server, kernel, first)
+        network.cut(silent=True)
+        begin.touch()
+        other.receive_until(lambda message: message.content.get("text") == "asking\n")
+        until(lambda: sent_to(server, kernel, first) >= sent + 2, "the word and the question are on their way")
+        network.restore()
+        with Client(through, kernel, protocol, first.session_id) as second:
+            assert second.expect("input_request").parent == cell
+            second.send("input_reply", {"value": "Zoë"}, channel="stdin")
+            assert second.collect(cell).text().endswith("hello Zoë\n")
+        first.socket.close()
+
+
+def sent_to(server: Server, kernel: str, client: Client) -> int:
+    """Messages that the client's socket was given and has written."""
+    _, status = server.rest("GET", "/fastwire/api/status")
+    (entry,) = [entry for entry in status["kernels"] if entry["kernel"] == kernel]
+    (sent,) = [each["sent_messages"] for each in entry["clients"] if each["client"] == client.session_id[:8]]
+    return sent
 
 
 def test_who_comes_anew_gets_nothing_of_the_past(server: Server, kernel: str) -> None:

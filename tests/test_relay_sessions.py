@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 import pytest
 import zmq
 from builders import message
-from relay_stage import KIB, Kernel, Stage, both_protocols, leave, settle, stream, until
+from relay_stage import KIB, Client, Kernel, Stage, both_protocols, leave, settle, stream, until
 from server import Message
 from wsclient import close_frame
 
@@ -119,6 +119,78 @@ def test_what_must_not_come_twice(stage: Stage, kernel: Kernel) -> None:
     again = stage.connect("ann")
     kernel.publish(*stream(1))
     assert again.ids(2) == ["msg", "1"]
+
+
+def ask(kernel: Kernel, msg_id: str) -> None:
+    """The kernel asks ann for input."""
+    kernel.reply("ann", message("input_request", msg_id), "stdin")
+
+
+def answer(kernel: Kernel, client: Client) -> None:
+    client.say("answer", "input_reply", "stdin")
+    assert kernel.ids(1, "stdin") == ["answer"]
+
+
+@both_protocols
+def test_a_question_comes_again_until_it_is_answered(
+    stage: Stage, kernel: Kernel, protocol: str | None, transport: bool
+) -> None:
+    """To who answers pings: it has not said that it has the question, nor that it has not."""
+    stage.start(kernel)
+    client = stage.connect("ann", protocol)
+    stage.introduce(client, "stdin")
+    kernel.publish(*stream(1))
+    assert client.ids(1) == ["1"]
+    settle(stage, client)
+    ask(kernel, "first")
+    for _ in range(2):
+        assert client.ids(1) == ["first"]
+        leave(stage, client, "reset", settled=False)
+        client = stage.connect("ann", protocol)
+    assert client.ids(1) == ["first"]
+    answer(kernel, client)
+    ask(kernel, "second")
+    assert client.ids(1) == ["second"]
+    leave(stage, client, "reset", settled=False)
+    client = stage.connect("ann", protocol)
+    assert client.ids(1) == ["second"]
+    answer(kernel, client)
+    leave(stage, client, "reset", settled=False)
+    kernel.publish(*stream(2))
+    assert stage.connect("ann", protocol).ids(1) == ["2"]
+
+
+def test_an_answer_is_an_answer_on_the_next_socket_too(stage: Stage, kernel: Kernel) -> None:
+    """The question waits behind other messages to come again, and whoever asked has its answer meanwhile."""
+    stage.send_buffers["ann"] = 8 * KIB
+    stage.start(kernel, high_water=64 * KIB)
+    client = stage.connect("ann")
+    stage.introduce(client, "stdin")
+    kernel.publish(*stream(1))
+    assert client.ids(1) == ["1"]
+    settle(stage, client)
+    client.acknowledges = False
+    kernel.publish(*stream(2, size=2000 * KIB))
+    ask(kernel, "the question")
+    assert client.ids(2) == ["2", "the question"]
+    leave(stage, client, "reset", settled=False)
+    client = stage.connect("ann", receive_buffer=8 * KIB)
+    stage.blocked("ann")
+    answer(kernel, client)
+    kernel.publish(*stream(3))
+    assert client.ids(2) == ["2", "3"]
+
+
+def test_a_question_that_the_client_has_not_been_given_comes_whatever_was_said(stage: Stage, kernel: Kernel) -> None:
+    """It may have answered an earlier one that the kernel did not wait for."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client, "stdin")
+    leave(stage, client, "reset")
+    ask(kernel, "first")
+    until(lambda: stage.session("ann").downlink.cursor.kept == 1, "the question waits")
+    client = stage.connect("ann")
+    assert client.ids(1) == ["first"]
 
 
 def test_a_kernel_that_was_started_again_is_a_barrier(stage: Stage, kernel: Kernel) -> None:

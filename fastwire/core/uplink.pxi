@@ -146,6 +146,7 @@ cdef class Uplink:
     cdef readonly size_t waiting_bytes
     cdef readonly Py_ssize_t waiting_messages
     cdef readonly uint64_t sent
+    cdef readonly uint64_t answers      # messages on stdin, sent or waiting
     cdef public bint held
     cdef object allowed
     cdef list notes
@@ -286,6 +287,7 @@ cdef class Uplink:
         except BaseException:
             let_go(record)
             raise
+        self.answers += target == STDIN
         tally(&counted.to_kernels[target], sum_of(parts, <Py_ssize_t>count))
         return 0
 
@@ -440,10 +442,12 @@ cdef class Uplink:
         self.waiting_bytes += other.waiting_bytes
         self.waiting_messages += other.waiting_messages
         self.sent += other.sent
+        self.answers += other.answers
         self.touched |= other.touched
         other.waiting_bytes = 0
         other.waiting_messages = 0
         other.sent = 0
+        other.answers = 0
         other.touched = 0
         return 0
 
