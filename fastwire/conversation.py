@@ -40,6 +40,7 @@ class Application(Protocol):
     consumer: Callable[[FrameParser], None] | None
     on_progress: Callable[[], None] | None
     on_stalled: Callable[[], None] | None
+    is_held: Callable[[], bool] | None
     label: tuple[str, str]
 
     @property
@@ -178,6 +179,9 @@ class Conversation:
             self._limit_closing()
 
     # -- what the peer has (`probe.Prober`) --
+
+    def is_held(self) -> bool:
+        return self._application.is_held is not None and self._application.is_held()
 
     def on_acknowledged(self) -> None:
         self._application.on_sign_of_life()

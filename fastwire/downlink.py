@@ -114,6 +114,7 @@ class Downlink:
         """Give it first what the client has not received, then what comes."""
         self.connection, self.protocol = connection, protocol
         connection.on_progress = self._on_progress
+        connection.is_held = self._is_held
         self._budgets.count_sockets(1)
         self.cursor.attach()
         self.lag.ends()
@@ -124,7 +125,7 @@ class Downlink:
         """It is gone. Returns whether a message is passed over from now on, because the client cannot take it."""
         connection = self.connection
         assert connection is not None
-        connection.on_progress = None
+        connection.on_progress = connection.is_held = None
         self.connection = None
         self._budgets.count_sockets(-1)
         self.lag.ends()
@@ -148,6 +149,13 @@ class Downlink:
             and queue.queued - connection.received < self.cursor.journal.window
             and not connection.is_closing()
         )
+
+    def _is_held(self) -> bool:
+        """More waits, for nothing but to hear what the client has received; and it has never said so."""
+        connection = self.connection
+        if connection is None or self.cursor.is_live or self.attempts.answers:
+            return False
+        return connection.queue.queued - connection.received >= self.cursor.journal.window
 
     # -- what it is given --
 
@@ -263,7 +271,7 @@ class Downlink:
         kept = self.cursor.kept
         self.lag.ends()
         if self.connection is not None:
-            self.connection.on_progress = None
+            self.connection.on_progress = self.connection.is_held = None
             self.connection = None
             self._budgets.count_sockets(-1)
         self.cursor.end()

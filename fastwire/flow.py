@@ -131,19 +131,20 @@ class Attempts:
     def __init__(self) -> None:
         #: The last one ended further on than the one before, or its client has everything.
         self.has_progressed = True
+        #: The client has answered a ping.
+        self.answers = False
         self._place: int | None = None
         self._count = 0
-        self._answers = False
 
     def ended(self, place: int | None, *, too_long: bool, answers: bool, longest: int) -> bool:
         """One ended, and its client has received what comes before ``place``; None: everything. ``answers``: it has
         answered a ping, on this one or before. ``longest`` are the bytes of the longest message that was on its way.
         Returns whether a message is to be passed over."""
-        self._answers |= answers
+        self.answers |= answers
         self.has_progressed = place is None or place != self._place
         self._count = 1 if self.has_progressed else self._count + 1
         self._place = place
-        if place is None or not (too_long or (self._answers and self._count >= self.MOST and longest >= self.LEAST)):
+        if place is None or not (too_long or (self.answers and self._count >= self.MOST and longest >= self.LEAST)):
             return False
         self._count = 0
         return True
@@ -194,7 +195,9 @@ class Acknowledgements:
     bytes; the last bytes of a burst have nothing to ride with and are asked about by themselves (`delay`). A peer
     that never answers, although its TCP took a ping `PATIENCE` ago and takes more bytes or has them all, is believed
     to have received what was written (`demoted`), until it does answer. One that has answered before is only slow: a
-    browser does not while its page's script is busy.
+    browser does not while its page's script is busy. Where more is kept back until it answers (``held``), and nothing
+    says that it ever will, it is believed after `HELD_PATIENCE`: there are clients that answer no pings, and it would
+    have to wait for nothing.
     """
 
     PREFIX = b"fastwire"
@@ -208,6 +211,7 @@ class Acknowledgements:
     MUCH = 32 * KIB
 
     PATIENCE = 30.0
+    HELD_PATIENCE = 2.0
 
     def __init__(self) -> None:
         #: The peer has everything before this position.
@@ -260,7 +264,7 @@ class Acknowledgements:
         self.position = self._asked
         return True
 
-    def look(self, now: float, taken: int, *, waits: bool) -> None:
+    def look(self, now: float, taken: int, *, waits: bool, held: bool = False) -> None:
         """The ping is not answered yet; the peer's TCP has everything before ``taken``. One that takes nothing although
         bytes wait is stalled, not silent."""
         moved, self._taken = taken > self._taken, max(taken, self._taken)
@@ -268,7 +272,8 @@ class Acknowledgements:
             return
         if self._silent_since is None:
             self._silent_since = now
-        self.demoted |= (moved or not waits) and now - self._silent_since >= self.PATIENCE
+        patience = self.HELD_PATIENCE if held else self.PATIENCE
+        self.demoted |= (moved or not waits) and now - self._silent_since >= patience
 
     def pause(self) -> None:
         """Nothing is read from the peer: that no pong comes means nothing."""

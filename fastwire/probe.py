@@ -42,6 +42,9 @@ STALL_LOOKS = 4
 class Prober(Protocol):
     """Who is told."""
 
+    def is_held(self) -> bool:
+        """More is kept back until the peer answers, and nothing says that it ever will."""
+
     def on_acknowledged(self) -> None: ...
 
     def on_demoted(self) -> None:
@@ -108,7 +111,8 @@ class Probe:
             acknowledgements.pause()
         else:
             taken = transport.taken
-            acknowledgements.look(self._loop.time(), taken, waits=transport.queue.queued > taken)
+            waits = transport.queue.queued > taken
+            acknowledgements.look(self._loop.time(), taken, waits=waits, held=self._prober.is_held())
         if acknowledgements.demoted:
             self._prober.on_demoted()
             return

@@ -92,6 +92,8 @@ class Connection(WebSocketProtocol13):
     handler's ``on_message``. Either may raise a `FastwireError` to fail the connection with its close code.
     ``on_progress`` is called after bytes went out, and when the peer has acknowledged some (`acknowledge`).
     ``on_alive`` is called when it took bytes that had to wait, or has acknowledged some: signs of life.
+    ``is_held`` is asked, while a ping is not answered, whether more is kept back until it is, and nothing says that
+    this peer ever answers: it is believed sooner then to have what was written.
     ``on_stalled`` is called when its TCP took nothing for the time of `limit_stalls` although bytes wait.
 
     Its methods are what Tornado asks of a protocol, what it offers to the application, and what a `Conversation` says
@@ -112,6 +114,7 @@ class Connection(WebSocketProtocol13):
         self.receiver: Callable[[str | bytes], None] | None = None
         self.on_progress: Callable[[], None] | None = None
         self.on_stalled: Callable[[], None] | None = None
+        self.is_held: Callable[[], bool] | None = None
         self.on_alive: Callable[[], None] | None = None
         #: What this connection's events are about: a kernel and its client, where there are such.
         self.label = ("", "")

@@ -215,6 +215,17 @@ def test_who_has_everything_and_is_silent_is_believed_too() -> None:
     assert acknowledgements.demoted
 
 
+def test_who_would_have_to_wait_for_nothing_is_believed_sooner() -> None:
+    acknowledgements = asked()
+    acknowledgements.look(0.0, 101, waits=False, held=True)
+    acknowledgements.look(Acknowledgements.HELD_PATIENCE, 101, waits=False)
+    assert not acknowledgements.demoted, "nothing is kept back any more"
+    acknowledgements.look(Acknowledgements.HELD_PATIENCE, 101, waits=True, held=True)
+    assert not acknowledgements.demoted, "it takes nothing either"
+    acknowledgements.look(Acknowledgements.HELD_PATIENCE, 101, waits=False, held=True)
+    assert acknowledgements.demoted
+
+
 def test_who_answers_in_the_end_is_asked_again() -> None:
     acknowledgements = Acknowledgements()
     ping = acknowledgements.ask(100, 0.0)

@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 import pytest
 import zmq
 from builders import message
-from relay_stage import KIB, Client, Kernel, Stage, both_protocols, leave, settle, stream, until
+from relay_stage import KIB, MIB, Client, Kernel, Stage, both_protocols, leave, settle, stream, until
 from server import Message
 from wsclient import close_frame
 
@@ -246,6 +246,45 @@ def test_a_client_that_answers_no_pings(stage: Stage, kernel: Kernel, monkeypatc
     until(is_believed, "it is believed")
     until(lambda: not stage.run(lambda: session.downlink.cursor.flight), "nothing is kept for it")
     stage.take_logs()
+
+
+def test_who_has_never_answered_is_not_kept_waiting_for_an_answer(
+    stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a client may have unacknowledged is full at once, and no pong will make room."""
+    monkeypatch.setattr(Acknowledgements, "HELD_PATIENCE", 0.1)
+    stage.start(kernel, client_memory_limit=MIB)
+    client = stage.connect("ann")
+    client.acknowledges = False
+    assert stage.relay.journal.window < MIB
+    kernel.publish(*stream(1, size=1200 * KIB))
+    kernel.publish(*stream(2))
+    assert client.ids(2) == ["1", "2"]
+    leave(stage, client, "reset", settled=False)
+    kernel.publish(*stream(3))
+    assert stage.connect("ann").ids(1) == ["3"], "it is believed to have what was written"
+    stage.take_logs()
+
+
+def test_who_has_answered_before_is_waited_for(stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It will again: through a tunnel TCP takes bytes for a client that is gone."""
+    monkeypatch.setattr(Acknowledgements, "HELD_PATIENCE", 0.0)
+    stage.start(kernel, client_memory_limit=MIB)
+    client = stage.connect("ann")
+    kernel.publish(*stream(1))
+    assert client.ids(1) == ["1"]
+    leave(stage, client, "reset")
+    client = stage.connect("ann")
+    client.acknowledges = False
+    kernel.publish(*stream(2, size=1200 * KIB))
+    kernel.publish(*stream(3))
+    assert client.ids(1) == ["2"]
+    asked = stage.session("ann").connection.conversation.probe.acknowledgements
+    until(lambda: stage.run(lambda: asked._silent_since is not None and asked.outstanding), "it is silent")
+    assert not asked.demoted
+    client.acknowledges = True
+    client.acknowledge()
+    assert client.ids(1) == ["3"]
 
 
 def test_an_acknowledgement_is_a_sign_of_life(stage: Stage, kernel: Kernel) -> None:
