@@ -2,8 +2,32 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
+
+
+@dataclass(eq=False)
+class Link:
+    """Two connections that are one to those at its ends."""
+
+    client: asyncio.StreamWriter
+    server: asyncio.StreamWriter
+    swallows: bool = False
+
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Whether the client has gone, which one that swallows does not notice."""
+        try:
+            yield
+        except OSError:
+            if not self.swallows:
+                raise
+
+    def reset(self) -> None:
+        self.client.transport.abort()
+        self.server.transport.abort()
 
 
 class Network:
@@ -39,6 +63,12 @@ class Network:
         """New connections get through again. Those from before the cut are reset: the router has forgotten them."""
         self._call(self._restore())
 
+    def swallow(self) -> None:
+        """From now on what the server says on the connections that exist is taken, kept in `swallowed`, and never
+        passed on: a tunnel with megabytes of buffers, which does not notice when its client goes. What clients say gets
+        through."""
+        self._call(self._swallow())
+
     def _call(self, work: Awaitable[None]) -> None:
         async def awaited() -> None:
             await work
@@ -51,7 +81,8 @@ class Network:
         self._whole = asyncio.Event()
         self._whole.set()
         self._refuses = False
-        self._links: set[asyncio.Transport] = set()
+        self._links: set[Link] = set()
+        self.swallowed = bytearray()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
@@ -77,7 +108,11 @@ class Network:
 
     def _reset(self) -> None:
         while self._links:
-            self._links.pop().abort()
+            self._links.pop().reset()
+
+    async def _swallow(self) -> None:
+        for link in self._links:
+            link.swallows = True
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -96,21 +131,34 @@ class Network:
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Both ways, until both have ended or either breaks."""
         server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.target)
-        links = {writer.transport, server_writer.transport}
-        self._links |= links
+        link = Link(writer, server_writer)
+        self._links.add(link)
         try:
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._pass_on(reader, server_writer))
-                both.create_task(self._pass_on(server_reader, writer))
+                both.create_task(self._upwards(reader, link))
+                both.create_task(self._downwards(server_reader, link))
         except* OSError:
             pass
         finally:
             server_writer.transport.abort()
-            self._links -= links
+            self._links.discard(link)
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _upwards(self, reader: asyncio.StreamReader, link: Link) -> None:
+        with link.noticing():
+            while data := await reader.read(1 << 16):
+                await self._whole.wait()
+                link.server.write(data)
+                await link.server.drain()
+        if not link.swallows:
+            link.server.write_eof()
+
+    async def _downwards(self, reader: asyncio.StreamReader, link: Link) -> None:
         while data := await reader.read(1 << 16):
             await self._whole.wait()
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()
+            if link.swallows:
+                self.swallowed += data
+                continue
+            with link.noticing():
+                link.client.write(data)
+                await link.client.drain()
+        link.client.write_eof()
