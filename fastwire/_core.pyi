@@ -182,7 +182,7 @@ def parse_close(payload: Buffer) -> tuple[int | None, str]:
 
 @final
 class FrameParser:
-    """A client's bytes in, its messages out: RFC 6455 for a server, sans I/O.
+    """A peer's bytes in, its messages out: RFC 6455, sans I/O; for a server, or with ``client`` for its client.
 
     ``feed`` or ``receive`` bytes, then iterate: each item is ``(opcode, payload)``; text as str, binary as bytes,
     and control frames (``OP_PING``, ``OP_PONG``, ``OP_CLOSE``) as bytes. Fragments are joined, control frames
@@ -192,17 +192,30 @@ class FrameParser:
     nothing is parsed after it. Nothing is parsed after a Close frame either. A text that cannot become UTF-8 fails
     as soon as the octets show it. A Close frame comes out only when its code and reason may be sent (`parse_close`
     reads them). Declared lengths cost no memory before the bytes arrive. ``max_fragments`` is the number of frames of
-    one message, 0 for any.
+    one message, 0 for any. A client's frames must be masked, a server's must not.
+
+    After `relay` nothing is joined: data frames, pings and pongs go into another socket's queue, and only a Close
+    frame comes out of iteration.
 
     Raises (from iteration) ProtocolError, InvalidPayload, MessageTooBig, PolicyViolation, and OutOfMemory when there is
     none for bytes that have come. MemoryError is for this call only: the next one gives the same message.
     """
 
-    def __init__(self, max_message_size: int = 10485760, *, deflate: bool = False, max_fragments: int = 0) -> None: ...
+    def __init__(
+        self, max_message_size: int = 10485760, *, deflate: bool = False, max_fragments: int = 0, client: bool = False
+    ) -> None: ...
+    def relay(self, sink: WriteQueue) -> None:
+        """From now on frames go into ``sink`` as they come: the same ones in the same order, unmasked, or masked anew
+        where that queue's are. A frame is passed on before it is whole (`WriteQueue.unfinished`), so that a long one
+        takes no memory here; whether text is UTF-8 is for who reads it. ``max_message_size`` bounds single frames.
+
+        Raises ValueError when something has been parsed already.
+        """
     def feed(self, data: Buffer) -> None:
         """Bytes from a peer; copied."""
     def receive(self, fd: int) -> int:
-        """One recv(2) of up to 256 KiB from a non-blocking socket into a buffer shared by all parsers.
+        """One recv(2) of up to 256 KiB (64 after `relay`) from a non-blocking socket into a buffer that all parsers
+        share.
 
         Returns the number of bytes, 0 at end of stream, -1 when nothing is there (EAGAIN, ENOBUFS, ENOMEM).
         EINTR is repeated. Raises OSError for a dead socket.
@@ -255,19 +268,23 @@ class WriteQueue:
     *acknowledged* (the peer has seen them). Positions are counts of bytes since the queue was made.
 
     Data up to ``copy_threshold`` is copied into contiguous blocks; larger data is referenced until its cursor has
-    passed it. With ``acknowledge`` off the two cursors are one.
+    passed it. With ``acknowledge`` off the two cursors are one. With ``mask`` it is a client's: each frame is copied
+    and masked with a key of its own, from the system's random bytes (RFC 6455 section 5.3).
     """
 
-    def __init__(self, *, copy_threshold: int = 8192, acknowledge: bool = False) -> None: ...
+    def __init__(self, *, copy_threshold: int = 8192, acknowledge: bool = False, mask: bool = False) -> None: ...
     def append(self, data: Buffer) -> int:
         """Queue raw bytes. Returns the position behind them."""
     def append_frame(self, opcode: int, payload: str | Buffer) -> int:
         """Queue a whole frame with its header (`frame_header`). Returns the position behind it.
 
-        Raises ValueError as `frame_header` does, and for a str that has no UTF-8.
+        Raises ValueError as `frame_header` does, for a str that has no UTF-8, and while a frame is `unfinished`.
         """
     def extend(self, frames: Frames) -> int:
-        """Queue encoded frames by reference (small ones are copied). Returns the position behind them."""
+        """Queue encoded frames by reference (small ones are copied). Returns the position behind them.
+
+        Raises ValueError where frames are masked, and while one is `unfinished`.
+        """
     def flush(self, fd: int, limit: int = ...) -> int:
         """Write once with sendmsg(2), at most ``limit`` bytes (default 1 MiB) in at most 256 pieces.
 
@@ -285,6 +302,10 @@ class WriteQueue:
         """
     def clear(self) -> int:
         """Forget and release everything; returns the number of bytes that were not written."""
+    @property
+    def unfinished(self) -> int:
+        """Bytes that are still to come of the payload of a frame that is passed on (`FrameParser.relay`): until then no
+        other frame can follow."""
     @property
     def pending_bytes(self) -> int:
         """queued - written."""
@@ -621,7 +642,8 @@ def limit_standby(limit: int) -> None:
 def script_syscalls(steps: Sequence[tuple[str, str | int]]) -> None:
     """Script the core's system calls: each step is ``(call, outcome)``, call "recv" or "sendmsg", outcome an errno
     name ("EAGAIN", "EINTR", "ENOBUFS", ...), or a number n: let at most n bytes through (0: the call answers 0).
-    Of "zmq_send", a frame for libzmq, n is a descriptor that must be readable before (0: none).
+    Of "zmq_send", a frame for libzmq, n is a descriptor that must be readable before (0: none). Of "entropy", random
+    bytes, there are errnos only.
     Steps are used up in order by calls of that name; afterwards calls are real again. [] ends the script."""
 
 def scripted_left() -> int:

@@ -122,6 +122,20 @@ def frames() -> list[bytes]:
     ]
 
 
+def passing() -> list[bytes]:
+    """As `frames` has them, then what a server sends."""
+    ways = [bytes(way) for way in product((0, 2, 4, 24, 32), (0, 5, 255))]
+    served = [
+        oracle.frame_header(2, 70_000) + bytes(300),
+        oracle.frame_header(1, 3, fin=False) + b"abc" + oracle.frame_header(9, 1) + b"p" + oracle.frame_header(0, 0),
+        oracle.frame_header(2, 200) + bytes(200) + oracle.frame_header(8, 5) + b"\x03\xe8bye" + b"\x81\x00",
+    ]
+    return [
+        *(way + stream for stream in STREAMS for way in ways),
+        *(bytes([1 | option, size]) + each for each in served for option in (0, 2, 4) for size in (0, 255)),
+    ]
+
+
 def close() -> list[bytes]:
     codes = (0, 999, 1000, 1003, 1004, 1005, 1007, 1014, 1015, 2999, 3000, 4999, 5000, 65535)
     return [b"", b"\x03", *(code.to_bytes(2) + reason for code in codes for reason in (b"", b"bye", *UTF8))]
@@ -246,7 +260,7 @@ def zmtp() -> list[bytes]:
 
 
 SEEDS: dict[str, Callable[[], list[bytes]]] = {
-    "frames": frames, "close": close, "json_text": json_text, "header": header, "v1": v1,
+    "frames": frames, "passing": passing, "close": close, "json_text": json_text, "header": header, "v1": v1,
     "legacy_text": legacy_text, "legacy_binary": legacy_binary, "split": multiparts, "batch": batch,
     "spill": spill, "compact": compact, "drain": drain, "activity": activity, "uplink": uplink,
     "zmtp": zmtp,

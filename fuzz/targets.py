@@ -170,6 +170,32 @@ def frames(data: memoryview) -> None:
 
 
 @target
+def passing(data: memoryview) -> None:
+    """A stream in chunks, from a client or a server, passed on to a server or a client."""
+    if len(data) < 2:
+        return
+    options, size = data[0], data[1] + 1
+    client, mask, limit = bool(options & 1), bool(options & 2), LIMITS[options >> 3 & 3]
+    settings = {"client": client, "max_fragments": FRAGMENTS if options & 32 else 0}
+    parser, sink, wire = _core.FrameParser(limit, **settings), _core.WriteQueue(mask=mask), b""
+    parser.relay(sink)
+    with data[2:] as stream:
+        for chunk in chunks(stream, size):
+            received(parser, chunk) if options & 4 else parser.feed(chunk)
+            wire += sink.take(1 << 20)
+            chunk.release()
+        plain = oracle.OracleRelay(limit, **settings)
+        plain.feed(stream)
+        expected, wrong = plain.passed()
+    out = oracle.OracleRelay(client=not mask)
+    out.feed(wire)
+    closes, stopped = taken(parser)
+    agree((out.passed(), stopped), ((expected, None), wrong))
+    if wrong is None:
+        agree((out.begun(), len(closes)), (plain.begun(), plain.closed))
+
+
+@target
 def close(data: memoryview) -> None:
     try:
         plain: object = oracle.parse_close(data)

@@ -48,6 +48,10 @@ def client_message(parts: Sequence[bytes], channel: str | None, protocol: str | 
 # -- frames ----------------------------------------------------------------------------------------
 
 
+def server_frame(opcode: int, payload: bytes = b"", *, fin: bool = True) -> bytes:
+    return oracle.frame_header(opcode, len(payload), fin=fin) + payload
+
+
 def data_frame(payload: str | bytes) -> bytes:
     return client_frame(_core.OP_TEXT if isinstance(payload, str) else _core.OP_BINARY, payload)
 

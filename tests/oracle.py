@@ -399,10 +399,13 @@ def unmask(data: bytes, mask: bytes) -> bytes:
 
 
 class OracleParser:
-    """RFC 6455 for a server, one frame at a time."""
+    """RFC 6455 for a server, or for its client, one frame at a time."""
 
-    def __init__(self, max_message_size: int = 10485760, *, deflate: bool = False, max_fragments: int = 0) -> None:
+    def __init__(
+        self, max_message_size: int = 10485760, *, deflate: bool = False, max_fragments: int = 0, client: bool = False
+    ) -> None:
         self.max_message_size, self.deflate, self.max_fragments = max_message_size, deflate, max_fragments
+        self.client = client
         self.data, self.message, self.opcode = b"", b"", None
         self.fragments = self.control_frames = 0
         self.closed, self.error = False, None
@@ -438,8 +441,8 @@ class OracleParser:
         self.check_length(first & 0x0F, size, least, most)
         if len(known) < size:
             return None
-        length, start = least, 2 + size + 4
-        payload = unmask(self.data[start : start + length], self.data[2 + size : start])
+        length, start = least, 2 + size + (0 if self.client else 4)
+        payload = unmask(self.data[start : start + length], self.data[2 + size : start] or bytes(4))
         self.check_text(first, payload)
         if first & 0x0F == OP_CLOSE:
             self.check_close(payload, length)
@@ -462,8 +465,8 @@ class OracleParser:
             raise PolicyViolation("too many fragments")
 
     def check_second(self, second: int) -> None:
-        if not second & 0x80:
-            raise ProtocolError("not masked")
+        if bool(second & 0x80) == self.client:
+            raise ProtocolError("masked by a server, or not masked by a client")
         if self.data[0] & 0x0F in CONTROL and second & 0x7F > 125:
             raise ProtocolError("a control frame longer than 125")
 
@@ -501,6 +504,41 @@ class OracleParser:
         event = self.opcode, self.message
         self.opcode, self.message, self.fragments = None, b"", 0
         return (OP_TEXT, check_utf8(event[1], final=True)) if event[0] == OP_TEXT else event
+
+
+class OracleRelay(OracleParser):
+    """What `FrameParser.relay` passes on: whole frames, judged one by one."""
+
+    def passed(self) -> tuple[list[tuple[int, bytes]], type | None]:
+        """First octets and payloads of whole frames, and the error behind them. A Close frame is not passed on."""
+        frames = []
+        try:
+            while not self.closed and (frame := self.frame()) is not None:
+                first, opcode, payload = frame
+                self.closed = opcode == OP_CLOSE
+                if opcode not in CONTROL:
+                    self.opcode = None if first & 0x80 else OP_BINARY
+                    self.fragments = 0 if first & 0x80 else self.fragments + 1
+                if not self.closed:
+                    frames.append((first, payload))
+        except FrameError as error:
+            self.closed = True
+            return frames, type(error)
+        return frames, None
+
+    def begun(self) -> tuple[int, int, bytes] | None:
+        """First octet, length and what has come of the payload of the frame that is not whole."""
+        if self.closed or len(self.data) < 2 or self.data[0] & 0x0F == OP_CLOSE:
+            return None
+        size = {126: 2, 127: 8}.get(self.data[1] & 0x7F, 0)
+        start = 2 + size + (0 if self.client else 4)
+        if len(self.data) < start:
+            return None
+        length = int.from_bytes(self.data[2 : 2 + size]) if size else self.data[1] & 0x7F
+        return self.data[0], length, unmask(self.data[start:], self.data[2 + size : start] or bytes(4))
+
+    def check_text(self, first: int, payload: bytes) -> None:
+        """That is for who reads it."""
 
 
 #: What completes the start of any character: the lowest and the highest octets that may follow.

@@ -122,6 +122,23 @@ def take_events(*frames: bytes) -> Case:
     return case
 
 
+def relay_feed(*, mask: bool) -> Case:
+    """Behind what was passed on stands an error when memory ran out."""
+
+    def case() -> tuple[Any, Any]:
+        parser, sink = FrameParser(), WriteQueue(mask=mask)
+        parser.relay(sink)
+        data = client_frame(OP_BINARY, b"a" * LARGE) + client_frame(OP_PING, b"p")
+
+        def outcome(_: object) -> object:
+            passed, ended = sink.take(1 << 20), events(parser)
+            return ended or [len(passed)]  # masks are random
+
+        return lambda: parser.feed(data), outcome
+
+    return case
+
+
 # -- queue --
 
 
@@ -441,7 +458,8 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "parse_close": pure(lambda: _core.parse_close(b"\x03\xe8bye")),
     "close_payload": pure(lambda: _core.close_payload(1000, "bye")),
     "FrameParser": pure(FrameParser, lambda it: it.pending),
-    "FrameParser.feed": feed,
+    "FrameParser.feed": [feed, relay_feed(mask=False), relay_feed(mask=True)],
+    "FrameParser.relay": pure(lambda: FrameParser().relay(WriteQueue()), lambda _: None),
     "FrameParser.receive": receive,
     "FrameParser.__next__": [
         take_events(client_frame(OP_TEXT, "é" * 100), client_frame(OP_BINARY, b"b"), client_frame(OP_PING, b"p")),

@@ -10,12 +10,14 @@ cdef extern from "core/sys.h" nogil:
     enum: FW_RECV
     enum: FW_SENDMSG
     enum: FW_ZMQ_SEND
+    enum: FW_ENTROPY
     enum: FW_MAX_IOVECS
     struct iovec:
         void *iov_base
         size_t iov_len
     ssize_t fw_recv(int fd, void *buffer, size_t size)
     ssize_t fw_sendmsg(int fd, iovec *iov, int count)
+    int fw_entropy(void *buffer, size_t size)
     size_t fw_script_left()
     void fw_script_clear()
     int fw_script_add(int call, int error, long bytes)
@@ -431,7 +433,7 @@ def build_info():
 # -- for the tests --
 
 def script_syscalls(steps):
-    calls = {"recv": FW_RECV, "sendmsg": FW_SENDMSG, "zmq_send": FW_ZMQ_SEND}
+    calls = {"recv": FW_RECV, "sendmsg": FW_SENDMSG, "zmq_send": FW_ZMQ_SEND, "entropy": FW_ENTROPY}
     numbers = {name: number for number, name in errorcode.items()}
     fw_script_clear()
     for call, outcome in steps:

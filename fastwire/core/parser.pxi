@@ -1,4 +1,4 @@
-# RFC 6455 for a server: bytes in, messages out.
+# RFC 6455: bytes in, messages out, or frames into another socket's queue.
 
 OP_TEXT = 0x1
 OP_BINARY = 0x2
@@ -20,6 +20,7 @@ cdef enum:
     MASK_BIT = 0x80
     MAX_CONTROL = 125
     READ_SIZE = 262144
+    RELAY_SIZE = 65536      # of what is passed on: its sender is to see that a slow reader takes some
 
 cdef enum:
     NO_ERROR
@@ -93,6 +94,26 @@ def close_payload(code, str reason=""):
 
 cdef size_t header_size(uint64_t length) noexcept nogil:
     return 2 if length < 126 else 4 if length < 65536 else 10
+
+
+cdef enum:
+    KEYS = 64               # read at a time, at most 256 bytes of getentropy(3)
+    MOST_HEADER = 14
+
+cdef uint8_t keys[4 * KEYS]
+cdef int keys_left = 0
+
+
+cdef int new_key(uint8_t *key) except -1:
+    """A mask that nobody can foresee (RFC 6455 section 5.3)."""
+    global keys_left
+    if keys_left == 0:
+        if fw_entropy(keys, sizeof(keys)):
+            raise OSError(errno, os.strerror(errno))
+        keys_left = KEYS
+    keys_left -= 1
+    memcpy(key, &keys[4 * keys_left], 4)
+    return 0
 
 
 cdef size_t write_header(char *out, int first_byte, uint64_t length) noexcept nogil:
@@ -204,13 +225,21 @@ cdef char *read_buffer = NULL
 cdef PyObject *read_buffer_owner = NULL
 
 
+cdef class WriteQueue
+
+
+# It refers to one queue, which refers to no parser: there is no cycle to look for.
+@cython.no_gc
 @cython.final
 cdef class FrameParser:
     cdef uint64_t max_message_size
     cdef uint64_t max_fragments     # 0: any number
     cdef bint deflate
+    cdef bint client                # our role: what a server sends is not masked
+    cdef WriteQueue sink            # where frames go as they come, or None: they are joined to messages
+    cdef Counters *counts
 
-    cdef uint8_t head[14]       # of the frame that is being read
+    cdef uint8_t head[MOST_HEADER]  # of the frame that is being read
     cdef int head_length
     cdef bint in_payload
     cdef uint8_t opcode
@@ -243,10 +272,14 @@ cdef class FrameParser:
     cdef bint lent              # its messages are being sent by an Uplink
     cdef char *kept_buffer      # the read buffer, when another parser needed one meanwhile
 
-    def __init__(self, uint64_t max_message_size=10485760, *, bint deflate=False, uint64_t max_fragments=0):
+    def __init__(
+        self, uint64_t max_message_size=10485760, *, bint deflate=False, uint64_t max_fragments=0, bint client=False
+    ):
         self.max_message_size = max_message_size
         self.max_fragments = max_fragments
         self.deflate = deflate
+        self.client = client
+        self.counts = &uncounted if client else &counted
 
     def __dealloc__(self):
         global read_buffer_owner
@@ -286,7 +319,7 @@ cdef class FrameParser:
     def receive(self, int fd):
         cdef ssize_t got
         self.claim_read_buffer()
-        got = fw_recv(fd, read_buffer, READ_SIZE)
+        got = fw_recv(fd, read_buffer, READ_SIZE if self.sink is None else RELAY_SIZE)
         if got < 0:
             if errno in (EAGAIN, ENOBUFS, ENOMEM):
                 return -1
@@ -350,6 +383,8 @@ cdef class FrameParser:
         while p < end and not self.error and not self.saw_close:
             if not self.in_payload:
                 p = self.parse_head(p, end)
+                if self.in_payload and self.is_passing():
+                    self.begin_passing()
             if self.in_payload and not self.error:
                 p = self.parse_payload(p, end)
         if self.event_count > self.head_event:
@@ -382,8 +417,9 @@ cdef class FrameParser:
                 need = self.length_bytes()
                 if self.head_length <= 2 + need and self.judge_length(need):
                     return p
-                if self.head_length == 6 + need:
-                    memcpy(self.key, &self.head[2 + need], 4)
+                if self.head_length == 2 + need + (0 if self.client else 4):
+                    if not self.client:
+                        memcpy(self.key, &self.head[2 + need], 4)
                     self.head_length = 0
                     self.frame_got = 0
                     self.in_payload = True
@@ -425,7 +461,9 @@ cdef class FrameParser:
         return 0
 
     cdef int judge_second(self) noexcept:
-        if not self.head[1] & MASK_BIT:
+        if self.client and self.head[1] & MASK_BIT:
+            return self.fail(BAD_FRAME, "a server's frame is masked")
+        if not self.client and not self.head[1] & MASK_BIT:
             return self.fail(BAD_FRAME, "a client's frame is not masked")
         cdef int length = self.head[1] & 0x7F
         cdef int error
@@ -469,7 +507,9 @@ cdef class FrameParser:
         cdef size_t room = end - p
         cdef uint64_t left = self.frame_length - self.frame_got
         cdef size_t n = <size_t>left if left < room else room
-        if self.opcode >= CLOSE:
+        if self.is_passing():
+            self.pass_bytes(p, n)
+        elif self.opcode >= CLOSE:
             fw_unmask(p, p, n, self.key, self.frame_got)
             self.control_bytes(p, n)
         else:
@@ -554,7 +594,7 @@ cdef class FrameParser:
             return -1
         event.own = self.message
         event.ptr = PyBytes_AS_STRING(<object>self.message)
-        tally(&counted.from_clients, event.len)
+        tally(&self.counts.from_clients, event.len)
         self.message = NULL
         self.message_length = 0
         self.message_room = 0
@@ -567,7 +607,7 @@ cdef class FrameParser:
         event.ptr = p
         event.masked = True
         memcpy(event.key, self.key, 4)
-        tally(&counted.from_clients, n)
+        tally(&self.counts.from_clients, n)
         return 0
 
     cdef int emit(self, uint8_t opcode, char *p, size_t n, bint copy) noexcept:
@@ -580,7 +620,7 @@ cdef class FrameParser:
             self.event_bytes -= n
             return self.no_memory()
         if opcode < CLOSE:
-            tally(&counted.from_clients, n)
+            tally(&self.counts.from_clients, n)
         return 0
 
     cdef Event *new_event(self, uint8_t opcode, size_t length) noexcept:
@@ -601,6 +641,46 @@ cdef class FrameParser:
         self.event_count += 1
         self.event_bytes += length
         return events
+
+    # -- passing on --
+
+    def relay(self, WriteQueue sink not None):
+        self.check_not_lent()
+        if self.head_length or self.in_payload or self.message_opcode or self.event_count > self.head_event:
+            raise ValueError("frames can only be passed on from a parser's first")
+        self.sink = sink
+
+    cdef inline bint is_passing(self) noexcept:
+        """A Close frame is not passed on: it is for us, and what follows from it is to be decided."""
+        return self.sink is not None and self.opcode != CLOSE
+
+    cdef int begin_passing(self) noexcept:
+        cdef int first = self.opcode | (FIN_BIT if self.fin else 0)
+        try:
+            self.sink.begin_frame(first, self.frame_length)
+        except MemoryError:
+            return self.no_memory()
+        except OSError:
+            return self.fail(NO_ROOM, "the system has no random bytes")
+        return 0
+
+    cdef int pass_bytes(self, uint8_t *p, size_t n) noexcept:
+        """As they come, whether their frame is whole or not: what is passed on takes no memory here. Their mask comes
+        off, and the next goes on, in one pass."""
+        try:
+            self.sink.put_payload(p, n, self.key)
+        except MemoryError:
+            return self.no_memory()
+        if self.frame_got + n < self.frame_length:
+            return 0
+        if self.opcode >= CLOSE:
+            self.control_frames += 1
+            return 0
+        self.counts.from_clients.bytes += self.frame_length
+        if self.fin:
+            self.counts.from_clients.messages += 1
+            self.message_opcode = 0
+        return 0
 
     # -- messages out --
 

@@ -179,11 +179,16 @@ cdef class WriteQueue:
     cdef uint64_t acked
     cdef int failed
     cdef Counters *counts
+    cdef bint mask              # a client's: its frames are masked
+    cdef uint8_t key[4]         # of the frame that was begun last
+    cdef uint64_t frame_got     # bytes of its payload
+    cdef readonly uint64_t unfinished
 
-    def __init__(self, *, size_t copy_threshold=COPY_LIMIT, bint acknowledge=False):
+    def __init__(self, *, size_t copy_threshold=COPY_LIMIT, bint acknowledge=False, bint mask=False):
         self.copy_threshold = copy_threshold
         self.acknowledging = acknowledge
-        self.counts = &counted
+        self.mask = mask
+        self.counts = &uncounted if mask else &counted
 
     def __dealloc__(self):
         self.release_all()
@@ -281,19 +286,67 @@ cdef class WriteQueue:
     def append_frame(self, int opcode, payload):
         cdef Py_buffer held
         cdef fw_span span
-        cdef char header[10]
+        cdef char header[MOST_HEADER]
         cdef size_t n
+        self.check_finished()
         if isinstance(payload, str):
             payload = (<str>payload).encode()
         span_of(payload, &held, &span)
         try:
-            n = write_header(header, first_byte(opcode, span.len, True), span.len)
-            position = self.put(header, n, payload, span)
+            n = self.new_header(header, first_byte(opcode, span.len, True), span.len)
+            position = self.put_masked(header, n, span) if self.mask else self.put(header, n, payload, span)
         finally:
             release(&held)
         if opcode < CLOSE or opcode & RSV1_BIT:
-            counted.to_clients.messages += 1
+            self.counts.to_clients.messages += 1
         return position
+
+    cdef int check_finished(self) except -1:
+        if self.unfinished:
+            raise ValueError("the frame before is not finished")
+        return 0
+
+    cdef size_t new_header(self, char *out, int first, uint64_t length) except 0:
+        """With a new key, where frames are masked."""
+        cdef size_t n = write_header(out, first, length)
+        if self.mask:
+            new_key(self.key)
+            out[1] |= <char>MASK_BIT
+            memcpy(out + n, self.key, 4)
+            n += 4
+        return n
+
+    cdef object put_masked(self, const char *header, size_t n, fw_span span):
+        cdef object position = self.queued + n + span.len
+        cdef char *p = self.reserve(n + span.len)
+        memcpy(p, header, n)
+        fw_unmask(<uint8_t *>p + n, <const uint8_t *>span.ptr, span.len, self.key, 0)
+        return position
+
+    # A frame that comes piece by piece (`FrameParser.relay`).
+
+    cdef int begin_frame(self, int first, uint64_t length) except -1:
+        cdef char header[MOST_HEADER]
+        cdef size_t n = self.new_header(header, first, length)
+        memcpy(self.reserve(n), header, n)
+        self.unfinished = length
+        self.frame_got = 0
+        if first & FIN_BIT and first & 0x0F < CLOSE:
+            self.counts.to_clients.messages += 1
+        return 0
+
+    cdef int put_payload(self, const uint8_t *p, size_t n, const uint8_t *key) except -1:
+        """The next bytes of the frame, which are masked with ``key``."""
+        cdef uint8_t both[4]
+        cdef int i
+        if n == 0:
+            return 0
+        for i in range(4):
+            both[i] = key[i] ^ (self.key[i] if self.mask else 0)
+        fw_unmask(<uint8_t *>self.reserve(n), p, n, both, self.frame_got)
+        self.frame_got += n
+        self.unfinished -= n
+        return 0
 
     cdef object put(self, const char *header, size_t n, object data, fw_span span):
         """The header, and behind it the bytes of ``data``; the position behind them."""
@@ -328,6 +381,9 @@ cdef class WriteQueue:
         cdef Segment *segment
         cdef size_t copied = 0
         cdef object position
+        self.check_finished()
+        if self.mask:
+            raise ValueError("frames that clients share are not masked")
         position = self.queued + frames.nbytes
         for i in range(frames.segment_count):
             if frames.segments[i].len <= SHARE_FROM:

@@ -12,6 +12,10 @@
 #include <sys/socket.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <unistd.h>
+#ifdef __APPLE__
+#include <sys/random.h>
+#endif
 
 #include "zmq_api.h"
 
@@ -21,7 +25,7 @@
 
 #define FW_MAX_IOVECS 256
 
-enum { FW_RECV = 0, FW_SENDMSG = 1, FW_ZMQ_SEND = 2, FW_CALLS = 3 };
+enum { FW_RECV = 0, FW_SENDMSG = 1, FW_ZMQ_SEND = 2, FW_ENTROPY = 3, FW_CALLS = 4 };
 
 typedef struct {
     int error;  /* errno to fail with, or 0 */
@@ -103,6 +107,16 @@ static ssize_t fw_sendmsg(int fd, struct iovec *iov, int count) {
         }
         if (n >= 0 || errno != EINTR) return n;
     }
+}
+
+/* Random bytes, at most 256; 0, or -1 and errno. */
+static int fw_entropy(void *buffer, size_t size) {
+    fw_step *step = fw_scripted(FW_ENTROPY);
+    if (step && step->error) {
+        errno = step->error;
+        return -1;
+    }
+    return getentropy(buffer, size);
 }
 
 /* 0, or why libzmq did not take the frame. */
