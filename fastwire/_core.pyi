@@ -625,6 +625,16 @@ class Uplink:
     @property
     def sent(self) -> int:
         """Messages a socket has taken."""
+    def answered(self, batch: Batch) -> None:
+        """What the kernel has sent on these sockets: its replies, and what it asks."""
+    def forget(self) -> None:
+        """The kernel was started again: what the old process was asked, and what it asked, nobody answers any more."""
+    @property
+    def unanswered(self) -> int:
+        """Requests on shell and control that a socket has taken, and that had no reply."""
+    @property
+    def asked(self) -> bool:
+        """The kernel waits for an input_reply."""
     @property
     def answers(self) -> int:
         """Messages on stdin, which answer what the kernel has asked: those that a socket has taken, and that wait."""

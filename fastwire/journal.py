@@ -45,7 +45,7 @@ Nothing here knows a socket, a loop or a clock. Jobs on the disk are given to a 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol, cast
@@ -336,25 +336,13 @@ class Cursor:
         while segment is not None:
             count += sum(segment.counts.get(audience, 0) for audience in own)
             segment = segment.next
-        first = self._stands
-        if first is not None and first.entries is not None:
-            needed = self.flight[0].first if self.flight else self.position
-            for entry in first.entries:
-                if entry.audience in own:
-                    count -= min(max(needed - entry.first, 0), len(entry))
-        return count
+        return count - self.has_of(self._stands) if self._stands is not None else 0
 
-    @property
-    def holds(self) -> tuple[int, int]:
-        """Bytes of memory and of the disk that are kept from where it stands on, for it and others."""
-        memory = on_disk = 0
-        segment = self._stands
-        while segment is not None:
-            memory += segment.memory
-            if segment.record is not None:
-                on_disk += segment.record.size
-            segment = segment.next
-        return memory, on_disk
+    def has_of(self, segment: Segment) -> int:
+        """Messages for it of the segment where it stands that it needs no more."""
+        needed = self.flight[0].first if self.flight else self.position
+        own = (entry for entry in segment.entries or () if entry.audience in (None, self.number))
+        return sum(min(max(needed - entry.first, 0), len(entry)) for entry in own)
 
     @property
     def marks(self) -> set[int]:
@@ -541,6 +529,23 @@ class Journal:
             self.budget.move(user)
             self.shelf.charge(user.disk)
             self.count_behind(0)
+
+    def behind(self) -> dict[Cursor, tuple[int, int]]:
+        """What each cursor is behind by that needs something: the messages for it that it is not known to have, and the
+        bytes of memory or the disk in which they lie. Several wait for the same ones: together they take what the log
+        does."""
+        result: dict[Cursor, tuple[int, int]] = {}
+        counts: Counter[int | None] = Counter()
+        nbytes = 0
+        segment: Segment | None = self.open
+        while segment is not None:
+            counts.update(segment.counts)
+            nbytes += segment.nbytes
+            for cursor in segment.standers:
+                has = cursor.has_of(segment)
+                result[cursor] = counts[None] + counts[cursor.number] - has, nbytes
+            segment = segment.previous
+        return result
 
     def close(self) -> None:
         """No more is kept."""

@@ -146,9 +146,12 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     @property
     def _shortage(self) -> str | None:
-        """Who continues a session, or takes it over, needs nothing more."""
+        """Who continues a session, or takes it over, needs nothing more, unless it has rested."""
         kernel: Any = self.kernel_manager
-        if not is_managed(kernel) or self.session.session in self.relay.sessions:
+        if not is_managed(kernel):
+            return None
+        session = self.relay.sessions.get(self.session.session)
+        if session is not None and not session.rests:
             return None
         return shortage(kernel.context)
 

@@ -49,11 +49,11 @@ Samples = Iterable[tuple[tuple[str, ...], float]]
 # -- kernels and clients ---------------------------------------------------------------------------
 
 
-def client_numbers(session: Session) -> dict[str, Any]:
+def client_numbers(session: Session, behind: tuple[int, int] = (0, 0)) -> dict[str, Any]:
     """One client now. Messages and bytes sent are those of its present connection; ``flush_seconds`` is the sum of the
-    times of its ``sent_messages`` from their kernel to the socket. What is kept for it is kept for others of its
-    kernel, too."""
-    memory, on_disk = session.downlink.cursor.holds
+    times of its ``sent_messages`` from their kernel to the socket. It is ``behind`` by these messages and bytes, which
+    are kept once for all clients of its kernel: `kernel_numbers` has how much that takes."""
+    messages_behind, bytes_behind = behind
     connection = session.connection
     queue = connection.queue if connection is not None else None
     messages, seconds = queue.time_to_flush if queue is not None else (0, 0.0)
@@ -61,10 +61,11 @@ def client_numbers(session: Session) -> dict[str, Any]:
         "client": session.label,
         "state": session.state,
         "protocol": "v1" if session.protocol else "default",
+        "channels": session.open_channels,
         "pending_bytes": queue.pending_bytes if queue is not None else 0,
         "unacknowledged_bytes": connection.written - connection.received if connection is not None else 0,
-        "kept_bytes": memory,
-        "spilled_bytes": on_disk,
+        "behind_messages": messages_behind,
+        "behind_bytes": bytes_behind,
         "uplink_bytes": session.uplink_bytes,
         "sent_messages": messages,
         "sent_bytes": queue.written if queue is not None else 0,
@@ -75,6 +76,7 @@ def client_numbers(session: Session) -> dict[str, Any]:
 
 def kernel_numbers(relay: KernelRelay) -> dict[str, Any]:
     """One kernel and its clients now; ``messages`` and ``bytes`` are what it said since its relay was made."""
+    behind = relay.journal.behind()
     return {
         "kernel": relay.name,
         "messages": relay.traffic.messages,
@@ -83,7 +85,9 @@ def kernel_numbers(relay: KernelRelay) -> dict[str, Any]:
         "path": relay.path,
         "kept_bytes": relay.journal.memory,
         "spilled_bytes": relay.journal.shelf.nbytes,
-        "clients": [client_numbers(session) for session in relay.sessions.values()],
+        "clients": [
+            client_numbers(session, behind.get(session.downlink.cursor, (0, 0))) for session in relay.sessions.values()
+        ],
     }
 
 
@@ -114,6 +118,12 @@ def kernels_by_path() -> Samples:
     paths = Counter(dict.fromkeys(PATHS, 0))
     paths.update(relay.path for relay in open_relays if relay.path)
     return [((path,), number) for path, number in paths.items()]
+
+
+def channels_by_end() -> Samples:
+    own = sum(relay.iopub is not None and not relay.iopub.closed for relay in open_relays)
+    of_clients = sum(session.open_channels for relay in open_relays for session in relay.sessions.values())
+    return [(("kernel",), own), (("client",), of_clients)]
 
 
 def clients_by_state() -> Samples:
@@ -241,6 +251,13 @@ METRICS = (
         "Kernels with a relay, by who speaks to them: fastwire itself (zmtp), or libzmq.",
         kernels_by_path,
         ("path",),
+    ),
+    Metric(
+        "fastwire_channels",
+        "gauge",
+        "Connections to kernels: iopub's of each, and three of each client that is there or waits for a reply.",
+        channels_by_end,
+        ("of",),
     ),
     Metric(
         "fastwire_clients",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable, Iterable
 from weakref import WeakSet
 
@@ -58,6 +59,9 @@ DISK_PATIENCE = 1024
 
 #: Seconds until somebody looks how many are left of those that are counted, and at most, when nothing moves.
 UPLINK_LOOK, UPLINK_LOOK_SELDOM = 0.01, 0.32
+
+#: Seconds that a client is away before its sockets are closed, if nothing is to come on them: pages reload.
+REST_AFTER = 1.0
 
 #: ``open_socket(channel, identity)`` connects a ZMQ socket to the kernel, or says where it listens.
 OpenSocket = Callable[[str, bytes | None], "zmq.Socket[bytes] | Address"]
@@ -257,6 +261,8 @@ class KernelRelay:
         """The kernel was started again: what it has said before is its last word, and not repeated to anyone."""
         self.drain_iopub()
         self.activity.begin_anew()
+        for session in self.sessions.values():
+            session.begin_anew()
         self.listens_on_stdin = True
         self.journal.barrier = self.journal.end
 
@@ -347,7 +353,11 @@ open_relays: WeakSet[KernelRelay] = WeakSet()
 
 class Session:
     """One client's side of a kernel: its shell, control and stdin sockets, the WebSocket it has now, and its
-    `Downlink`."""
+    `Downlink`.
+
+    Away, it has sockets only while something is to come on them or to go: it rests when every request was answered.
+    What a kernel says on iopub is its log's, and needs none.
+    """
 
     def __init__(self, relay: KernelRelay, session_id: str, identity: bytes, user: str) -> None:
         self.relay = relay
@@ -379,6 +389,9 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._paused = False
         self._closed = False
+        #: Its sockets are closed until its client comes back.
+        self.rests = False
+        self._rest: asyncio.TimerHandle | None = None
         self._can_be_asked = asyncio.Event()
         self._channels: list[Channel] = []
         try:
@@ -388,6 +401,10 @@ class Session:
             raise
 
     def _open_channels(self) -> None:
+        if self.rests:
+            # Another: a kernel that was busy all the while has not heard that the old one is gone, and its ROUTER would
+            # never read the new one.
+            self.identity = uuid.uuid4().hex.encode()
         # stdin first, shell last: what a kernel asks on a socket that is not there yet, it drops.
         opened = self.relay.channels(
             CLIENT_CHANNELS[::-1],
@@ -398,6 +415,7 @@ class Session:
         )
         self._channels = opened[::-1]
         self._uplink = self._new_uplink(self.protocol)
+        self.rests = False
 
     def _new_uplink(self, protocol: str | None) -> Uplink:
         sockets = {channel.name: channel.socket for channel in self._channels}
@@ -419,6 +437,8 @@ class Session:
 
     def follow(self) -> None:
         """`reopen`, or else try again when the client comes back; the others follow their kernel now."""
+        if self.rests:
+            return
         try:
             self.reopen()
         except Exception as error:  # noqa: BLE001 - descriptors have run out, or whatever `connect_*` may raise
@@ -442,6 +462,37 @@ class Session:
     def _look_at_stdin(self) -> None:
         if self._channels[CLIENT_CHANNELS.index("stdin")].can_be_asked():
             self._can_be_asked.set()
+
+    # -- while its client is away --
+
+    def _rest_soon(self) -> None:
+        """Its client is away, and perhaps has everything that it is to get on its own sockets."""
+        if self._rest is None and not self.rests:
+            self._rest = self._loop.call_later(REST_AFTER, self._rest_now)
+
+    def _rest_now(self) -> None:
+        """A reply that is to come looks again when it is there."""
+        self._rest = None
+        uplink = self._uplink
+        if self.connection is not None or self._closed or uplink.unanswered or uplink.asked:
+            return
+        if self.uplink_bytes or any(channel.catch_up() for channel in self._channels):
+            self._rest_soon()
+        elif not (self._closed or uplink.unanswered or uplink.asked):  # it was asked just now
+            self.rests = True
+            for channel in self._channels:
+                channel.close()
+
+    def begin_anew(self) -> None:
+        """The kernel was started again: what the old process was asked is not answered any more."""
+        self._uplink.forget()
+        if self.connection is None:
+            self._rest_soon()
+
+    @property
+    def open_channels(self) -> int:
+        """Connections to the kernel that it has."""
+        return sum(not channel.closed for channel in self._channels)
 
     # -- for whoever runs the server --
 
@@ -496,6 +547,9 @@ class Session:
             self._expiry.cancel()
             self._expiry = None
             self._note("resume", f"came back; {self.downlink.cursor.kept:,} messages had been kept for it")
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         self._resumable = resumable
         self.downlink.protocol = protocol
         self._allowed = allowed_message_types
@@ -532,6 +586,7 @@ class Session:
         # Who comes back in vain is not waited for any longer for that.
         self._kept_until = until if self.downlink.attempts.has_progressed else min(until, self._kept_until)
         self._expiry = self._loop.call_at(self._kept_until, self.relay.end_session, self)
+        self._rest_soon()
 
     # -- kernel to client --
 
@@ -540,7 +595,10 @@ class Session:
         self.relay.activity.answered(batch)
         if batch.channel == "stdin":
             self.downlink.look_for_answers()
+        self._uplink.answered(batch)
         self.deliver(batch)
+        if self.connection is None:
+            self._rest_soon()
 
     def deliver(self, batch: Batch) -> None:
         """Messages of the kernel for this client alone."""
@@ -729,8 +787,9 @@ class Session:
         self._charge(0)
         if self._look is not None:
             self._look.cancel()
-        if self._expiry is not None:
-            self._expiry.cancel()
+        for timer in (self._expiry, self._rest):
+            if timer is not None:
+                timer.cancel()
         for channel in self._channels:
             channel.close()
         self._tell_unsent()

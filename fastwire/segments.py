@@ -178,8 +178,9 @@ class Segment:
         return None in self.counts or audience in self.counts
 
     @property
-    def is_usable(self) -> bool:
-        return self.entries is not None
+    def nbytes(self) -> int:
+        """What it takes, in memory or else on the disk."""
+        return self.record.size if self.entries is None and self.record is not None else self.memory
 
 
 def in_zones(entry: Entry, zones: Iterable[Zone]) -> bool:

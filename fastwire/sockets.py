@@ -1,7 +1,8 @@
 """The ZMQ sockets of Jupyter Server's kernels: how many there may be, and how each is opened.
 
 libzmq gives a context 1,023 sockets unless it is told otherwise before the first, and all kernels of a manager share
-one context. A kernel and its client take seven: with some 145 of them nobody could start, restart or connect anything.
+one context. Where libzmq speaks to kernels, one and its client take seven: with some 145 of them nobody could start,
+restart or connect anything.
 So the limit is raised to what the process's descriptors allow, and theirs to what the system allows. A client or a
 kernel that would come near the end is refused, so that what is there can still be restarted, asked and ended.
 """

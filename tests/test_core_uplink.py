@@ -685,3 +685,80 @@ def test_a_missing_socket_and_an_unknown_protocol(kernel: Kernel) -> None:
         _core.Uplink(None, signer, {"shell": kernel.dealers["shell"]})
     with pytest.raises(ValueError, match=r"."):
         _core.Uplink("v2", signer, kernel.dealers)
+
+
+# -- what is outstanding ---------------------------------------------------------------------------
+
+
+TYPES = ("execute_request", "comm_msg", "kernel_info_request", "input_reply", "execute\\u005frequest", "request", "")
+ANSWERS = ("execute_reply", "input_request", "status", "comm_msg")
+
+
+class Outstanding:
+    """The rule in words: a request waits for a reply, a question for an input_reply or the last reply."""
+
+    def __init__(self) -> None:
+        self.unanswered, self.asked, self.held = 0, False, 0
+
+    def say(self, channel: str, msg_type: str, *, is_held: bool) -> None:
+        asks = channel != "stdin" and (msg_type.endswith("_request") or "\\" in msg_type)
+        if is_held and channel == "shell":
+            self.held += asks
+        else:
+            self.unanswered += asks
+            self.asked &= channel != "stdin"
+
+    def hear(self, msg_type: str) -> None:
+        if msg_type == "input_request":
+            self.asked = True
+        elif msg_type == "execute_reply" and self.unanswered:
+            self.unanswered -= 1
+            self.asked &= self.unanswered > 0
+
+    def let_go(self) -> None:
+        self.unanswered, self.held = self.unanswered + self.held, 0
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("say"), st.sampled_from(oracle.CHANNELS), st.sampled_from(TYPES)),
+    st.tuples(st.just("hear"), st.sampled_from(oracle.CHANNELS), st.sampled_from(ANSWERS)),
+    st.sampled_from([("hold", "", ""), ("let go", "", ""), ("adopt", "", ""), ("anew", "", "")]),
+)
+
+
+def test_what_is_outstanding_is_counted(kernel: Kernel) -> None:
+    signer = _core.Signer(b"")
+
+    @given(st.lists(STEPS, max_size=20), st.sampled_from(PROTOCOLS))
+    def run(steps: list[tuple[str, str, str]], protocol: str | None) -> None:
+        uplink, expected = kernel.uplink(protocol), Outstanding()
+        for step, channel, msg_type in steps:
+            if step == "say":
+                expected.say(channel, msg_type, is_held=uplink.held)
+                uplink.send(*said(msg_type, channel, protocol))
+            elif step == "hear":
+                expected.hear(msg_type)
+                uplink.answered(_core.batch_of(channel, [builders.wire(signer, message(msg_type))], signer))
+            elif step == "adopt":
+                uplink, before = kernel.uplink(protocol), uplink
+                uplink.held = before.held
+                uplink.adopt(before)
+                assert (before.unanswered, before.asked) == (0, False)
+            elif step == "anew":
+                uplink.forget()
+                expected.unanswered, expected.asked = 0, False
+            else:
+                uplink.held = step == "hold"
+                uplink.retry()
+                if step == "let go":
+                    expected.let_go()
+            assert (uplink.unanswered, uplink.asked) == (expected.unanswered, expected.asked)
+
+    run()
+
+
+def said(msg_type: str, channel: str, protocol: str | None) -> tuple[int, str | bytes]:
+    """A client's message whose type is spelled as given."""
+    header = message("x")[0].replace(b'"x"', f'"{msg_type}"'.encode())
+    payload = client_message([header, b"{}", b"{}", b"{}"], channel, protocol)
+    return (OP_BINARY if isinstance(payload, bytes) else OP_TEXT), payload

@@ -75,17 +75,22 @@ def test_a_reader_that_stalls(server: Server, light: str, protocol: str | None) 
         cell = other.execute(f"flood {count} 1000")
         assert numbers(other.collect(cell).messages) == [*range(count)]
         kept = kept_for_clients(server, light)
-        assert max(memory for memory, _ in kept) <= MEMORY
-        assert max(spilled for _, spilled in kept) > 30 * MIB
+        assert kept["kept_bytes"] <= MEMORY
+        assert kept["spilled_bytes"] > 30 * MIB
+        behind = [(client["behind_messages"], client["behind_bytes"]) for client in kept["clients"]]
+        assert (0, 0) in behind, "who has read everything"
+        messages, nbytes = max(behind)
+        assert messages > 0
+        assert 30 * MIB < nbytes <= kept["kept_bytes"] + kept["spilled_bytes"]
         stalled.receive_until(lambda message: is_end(message, cell))
         assert numbers(stalled.log) == [*range(count)]
 
 
-def kept_for_clients(server: Server, kernel: str) -> list[tuple[int, int]]:
-    """Bytes in memory and on the disk, for each client of a kernel."""
+def kept_for_clients(server: Server, kernel: str) -> dict:
+    """What a kernel keeps for its clients, in memory and on the disk, and what each of them is behind by."""
     _, status = server.rest("GET", "/fastwire/api/status")
     (entry,) = [entry for entry in status["kernels"] if entry["kernel"] == kernel]
-    return [(client["kept_bytes"], client["spilled_bytes"]) for client in entry["clients"]]
+    return entry
 
 
 def test_a_client_process_that_is_stopped(server: Server, light: str) -> None:
@@ -283,7 +288,7 @@ def test_who_says_goodbye_without_a_code_is_waited_for_briefly(tmp_path: Path) -
                 client.run("1")
                 client.socket.client.send(close_frame(code))
                 client.closed()
-            until(lambda: not kept_for_clients(server, kernel), "nothing is kept for it")
+            until(lambda: not kept_for_clients(server, kernel)["clients"], "nothing is kept for it")
 
 
 # -- what the documentation promises ---------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_a_kernel_and_its_client(server: Server, light: str, protocol: str | Non
     before = status(server)
     with Client(server, light, protocol) as client:
         answer = client.run("words that nobody else may read")
-        until(lambda: kernel_of(server, light)["clients"][0]["kept_bytes"] == 0, "nothing waits")
+        until(lambda: kernel_of(server, light)["clients"][0]["behind_bytes"] == 0, "nothing waits")
         kernel = kernel_of(server, light)
         (shown,) = kernel["clients"]
         assert shown["client"] == client.session_id[:8]
@@ -260,7 +260,7 @@ class Crowd:
         clients = [self.client(f"{number:04x}{i:04x}") for i in range(self.rng.choice((0, 1, 1, 1, 2, 3)))]
         state = self.rng.choice(("idle", "idle", "idle", "busy"))
         name = NAMES[number % len(NAMES)]
-        kept = max((client["kept_bytes"] for client in clients), default=0)  # the hindmost one's is everybody's
+        kept = max((client["behind_bytes"] for client in clients), default=0)  # the hindmost one's is everybody's
         return {
             "id": f"{number:08x}-0000",
             "name": name,
@@ -274,7 +274,7 @@ class Crowd:
     def client(self, label: str) -> dict:
         state = self.rng.choice(STATES)
         kept = self.rng.randrange(10**8) if state != "fine" else 0
-        numbers = {"kept_bytes": kept, "spilled_bytes": 10 * kept, "uplink_bytes": kept, "flush_seconds": 0.0}
+        numbers = {"behind_bytes": kept, "uplink_bytes": kept, "flush_seconds": 0.0}
         return {"client": label, "state": state, "protocol": "v1", "sent_messages": 0, **numbers}
 
     def status(self) -> dict:

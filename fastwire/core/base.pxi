@@ -85,6 +85,7 @@ cdef extern from "core/outgoing.h" nogil:
     ctypedef struct fw_record:
         fw_record *next
         size_t cost
+        bint asks
         size_t count
         fw_span *frames
     fw_account *fw_account_new()

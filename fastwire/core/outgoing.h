@@ -35,6 +35,7 @@ typedef struct fw_record {
     fw_account *account;    /* where it is counted while libzmq has it; NULL while it only waits */
     size_t holders;
     size_t cost;  /* bytes, here and in libzmq */
+    int asks;     /* a reply to it is to come */
     size_t count; /* of its frames */
     fw_span frames[];
 } fw_record;
@@ -95,7 +96,7 @@ static fw_record *fw_record_new(fw_span signature, const fw_span *parts, size_t 
     for (size_t i = 0; i < count; i++) size += parts[i].len;
     fw_record *r = (fw_record *)fw_malloc(size);
     if (!r) return NULL;
-    r->next = NULL, r->account = NULL, r->holders = 1;
+    r->next = NULL, r->account = NULL, r->holders = 1, r->asks = 0;
     r->count = count + 2, r->cost = size + r->count * FW_FRAME_COST;
     r->frames[0].ptr = "<IDS|MSG>", r->frames[0].len = 9;
     char *p = (char *)r + head;

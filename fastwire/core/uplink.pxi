@@ -134,6 +134,17 @@ cdef int channel_index(fw_span channel, bint quoted) noexcept nogil:
     return -1
 
 
+cdef bint is_request(fw_span text) noexcept:
+    """Whether a reply to a message with this header is to come. Comms have none; what cannot be read may have one."""
+    cdef fw_span said = member_of(text, b"msg_type", 8)
+    if said.ptr == NULL or not is_string(said):
+        return True
+    said = inside(said)
+    if memchr(said.ptr, 92, said.len) != NULL:
+        return True
+    return said.len >= 8 and memcmp(<const char *>said.ptr + said.len - 8, b"_request", 8) == 0
+
+
 @cython.final
 cdef class Uplink:
     cdef int protocol
@@ -147,6 +158,8 @@ cdef class Uplink:
     cdef readonly Py_ssize_t waiting_messages
     cdef readonly uint64_t sent
     cdef readonly uint64_t answers      # messages on stdin, sent or waiting
+    cdef readonly size_t unanswered     # requests that a socket has taken, and that had no reply
+    cdef readonly bint asked            # the kernel waits for an input_reply
     cdef public bint held
     cdef object allowed
     cdef list notes
@@ -276,6 +289,7 @@ cdef class Uplink:
         cdef fw_span *parts = self.message.parts.items
         cdef size_t count = self.message.parts.count
         cdef fw_record *record = self.sign(parts, count)
+        record.asks = target != STDIN and is_request(parts[0])
         try:
             if self.waiting[target].first != NULL or self.holds(target) or self.send_record(target, record) == FULL:
                 if self.sockets[target].closed:
@@ -318,7 +332,10 @@ cdef class Uplink:
             result = self.send_directly(target, record)
         else:
             result = self.send_by_pyzmq(target, record)
-        self.sent += result == SENT
+        if result == SENT:
+            self.sent += 1
+            self.unanswered += record.asks
+            self.asked = self.asked and target != STDIN
         return result
 
     cdef int send_directly(self, int target, fw_record *record) except -1:
@@ -443,13 +460,32 @@ cdef class Uplink:
         self.waiting_messages += other.waiting_messages
         self.sent += other.sent
         self.answers += other.answers
+        self.unanswered += other.unanswered
+        self.asked = self.asked or other.asked
         self.touched |= other.touched
         other.waiting_bytes = 0
         other.waiting_messages = 0
         other.sent = 0
         other.answers = 0
+        other.forget()
         other.touched = 0
         return 0
+
+    def answered(self, Batch batch not None):
+        cdef Py_ssize_t i
+        cdef int kind
+        for i in range(batch.count):
+            kind = batch.messages[i].kind
+            if kind == REPLY and self.unanswered:
+                self.unanswered -= 1
+                # Whoever was asked in a cell that has ended, by an interrupt perhaps, is not waited for.
+                self.asked = self.asked and self.unanswered
+            elif kind == INPUT_REQUEST:
+                self.asked = True
+
+    cpdef forget(self):
+        self.unanswered = 0
+        self.asked = False
 
     cdef int sign_anew(self, Signer signer) except -1:
         """What waits: all of it or, without memory, nothing."""
@@ -464,6 +500,7 @@ cdef class Uplink:
                 record = self.waiting[target].first
                 while record != NULL:
                     line_add(&lines[target], self.sign(record.frames + 2, record.count - 2))
+                    lines[target].last.asks = record.asks
                     nbytes += lines[target].last.cost
                     record = record.next
         except BaseException:

@@ -223,8 +223,8 @@ function clientNumbers(key, client, seconds) {
     rate: gain.messages,
     latency: gain.messages ? gain.time / gain.messages : null,
     time: gain.time,
-    kept: client.kept_bytes,
-    spilled: client.spilled_bytes,
+    kept: client.behind_bytes,
+    spilled: 0, // its kernel's line has it
   };
   const held = client.state === "paused" ? [["paused", `${bytesText(client.uplink_bytes)} held`]] : [];
   row.update(client.client, client.protocol, client.state, [[client.state, client.state], ...held], now);
