@@ -6,11 +6,13 @@ generated from those. Sizes are bytes, times seconds, positions bytes since a co
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 __all__ = [
-    "Acknowledgements", "Attempts", "Limits", "Questions", "Rate", "has_room", "is_said_again", "resume_time",
-    "too_many",
+    "Acknowledgements", "Attempts", "Limits", "OutputRates", "Questions", "Rate", "has_room", "is_said_again",
+    "resume_time", "too_many",
 ]  # fmt: skip
 
 KIB = 1024
@@ -165,6 +167,87 @@ class Rate:
         self._level = max(self._level - (now - self._then) * self._per_second, 0.0) + count
         self._then = now
         return self._level > self.WINDOW * self._per_second
+
+
+@dataclass
+class Slice:
+    """What came within a moment; it counts until ``end``."""
+
+    begin: float
+    end: float
+    messages: int = 0
+    nbytes: int = 0
+
+
+class OutputRate:
+    """The output of one request against limits of messages and of bytes a second; 0 is none. Above one output is left
+    out, which does not count, until what passed in the last ``window`` seconds is below `RESUME` of it."""
+
+    RESUME = 0.8
+
+    #: What is remembered of a window, however much came in it.
+    SLICES = 32
+
+    def __init__(self, messages: float, nbytes: float, window: float) -> None:
+        self._limits = {"message": messages, "data": nbytes}
+        self._window = window
+        self._slices: deque[Slice] = deque()
+        self._exceeded: set[str] = set()
+
+    def judge(self, nbytes: int, now: float) -> str | None:
+        """Whether a message is left out: None for no. The first time, which limit that is: "message" or "data"."""
+        while self._slices and self._slices[0].end <= now:
+            self._slices.popleft()
+        before = self._exceeded
+        amounts = {"message": 1 + sum(each.messages for each in self._slices)}
+        amounts["data"] = nbytes + sum(each.nbytes for each in self._slices)
+        self._exceeded = {name for name, amount in amounts.items() if self._is_above(name, amount)}
+        if not self._exceeded:
+            self._count(nbytes, now)
+            return None
+        return min(self._exceeded - before, default="")
+
+    def _is_above(self, name: str, amount: int) -> bool:
+        limit = self._limits[name]
+        return limit > 0 and amount > limit * self._window * (self.RESUME if name in self._exceeded else 1)
+
+    def _count(self, nbytes: int, now: float) -> None:
+        if not self._slices or now >= self._slices[-1].begin + self._window / self.SLICES:
+            self._slices.append(Slice(now, now + self._window))
+        self._slices[-1].messages += 1
+        self._slices[-1].nbytes += nbytes
+
+    def is_over(self, now: float) -> bool:
+        """Nothing that came counts any more."""
+        return not self._slices or self._slices[-1].end <= now
+
+
+class OutputRates:
+    """An `OutputRate` for each request of a kernel that has output. A kernel may work on several at a time: what one
+    says, and its end, leave the others alone. Beyond `MOST`, which no kernel works on at a time, they share one."""
+
+    MOST = 64
+
+    def __init__(self, messages: float, nbytes: float, window: float) -> None:
+        self._limits = messages, nbytes, window
+        self._rates: dict[Hashable, OutputRate] = {}
+
+    def judge(self, request: Hashable, nbytes: int, now: float) -> str | None:
+        """As `OutputRate.judge`; ``request`` is None for output that belongs to none."""
+        rate = self._rates.get(request) or self._begin(request, now)
+        return rate.judge(nbytes, now)
+
+    def _begin(self, request: Hashable, now: float) -> OutputRate:
+        if len(self._rates) >= self.MOST:
+            self._rates = {key: rate for key, rate in self._rates.items() if not rate.is_over(now)}
+        key = request if len(self._rates) < self.MOST else None
+        return self._rates.setdefault(key, OutputRate(*self._limits))
+
+    def ended(self, request: Hashable) -> None:
+        """A request has ended; None: all have."""
+        if request is None:
+            self._rates.clear()
+        self._rates.pop(request, None)
 
 
 def too_many(limits: Limits, of_kernel: int, of_user: int) -> str | None:

@@ -39,7 +39,7 @@ except ImportError as error:
 from fastwire import __version__, installed, logs, other_websockets, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch
 from fastwire.errors import FastwireError, TooManyClients
-from fastwire.flow import too_many
+from fastwire.flow import OutputRates, too_many
 from fastwire.kernels import (
     FastwireMappingKernelManager,
     Kernel,
@@ -48,7 +48,7 @@ from fastwire.kernels import (
     is_managed,
     kernel_of,
 )
-from fastwire.notices import beside
+from fastwire.notices import Neighbour, beside, notice, request_of, said
 from fastwire.relay import KernelRelay, Session
 from fastwire.settings import Fastwire
 from fastwire.sockets import raise_limits, shortage
@@ -65,6 +65,23 @@ NOT_ADAPTED = (0, 5)
 
 #: Traits of jupyter_server's rate limit: limiting is on when a user has set one of them.
 RATE_TRAITS = ("limit_rate", "iopub_msg_rate_limit", "iopub_data_rate_limit", "rate_limit_window")
+
+#: What passes at any rate.
+NOT_LIMITED = ("status", "comm_open", "execute_input")
+
+#: For each limit its trait, and what that counts; and what users are told, as jupyter_server tells them.
+RATES = {"message": ("iopub_msg_rate_limit", "msgs/sec"), "data": ("iopub_data_rate_limit", "bytes/sec")}
+RATE_EXCEEDED = """\
+IOPub {what} rate exceeded.
+The Jupyter server will temporarily stop sending output
+to the client in order to avoid crashing it.
+To change this limit, set the config variable
+`--ServerApp.{trait}`.
+
+Current values:
+ServerApp.{trait}={limit} ({unit})
+ServerApp.rate_limit_window={window} (secs)
+"""
 
 
 class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
@@ -83,7 +100,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         self._session: Session | None = None
         self._connection: Connection | None = None
         self._protocol: str | None = None
-        self._notice: list[bytes] | None = None
+        self._rates: OutputRates | None = None
         self._limits = Fastwire(config=self.config).limits()
         handler: Any = self.websocket_handler
         check_session_id(handler.get_argument("session_id", ""))
@@ -314,6 +331,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         # Another subprotocol that both have agreed to means the default one. The handler forgets it when it closes.
         self._protocol = PROTOCOL_V1 if self.subprotocol == PROTOCOL_V1 else None
         session.downlink.prepare = self._prepare
+        if self.limit_rate:
+            self._rates = OutputRates(self.iopub_msg_rate_limit, self.iopub_data_rate_limit, self.rate_limit_window)
         session.downlink.prepare_all = self.limit_rate
         session.on_ignored = self._warn_ignored
         has_id = bool(self.websocket_handler.get_argument("session_id", None))
@@ -444,12 +463,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             if batch.counts[ERROR] and not self.multi_kernel_manager.allow_tracebacks:
                 errors = [i for i in range(len(batch)) if batch.message_class(i) == "error"]
                 changes |= {index: self._changed(self._redacted, batch[index]) for index in errors}
-            if self.limit_rate:
-                for index in range(len(batch)):
-                    parts = batch[index]
-                    allowed = self._changed(self._limited, parts)
-                    if allowed is not parts:
-                        changes[index] = allowed
+            if self._rates is not None:
+                changes |= self._limited(batch, self._rates)
         return changes
 
     def _changed(self, change: Callable[[list[bytes]], list[bytes] | None], parts: list[bytes]) -> list[bytes] | None:
@@ -461,13 +476,32 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             self.log.debug("Left out: %r", error)  # which may quote it
             return None
 
-    def _limited(self, parts: list[bytes]) -> list[bytes] | None:
-        """The message, or in place of the first that is left out what the user is told about it."""
-        unread = {"header": None, "parent_header": None, "content": None}
-        if not self._limit_rate("iopub", unread, parts):
-            return parts
-        notice, self._notice = self._notice, None
-        return notice
+    def _limited(self, batch: Batch, rates: OutputRates) -> dict[int, list[bytes] | None]:
+        """What is left out, and in place of the first of it what the user is told.
+
+        Source: `ZMQChannelsWebsocketConnection._limit_rate`, where all requests have one limit, which the end of any of
+        them begins anew.
+        """
+        now = asyncio.get_running_loop().time()
+        changes: dict[int, list[bytes] | None] = {}
+        for index in range(len(batch)):
+            msg_type, neighbour = batch.msg_type(index), batch.headers(index)
+            if msg_type == "status" and said(batch[index][3], "execution_state") == "idle":
+                rates.ended(request_of(neighbour[1]))
+            if msg_type in NOT_LIMITED:
+                continue
+            nbytes = sum(map(len, batch[index])) if msg_type == "stream" else 0
+            exceeded = rates.judge(request_of(neighbour[1]), nbytes, now)
+            if exceeded is not None:
+                changes[index] = self._told_of_limit(exceeded, neighbour) if exceeded else None
+        return changes
+
+    def _told_of_limit(self, exceeded: str, neighbour: Neighbour) -> list[bytes]:
+        trait, unit = RATES[exceeded]
+        values = {"what": exceeded, "trait": trait, "limit": getattr(self, trait), "unit": unit}
+        text = RATE_EXCEEDED.format(**values, window=self.rate_limit_window)
+        self.log.warning(text)
+        return notice(neighbour, text + "\n")[0]
 
     def _redacted(self, parts: list[bytes]) -> list[bytes]:
         """Source: `ZMQChannelsWebsocketConnection._on_error`."""
@@ -496,15 +530,6 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         if self._session is not None:
             batch = beside(self._session.relay.neighbour, parts_of(self.session, message))
             self._session.say(batch, momentary=momentary)
-
-    def write_stderr(self, error_message: str, parent_header: Any) -> None:
-        """Show the user a line. Source: `ZMQChannelsWebsocketConnection.write_stderr`, which `_limit_rate` calls."""
-        if not self._fast:
-            super().write_stderr(error_message, parent_header)
-            return
-        self.log.warning(error_message)
-        content = {"text": error_message + "\n", "name": "stderr"}
-        self._notice = parts_of(self.session, self.session.msg("stream", content=content, parent=parent_header))
 
     def _send_status_message(self, status: str) -> None:
         """Source: `ZMQChannelsWebsocketConnection._send_status_message`: what the kernel said before comes before."""

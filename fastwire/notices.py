@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from fastwire._core import Batch, Signer, batch_of, check_json
 from fastwire.errors import MalformedMessage
 
-__all__ = ["NOBODY", "Neighbour", "beside", "local_batch", "notice"]
+__all__ = ["NOBODY", "Neighbour", "beside", "local_batch", "notice", "request_of", "said"]
 
 #: ``(header, parent_header)`` of a kernel's message, as `Batch.headers` has them.
 Neighbour = tuple[bytes, bytes]
@@ -32,7 +32,7 @@ def beside(neighbour: Neighbour, parts: list[bytes]) -> Batch:
     """A message of the server's own, told as if the kernel had said it after its ``neighbour``: in its session, and
     with its parent unless it has one."""
     header = json.loads(parts[0])
-    header["session"] = session_of(neighbour[0]) or header.get("session", "")
+    header["session"] = said(neighbour[0], "session") or header.get("session", "")
     parent_header = parent_of(neighbour[1]) if parts[1] == b"{}" else parts[1]
     return local_batch("iopub", [json.dumps(header).encode(), parent_header, *parts[2:]])
 
@@ -51,13 +51,20 @@ def notice(neighbour: Neighbour, text: str) -> Batch:
     return beside(neighbour, [json.dumps(header).encode(), b"{}", b"{}", json.dumps(content).encode()])
 
 
-def session_of(header: bytes) -> str:
-    """The session in a kernel's header, "" where there is none."""
+def said(part: bytes, name: str) -> str:
+    """The text of that name in a part of a kernel's message, "" where there is none."""
     try:
-        session = json.loads(header.decode("utf-8", "replace"))["session"]
+        text = json.loads(part.decode("utf-8", "replace"))[name]
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
-    return session if isinstance(session, str) else ""
+    return text if isinstance(text, str) else ""
+
+
+def request_of(parent_header: bytes) -> int | None:
+    """What tells the request that a message belongs to from others; None where it belongs to none. A hash, as ids may
+    be long."""
+    msg_id = said(parent_header, "msg_id")
+    return hash((msg_id, said(parent_header, "session"))) if msg_id else None
 
 
 def parent_of(parent_header: bytes) -> bytes:

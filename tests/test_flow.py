@@ -1,12 +1,25 @@
 """Decisions without sockets or clock."""
 
 import dataclasses
+import gc
 
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fastwire.flow import Acknowledgements, Attempts, Limits, Questions, Rate, resume_time, too_many
+from fastwire.flow import (
+    Acknowledgements,
+    Attempts,
+    Limits,
+    OutputRate,
+    OutputRates,
+    Questions,
+    Rate,
+    Slice,
+    resume_time,
+    too_many,
+)
 
 PATIENCE = Acknowledgements.PATIENCE
 LONG = Attempts.LEAST
@@ -254,3 +267,72 @@ def test_who_is_not_read_cannot_answer() -> None:
     acknowledgements.pause()
     acknowledgements.look(PATIENCE, 102, waits=True)
     assert not acknowledgements.demoted
+
+
+# -- the rate of output ----------------------------------------------------------------------------
+
+#: One slice a second, so that an exact window can be the oracle.
+WINDOW = float(OutputRate.SLICES)
+
+
+class ExactRate:
+    """One request: every message that passed, with its time."""
+
+    def __init__(self, messages: float, nbytes: float) -> None:
+        self.limits = messages, nbytes
+        self.exceeded = [False, False]
+        self.passed: list[tuple[float, int]] = []
+
+    def judge(self, nbytes: int, now: float) -> str | None:
+        self.passed = [(then, size) for then, size in self.passed if now < then + WINDOW]
+        rates = (len(self.passed) + 1) / WINDOW, (sum(size for _, size in self.passed) + nbytes) / WINDOW
+        told = ""
+        for index, (name, limit, rate) in enumerate(zip(("message", "data"), self.limits, rates, strict=True)):
+            if limit > 0 and rate > limit:
+                told = told if self.exceeded[index] else name
+                self.exceeded[index] = True
+            elif rate <= 0.8 * limit:
+                self.exceeded[index] = False
+        if any(self.exceeded):
+            return told
+        self.passed.append((now, nbytes))
+        return None
+
+
+said_of_requests = st.tuples(
+    st.sampled_from(["a", "b", "c", None]), st.sampled_from([0, 1, 40, None]), st.sampled_from([0, 0, 1, 3, 40])
+)
+
+
+@given(st.sampled_from([0.0, 0.25]), st.sampled_from([0.0, 4.0]), st.lists(said_of_requests, max_size=120))
+def test_the_rate_of_each_request_is_its_own(
+    messages: float, nbytes: float, said: list[tuple[str | None, int | None, int]]
+) -> None:
+    """Several at a time, each ended by its own end, or by one that belongs to none."""
+    rates = OutputRates(messages, nbytes, WINDOW)
+    exact: dict[str | None, ExactRate] = {}
+    now = 0.0
+    for request, size, seconds in said:
+        now += seconds
+        if size is not None:
+            expected = exact.setdefault(request, ExactRate(messages, nbytes)).judge(size, now)
+            assert rates.judge(request, size, now) == expected
+            continue
+        rates.ended(request)
+        exact = {key: rate for key, rate in exact.items() if request is not None and key != request}
+
+
+def test_requests_without_an_end_take_no_more_memory() -> None:
+    """Beyond a number they have one limit together, which none of their ends begins anew; it is their own again when
+    the others have said nothing for as long as counts."""
+    rates = OutputRates(1.0, 0.0, WINDOW)
+    for number in range(50_000):
+        rates.judge(number % 5000, 10, number / 1000)
+    assert sum(isinstance(each, Slice) for each in gc.get_objects()) <= (rates.MOST + 1) * (OutputRate.SLICES + 1)
+    rates = OutputRates(1.0, 0.0, WINDOW)
+    assert not any(rates.judge(number, 10, 0.0) for number in range(rates.MOST))
+    together = [rates.judge(number, 10, 0.0) for number in range(1000, 1100)]
+    assert together == [None] * 32 + ["message"] + [""] * 67
+    rates.ended(1000)
+    assert rates.judge(1000, 10, 0.0) == ""
+    assert rates.judge(1000, 10, WINDOW) is None

@@ -101,6 +101,24 @@ def test_what_a_rate_limit_lets_pass_and_when_it_ends(server: Server) -> None:
         assert answer.text().endswith("resumed\n")
 
 
+ANSWERS_OTHERS = """
+kernel = get_ipython().kernel
+other = {"msg_id": "other", "msg_type": "usage_request", "session": "other"}
+for i in range(100):
+    print(i, "x" * 10_000, flush=True)
+    kernel.session.send(kernel.iopub_socket, "status", {"execution_state": "idle"}, other, ident=b"status")
+"""
+
+
+def test_the_end_of_another_request_does_not_begin_a_rate_limit_anew(server: Server) -> None:
+    """A subshell or the control thread answers in the middle of a cell, as often as it is asked."""
+    with server.kernel() as kernel, Client(server, kernel) as client:
+        answer = client.run(ANSWERS_OTHERS)
+        assert sum(message.parent == "other" for message in client.log) == 100
+        assert 0 < len(numbers(answer.messages)) < 50
+        assert client.run("print('ok')").text() == "ok\n", "the next cell begins anew"
+
+
 def test_the_default_protocol_can_be_forced(server: Server) -> None:
     with server.kernel("light") as kernel:
         path = f"/api/kernels/{kernel}/channels?token={TOKEN}"
