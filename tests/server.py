@@ -7,6 +7,7 @@ WebSocket of one kernel. Nothing here waits longer than `PATIENCE`, and no durat
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -366,11 +367,16 @@ class Raw:
     """A blocking socket, for what no good client does: not reading, vanishing."""
 
     receive_buffer = 1 << 16
+    tls: ssl.SSLContext | None = None
 
     def __init__(self, server: Server, path: str, protocol: str | None, headers: dict[str, str]) -> None:
         fields = {"Host": f"127.0.0.1:{server.port}", "Sec-WebSocket-Protocol": protocol, **headers}
         self.client = wsclient.Client(
-            ("127.0.0.1", server.port), server.base + path, headers=fields, receive_buffer=self.receive_buffer
+            ("127.0.0.1", server.port),
+            server.base + path,
+            headers=fields,
+            receive_buffer=self.receive_buffer,
+            tls=self.tls,
         )
         if not self.client.handshake.accepted:
             self.client.drop()
@@ -392,6 +398,13 @@ class Raw:
                 return payload.decode() if opcode == 1 else payload
             if opcode == OP_PING:
                 self.client.send(builders.client_frame(OP_PONG, payload))
+
+    def answer_ping(self) -> None:
+        """The server knows from then on that this client does; what comes before its next ping is passed over."""
+        opcode = payload = None
+        while opcode != OP_PING:
+            opcode, payload = self.client._frame()
+        self.client._acknowledge(payload)
 
 
 class Client:

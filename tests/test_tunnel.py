@@ -5,12 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import wsclient
 from network import Network
 from server import PROTOCOLS, Client, Raw, Server, serving, until
 from test_jupyter import UNLIMITED, numbers
-
-from fastwire._core import OP_PING
 
 both_protocols = pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 
@@ -44,15 +41,11 @@ def through(network: Network, server: Server, kernel: str, protocol: str | None,
     return Client(replace(server, port=network.port), kernel, protocol, session, how=Raw)
 
 
-def answer_a_ping(client: wsclient.Client) -> None:
-    opcode = payload = None
-    while opcode != OP_PING:
-        opcode, payload = client._frame()
-    client._acknowledge(payload)
-
-
-@pytest.mark.parametrize("noticed", [True, False], ids=["the tunnel breaks", "the server does not notice"])
-@both_protocols
+@pytest.mark.parametrize(
+    ("protocol", "noticed"),
+    [(None, True), (PROTOCOLS["v1"], False)],
+    ids=["the tunnel breaks", "the server does not notice"],
+)
 def test_what_a_tunnel_took_and_lost_comes_again(
     server: Server, network: Network, protocol: str | None, noticed: bool
 ) -> None:
@@ -61,7 +54,7 @@ def test_what_a_tunnel_took_and_lost_comes_again(
     with server.kernel() as kernel:
         first = through(network, server, kernel, protocol, session)
         first.run(UNLIMITED)
-        answer_a_ping(first.socket.client)
+        first.socket.answer_ping()
         network.swallow()
         cell = first.execute(CELL, allow_stdin=True)
         until(lambda: b"input_request" in network.swallowed, "the question is in the tunnel")
