@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import options as common
 from bench import report
-from bench.kernelspec import DEFAULT_HWM, REAL_KERNEL
+from bench.kernelspec import REAL_KERNEL
 from bench.messages import IDLE, MARKERS, REPLY, RESULT, RequestMaker
 from bench.wsclient import KernelSocket, connect, upgrade
 
@@ -137,11 +137,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--pause", type=float, default=20.0, help="mean pause between requests, ms")
     add("--kernel", default=REAL_KERNEL, help="kernelspec: python3 or fastwire-light")
     add("--code", default="2+2", help="the cell; it must give a result")
-    common.add_common(parser)
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.requests, options.repeat = 5, 1
-    return options
+    return common.parse(parser, arguments, requests=5, repeat=1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -150,9 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     names = common.targets(options)
     try:
-        with contextlib.ExitStack() as stack:
-            opened = {name: common.open_target(options, name, name, DEFAULT_HWM) for name in names}
-            servers = {name: stack.enter_context(target) for name, target in opened.items()}
+        with common.side_by_side(options, names) as servers:
             runs = asyncio.run(measure(servers, options))
     except (OSError, RuntimeError) as error:
         return common.finish([str(error)])

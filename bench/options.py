@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import report
+from bench.kernelspec import DEFAULT_HWM
 from bench.messages import LEGACY, PROTOCOLS
 from bench.server import Server
 from bench.targets import FLOORS, TARGETS, VARIANTS, launch, running
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
 RUNNING = "running"
@@ -38,6 +41,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--token", default="", help="its token")
     add("--pid", type=int, help="its process id, for CPU and memory")
     add("--smoke", action="store_true", help="a few seconds; checks what arrives, never how fast")
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, **smoke: object) -> argparse.Namespace:
+    """The command line, these options among its own; and the values that some have in a smoke run."""
+    add_common(parser)
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        vars(options).update(smoke)
+    return options
 
 
 def stop_on_sigterm() -> None:
@@ -91,3 +103,11 @@ def open_target(options: argparse.Namespace, name: str, label: str, hwm: int) ->
         keep = options.log / f"{label}.log"
     chosen = hwm if options.kernel_hwm is None else options.kernel_hwm
     return launch(name, iopub_hwm=chosen, options=tuple(options.server_option), keep_log=keep)
+
+
+@contextlib.contextmanager
+def side_by_side(options: argparse.Namespace, names: list[str]) -> Iterator[dict[str, Server]]:
+    """All targets at once, for those that take turns: idle but for the one whose turn it is."""
+    opened = {name: open_target(options, name, name, DEFAULT_HWM) for name in names}
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(target) for name, target in opened.items()}

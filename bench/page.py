@@ -18,7 +18,6 @@ from playwright.sync_api import Browser, Error, sync_playwright
 
 from bench import options as common
 from bench import report
-from bench.kernelspec import DEFAULT_HWM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,9 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     names = common.targets(options)
     try:
-        with contextlib.ExitStack() as stack:
-            opened = {name: common.open_target(options, name, name, DEFAULT_HWM) for name in names}
-            servers = {name: stack.enter_context(target) for name, target in opened.items()}
+        with common.side_by_side(options, names) as servers:
             runs = measure(servers, options)
     except (OSError, RuntimeError) as error:
         return common.finish([str(error)])

@@ -122,13 +122,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.sharing", description=__doc__)
     add = parser.add_argument
     add("--clients", type=int, nargs="+", default=CLIENTS, help="numbers of clients (default: 1 2 10)")
-    common.add_common(parser)
-    options = parser.parse_args(arguments)
+    options = common.parse(parser, arguments, clients=(1, 2), repeat=1)
     if options.url:
         parser.error("the sockets of a server that runs already cannot be told from others'")
     options.protocol = options.protocol or "legacy"
-    if options.smoke:
-        options.clients, options.repeat = (1, 2), 1
     return options
 
 

@@ -71,11 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.terminals", description=__doc__.splitlines()[0])
     parser.add_argument("--lines", type=int, default=5_000_000, help="lines that are printed (default 5,000,000)")
-    common.add_common(parser)
-    options = parser.parse_args(arguments)
-    if options.smoke:
-        options.lines, options.repeat = 50_000, 1
-    return options
+    return common.parse(parser, arguments, lines=50_000, repeat=1)
 
 
 def main(arguments: list[str] | None = None) -> int:

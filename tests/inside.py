@@ -93,6 +93,12 @@ async def execute(client: ClientConnection, msg_id: str) -> None:
     await client.send(client_message(message("execute_request", msg_id, {"code": "1"}), "shell", client.subprotocol))
 
 
+async def run(client: ClientConnection, msg_id: str) -> str:
+    """Ask for a cell, and have its result."""
+    await execute(client, msg_id)
+    return await result(client, msg_id)
+
+
 async def result(client: ClientConnection, msg_id: str) -> str:
     """The result of a cell, received up to its idle status."""
     found = ""

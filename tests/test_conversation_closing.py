@@ -31,6 +31,15 @@ from fastwire.websocket import Connection
 pytest_plugins = "websocket_site"  # the fixture `site`
 
 
+async def write_until_closed(handler: tornado.websocket.WebSocketHandler) -> None:
+    """By writing the server finds out that a client is gone. What could come then has some turns of the loop for it."""
+    with contextlib.suppress(WebSocketClosedError):
+        while True:
+            await handler.write_message(BIG, binary=True)
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 # -- the table: closing ----------------------------------------------------------------------------
 
 
@@ -248,11 +257,7 @@ def test_close_while_a_coroutine_on_message_runs(site: Site) -> None:
 def test_on_close_waits_for_a_coroutine_open(site: Site) -> None:
     class Handler(site.Handler):
         async def open(self) -> None:
-            with contextlib.suppress(WebSocketClosedError):
-                while True:
-                    await self.write_message(BIG, binary=True)
-            for _ in range(20):
-                await asyncio.sleep(0)
+            await write_until_closed(self)
             self.events.append("opened")
 
     client, handler = site.open(Handler)
@@ -268,11 +273,7 @@ def test_on_close_waits_for_a_coroutine_on_message(site: Site) -> None:
     class Handler(site.Handler):
         async def on_message(self, message: str) -> None:
             self.events.append("begin")
-            with contextlib.suppress(WebSocketClosedError):
-                while True:
-                    await self.write_message(BIG, binary=True)
-            for _ in range(20):
-                await asyncio.sleep(0)
+            await write_until_closed(self)
             self.events.append("end")
 
     client, handler = site.open(Handler)
@@ -288,11 +289,7 @@ def test_nothing_comes_after_on_close(site: Site) -> None:
     class Handler(site.Handler):
         async def on_message(self, message: str) -> None:
             self.events.append(message)
-            with contextlib.suppress(WebSocketClosedError):
-                while True:
-                    await self.write_message(BIG, binary=True)
-            for _ in range(20):
-                await asyncio.sleep(0)
+            await write_until_closed(self)
 
     client, handler = site.open(Handler)
     client.send(*map(client.frames_of, ["one", "two", "three"]))

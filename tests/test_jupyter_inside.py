@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from builders import client_message, message
-from inside import execute, result, serving, until
+from inside import execute, result, run, serving, until
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from server import PATIENCE, PROTOCOLS, ROOT
 from websockets.asyncio.client import ClientConnection, connect
@@ -37,8 +37,7 @@ def test_a_connection_that_is_disconnected_twice(tmp_path: Path, monkeypatch: py
                 await execute(ann, "of a closed connection")
                 await ann.close()
                 assert inside.manager.kernel_model(kernel)["connections"] == 1
-                await execute(bob, "1")
-                assert await result(bob, "1") == "4"
+                assert await run(bob, "1") == "4"
                 session = kernel_of(inside.manager.get_kernel(kernel)).relay.sessions["ann"]
                 assert session.uplink.sent == 0
                 assert session.identity == b"ann", "by which kernels route what they ask"
@@ -86,8 +85,7 @@ def test_a_key_that_is_known_when_the_kernel_has_started(tmp_path: Path, monkeyp
         async with serving(tmp_path, monkeypatch, **config) as inside:
             kernel = await inside.manager.start_kernel(kernel_name="light")
             async with inside.client(kernel) as client:
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
 
     asyncio.run(use())
 
@@ -107,8 +105,7 @@ def test_protocols_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, want
             kernel = await inside.manager.start_kernel(kernel_name="light")
             async with inside.client(kernel, subprotocols=[offered] if offered else None) as client:
                 assert client.subprotocol == offered
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
 
     asyncio.run(use())
 
@@ -244,8 +241,7 @@ def test_a_kernel_that_is_started_again_is_asked_again(tmp_path: Path, monkeypat
             manager.kernel_spec.argv[1] = str(ROOT / "bench" / "light_kernel.py")
             await manager.restart_kernel(now=True, newports=True)
             for client in await asyncio.gather(*clients):
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
                 await client.close()
 
     asyncio.run(use())
@@ -265,8 +261,7 @@ def test_a_kernel_of_which_nobody_hears_that_it_is_ready(tmp_path: Path, monkeyp
             manager._ready = ready
             async with asyncio.timeout(PATIENCE):
                 connected = await client
-            await execute(connected, "1")
-            assert await result(connected, "1") == "4"
+            assert await run(connected, "1") == "4"
             await connected.close()
 
     asyncio.run(use())

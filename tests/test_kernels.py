@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inside import execute, result, serving, until
+from inside import execute, result, run, serving, until
 from jupyter_client import AsyncKernelManager
 from jupyter_client.connect import port_names
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
@@ -35,8 +35,7 @@ def test_the_buffering_that_others_call(tmp_path: Path, monkeypatch: pytest.Monk
                 inside.manager.start_buffering(kernel, key, connection.channels)
                 inside.manager.stop_buffering(kernel)
                 assert not inside.manager.ports_changed(kernel)
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
             inside.manager.start_buffering(kernel, key, {})
 
     asyncio.run(use())
@@ -69,8 +68,7 @@ def test_a_kernel_that_somebody_else_has_started(tmp_path: Path, monkeypatch: py
             try:
                 (kernel,) = inside.manager.list_kernel_ids()
                 async with inside.client(kernel) as client:
-                    await execute(client, "1")
-                    assert await result(client, "1") == "4"
+                    assert await run(client, "1") == "4"
                     assert inside.manager.kernel_model(kernel)["execution_state"] == "idle"
                     await manager.shutdown_kernel(now=True)
                     assert inside.manager.list_kernel_ids() == []
@@ -99,8 +97,7 @@ def test_a_kernel_that_moves_while_it_is_asked(tmp_path: Path, monkeypatch: pyte
                 silent.session.key = other.session.key
                 for name in port_names:
                     setattr(silent, name, getattr(other, name))
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
 
     asyncio.run(use())
 
@@ -141,8 +138,7 @@ def test_a_restart_is_answered_before_the_kernel_is(tmp_path: Path, monkeypatch:
             kernel = await inside.manager.start_kernel(kernel_name="odd-gated")
             manager: Any = inside.manager.get_kernel(kernel)
             async with inside.client(kernel) as client:
-                await execute(client, "1")
-                assert await result(client, "1") == "'1'"
+                assert await run(client, "1") == "'1'"
                 for number in range(2, 4):
                     await inside.manager.restart_kernel(kernel)
                     await execute(client, str(number))
@@ -185,8 +181,7 @@ def test_a_proof_that_cannot_be_made_lets_nothing_go(
         async with serving(tmp_path, monkeypatch) as inside:
             kernel = await inside.manager.start_kernel(kernel_name="light")
             async with inside.client(kernel) as client:
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
                 session = (await inside.connection())._session
                 assert session is not None
                 relay = kernel_of(inside.manager.get_kernel(kernel)).relay
@@ -215,8 +210,7 @@ def test_a_kernel_that_says_nothing_about_being_asked(tmp_path: Path, monkeypatc
             kernel = await inside.manager.start_kernel(kernel_name="odd-silent")
             async with inside.client(kernel) as client:
                 for number in "1", "2":
-                    await execute(client, number)
-                    assert await result(client, number) == "'1'"
+                    assert await run(client, number) == "'1'"
                     await inside.manager.restart_kernel(kernel)
 
     asyncio.run(use())
@@ -231,12 +225,10 @@ def test_a_kernel_that_welcomes_only_who_subscribes_first(tmp_path: Path, monkey
             kernel = await inside.manager.start_kernel(kernel_name="odd-welcome")
             manager: Any = inside.manager.get_kernel(kernel)
             async with inside.client(kernel) as client:
-                await execute(client, "1")
-                asked = int(await result(client, "1"))
+                asked = int(await run(client, "1"))
                 assert asked > 0, "it was asked until it was heard"
                 kernel_of(manager).relay.doubt()
-                await execute(client, "2")
-                assert int(await result(client, "2")) > asked
+                assert int(await run(client, "2")) > asked
 
     asyncio.run(use())
 
@@ -248,8 +240,7 @@ def test_a_kernel_of_the_same_id_inherits_nothing(tmp_path: Path, monkeypatch: p
         async with serving(tmp_path, monkeypatch) as inside:
             kernel = await inside.manager.start_kernel(kernel_name="light")
             async with inside.client(kernel) as client:
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
                 old = await inside.connection()
                 disconnect, old.disconnect = old.disconnect, lambda: None  # type: ignore[method-assign]
                 before = kernel_of(inside.manager.get_kernel(kernel))
@@ -259,14 +250,12 @@ def test_a_kernel_of_the_same_id_inherits_nothing(tmp_path: Path, monkeypatch: p
                 assert after is not before
                 assert not after.relay.sessions
                 async with inside.client(kernel) as again:
-                    await execute(again, "1")
-                    assert await result(again, "1") == "4"
+                    assert await run(again, "1") == "4"
                     disconnect()
                     assert inside.manager.kernel_model(kernel)["connections"] == 1
                     assert list(after.relay.sessions) == ["ann"]
                     inside.manager._forget_dead(kernel, before.manager)
-                    await execute(again, "2")
-                    assert await result(again, "2") == "4"
+                    assert await run(again, "2") == "4"
 
     asyncio.run(use())
 
@@ -283,14 +272,12 @@ def test_two_servers_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 async with serving(second, monkeypatch) as two:
                     other = await two.manager.start_kernel(kernel_name="light")
                     async with two.client(other, "bob") as bob:
-                        await execute(bob, "1")
-                        assert await result(bob, "1") == "4"
+                        assert await run(bob, "1") == "4"
                     mine, others = kernels_of(one.manager), kernels_of(two.manager)
                     assert mine.budgets is not others.budgets
                     assert mine.limits.client_memory_limit == 1 << 20 < others.limits.client_memory_limit
                 assert len(others) == 0
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
 
     asyncio.run(use())
 
@@ -320,8 +307,7 @@ def test_a_kernel_that_has_ended_is_forgotten(tmp_path: Path, monkeypatch: pytes
         async with serving(tmp_path, monkeypatch) as inside:
             kernel = await inside.manager.start_kernel(kernel_name="light")
             async with inside.client(kernel) as client:
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
                 manager = weakref.ref(inside.manager.get_kernel(kernel))
                 await inside.manager.shutdown_kernel(kernel, now=True)
 
@@ -346,8 +332,7 @@ def test_two_restarts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             async with asyncio.timeout(PATIENCE):
                 await asyncio.gather(inside.manager.restart_kernel(kernel), inside.manager.restart_kernel(kernel))
             async with inside.client(kernel) as client:
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
 
     asyncio.run(use())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from inside import execute, result, serving
+from inside import run, serving
 from jupyter_client import KernelManager
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from server import Client, Raw, Server
@@ -85,8 +85,7 @@ def test_libzmq_allows_as_many_sockets_as_there_are_descriptors(
             assert context.get(zmq.MAX_SOCKETS) == min(soft, context.get(zmq.SOCKET_LIMIT)) > 1023
             kernel = await inside.manager.start_kernel(kernel_name="light")
             async with inside.client(kernel) as client:
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
 
     asyncio.run(use())
 
@@ -112,8 +111,7 @@ def test_who_is_refused_before_libzmqs_sockets_have_run_out(tmp_path: Path, monk
                     await inside.client(kernel, "bob")
                 assert refused.value.response.status_code == 503
                 assert "ZMQ sockets are in use" in refused.value.response.reason_phrase
-                await execute(client, "1")
-                assert await result(client, "1") == "4"
+                assert await run(client, "1") == "4"
 
     asyncio.run(use())
 

@@ -1,12 +1,13 @@
 """What is queued for a client: who waits for it and learns what became of it, and frames that were made elsewhere."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from builders import message
 from tornado.websocket import WebSocketClosedError
 from websocket_site import MB, NOISE, Site, blocked, eventually, fail_now, filled, on, on_ours
-from wsclient import PATIENCE, close_frame
+from wsclient import PATIENCE, Client, close_frame
 
 import fastwire.conversation
 import fastwire.websocket
@@ -26,6 +27,12 @@ on_socket = on("fastwire", "fastwire-deflate", "fastwire-no-epoll")
 async def until_blocked(connection: Connection) -> None:
     while not blocked(connection):  # noqa: ASYNC110 - there is nothing to be told by
         await asyncio.sleep(0)
+
+
+def vanishes_while_blocked(client: Client, handler: Any) -> None:
+    eventually(lambda: blocked(handler.connection))
+    client.reset()
+    eventually(lambda: handler.closes)
 
 
 @on_ours
@@ -82,9 +89,7 @@ def test_not_awaiting_leaves_nothing(site: Site) -> None:
         return len(asyncio.all_tasks()) - before
 
     assert site.run(write) == 0
-    eventually(lambda: blocked(handler.connection))
-    client.reset()
-    eventually(lambda: handler.closes)
+    vanishes_while_blocked(client, handler)
 
 
 @on_ours
@@ -92,9 +97,7 @@ def test_looking_is_not_awaiting(site: Site) -> None:
     """Who only asks whether it is done is not told by the loop that he missed an exception."""
     client, handler = site.open_narrow(site.Handler)
     site.run(lambda: [handler.write_message(NOISE, binary=True).done() for _ in range(3)])
-    eventually(lambda: blocked(handler.connection))
-    client.reset()
-    eventually(lambda: handler.closes)
+    vanishes_while_blocked(client, handler)
 
 
 @on_ours
@@ -183,9 +186,7 @@ def test_what_was_lost_is_not_written(site: Site) -> None:
     client, handler = site.open_narrow(site.Handler)
     writes = []
     site.run(lambda: writes.append(handler.write_message(NOISE, binary=True)))
-    eventually(lambda: blocked(handler.connection))
-    client.reset()
-    eventually(lambda: handler.closes)
+    vanishes_while_blocked(client, handler)
 
     async def wait() -> None:
         with pytest.raises(WebSocketClosedError):
