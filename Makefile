@@ -105,7 +105,7 @@ coverage: install ## which lines of the core the tests reach, in build/coverage
 	&& PYTHONPATH=. $(RUN) -m pytest --timeout=300 $(ARGS) \
 	&& $(RUN) tools/core_coverage.py
 
-soak: install ## ten minutes of clients that come, stall and vanish: do memory and descriptors stay flat?
+soak: install ## ten minutes of clients that come, stall and vanish, and ten behind a hub's proxy: do memory and descriptors stay flat?
 	FASTWIRE_SOAK_SECONDS=600 $(RUN) -m pytest tests/test_soak.py
 
 fuzz: install ## feed the core hostile bytes: make fuzz SECONDS=600

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -121,12 +121,9 @@ class Hub:
     # -- the proxy --
 
     def start_proxy(self) -> None:
-        command = [str(PROXY), "--ip", "127.0.0.1", "--port", str(self.port), "--api-ip", "127.0.0.1"]
-        command += ["--api-port", str(self.proxy_port), "--error-target", f"http://127.0.0.1:{self.hub_port}/hub/error"]
-        command += ["--default-target", f"http://127.0.0.1:{self.hub_port}"]
-        with (self.home / "proxy.log").open("a") as log:
-            variables = os.environ | {"CONFIGPROXY_AUTH_TOKEN": self.secret}
-            self.proxy = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
+        options = ["--api-port", str(self.proxy_port), "--error-target", f"http://127.0.0.1:{self.hub_port}/hub/error"]
+        target = f"http://127.0.0.1:{self.hub_port}"
+        self.proxy = started_proxy(self.home, self.port, target, *options, secret=self.secret)
 
     def stop_proxy(self) -> None:
         self.proxy.kill()
@@ -137,6 +134,35 @@ class Hub:
         until(lambda: is_up(self), "the hub through the new proxy")
         assert self.api("POST", "/proxy")[0] == 200
         until(lambda: server.rest("GET", "/api/status")[0] == 200, "a server through the new proxy")
+
+
+def started_proxy(home: Path, port: int, target: str, *options: str, secret: str = "") -> subprocess.Popen[bytes]:
+    """The hub's proxy alone: configurable-http-proxy."""
+    command = [str(PROXY), "--ip", "127.0.0.1", "--port", str(port), "--default-target", target]
+    command += ["--api-ip", "127.0.0.1", *options]
+    variables = os.environ | {"CONFIGPROXY_AUTH_TOKEN": secret}
+    with (home / "proxy.log").open("a") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
+
+
+@contextmanager
+def proxy_before(server: Server) -> Iterator[Server]:
+    """The hub's proxy, without a hub; the server as it is seen through it."""
+    install_proxy()
+    seen = replace(server, port=free_port())
+    proxy = started_proxy(server.home, seen.port, server.root, "--api-port", str(free_port()))
+    try:
+        until(lambda: answers(seen), "the server through the proxy")
+        yield seen
+    finally:
+        proxy.kill()
+        proxy.wait()
+
+
+def answers(server: Server) -> bool:
+    with suppress(OSError):
+        return server.rest("GET", "/api/status")[0] == 200
+    return False
 
 
 def ask(method: str, url: str, token: str, body: object = None) -> tuple[int, object]:

@@ -6,9 +6,12 @@
 import os
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import hub
 import pytest
 from conftest import COUNTED
 from server import PROTOCOLS, WITHOUT_EXTENSIONS, Client, Raw, Server, serving, until
@@ -190,24 +193,40 @@ def one_round(server: Server, kernel: str, number: int) -> None:
     stalled.socket.close()
 
 
+@contextmanager
+def nothing_before(server: Server) -> Iterator[Server]:
+    yield server
+
+
+#: It takes too long for every change, and not for `make soak`.
+MARKS = () if "FASTWIRE_SOAK_SECONDS" in os.environ else pytest.mark.nightly
+BEHIND = pytest.param(hub.proxy_before, id="behind a hub's proxy", marks=MARKS)
+
+
 @pytest.mark.memory
 @pytest.mark.timeout(SECONDS * 3 + 120)
-def test_nothing_grows(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("before_it", [pytest.param(nothing_before, id="alone"), BEHIND])
+def test_nothing_grows(
+    tmp_path: Path, request: pytest.FixtureRequest, before_it: Callable[[Server], AbstractContextManager[Server]]
+) -> None:
     """Not even over the sessions that are kept for a while."""
     # A busy machine may take a while to bring a client back.
     options = ("--Fastwire.resume_timeout=5", "--Fastwire.resume_timeout_closed=0.2")
-    with serving(tmp_path, *options) as server:
+    with serving(tmp_path, *options) as server, before_it(server) as seen:
         kernel = server.start_kernel("light")
         rounds = 0
         for _ in range(30):
-            one_round(server, kernel, rounds)
+            one_round(seen, kernel, rounds)
             rounds += 1
         before = at_rest(server)
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
-            one_round(server, kernel, rounds)
+            one_round(seen, kernel, rounds)
             rounds += 1
         after = at_rest(server, before.descriptors)
         assert after.memory - before.memory < GROWTH, f"after {rounds} rounds"
         assert "Traceback" not in server.log
-    tell(request, f"{rounds} rounds of three clients in {SECONDS / 60:.1f} minutes: {before}, {after}")
+    tell(
+        request,
+        f"{request.node.name}: {rounds} rounds of three clients in {SECONDS / 60:.1f} minutes: {before}, {after}",
+    )
