@@ -10,12 +10,12 @@ import socket
 import ssl
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import psutil
 import pytest
@@ -50,14 +50,22 @@ class Proxy:
     package: ClassVar[str]
     #: What listens, in its configuration.
     listens: ClassVar[tuple[str, ...]]
+    #: Where servers are, in its configuration.
+    upstream: ClassVar[tuple[str, ...]] = ("127.0.0.1:8888",)
 
-    def __init__(self, home: Path, server: Server, certificate: Path, changes: Mapping[str, str]) -> None:
-        self.home, self.server = home, server
+    def __init__(self, home: Path, servers: Sequence[Server], certificate: Path, changes: Mapping[str, str]) -> None:
+        self.home, self.servers = home, servers
         self.program = program(self.name, self.package)
         ports = [free_port() for _ in self.listens]
         self.port, self.tls_port = ports[0], ports[-1]
-        addresses = {old: self.listening(port) for old, port in zip(self.listens, ports, strict=True)}
-        self.changes = addresses | {"127.0.0.1:8888": f"127.0.0.1:{server.port}"} | self.paths(certificate) | changes
+        self.changes = {old: self.listening(port) for old, port in zip(self.listens, ports, strict=True)}
+        behind = zip(self.upstream, servers, strict=True)
+        self.changes |= {old: f"127.0.0.1:{server.port}" for old, server in behind} | self.paths(certificate) | changes
+
+    @property
+    def seen(self) -> Server:
+        """What is behind it, as it is seen through it."""
+        return replace(self.servers[0], port=self.port)
 
     def listening(self, port: int) -> str:
         raise NotImplementedError
@@ -151,13 +159,15 @@ class Nginx(Proxy):
 class Haproxy(Proxy):
     name, file, package = "haproxy", "haproxy.cfg", "haproxy"
     listens = ("bind :80", "bind :443")
+    #: Of old processes for the ends of their WebSockets.
+    patience = "200ms"
 
     def listening(self, port: int) -> str:
         return f"bind 127.0.0.1:{port}"
 
     def write(self) -> None:
         super().write()
-        settings = f"hard-stop-after 200ms\n stats socket {self.home}/admin level admin\n"
+        settings = f"hard-stop-after {self.patience}\n stats socket {self.home}/admin level admin\n"
         (self.home / "global.cfg").write_text(f"global\n {settings}")
 
     def command(self) -> list[str]:
@@ -201,16 +211,67 @@ class Caddy(Proxy):
         super().kill()
 
 
-PROXIES = {kind.name: kind for kind in (Nginx, Haproxy, Caddy)}
+# -- two servers -----------------------------------------------------------------------------------
+
+
+class NginxForKernels(Nginx):
+    file = "kernels-nginx.conf"
+    listens = ("listen 80",)
+    upstream = ("127.0.0.1:8881", "127.0.0.1:8882")
+
+    def paths(self, certificate: Path) -> dict[str, str]:
+        return {}
+
+    def drain_first(self) -> None:
+        """The first server gets no new kernels."""
+        address = f"127.0.0.1:{self.servers[0].port}"
+        self.changes[f"{address};  # to drain"] = f"{address} down;  # to drain"
+        self.reload()
+
+
+class HaproxyForKernels(Haproxy):
+    file = "kernels-haproxy.cfg"
+    listens = ("bind :80",)
+    patience = "5s"  # the old process passes on what it has learned
+    upstream = ("127.0.0.1:8881", "127.0.0.1:8882")
+
+    def paths(self, certificate: Path) -> dict[str, str]:
+        return {"127.0.0.1:8880": f"127.0.0.1:{free_port()}"}
+
+    def command(self) -> list[str]:
+        return [*super().command(), "-L", "here"]
+
+    def admin(self, command: str) -> str:
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.connect(str(self.home / "admin"))
+            admin.sendall(f"{command}\n".encode())
+            return b"".join(iter(lambda: admin.recv(1 << 16), b"")).decode()
+
+    def reload(self) -> None:
+        """In its first five seconds HAProxy waits to be told by one before it, and passes nothing on itself."""
+        until(lambda: "resync_timeout=<PAST>" in self.admin("show peers"), "what there is to learn was learned")
+        super().reload()
+
+    def drain_first(self) -> None:
+        assert self.admin("set server servers/a state drain").strip() == ""
+
+
+# -- one that runs ---------------------------------------------------------------------------------
+
 NOTHING = MappingProxyType[str, str]({})
+AnyProxy = TypeVar("AnyProxy", bound=Proxy)
 
 
 @contextmanager
 def running(
-    name: str, home: Path, server: Server, certificate: Path, changes: Mapping[str, str] = NOTHING
-) -> Iterator[Proxy]:
+    kind: type[AnyProxy],
+    home: Path,
+    servers: Sequence[Server],
+    certificate: Path = Path(),
+    changes: Mapping[str, str] = NOTHING,
+) -> Iterator[AnyProxy]:
     home.mkdir()
-    proxy = PROXIES[name](home, server, certificate, changes)
+    proxy = kind(home, servers, certificate, changes)
     proxy.start()
     try:
         yield proxy
@@ -246,11 +307,13 @@ class Returning:
             self.finished.add(message.parent)
         return message
 
-    def come_back(self) -> None:
-        """When the connection has ended."""
+    def closed(self) -> None:
+        """Wait for the end of the connection."""
         with suppress(Closed):
             while True:
                 self.receive()
+
+    def come_back(self) -> None:
         self.clients.append(self._connect(self.session))
 
     def expect(self, msg_type: str) -> None:
@@ -258,8 +321,12 @@ class Returning:
             pass
 
     def finish(self, cell: str) -> None:
+        """All of a cell, through as many connections as that takes."""
         while cell not in self.finished:
-            self.receive()
+            try:
+                self.receive()
+            except Closed:
+                self.come_back()
 
     def close(self) -> None:
         for client in self.clients:
@@ -270,7 +337,7 @@ def connector(
     proxy: Proxy, kernel: str, protocol: str | None = None, tls: ssl.SSLContext | None = None
 ) -> Callable[[str], Client]:
     """What opens a WebSocket through the proxy for a session."""
-    seen = replace(proxy.server, port=proxy.tls_port if tls else proxy.port)
+    seen = replace(proxy.seen, port=proxy.tls_port if tls else proxy.port)
     how = type("Secure", (Raw,), {"tls": tls}) if tls else Raw
     headers = {"Origin": f"http{'s' if tls else ''}://127.0.0.1:{seen.port}"}
     return lambda session: Client(seen, kernel, protocol, session, how=how, headers=headers)

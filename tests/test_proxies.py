@@ -5,14 +5,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import proxies
 import pytest
-from proxies import CONFIGURATIONS, PROXIES, Proxy, Returning, connector
+from proxies import CONFIGURATIONS, Caddy, Haproxy, Nginx, Proxy, Returning, connector
 from server import PROTOCOLS, ROOT, Client, Message, Server, serving, until
 from websocket_site import certificate as certificate
 
@@ -20,7 +19,7 @@ from websocket_site import certificate as certificate
 Way = Callable[[str], Callable[[str], Client]]
 
 #: What the pages of the documentation say of time, so short that a test sees it end.
-BRIEF = {"nginx": {"timeout 90s": "timeout 1s"}, "haproxy": {" 90s": " 1s"}, "caddy": {}}
+BRIEF = {"nginx": {"timeout 90s": "timeout 1s"}, "haproxy": {" 90s": " 1s"}}
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +28,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="module", params=PROXIES)
+KINDS = (Nginx, Haproxy, Caddy)
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
 def proxy(
     request: pytest.FixtureRequest, server: Server, certificate: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Proxy]:
-    with proxies.running(request.param, tmp_path_factory.mktemp("proxy") / "home", server, certificate) as running:
+    with proxies.running(request.param, tmp_path_factory.mktemp("proxy") / "home", [server], certificate) as running:
         yield running
 
 
@@ -76,8 +78,7 @@ def assert_complete(client: Returning, count: int) -> None:
 
 
 def test_rest_and_websockets_pass(proxy: Proxy, way: Way, python: str) -> None:
-    seen = replace(proxy.server, port=proxy.port)
-    assert seen.model(python)["id"] == python
+    assert proxy.seen.model(python)["id"] == python
     with way(python)("") as client:
         assert client.run("6 * 7").result == "42"
         assert client.run("'x' * 3_000_000").result == repr("x" * 3_000_000)
@@ -99,6 +100,7 @@ def test_a_flood_while_a_proxy_is_reloaded_and_killed(proxy: Proxy, way: Way, li
         while len(client.now.log) < 1000 and cell not in client.finished:
             client.receive()
         breaks()
+        client.closed()
         client.come_back()
     client.finish(cell)
     assert_complete(client, count)
@@ -117,6 +119,7 @@ def test_twenty_clients_that_a_proxy_breaks_at_once(proxy: Proxy, light: str) ->
     proxy.restart()
 
     def go_on(client: Returning) -> None:
+        client.closed()
         client.come_back()
         client.finish(cell)
         assert_complete(client, count)
@@ -126,19 +129,20 @@ def test_twenty_clients_that_a_proxy_breaks_at_once(proxy: Proxy, light: str) ->
         assert [*threads.map(go_on, clients)] == [None] * 20
 
 
-def test_a_question_and_a_comm_that_a_proxy_took_and_lost(proxy: Proxy, way: Way, python: str) -> None:
+def test_a_question_and_a_comm_that_a_proxy_took_and_lost(server: Server, proxy: Proxy, way: Way, python: str) -> None:
     """Its TCP has them when it is killed."""
-    gate = server_gate(proxy.server)
+    gate = server_gate(server)
     client = Returning(way(python))
     client.now.run("1")
     client.now.socket.answer_ping()
     cell = client.now.execute(ASKS.format(gate=str(gate)), allow_stdin=True)
     client.expect("stream")
     proxy.freeze()
-    before = sent(proxy.server, python, client.session)
+    before = sent(server, python, client.session)
     gate.touch()
-    until(lambda: sent(proxy.server, python, client.session) >= before + 2, "the proxy's TCP has the question")
+    until(lambda: sent(server, python, client.session) >= before + 2, "the proxy's TCP has the question")
     proxy.restart()
+    client.closed()
     client.come_back()
     client.expect("input_request")
     client.now.send("input_reply", {"value": "here"}, channel="stdin")
@@ -184,9 +188,10 @@ def idle_through_all(server: Server, certificate: Path, home: Path, changes: dic
     home.mkdir()
     with ExitStack() as stack, server.kernel("light") as kernel:
         clients = []
-        for name in PROXIES:
-            proxy = stack.enter_context(proxies.running(name, home / name, server, certificate, changes[name]))
-            clients.append(stack.enter_context(connector(proxy, kernel)(name)))
+        for kind in KINDS:
+            changed = changes.get(kind.name, {})
+            proxy = stack.enter_context(proxies.running(kind, home / kind.name, [server], certificate, changed))
+            clients.append(stack.enter_context(connector(proxy, kernel)(kind.name)))
         for client in clients:
             client.run("1")
         time.sleep(seconds)
@@ -205,7 +210,7 @@ def test_a_quiet_websocket_stays(tmp_path: Path, certificate: Path) -> None:
 @pytest.mark.timeout(300)
 def test_a_quiet_websocket_stays_for_long(server: Server, tmp_path: Path, certificate: Path) -> None:
     """The same with nothing made shorter."""
-    idle_through_all(server, certificate, tmp_path / "proxies", {name: {} for name in PROXIES}, 150.0)
+    idle_through_all(server, certificate, tmp_path / "proxies", {}, 150.0)
 
 
 # -- the documentation -----------------------------------------------------------------------------

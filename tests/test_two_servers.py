@@ -1,0 +1,79 @@
+"""Two servers behind one balancer that keeps a kernel's clients together; one of them is drained and stopped."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import proxies
+import pytest
+from proxies import CONFIGURATIONS, HaproxyForKernels, NginxForKernels, Returning, connector
+from server import PROTOCOLS, Server, serving
+from test_proxies import assert_complete
+
+Balancer = NginxForKernels | HaproxyForKernels
+
+#: What a server is told. HAProxy needs nothing.
+OPTIONS = {NginxForKernels: (f"--config={CONFIGURATIONS / 'kernels-names.py'}",), HaproxyForKernels: ()}
+
+
+@pytest.fixture(
+    params=[NginxForKernels, pytest.param(HaproxyForKernels, marks=pytest.mark.nightly)], ids=lambda kind: kind.name
+)
+def balancer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Balancer]:
+    with ExitStack() as stack:
+        servers = []
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            running = serving(tmp_path / name, *OPTIONS[request.param], variables={"SERVER_NAME": name})
+            servers.append(stack.enter_context(running))
+        yield stack.enter_context(proxies.running(request.param, tmp_path / "proxy", servers))
+
+
+def kernels_of(server: Server) -> set[str]:
+    _, models = server.rest("GET", "/api/kernels")
+    return {model["id"] for model in models}
+
+
+def test_a_server_is_drained_and_stopped(balancer: Balancer) -> None:
+    """Kernels stay where they are and are found there, by all of their clients, also when the balancer is reloaded;
+    those of the other server lose nothing when this one stops."""
+    seen, (first, second) = balancer.seen, balancer.servers
+    kernels = {seen.start_kernel("light") for _ in range(4)}
+    mine, others = kernels_of(first), kernels_of(second)
+    assert mine | others == kernels
+    assert len(mine) == len(others) == 2
+    find_all(balancer, kernels)
+    balancer.reload()
+    find_all(balancer, kernels)
+
+    count = 5000
+    clients = {kernel: Returning(connector(balancer, kernel)) for kernel in (*mine, *others)}
+    cells = {kernel: client.now.execute(f"flood {count} 1000") for kernel, client in clients.items()}
+    for client in clients.values():
+        client.expect("stream")
+    balancer.drain_first()
+    new = {seen.start_kernel("light") for _ in range(2)}
+    assert kernels_of(second) == others | new
+    for kernel in mine:
+        clients[kernel].finish(cells[kernel])
+        assert_complete(clients[kernel], count)
+        seen.end_kernel(kernel)
+    first.process.terminate()
+    assert first.process.wait(30) == 0
+    for kernel in others:
+        clients[kernel].finish(cells[kernel])
+        assert_complete(clients[kernel], count)
+    find_all(balancer, others | new)
+    assert seen.start_kernel("light") in kernels_of(second)
+    for kernel in mine:
+        assert seen.get(f"/api/kernels/{kernel}")[0] in (404, 502, 503)
+    for client in clients.values():
+        client.close()
+
+
+def find_all(balancer: Balancer, kernels: set[str]) -> None:
+    for kernel in kernels:
+        balancer.seen.model(kernel)
+        for protocol in PROTOCOLS.values():
+            with connector(balancer, kernel, protocol)("") as client:
+                assert client.run("1").result == "4"
