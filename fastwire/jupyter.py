@@ -484,14 +484,17 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         """
         now = asyncio.get_running_loop().time()
         changes: dict[int, list[bytes] | None] = {}
+        before = request = None
         for index in range(len(batch)):
             msg_type, neighbour = batch.msg_type(index), batch.headers(index)
+            if neighbour[1] != before:  # a request's are the same, byte for byte
+                before, request = neighbour[1], request_of(neighbour[1])
             if msg_type == "status" and said(batch[index][3], "execution_state") == "idle":
-                rates.ended(request_of(neighbour[1]))
+                rates.ended(request)
             if msg_type in NOT_LIMITED:
                 continue
             nbytes = sum(map(len, batch[index])) if msg_type == "stream" else 0
-            exceeded = rates.judge(request_of(neighbour[1]), nbytes, now)
+            exceeded = rates.judge(request, nbytes, now)
             if exceeded is not None:
                 changes[index] = self._told_of_limit(exceeded, neighbour) if exceeded else None
         return changes

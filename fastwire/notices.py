@@ -53,18 +53,25 @@ def notice(neighbour: Neighbour, text: str) -> Batch:
 
 def said(part: bytes, name: str) -> str:
     """The text of that name in a part of a kernel's message, "" where there is none."""
-    try:
-        text = json.loads(part.decode("utf-8", "replace"))[name]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ""
+    text = members_of(part).get(name)
     return text if isinstance(text, str) else ""
 
 
 def request_of(parent_header: bytes) -> int | None:
     """What tells the request that a message belongs to from others; None where it belongs to none. A hash, as ids may
     be long."""
-    msg_id = said(parent_header, "msg_id")
-    return hash((msg_id, said(parent_header, "session"))) if msg_id else None
+    parent = members_of(parent_header)
+    msg_id, session = parent.get("msg_id"), parent.get("session")
+    return hash((msg_id, session if isinstance(session, str) else "")) if isinstance(msg_id, str) else None
+
+
+def members_of(part: bytes) -> dict[str, object]:
+    """Of a JSON object; {} where it is none."""
+    try:
+        found = json.loads(part.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def parent_of(parent_header: bytes) -> bytes:

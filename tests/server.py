@@ -6,6 +6,7 @@ WebSocket of one kernel. Nothing here waits longer than `PATIENCE`, and no durat
 
 import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -228,11 +229,18 @@ def serving(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment(home) | variables, cwd=home
         )
     server = Server(process, home, base=base)
-    try:
+    with ending(process):
         until(lambda: is_up(server), "a server that answers")
         yield server
+
+
+@contextmanager
+def ending(process: subprocess.Popen, how: signal.Signals = signal.SIGTERM) -> Iterator[None]:
+    """It is told to end, and killed if it does not."""
+    try:
+        yield
     finally:
-        process.terminate()
+        process.send_signal(how)
         try:
             process.wait(timeout=PATIENCE)
         finally:

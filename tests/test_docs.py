@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import websockets.sync.client
-from server import PATIENCE, WITHOUT_EXTENSIONS, Client, environment, serving, until
+from server import PATIENCE, WITHOUT_EXTENSIONS, Client, ending, environment, serving, until
 from test_readme import ROOT, example, examples
 
 from fastwire import OP_TEXT, frame_header
@@ -37,16 +37,9 @@ def running(home: Path, text: str) -> Iterator[str]:
         assert process.poll() is None
         return [each.laddr.port for each in itself.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
 
-    try:
+    with ending(process, signal.SIGINT):
         until(ports, "an example that listens")
         yield f"ws://127.0.0.1:{ports()[0]}"
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(timeout=PATIENCE)
-        finally:
-            process.kill()
-            process.wait()
 
 
 def test_in_jupyter_server(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 from server import (
-    PATIENCE,
     PROTOCOLS,
     TOKEN,
     WITHOUT_OTHERS,
     Client,
     Raw,
     Server,
+    ending,
     environment,
     serving,
     until,
@@ -81,16 +81,9 @@ def gateway(home: Path) -> Iterator[Server]:
         except (OSError, ValueError):
             return False
 
-    try:
+    with ending(process):
         until(answers, "a gateway that answers")
         yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=PATIENCE)
-        finally:
-            process.kill()
-            process.wait()
 
 
 def test_kernel_gateway(tmp_path: Path) -> None:

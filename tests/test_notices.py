@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastwire._core import PROTOCOL_V1, Batch, Signer, batch_of
 from fastwire.errors import MalformedMessage
-from fastwire.notices import NOBODY, beside, notice
+from fastwire.notices import NOBODY, beside, notice, request_of
 
 SIGNER = Signer(b"")
 LATIN_1 = "José".encode("latin-1")
@@ -68,3 +68,23 @@ def test_whatever_a_kernel_says_a_client_can_read_what_stands_beside_it(header: 
     for part in said(batch):
         json.loads(part.decode())
     assert isinstance(json.loads(batch[0][0])["session"], str)
+
+
+REQUESTS = [b"", b"{", b"[]", b"null", b"{}", b'{"msg_id": 7}', b'{"msg_id": null, "session": "s"}', b"[" * 5000]
+
+
+@pytest.mark.parametrize("parent_header", REQUESTS)
+def test_what_belongs_to_no_request(parent_header: bytes) -> None:
+    assert request_of(parent_header) is None
+
+
+def test_requests_are_told_apart_by_id_and_session() -> None:
+    names = [
+        b'{"msg_id": "1"}',
+        b'{"msg_id": "2"}',
+        b'{"msg_id": "1", "session": "s"}',
+        b'{"msg_id": "1", "session": "t"}',
+    ]
+    assert len({request_of(name) for name in names}) == 4
+    assert request_of(names[2]) == request_of(b'{"session": "s", "date": [], "msg_id": "1"}')
+    assert request_of(b'{"msg_id": "' + LATIN_1 + b'", "session": []}') is not None

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
-from server import PATIENCE, ROOT, TOKEN, Client, Server, free_port, serving, until
+from server import PATIENCE, ROOT, TOKEN, Client, Server, ending, free_port, serving, until
 
 from fastwire.metrics import METRICS
 
@@ -155,12 +155,9 @@ def scraping(server: Server) -> Iterator[Prometheus]:
     with (home / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=home)
     prometheus = Prometheus(port)
-    try:
+    with ending(process):
         until(prometheus.is_up, "a Prometheus that has scraped")
         yield prometheus
-    finally:
-        process.terminate()
-        process.wait(timeout=PATIENCE)
 
 
 @pytest.mark.slow
