@@ -129,7 +129,7 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 docs: install ## rewrite the references in docs/ from docstrings and settings
 	$(RUN) tools/api.py
 	$(RUN) tools/configuration.py
-	$(RUN) tools/closing.py
+	$(RUN) tools/states.py
 
 site: install ## the documentation as a site with a search, in build/site; dead links fail it
 	@$(RUN) -c 'import mkdocs' 2>/dev/null || $(SITE)

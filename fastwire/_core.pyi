@@ -442,6 +442,9 @@ class Activity:
     def observe(self, batch: Batch) -> tuple[bool, str | None]:
         """``(active, state)`` after an iopub batch: whether it is a sign of use, and the execution state if the batch
         says something about it. A message type, its own or its parent's, is a sign of use unless it is untracked."""
+    @property
+    def shown(self) -> int:
+        """Messages of output so far: streams, displays and errors."""
     def answered(self, batch: Batch) -> None:
         """Replies have come: what they answer has ended, even if the word of that was lost on iopub. A kernel drops
         there what its socket has no room for."""

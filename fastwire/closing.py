@@ -18,7 +18,7 @@ What was believed and is wrong:
 
 No sockets, no clock, nothing that waits: `Closing` is told what happened and says where that leads. A pair that is not
 in `TRANSITIONS` changes nothing, for what is late is not wrong: a Close frame after ours failed, a second call of
-``close``. ``tests/test_closing.py`` walks the table, ``docs/closing.md`` is drawn from it.
+``close``. ``tests/test_closing.py`` walks the table, ``docs/states.md`` is drawn from it.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ KINDS = {
     "demoted": "a client answers no pings: what was written to it counts as received",
     "overflow": "a client was given up: more waited for it than it may have waiting",
     "expired": "a client did not come back in time, or too much waited for it: what was kept is gone",
+    "late": "a client came back after its session had ended: it is told what it missed",
     "unsent": "a session or its kernel ended before messages of its client had reached the kernel",
     "unproven": "a kernel cannot be asked whether it is heard, and requests wait; or it publishes nothing",
     "too_long": "a client cannot take a message: it is passed over, and the client is told where",

@@ -54,6 +54,7 @@ from fastwire._core import Batch, compacted
 from fastwire.budgets import Budget, Budgets
 from fastwire.disk import Runner
 from fastwire.flow import KIB, MIB, Limits, is_said_again
+from fastwire.notices import Neighbour
 from fastwire.segments import (
     ENTRY,
     Entry,
@@ -329,20 +330,44 @@ class Cursor:
 
     @property
     def kept(self) -> int:
-        """Messages that it is not known to have."""
-        own = (None, self.number)
+        """Messages that it is not known to have, those among them that it has still to be told are missing."""
+        return self.owed[0]
+
+    @property
+    def owed(self) -> tuple[int, int]:
+        """The same, and the bytes of memory or the disk in which they lie: about as many as they are."""
         segment = self._stands
-        count = 0
+        count = -self.has_of(segment) if segment is not None else 0
+        nbytes = 0
         while segment is not None:
-            count += sum(segment.counts.get(audience, 0) for audience in own)
+            if segment.concerns(self.number):
+                count += segment.counts.get(None, 0) + segment.counts.get(self.number, 0)
+                nbytes += segment.nbytes
             segment = segment.next
-        return count - self.has_of(self._stands) if self._stands is not None else 0
+        return count, nbytes
+
+    @property
+    def needed(self) -> int:
+        """The number of the first message that it is not known to have."""
+        return self.flight[0].first if self.flight else self.position
 
     def has_of(self, segment: Segment) -> int:
         """Messages for it of the segment where it stands that it needs no more."""
-        needed = self.flight[0].first if self.flight else self.position
+        needed = self.needed
         own = (entry for entry in segment.entries or () if entry.audience in (None, self.number))
-        return sum(min(max(needed - entry.first, 0), len(entry)) for entry in own)
+        return sum(min(max(needed - entry.first, 0), entry.count) for entry in own)
+
+    @property
+    def neighbour(self) -> Neighbour | None:
+        """What the first output of these stands beside, where it is in memory."""
+        needed = self.needed
+        for entry in (self._stands and self._stands.entries) or ():
+            if entry.end > needed and (entry.has_output or isinstance(entry, Gap)):
+                batch = entry.batch
+                for index in range(max(needed - entry.first, 0), len(batch)):
+                    if batch.message_class(index) in OUTPUT:
+                        return batch.headers(index)
+        return None
 
     @property
     def marks(self) -> set[int]:
@@ -484,7 +509,7 @@ class Journal:
         if entries is not None:
             counts: dict[int | None, int] = {}
             for entry in entries:
-                counts[entry.audience] = counts.get(entry.audience, 0) + len(entry)
+                counts[entry.audience] = counts.get(entry.audience, 0) + entry.count
             segment.counts = counts
 
     # -- out --
@@ -753,6 +778,7 @@ class Journal:
         if in_zones(gap, self._marks(segment)[1]) or in_zones(last, self._marks(before)[1]):
             return
         last.absorb(gap)
+        before.counts[last.audience] += gap.count
         before.end = segment.first = gap.end
         before.version += 1
         self.set_entries(segment, segment.entries[1:])

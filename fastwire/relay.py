@@ -35,7 +35,8 @@ from fastwire.events import note
 from fastwire.flow import KIB, Limits, resume_time
 from fastwire.hearing import Event, Hearing
 from fastwire.journal import Journal
-from fastwire.notices import NOBODY, Neighbour, local_batch
+from fastwire.notices import NOBODY, Neighbour, local_batch, notice
+from fastwire.tombstones import LATE, TOO_MUCH, Tombstone, Tombstones
 from fastwire.websocket import Connection
 from fastwire.zmtp import Address
 
@@ -96,6 +97,8 @@ class KernelRelay:
         self.journal.on_drop = self._on_drop
         self.signer = signer
         self.sessions: dict[str, Session] = {}
+        #: What is left of those that ended although their clients may come back.
+        self.tombstones = Tombstones()
         #: What the kernel is doing. Who knows of message types that do not count sets another before it is opened.
         self.activity = Activity(())
         self.observers: list[Callable[[bool, str | None], None]] = []
@@ -252,6 +255,12 @@ class KernelRelay:
                 session.downlink.pass_on(entry)
             self.journal.settle()
 
+    @property
+    def place(self) -> Neighbour:
+        """Where it is now: in the request that it works on, or behind what it said last."""
+        busy = self.activity.status
+        return self.neighbour if busy is None else (busy[0], busy[1])
+
     def _on_drop(self) -> None:
         text = "clients are too far behind: the oldest output is dropped, and they are told where"
         log.warning("kernel %s: %s", self.name, text)
@@ -310,6 +319,7 @@ class KernelRelay:
         """The session of that id, made when there is none, for ``user``."""
         if session_id not in self.sessions:
             self.sessions[session_id] = session = Session(self, session_id, identity, user)
+            session.remember(self.tombstones.take(session_id, user))
             self._greet(session)
         return self.sessions[session_id]
 
@@ -327,6 +337,12 @@ class KernelRelay:
         if self.sessions.get(session.session_id) is session:
             del self.sessions[session.session_id]
         session.close(level)
+
+    def bury(self, session: Session, why: str) -> None:
+        """End a session whose client may come back, and is to hear then what it did not get."""
+        tombstone = session.tombstone(why)
+        self.end_session(session)
+        self.tombstones.leave(session.session_id, session.user, tombstone)
 
     def _close_iopub(self) -> None:
         if self.iopub is not None:
@@ -393,6 +409,8 @@ class Session:
         self.rests = False
         self._rest: asyncio.TimerHandle | None = None
         self._can_be_asked = asyncio.Event()
+        #: Of an earlier session, of which its client is told before this number, and how much was shown before that.
+        self._inherited: tuple[Tombstone, int, int] | None = None
         self._channels: list[Channel] = []
         try:
             self._open_channels()
@@ -585,7 +603,7 @@ class Session:
         until = self.detached_at + resume_time(self.relay.limits, closed=connection.closed_by_peer)
         # Who comes back in vain is not waited for any longer for that.
         self._kept_until = until if self.downlink.attempts.has_progressed else min(until, self._kept_until)
-        self._expiry = self._loop.call_at(self._kept_until, self.relay.end_session, self)
+        self._expiry = self._loop.call_at(self._kept_until, self.relay.bury, self, LATE)
         self._rest_soon()
 
     # -- kernel to client --
@@ -634,7 +652,7 @@ class Session:
         log.warning("session %s %s", self.session_id, text)
         self._note("overflow", text)
         connection = self.connection
-        self.relay.end_session(self)
+        self.relay.bury(self, TOO_MUCH)
         if connection is not None:
             connection.close(1013, "too far behind: messages were lost")
 
@@ -779,6 +797,27 @@ class Session:
             self.connection.close(1013, "the kernel takes no messages")
 
     # -- the end --
+
+    def tombstone(self, why: str) -> Tombstone:
+        """What its client does not get if it ends now."""
+        cursor, relay = self.downlink.cursor, self.relay
+        messages, nbytes = cursor.owed
+        neighbour = cursor.neighbour or relay.place
+        unsent, unanswered = self._uplink.waiting_messages, self._uplink.unanswered
+        tombstone = Tombstone(why, messages, nbytes, unsent, unanswered, relay.activity.shown, neighbour)
+        if self._inherited is None or cursor.needed >= self._inherited[1]:
+            return tombstone
+        earlier, _, shown_before = self._inherited
+        earlier.absorb(tombstone, shown_before)
+        return earlier
+
+    def remember(self, tombstone: Tombstone | None) -> None:
+        """A session of the same client ended before this one: before anything new it is told what it missed."""
+        shown = self.relay.activity.shown
+        if tombstone is not None and (text := tombstone.text(shown)):
+            self.say(notice(tombstone.neighbour, text))
+            self._inherited = (tombstone, self.relay.journal.end, shown)
+            self._note("late", "came back after its session had ended, and is told what it missed")
 
     def close(self, level: int = logging.INFO) -> None:
         self._closed = True

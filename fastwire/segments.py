@@ -84,6 +84,11 @@ class Entry:
         return len(self.batch)
 
     @property
+    def count(self) -> int:
+        """The messages that it stands for."""
+        return len(self)
+
+    @property
     def has_output(self) -> bool:
         """That may be dropped."""
         counts = self.batch.counts
@@ -118,6 +123,10 @@ class Gap(Entry):
     def __len__(self) -> int:
         return 1
 
+    @property
+    def count(self) -> int:
+        return self._messages
+
     def lose(self, messages: int, nbytes: int, neighbour: Neighbour = NOBODY) -> None:
         self._messages += messages
         self._nbytes += nbytes
@@ -148,7 +157,7 @@ def size_of(nbytes: int) -> str:
 
 class Segment:
     """A part of the log. ``standers`` are the cursors that need nothing before it and may need this; ``counts`` its
-    messages by audience."""
+    messages by audience, those that are missing here among them."""
 
     __slots__ = (
         "counts", "end", "entries", "first", "is_joined", "memory", "next", "previous", "record", "standers", "state",

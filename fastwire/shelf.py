@@ -211,7 +211,7 @@ class Shelf:
                 segment.record = record
                 segment.become(State.LOADED)
                 self._loaded.append(segment)
-                totals["spilled"] += sum(segment.counts.values())
+                totals["spilled"] += sum(map(len, segment.entries or ()))
                 totals["spilled_bytes"] += record.size
             else:
                 self._file.forget(record)

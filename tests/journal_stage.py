@@ -19,7 +19,9 @@ from fastwire._core import Batch
 from fastwire.budgets import Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal, totals
+from fastwire.notices import NOBODY, notice
 from fastwire.segments import Entry
+from fastwire.tombstones import TOO_MUCH, Tombstone
 
 SIGNER = _core.Signer(b"")
 KIB, MIB = 1024, 1024 * 1024
@@ -106,13 +108,27 @@ class Client:
 
     def __init__(self, journal: Journal, user: str = "", protocol: str | None = None) -> None:
         self.journal = journal
-        self.cursor = journal.cursor(user)
-        self.cursor.on_overflow = self.overflow
+        self.join(user)
         self.said: list[int] = []  # the numbers of what was said to it
         self.client: list[list[bytes]] = []
         self.seams = [0]  # where in `client` a new socket begins
-        self.ended = False
+        self.tombstone: Tombstone | None = None
+        self.inherited: tuple[Tombstone, int, int] | None = None
         self.start(protocol)
+
+    def join(self, user: str) -> None:
+        self.cursor = self.journal.cursor(user)
+        self.cursor.on_overflow = self.overflow
+        self.cursor.on_ready = self.on_ready
+
+    def on_ready(self) -> None:
+        """What has come from the disk may go there again at once: it is given before."""
+        if self.cursor.is_connected:
+            self.feed()
+
+    @property
+    def ended(self) -> bool:
+        return self.tombstone is not None
 
     def start(self, protocol: str | None) -> None:
         self.protocol = protocol
@@ -121,11 +137,40 @@ class Client:
         self.cursor.attach()
 
     def overflow(self) -> None:
-        self.ended = True
+        self.bury()
+
+    def bury(self) -> None:
+        """What is kept for it is gone, and its socket with it; what was said to it meanwhile is counted in ``said``."""
+        messages, nbytes = self.cursor.owed
+        if self.cursor.is_connected:
+            self.client += self.before(self.taken)
+        self.tombstone = Tombstone(TOO_MUCH, messages, nbytes, 0, 0, len(self.said))
+        if self.inherited is not None and self.cursor.needed < self.inherited[1]:
+            earlier, _, said = self.inherited
+            earlier.absorb(self.tombstone, said)
+            self.tombstone = earlier
+        self.inherited = None
+        self.cursor.end()
+
+    def begin_anew(self) -> None:
+        """As a session does whose client is back: it is told first what it missed."""
+        assert self.tombstone is not None
+        tombstone, self.tombstone = self.tombstone, None
+        text = tombstone.text(len(self.said))
+        self.join(self.cursor.user)
+        self.seams.append(len(self.client))
+        self.messages = []
+        if text:
+            entry = self.journal.append(notice(NOBODY, text), self.cursor.number, ours=True)
+            self.inherited = (tombstone, self.journal.end, len(self.said))
+            self.cursor.fall_behind(entry)
+            self.journal.settle()
 
     def hears(self, entry: Entry, numbers: list[int], *, has_room: bool = True) -> None:
         """What was just appended."""
         self.said += numbers
+        if self.ended:
+            return
         if self.cursor.is_live:
             if has_room and self.cursor.is_connected:
                 self.give(entry)
@@ -175,7 +220,7 @@ class Client:
         got = Counter(chain.from_iterable(map(numbers, self.client)))
         missing = {*self.said} - {*got}
         assert {*got} <= {*self.said}, "nothing that was for others"
-        told = sum(int(re.search(r"(\d+) messages", said)[1]) for said in self.notices)
+        told = sum(int(number) for said in self.notices for number in re.findall(r"(\d+) messages", said))
         assert bool(missing) <= bool(told)
         if not merge:
             assert told >= len(missing), "a notice may come twice"

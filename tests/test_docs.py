@@ -96,6 +96,20 @@ def test_a_session_of_jupyter_client(tmp_path: Path) -> None:
     assert result.stdout == "42\n"
 
 
+def test_the_states_are_those_of_the_tables(tmp_path: Path) -> None:
+    """`make docs` writes them."""
+    page = tmp_path / "states.md"
+    subprocess.run([sys.executable, ROOT / "tools" / "states.py", page], check=True, cwd=ROOT, timeout=60)
+    assert page.read_text() == (ROOT / "docs" / "states.md").read_text(), "run `make docs`"
+
+
+def test_every_state_table_is_drawn() -> None:
+    """Whoever has states in a table, and a test that walks it, has them in the docs."""
+    rooms = {path.stem for path in (ROOT / "fastwire").glob("*.py") if "\nTRANSITIONS" in path.read_text()}
+    document = (ROOT / "docs" / "states.md").read_text()
+    assert rooms == {*re.findall(r"`fastwire/(\w+)\.py`", document)}
+
+
 def test_every_example_is_run() -> None:
     """A new one needs its test."""
     tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_docs.py", "test_jupyter_peers.py"))

@@ -47,6 +47,7 @@ class Logs(RuleBasedStateMachine):
         self.disk = Disk()
         self.count = 0
         self.clients: list[Client] = []
+        self.gone: list[Client] = []  # whose session has ended
         self.under_way: list[Callable[[], None]] = []
         self.logs: list[Journal] = []
 
@@ -103,6 +104,8 @@ class Logs(RuleBasedStateMachine):
         heard_by = [client for client in self.clients if client.journal is log]
         if heard_by:
             batch, said = self.new(kinds, size, "iopub")
+            for client in self.gone:
+                client.said += said if client.journal is log else []
             entry = log.append(batch)
             for index, client in enumerate(heard_by):
                 client.hears(entry, said, has_room=bool(room >> index & 1))
@@ -119,6 +122,7 @@ class Logs(RuleBasedStateMachine):
         self.end_those_who_had_to()
 
     def end_those_who_had_to(self) -> None:
+        self.gone += [client for client in self.clients if client.ended]
         self.clients = [client for client in self.clients if not client.ended]
 
     @precondition(lambda self: self.clients)
@@ -185,9 +189,20 @@ class Logs(RuleBasedStateMachine):
     @precondition(lambda self: self.clients)
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
-        client = self.a_client(data)
-        client.cursor.end()
-        self.clients.remove(client)
+        """Nobody came in time."""
+        self.a_client(data).bury()
+        self.end_those_who_had_to()
+
+    @precondition(lambda self: self.gone)
+    @rule(data=st.data(), protocol=st.sampled_from((None, PROTOCOL_V1)))
+    def come_too_late(self, data: st.DataObject, protocol: str | None) -> None:
+        client = data.draw(st.sampled_from(self.gone))
+        self.gone.remove(client)
+        self.clients.append(client)
+        client.begin_anew()
+        if not client.ended:
+            client.start(protocol)
+        self.end_those_who_had_to()
 
     @invariant()
     def it_counts_right(self) -> None:
@@ -226,19 +241,13 @@ class Logs(RuleBasedStateMachine):
         for client in self.clients:
             if client.cursor.is_connected:
                 client.lose_socket()
-        for client in self.clients:
-            client.start(None)
-            for _ in range(100_000):
-                if client.ended or (client.cursor.is_live and not client.cursor.flight):
-                    break
-                client.feed()
-                client.cursor.release(client.queued)
-                self.settle()
-            else:
-                pytest.fail("it never gets there")
-            if not client.ended:
-                client.client += client.before(client.queued)
-                client.check(merge=self.limits.merge)
+        waiting = [*self.clients, *self.gone]
+        while waiting:  # who is ended again comes when others have gone
+            ended = [client for client in waiting if not self.bring_up(client)]
+            assert len(ended) < len(waiting)
+            waiting = ended
+        for client in (*self.clients, *self.gone):
+            client.check(merge=self.limits.merge)
         self.settle()
         for log in self.logs:
             assert log.memory == 0
@@ -247,6 +256,23 @@ class Logs(RuleBasedStateMachine):
         self.settle()
         assert not self.logs or self.budgets.total.used == self.budgets.disk.used == 0
         self.directory.cleanup()
+
+    def bring_up(self, client: Client) -> bool:
+        """To the end of what it is to get; not where its session ends."""
+        if client.ended:
+            client.begin_anew()
+        if not client.ended:
+            client.start(None)
+        for _ in range(100_000):
+            if client.ended:
+                return False
+            if client.cursor.is_live and not client.cursor.flight:
+                client.client += client.before(client.queued)
+                return True
+            client.feed()
+            client.cursor.release(client.queued)
+            self.settle()
+        pytest.fail("it never gets there")
 
     def settle(self) -> None:
         while self.under_way:

@@ -175,6 +175,8 @@ def test_too_much_that_may_not_be_dropped_ends_the_session(stage: Stage, kernel:
     assert "given up" in stage.take_logs()[0]
     again = stage.connect("ann")
     kernel.publish(*stream(1))
+    told = again.next()
+    assert re.search(r"\[up to \d+ messages \(\d+\.\d kB\) are missing here", told.content["text"])
     assert again.ids(1) == ["1"]
 
 
@@ -192,6 +194,8 @@ def test_a_client_that_is_too_far_behind_is_told(stage: Stage, kernel: Kernel) -
     *_, (opcode, payload) = client.frames_until_close()
     assert opcode == _core.OP_CLOSE
     assert payload[:2] == (1013).to_bytes(2, "big")
+    again = stage.connect("ann")
+    assert "messages" in again.next().content["text"]
 
 
 def test_lines_of_one_cell_are_joined(stage: Stage, kernel: Kernel) -> None:

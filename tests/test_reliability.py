@@ -291,6 +291,90 @@ def test_who_says_goodbye_without_a_code_is_waited_for_briefly(tmp_path: Path) -
             until(lambda: not kept_for_clients(server, kernel)["clients"], "nothing is kept for it")
 
 
+# -- who comes back too late -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that keeps little, and that not for long."""
+    options = ("--Fastwire.client_memory_limit=500000", "--Fastwire.spill=False", "--Fastwire.resume_timeout=0.5")
+    with serving(tmp_path_factory.mktemp("brief"), *options) as running:
+        yield running
+
+
+def is_told(message: Message) -> bool:
+    return message.type == "stream" and "missing here" in message.content["text"]
+
+
+GATED = """
+import os, time
+def say(word):
+    print(word, flush=True)
+say("before")
+while not os.path.exists({0!r}): time.sleep(0.01)
+say("lost")
+while not os.path.exists({1!r}): time.sleep(0.01)
+say("later")
+while not os.path.exists({2!r}): time.sleep(0.01)
+say("after")
+"""
+
+
+@both_protocols
+def test_who_comes_back_after_its_time_is_told_what_is_missing(brief: Server, protocol: str | None) -> None:
+    """In the cell that has gone on meanwhile."""
+    gates = [brief.home / uuid.uuid4().hex for _ in range(3)]
+    with brief.kernel() as kernel, Client(brief, kernel) as other:
+        first = Client(brief, kernel, protocol, how=Raw)
+        cell = first.execute(GATED.format(*map(str, gates)))
+        first.receive_until(lambda message: message.content.get("text") == "before\n")
+        first.socket.reset()
+        brief.until_model(kernel, connections=1)
+        gates[0].touch()
+        until(lambda: len(kept_for_clients(brief, kernel)) == 1, "its session has ended")
+        gates[1].touch()
+        other.receive_until(lambda message: message.content.get("text") == "later\n")
+        with Client(brief, kernel, protocol, first.session_id) as second:
+            gates[2].touch()
+            second.receive_until(lambda message: message.content.get("text") == "after\n")
+            told, *rest = [message for message in second.log if message.type == "stream"]
+            assert is_told(told)
+            assert told.parent == cell
+            assert "1 messages of output that came later" in told.content["text"]
+            assert [message.content["text"] for message in rest] == ["after\n"]
+        with Client(brief, kernel, protocol, first.session_id) as third:
+            third.run("1")
+            assert not any(map(is_told, third.log)), "once"
+
+
+COMMS = """
+kernel = get_ipython().kernel
+for number in range(4000):
+    kernel.session.send(kernel.iopub_socket, "comm_msg", {"comm_id": "1", "data": {"x": "x" * 5000}})
+"""
+
+
+@both_protocols
+def test_who_is_given_up_is_told_when_it_comes_back(brief: Server, protocol: str | None) -> None:
+    """It was there, and took nothing."""
+    with brief.kernel() as kernel:
+        with Client(brief, kernel, protocol, how=Tiny) as first:
+            first.execute(COMMS)
+            first.expect("execute_input")
+            until(lambda: not kept_for_clients(brief, kernel), "its session has ended")
+            brief.until_model(kernel, execution_state="idle")
+            assert first.closed().code == 1013
+        with Client(brief, kernel, protocol, first.session_id) as second:
+            told = second.receive_until(is_told)
+            assert second.log == [told], "before anything else"
+            assert "there was no room" in told.content["text"]
+            assert second.run("1").result == "1"
+
+
+class Tiny(Raw):
+    receive_buffer = 1 << 12
+
+
 # -- what the documentation promises ---------------------------------------------------------------
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text()

@@ -1,7 +1,5 @@
 """The states of segments, and their bytes."""
 
-from pathlib import Path
-
 import pytest
 from journal_stage import batch_of, line, other
 
@@ -10,7 +8,7 @@ from fastwire.segments import TRANSITIONS, Entry, Gap, Segment, State, packed, u
 
 
 def test_the_states_of_a_segment() -> None:
-    """As the table has them, and as `State` describes them; the docs show both."""
+    """As the table has them, and as `State` describes them."""
     assert set(TRANSITIONS) == set(State)
     reached = {State.OPEN}
     while more := {after for state in reached for after in TRANSITIONS[state]} - reached:
@@ -25,10 +23,6 @@ def test_the_states_of_a_segment() -> None:
             else:
                 with pytest.raises(AssertionError, match=f"{before.name} cannot become {after.name}"):
                     segment.become(after)
-    document = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
-    for state, following in TRANSITIONS.items():
-        names = ", ".join(after.name for after in State if after in following) or "\u2013"
-        assert f"| {state.name} | {state.value} | {names} |" in document
 
 
 def test_what_lies_in_a_file_is_read_as_it_was() -> None:

@@ -62,6 +62,7 @@ cdef enum:
 cdef class Activity:
     cdef list untracked
     cdef readonly str state
+    cdef readonly uint64_t shown    # messages of output
     cdef dict busy          # of each request that is worked on: the status that said so, or None if that was too large
 
     def __init__(self, untracked_message_types, str state not None="starting"):
@@ -88,6 +89,7 @@ cdef class Activity:
                 tracked = self.is_tracked(parent.msg_type)
             if not active:
                 active = tracked or self.state == "busy" or self.is_tracked(m.header.msg_type)
+            self.shown += m.kind == STREAM or m.kind == DISPLAY or m.kind == ERROR
             if m.kind == STATUS and self.follow(m, &parent, tracked):
                 said = True
         return active, self.state if said else None

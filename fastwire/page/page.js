@@ -14,6 +14,7 @@ const KINDS = {
   paused: "Client paused",
   resume: "Client came back",
   expired: "Session ended",
+  late: "Came too late",
   unsent: "Requests lost",
   unproven: "Not heard",
   drop: "Output dropped",
