@@ -184,14 +184,14 @@ def sent(server: Server, kernel: str, session: str) -> int:
 
 
 def idle_through_all(server: Server, certificate: Path, home: Path, changes: dict[str, dict], seconds: float) -> None:
-    """A quiet WebSocket through each proxy is there afterwards."""
+    """A quiet WebSocket through each proxy is there afterwards. Its client answers pings, as browsers do."""
     home.mkdir()
     with ExitStack() as stack, server.kernel("light") as kernel:
         clients = []
         for kind in KINDS:
             changed = changes.get(kind.name, {})
             proxy = stack.enter_context(proxies.running(kind, home / kind.name, [server], certificate, changed))
-            clients.append(stack.enter_context(connector(proxy, kernel)(kind.name)))
+            clients.append(stack.enter_context(Client(proxy.seen, kernel)))
         for client in clients:
             client.run("1")
         time.sleep(seconds)
