@@ -1,5 +1,6 @@
 """Behind nginx, HAProxy and Caddy, configured as docs/proxies.md says: nothing is lost when they reload or die."""
 
+import os
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ def proxy(
 def way(request: pytest.FixtureRequest, proxy: Proxy, certificate: Path) -> Way:
     """Caddy gets its own certificates, from where a test cannot."""
     if request.param == "default protocol":
+        if not isinstance(proxy, Nginx) and os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
+            pytest.skip("takes long: make nightly")
         return partial(connector, proxy)
     over_tls = proxy.port != proxy.tls_port
     tls = ssl.create_default_context(cafile=str(certificate)) if over_tls else None
