@@ -8,8 +8,10 @@ Where Python code runs in the middle of a call (hashlib, a finalizer), and other
 loops go on undisturbed; a parser or uplink that is in use refuses with RuntimeError.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final, final
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from selectors import EpollSelector, SelectorKey
+from typing import Any, Final, Self, final
 
 import zmq
 from typing_extensions import Buffer
@@ -647,6 +649,407 @@ class Uplink:
         them."""
 
 # -- for the tests ---------------------------------------------------------------------------------
+
+# -- the compiled turn: bases of classes in other rooms, which tell of what they do ----------------
+
+class Part:
+    """What a turn of the loop calls without Python. Called, it looks at its descriptor."""
+
+    def __call__(self) -> None: ...
+
+class Poller:
+    """The turns of one loop: which descriptors are ready, who writes at the end, whose time has come (`fastwire.turns`
+    says how the loop is asked for them). ``report(who, error)`` is called when one raises, and ``later(callback)`` when
+    the loop is to call soon; ``later(None)`` when it is to call `sweep` after 20 ms."""
+
+    def __init__(
+        self, report: Callable[[object, Exception], None], later: Callable[[Callable[[], None] | None], None]
+    ) -> None: ...
+    def __len__(self) -> int:
+        """Descriptors that are watched."""
+
+    @property
+    def fd(self) -> int:
+        """The epoll's; -1 without one."""
+
+    @property
+    def has_taken_over(self) -> bool:
+        """It stands where the loop waits."""
+
+    @property
+    def turns(self) -> int: ...
+    @property
+    def handed_over(self) -> int:
+        """Turns that gave way to the loop."""
+
+    def open(self) -> bool:
+        """Whether there is an epoll now: not on every system, nor when descriptors have run out."""
+
+    def close(self) -> None: ...
+    def take_over(self, selector: EpollSelector) -> None:
+        """Wait in the place of a loop's selector: its ``select`` is ours until `close`. Raises OSError."""
+
+    def give_back(self) -> None: ...
+    def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
+        """See `selectors.BaseSelector.select`: what is ready of the loop's own, after what is ready of ours."""
+
+    def watch(self, fd: int, callback: Callable[[], None] | Part) -> None:
+        """Call it in each turn in which ``fd`` is readable. Raises OSError."""
+
+    def unwatch(self, fd: int, callback: Callable[[], None] | Part) -> bool:
+        """Whether it was watched."""
+
+    def turn(self) -> None:
+        """Everything that is ready now, where the loop calls us."""
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Call it once at the end of this turn, or of the next when none is running."""
+
+    def end_turn(self) -> None: ...
+    def sweep(self) -> float | None:
+        """Call those whose time has come. Seconds until the next; None when nobody waits."""
+
+class Asking:
+    """The numbers of `fastwire.flow.Acknowledgements`."""
+
+    position: int
+    outstanding: bool
+    demoted: bool
+    _answered: bool
+    _asked: int
+    _due: float
+
+    def __new__(cls, prefix: bytes, interval: float, tail: float, much: int) -> Self: ...
+    @property
+    def _number(self) -> int: ...
+    @property
+    def _payload(self) -> bytes: ...
+    def wanted(self, position: int, now: float) -> bool:
+        """Whether a ping that goes out now is to ask about the bytes before ``position``."""
+
+    def delay(self, position: int, now: float) -> float | None:
+        """Seconds until the bytes before ``position`` are asked about although nothing follows them; None when they
+        have been."""
+
+    def ask(self, position: int, now: float) -> bytes:
+        """The payload of a ping that is queued behind ``position``."""
+
+    def answer(self, payload: bytes, written: int) -> bool:
+        """A pong came when ``written`` bytes had gone out. Returns whether it answers our ping: its payload can be
+        guessed, and nobody has what was not written."""
+
+class Wire(Part):
+    """One client's connection, where nothing happens but messages (`fastwire.transport`). ``owner`` is told the rest.
+
+    With an `uplink` messages go to the kernel from here; ``settle(readable)`` is called when something is left to do
+    after that (`Uplink.relay`): always while ``watched``, and when more than ``free_bytes`` are on their way.
+    """
+
+    parser: FrameParser
+    waits_for: int
+    data_end: int
+    we_are_done: bool
+    closes: bool
+    attended: bool
+    on_progress: Callable[[], None] | None
+    outlet: Outlet | None
+    asks: Asking | None
+    look_delay: float
+    hands_out: bool
+    uplink: Uplink | None
+    settle: Callable[[int], None] | None
+    free_bytes: int
+    watched: bool
+
+    def __init__(
+        self, fd: int, stream: object, parser: FrameParser, queue: WriteQueue, poller: Poller, owner: object
+    ) -> None: ...
+    @property
+    def fd(self) -> int:
+        """-1 where Tornado's stream has it."""
+
+    @property
+    def queue(self) -> WriteQueue: ...
+    @property
+    def over(self) -> bool: ...
+    @property
+    def writes(self) -> int:
+        """System calls."""
+
+    @property
+    def answered(self) -> int:
+        """Of our pings, those whose answers did not pass through Python."""
+
+    @property
+    def received(self) -> int:
+        """How far the peer is known to have our bytes: acknowledged, or written where it is not asked."""
+
+    def end(self) -> None:
+        """Nothing is read or written any more."""
+
+    def schedule(self) -> int:
+        """Write once at the end of this turn, unless a write waits for something else already."""
+
+    def extend(self, frames: Frames) -> int:
+        """Queue them, and write. Returns the position behind them."""
+
+    def write(self) -> int:
+        """One sendmsg; see `WriteQueue.flush`."""
+
+    def progress(self) -> int:
+        """The peer has more of our bytes, or the system has."""
+
+    def ride(self) -> int:
+        """Bytes are about to be written: a ping that is due goes with them."""
+
+    def look_after(self, seconds: float) -> int:
+        """At the ping that is not answered, or at what is to be asked about."""
+
+    def look_never(self) -> int: ...
+    def is_acknowledged(self) -> int:
+        """A pong has said so."""
+
+ENTRY: int
+
+class Budget:
+    """See `fastwire.budgets.Budget`. Bytes."""
+
+    limit: int
+    used: int
+    whole: Budget | None
+
+    def __init__(self, limit: int, whole: Budget | None = None) -> None: ...
+    @property
+    def logs(self) -> set[Any]: ...
+    @property
+    def share(self) -> int: ...
+    def take(self, nbytes: int) -> int: ...
+
+class LogEntry:
+    """A batch in the log, for all or (``audience``) for one cursor. Its messages are numbered from ``first`` on; the
+    numbers up to ``end`` that it has no messages for belong to nothing. A ``momentary`` one is true only for the
+    sockets that were there when it was said; what the server says itself is ``ours``, and no client's policy is asked.
+    """
+
+    first: int
+    end: int
+    batch: Batch
+    audience: int | None
+    memory: int
+    momentary: bool
+    ours: bool
+
+    def __init__(
+        self,
+        first: int,
+        end: int,
+        batch: Batch,
+        audience: int | None = None,
+        *,
+        momentary: bool = False,
+        ours: bool = False,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def count(self) -> int:
+        """The messages that it stands for."""
+
+    @property
+    def has_output(self) -> bool:
+        """That may be dropped."""
+
+    def part(self, begin: int, end: int) -> LogEntry:
+        """Its messages from the number ``begin`` to before ``end``."""
+
+class LogSegment:
+    """The base of `fastwire.segments.Segment`."""
+
+    state: Any
+    first: int
+    end: int
+    entries: list[LogEntry] | None
+    counts: dict[int | None, int]
+    memory: int
+    previous: Any
+    next: Any
+    record: Any
+    standers: dict[Any, None]
+    waiters: list[Any]
+    is_joined: bool
+    version: int
+
+class Given:
+    """What a socket was given of an entry, or of a part of it: where that begins and ends in the socket's bytes, and
+    the numbers of its messages, which are those from ``first`` on unless ``numbers`` has them."""
+
+    def __init__(
+        self, end: int, begin: int, ends: Any, first: int, numbers: Sequence[int] | None, segment: LogSegment
+    ) -> None: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def begin(self) -> int: ...
+    @property
+    def ends(self) -> Any: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def numbers(self) -> Sequence[int] | None: ...
+    @property
+    def segment(self) -> Any: ...
+    def reached(self, position: int) -> int | None:
+        """The number of the first message that does not lie wholly before a position of the socket."""
+
+    def longest(self, received: int, written: int) -> tuple[int, int]:
+        """The bytes and the number of the longest message on its way at these positions of the socket; or no bytes."""
+
+class LogCursor:
+    """The base of `fastwire.journal.Cursor`."""
+
+    is_connected: bool
+    was_closed: bool
+    flight: deque[Given]
+    place: Any
+    position: int
+    taken: int
+    written: int
+    passed_over: set[int]
+    stands: Any
+
+    def __init__(self, journal: Log, number: int, user: str, budget: Budget) -> None: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def user(self) -> str: ...
+    @property
+    def budget(self) -> Budget: ...
+    @property
+    def is_live(self) -> bool: ...
+    def stand(self) -> int:
+        """Where it needs nothing before."""
+
+    def given(self, entry: LogEntry, begin: int, end: int, ends: Any, indices: Sequence[int] | None = None) -> None:
+        """A socket was given messages of the next entry, all or those with these indices; none where ``end`` is
+        ``begin``."""
+
+    def release(self, position: int) -> int:
+        """The client has received everything before a position of its socket."""
+
+class Log:
+    """The base of `fastwire.journal.Journal`: `append`, then give the entry to whom it is for, then `settle`; or all
+    three at once, by `say` and `tell`."""
+
+    front: Any
+    open: Any
+    end: int
+    user_budget: Any
+    count_of_behind: int
+    outlets: dict[int, Outlet]
+
+    def __init__(
+        self,
+        budget: Budget,
+        total: Budget,
+        first: LogSegment,
+        sizes: tuple[int, int, int, int],
+        parts: tuple[int, int, int],
+    ) -> None: ...
+    cursors: dict[int, Any]
+    budget: Any
+
+    @property
+    def segment_size(self) -> int:
+        """Bytes of memory at which a segment is whole."""
+
+    @property
+    def window(self) -> int:
+        """Bytes that a client may have on their way to it, unacknowledged: they cannot be dropped."""
+
+    def append(
+        self, batch: Batch, audience: int | None = None, *, momentary: bool = False, ours: bool = False
+    ) -> LogEntry: ...
+    def say(self, batch: Batch, *, ours: bool = False) -> None:
+        """Messages for all `outlets`."""
+
+    def tell(self, outlet: Outlet, batch: Batch, *, momentary: bool = False, ours: bool = False) -> None:
+        """Messages for one."""
+
+    def settle(self) -> int:
+        """Whoever could be given the newest entry at once was."""
+
+    def recount(self, segment: LogSegment, entry: LogEntry) -> int:
+        """Encoding it for a socket has made it larger."""
+
+    def hold(self, segment: LogSegment, nbytes: int) -> int: ...
+    def leave(self, segment: LogSegment) -> int:
+        """A cursor stands there no more: what nobody stands in at the front of the log can go."""
+
+class Outlet:
+    """The base of `fastwire.downlink.Downlink`: one client's way out of a log, where it gets what everybody gets."""
+
+    wire: Wire | None
+    protocol: str | None
+    prepare: Callable[[Batch], Any] | None
+    prepare_all: bool
+    compresses: bool
+
+    def __new__(cls, cursor: Any, budgets: Any, *args: Any, **options: Any) -> Self: ...
+    cursor: Any
+
+    def has_room(self) -> bool:
+        """The socket may be given more."""
+
+    def pass_on(self, entry: LogEntry) -> int:
+        """An entry that was just appended for this client, or for all."""
+
+class KernelTraffic:
+    """Messages of a kernel, and the bytes of their parts."""
+
+    messages: int
+    nbytes: int
+
+class KernelSide(Part):
+    """The base of `fastwire.relay.KernelRelay`: what a kernel says on its way into its log, and what is learned from it
+    in passing."""
+
+    journal: Any
+    activity: Activity
+    traffic: KernelTraffic
+    iopub_source: Source | None
+    needs_a_word: bool
+    observers: list[Callable[[bool, str | None], None]]
+    poller: Poller
+
+    def on_iopub(self, batch: Batch) -> None:
+        """For all clients, and for who looks whether the kernel is at work."""
+
+    def unseen(self) -> tuple[bool, str | None]:
+        """What `observers` have not been told: whether there was activity, and the state if it was said."""
+
+    def forget_times(self) -> None: ...
+    @property
+    def last_headers(self) -> tuple[bytes, bytes] | None:
+        """Of the last message on iopub: its header and parent header; None before."""
+
+class Source(Part):
+    """One channel of a kernel that is spoken to without libzmq (`fastwire.channels.ZmtpChannel`)."""
+
+    uplink: Uplink | None
+    was_ready: bool
+    comes_back: bool
+
+    def __init__(self, stream: ZmtpStream, poller: Poller, owner: Any) -> None:
+        """``owner.wake`` is called when there is something to receive."""
+
+    @property
+    def stream(self) -> ZmtpStream: ...
+    def pass_to(
+        self, channel: Any, signer: Signer, permissive: bool, kernel: KernelSide, outlet: Outlet | None = None
+    ) -> None:
+        """Messages pass to a kernel's log, for all or for one, without the channel; what else happens is its."""
+
+    def end(self) -> None:
+        """The channel is closed."""
 
 def limit_standby(limit: int) -> None:
     """Bytes of memory that what is taken aside (`ZmtpStream.attach`) may have together; at first 512 MiB. At the bound

@@ -36,6 +36,7 @@ from fastwire.errors import (
     InvalidPayload,
     InvalidSignature,
     MalformedMessage,
+    MessageError,
     MessageTooBig,
     OutOfMemory,
     PolicyViolation,
@@ -46,6 +47,7 @@ from fastwire.errors import (
 
 include "core/base.pxi"
 include "core/histogram.pxi"
+include "core/turn.pxi"
 include "core/sign.pxi"
 include "core/scan.pxi"
 include "core/codec.pxi"
@@ -56,3 +58,6 @@ include "core/backlog.pxi"
 include "core/activity.pxi"
 include "core/zmtp.pxi"
 include "core/uplink.pxi"
+include "core/wire.pxi"
+include "core/log.pxi"
+include "core/source.pxi"

@@ -7,12 +7,12 @@ gives way because others are large.
 
 from __future__ import annotations
 
-from typing import Protocol
 from weakref import WeakValueDictionary
 
+from fastwire import _core
 from fastwire.flow import KIB, MIB, Limits
 
-__all__ = ["Budget", "Budgets", "Holder"]
+__all__ = ["Budget", "Budgets"]
 
 #: The part of a memory limit that bytes in the queues of clients' sockets may take: the rest is that of the logs.
 QUEUES = 8
@@ -25,32 +25,11 @@ LEAST_MARK = 16 * KIB
 FLOOR = 2 * MIB
 
 
-class Holder(Protocol):
-    """A log."""
+class Budget(_core.Budget):
+    """Bytes that something takes, which are a part of what a larger ``whole`` takes. ``logs`` are those that are a part
+    of it and have somebody who is behind; ``share`` is what each of them may have where all have the same."""
 
-    @property
-    def memory(self) -> int: ...
-
-
-class Budget:
-    """Bytes that something takes, which are a part of what a larger ``whole`` takes."""
-
-    def __init__(self, limit: int, whole: Budget | None = None) -> None:
-        self.limit = limit
-        self.used = 0
-        self.whole = whole
-        #: The logs that are a part of it and have somebody who is behind.
-        self.logs: set[Holder] = set()
-
-    @property
-    def share(self) -> int:
-        """What each log may have where all have the same."""
-        return self.limit // max(len(self.logs), 1)
-
-    def take(self, nbytes: int) -> None:
-        self.used += nbytes
-        if self.whole is not None:
-            self.whole.take(nbytes)
+    whole: Budget | None
 
     def move(self, whole: Budget) -> None:
         """Be a part of another from now on."""

@@ -10,19 +10,18 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import zmq
 from zmq.eventloop.zmqstream import ZMQStream
 
-from fastwire._core import Batch, Signer, ZmtpStream, drain
-from fastwire.errors import SocketClosed
+from fastwire._core import Batch, KernelSide, KernelTraffic, Outlet, Signer, Uplink, ZmtpStream, drain
+from fastwire.errors import SocketClosed, ZmtpError
 from fastwire.turns import Turns
 from fastwire.zmtp import Address, Link
 
-__all__ = ["Channel", "Traffic", "ZmqChannel", "ZmtpChannel", "take_socket"]
+__all__ = ["Channel", "ZmqChannel", "ZmtpChannel", "take_socket"]
 
 #: Turns of the loop that a reply waits for output that came before it. More is a kernel that prints without an end.
 LONGEST_WAIT = 32
@@ -41,14 +40,6 @@ def take_socket(stream_or_socket: ZMQStream | zmq.Socket[bytes]) -> zmq.Socket[b
         stream_or_socket.io_loop.remove_handler(socket)
         return socket
     return stream_or_socket
-
-
-@dataclass
-class Traffic:
-    """Messages of a kernel, and the bytes of their parts."""
-
-    messages: int = 0
-    nbytes: int = 0
 
 
 class Channel:
@@ -73,7 +64,7 @@ class Channel:
         permissive: bool = False,
     ) -> None:
         self.name = name
-        self.traffic = Traffic()
+        self.traffic = KernelTraffic()
         self._comes_back = False
         #: Turns of the loop that it waits for what has to come first.
         self.patience = LONGEST_WAIT
@@ -85,7 +76,7 @@ class Channel:
         self._after = after
         self._permissive = permissive
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         if self.closed:  # since the loop was told to call this
             return
         self.read()
@@ -106,12 +97,15 @@ class Channel:
     def come_back(self) -> None:
         """Look again in the next turn of the loop: others are to have theirs."""
         if not self._comes_back:
-            self._comes_back = True
+            self._mark(comes_back=True)
             asyncio.get_running_loop().call_soon(self._is_back)
 
     def _is_back(self) -> None:
-        self._comes_back = False
-        self._wake()
+        self._mark(comes_back=False)
+        self.wake()
+
+    def _mark(self, *, comes_back: bool) -> None:
+        self._comes_back = comes_back
 
     def drain(self) -> bool:
         """Receive everything that is there, up to the budget of one turn. Returns whether more is waiting."""
@@ -144,6 +138,12 @@ class Channel:
         return all(self.drain() for _ in range(LAST_WORDS))
 
     # -- what differs --
+
+    def pass_to(self, kernel: KernelSide, outlet: Outlet | None = None) -> None:
+        """Messages may pass to the kernel's log, for all or for one, without ``on_batch``."""
+
+    def lend(self, uplink: Uplink) -> None:
+        """What is sent on this channel, and may wait for room."""
 
     def _receive(self) -> tuple[Batch | None, bool]:
         """``(batch, whether there is more)``."""
@@ -196,7 +196,7 @@ class ZmtpChannel(Channel):
         **options: Any,
     ) -> None:
         super().__init__(name, signer, on_batch, **options)
-        self._link = Link(name, address, identity, self._wake)
+        self._link = Link(name, address, identity, self.wake)
         self._link.on_foreign = on_foreign
 
     @property
@@ -214,6 +214,44 @@ class ZmtpChannel(Channel):
         more = super().drain()
         self._link.settle()
         return more
+
+    # -- the compiled turn, which passes messages on by itself (`fastwire._core.Source`) --
+
+    def pass_to(self, kernel: KernelSide, outlet: Outlet | None = None) -> None:
+        self._link.source.pass_to(self, self._signer, self._permissive, kernel, outlet)
+
+    def lend(self, uplink: Uplink) -> None:
+        self._link.source.uplink = uplink
+
+    def _mark(self, *, comes_back: bool) -> None:
+        super()._mark(comes_back=comes_back)
+        self._link.source.comes_back = comes_back
+
+    def could_not_receive(self, error: Exception) -> None:
+        if isinstance(error, ZmtpError):
+            self._link.broke(error)
+            self._link.settle()
+            return
+        self.come_back()  # nothing was lost for it
+        raise error
+
+    def settle(self) -> None:
+        """The connection is to be looked at."""
+        self._link.settle()
+
+    def on_batch(self, batch: Batch) -> None:
+        self._on_batch(batch)
+
+    def on_faulty(self, batch: Batch) -> None:
+        """Messages were refused."""
+        if self._on_faulty is not None:
+            self._on_faulty(batch)
+
+    def after_wake_up(self) -> None:
+        if self._after is not None:
+            self._after()
+
+    # -- the connection --
 
     def can_be_asked(self) -> bool:
         return self._link.ready or self.closed
@@ -251,9 +289,9 @@ class ZmqChannel(Channel):
         self._watch: DisconnectWatch | None = None
         self._turns = Turns.current()
         self._fd = int(socket.getsockopt(zmq.FD))
-        self._turns.watch(self._fd, self._wake)
+        self._turns.watch(self._fd, self.wake)
         # Messages may have come before the descriptor was watched; their edge is gone.
-        asyncio.get_running_loop().call_soon(self._wake)
+        asyncio.get_running_loop().call_soon(self.wake)
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
@@ -296,7 +334,7 @@ class ZmqChannel(Channel):
             self._watch.close()
             self._watch = None
         if self._fd >= 0:
-            self._turns.unwatch(self._fd, self._wake)
+            self._turns.unwatch(self._fd, self.wake)
             self._fd = -1
         if not self._socket.closed:
             self._socket.close()

@@ -38,7 +38,6 @@ class Application(Protocol):
     """On whose behalf we speak. What it may set is explained at `websocket.Connection`."""
 
     consumer: Callable[[FrameParser], None] | None
-    on_progress: Callable[[], None] | None
     on_stalled: Callable[[], None] | None
     is_held: Callable[[], bool] | None
     label: tuple[str, str]
@@ -93,7 +92,7 @@ class Conversation:
     def acknowledge(self) -> None:
         """See `Connection.acknowledge`."""
         if self.probe is None:
-            self.probe = Probe(self.transport, self.closing, self)
+            self.probe = Probe(self.transport, self)
             # Its answers come on top of what it may send by itself.
             self.reader.control_rate = Rate(self._limits.control_frame_rate + 1 / Acknowledgements.INTERVAL)
             self.transport.keep_little()
@@ -101,7 +100,11 @@ class Conversation:
     @property
     def received(self) -> int:
         """How far the peer is known to have our bytes: acknowledged, or written where it is not asked."""
-        return self.transport.written if self.probe is None else self.probe.received
+        return (
+            self.transport.written
+            if self.probe is None or self.probe.acknowledgements.demoted
+            else (self.probe.acknowledgements.position)
+        )
 
     def pause(self) -> None:
         self.reader.pause()
@@ -150,8 +153,7 @@ class Conversation:
         self.reader.process()
 
     def before_write(self) -> None:
-        if self.probe is not None:
-            self.probe.ride(self.writer.data_end)
+        self.transport.wire.ride()
 
     def on_written(self) -> None:
         self.writer.on_written()
@@ -168,7 +170,17 @@ class Conversation:
             self._note("no_buffers", f"the system had no buffers ({name}); the bytes are kept and sent later")
 
     def on_taken(self) -> None:
+        self.on_sign_of_life()
+
+    def on_sign_of_life(self) -> None:
         self._application.on_sign_of_life()
+
+    def on_silence(self) -> None:
+        if self.probe is not None:
+            self.probe.look_at_silence()
+
+    def on_refused(self, error: Exception) -> None:
+        self.reader.refused(error)
 
     def on_end_of_stream(self) -> None:
         """The peer sends no more, but it may still be reading what we owe it."""
@@ -183,17 +195,12 @@ class Conversation:
     def is_held(self) -> bool:
         return self._application.is_held is not None and self._application.is_held()
 
-    def on_acknowledged(self) -> None:
-        self._application.on_sign_of_life()
-        self._progress()
-
     def on_demoted(self) -> None:
         self._note("demoted", "answers no pings: what was written to it counts as received")
         self._progress()
 
     def _progress(self) -> None:
-        if self._application.on_progress is not None and not self.closing.state.is_over:
-            self._application.on_progress()
+        self.transport.wire.progress()
 
     def _on_stall(self) -> None:
         if self._application.on_stalled is not None:
@@ -228,6 +235,10 @@ class Conversation:
     def _take(self, happened: Happened) -> State | None:
         state = self.closing.take(happened)
         if state is not None:
+            wire = self.transport.wire
+            wire.we_are_done, wire.closes = state.we_are_done, state.we_are_done or state.peer_is_done
+            self.reader.look_at_wire()
+            self.writer.attend()
             self._application.on_state(state)
         return state
 
@@ -270,7 +281,5 @@ class Conversation:
         self.transport.release()
         self.writer.end()
         self.stalls.end()
-        if self.probe is not None:
-            self.probe.end()
         if self._close_timer is not None:
             self._close_timer.cancel()

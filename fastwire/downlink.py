@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 
-from fastwire._core import PROTOCOL_V1, Batch, encode_legacy, encode_v1
+from fastwire._core import PROTOCOL_V1, Batch, Outlet, encode_legacy, encode_v1
 from fastwire.budgets import Budgets
 from fastwire.flow import Attempts, Limits, Questions
 from fastwire.journal import Countable, Cursor
@@ -76,7 +76,7 @@ class Lag:
             self._timer = None
 
 
-class Downlink:
+class Downlink(Outlet):
     """One client's end of a log.
 
     ``prepare(batch)`` says what this client gets instead of some messages. It is asked about batches that are
@@ -84,6 +84,8 @@ class Downlink:
     hears of a policy, or of a message that cannot be said in this client's protocol. ``count_answers`` counts what the
     client has said on stdin.
     """
+
+    cursor: Cursor
 
     def __init__(
         self,
@@ -94,11 +96,7 @@ class Downlink:
         on_slow: Callable[[], None],
         count_answers: Callable[[], int],
     ) -> None:
-        self.cursor = cursor
         self.connection: Connection | None = None
-        self.protocol: str | None = None
-        self.prepare: Callable[[Batch], Changes] | None = None
-        self.prepare_all = False
         self.lag = Lag(limits.slow_after, on_slow)
         self.attempts = Attempts()
         self._budgets = budgets
@@ -112,8 +110,9 @@ class Downlink:
 
     def attach(self, connection: Connection, protocol: str | None) -> None:
         """Give it first what the client has not received, then what comes."""
-        self.connection, self.protocol = connection, protocol
-        connection.on_progress = self._on_progress
+        self.connection, self.protocol, self.compresses = connection, protocol, connection.compresses
+        self.wire = connection.wire
+        self.wire.outlet = self
         connection.is_held = self._is_held
         self._budgets.count_sockets(1)
         self.cursor.attach()
@@ -125,8 +124,8 @@ class Downlink:
         """It is gone. Returns whether a message is passed over from now on, because the client cannot take it."""
         connection = self.connection
         assert connection is not None
-        connection.on_progress = connection.is_held = None
-        self.connection = None
+        connection.is_held = None
+        self._let_go()
         self._budgets.count_sockets(-1)
         self.lag.ends()
         cursor, received, written = self.cursor, connection.received, connection.written
@@ -142,45 +141,33 @@ class Downlink:
         cursor.pass_over(longest)
         return True
 
-    def _has_room(self, connection: Connection) -> bool:
-        queue = connection.queue
-        return (
-            queue.pending_bytes < self._budgets.high_water
-            and queue.queued - connection.received < self.cursor.journal.window
-            and not connection.is_closing()
-        )
+    def _let_go(self) -> None:
+        if self.wire is not None:
+            self.wire.outlet = None
+        self.connection = self.wire = None
 
     def _is_held(self) -> bool:
         """More waits, for nothing but to hear what the client has received; and it has never said so."""
-        connection = self.connection
+        connection, window = self.connection, self.cursor.journal.window
         if connection is None or self.cursor.is_live or self.attempts.answers:
             return False
-        return connection.queue.queued - connection.received >= self.cursor.journal.window
+        return connection.queue.queued - connection.received >= window
 
     # -- what it is given --
 
-    def pass_on(self, entry: Entry) -> None:
-        """An entry that was just appended for this client, or for all."""
-        cursor = self.cursor
-        if not cursor.is_live:
-            return
-        connection = self.connection
-        if connection is not None and self._has_room(connection):
-            self._try_to_give(connection, entry)
-        else:
-            cursor.fall_behind(entry)
-            if connection is not None:
-                self.lag.begins()
+    def fall_behind(self, entry: Entry) -> None:
+        """It is not given what was just appended."""
+        self.cursor.fall_behind(entry)
+        if self.connection is not None:
+            self.lag.begins()
 
     def pump(self) -> None:
         """Give the socket what waits, up to its mark."""
-        connection, cursor = self.connection, self.cursor
-        if connection is None:
-            return
-        while self._has_room(connection):
+        cursor = self.cursor
+        while self.connection is not None and self.has_room():
             entry = cursor.next()
             if entry is not None:
-                self._try_to_give(connection, entry)
+                self.try_to_give(entry)
                 continue
             if cursor.is_live:
                 self.lag.ends()
@@ -188,18 +175,16 @@ class Downlink:
                 asyncio.get_running_loop().call_soon(self.pump)
             break
 
-    def _on_progress(self) -> None:
+    def try_to_give(self, entry: Entry) -> None:
         assert self.connection is not None
-        self.cursor.release(self.connection.received)
-        if not self.cursor.is_live:
-            self.pump()
-
-    def _try_to_give(self, connection: Connection, entry: Entry) -> None:
         try:
-            self._give(connection, entry)
+            self._give(self.connection, entry)
         except Exception as error:  # noqa: BLE001 - a policy, or what cannot be said in a protocol; others have theirs
-            self.cursor.given(entry, 0, 0, CompressedEnds())
-            self._on_failure(error)
+            self.could_not_give(entry, error)
+
+    def could_not_give(self, entry: Entry, error: Exception) -> None:
+        self.cursor.given(entry, 0, 0, CompressedEnds())
+        self._on_failure(error)
 
     def _give(self, connection: Connection, entry: Entry) -> None:
         cursor, batch = self.cursor, entry.batch
@@ -271,8 +256,8 @@ class Downlink:
         kept = self.cursor.kept
         self.lag.ends()
         if self.connection is not None:
-            self.connection.on_progress = self.connection.is_held = None
-            self.connection = None
+            self.connection.is_held = None
+            self._let_go()
             self._budgets.count_sockets(-1)
         self.cursor.end()
         return kept

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from fastwire._core import Asking
+
 __all__ = [
     "Acknowledgements", "Attempts", "Limits", "OutputRates", "Questions", "Rate", "has_room", "is_said_again",
     "resume_time", "too_many",
@@ -270,7 +272,7 @@ MOST_FOR_ONE = 16
 LEAST_RESERVE = 48
 
 
-class Acknowledgements:
+class Acknowledgements(Asking):
     """Which bytes of a connection its peer has received, as the pongs of numbered pings tell.
 
     A pong says that the peer's WebSocket stack has taken everything before its ping (RFC 6455 section 5.5.3). At most
@@ -281,6 +283,8 @@ class Acknowledgements:
     browser does not while its page's script is busy. Where more is kept back until it answers (``held``), and nothing
     says that it ever will, it is believed after `HELD_PATIENCE`: there are clients that answer no pings, and it would
     have to wait for nothing.
+
+    What is asked and answered with each burst is compiled (`fastwire._core.Asking`), what silence means is here.
     """
 
     PREFIX = b"fastwire"
@@ -296,56 +300,17 @@ class Acknowledgements:
     PATIENCE = 30.0
     HELD_PATIENCE = 2.0
 
+    def __new__(cls) -> Acknowledgements:
+        return super().__new__(cls, cls.PREFIX, cls.INTERVAL, cls.TAIL, cls.MUCH)
+
     def __init__(self) -> None:
-        #: The peer has everything before this position.
-        self.position = 0
-        self.outstanding = False
-        self.demoted = False
-        self._number = 0
-        self._asked = 0
-        self._due = 0.0
-        self._answered = False
         self._taken = 0
         self._silent_since: float | None = None
-
-    def wanted(self, position: int, now: float) -> bool:
-        """Whether a ping that goes out now is to ask about the bytes before ``position``."""
-        return position > self._asked and not self.outstanding and now >= self._due
-
-    def delay(self, position: int, now: float) -> float | None:
-        """Seconds until the bytes before ``position`` are asked about although nothing follows them; None when they
-        have been."""
-        if position <= self._asked or self.outstanding:
-            return None
-        rest = 0.0 if position - self.position >= self.MUCH else self.TAIL - self.INTERVAL
-        return max(self._due + rest - now, 0.0)
-
-    def ask(self, position: int, now: float) -> bytes:
-        """The payload of a ping that is queued behind ``position``."""
-        self._number += 1
-        self._asked = position
-        self._due = now + self.INTERVAL
-        self.outstanding = True
-        return self._payload
 
     @property
     def answers(self) -> bool:
         """It has answered a ping: what it says is believed."""
         return self._answered
-
-    @property
-    def _payload(self) -> bytes:
-        return self.PREFIX + self._number.to_bytes(8, "big")
-
-    def answer(self, payload: bytes, written: int) -> bool:
-        """A pong came when ``written`` bytes had gone out. Returns whether it answers our ping: its payload can be
-        guessed, and nobody has what was not written."""
-        if not self.outstanding or payload != self._payload or written <= self._asked:
-            return False
-        self.outstanding = self.demoted = False
-        self._answered = True
-        self.position = self._asked
-        return True
 
     def look(self, now: float, taken: int, *, waits: bool, held: bool = False) -> None:
         """The ping is not answered yet; the peer's TCP has everything before ``taken``. One that takes nothing although

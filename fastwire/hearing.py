@@ -112,6 +112,11 @@ class Hearing:
         return self.state in DOUBTFUL
 
     @property
+    def needs_a_word(self) -> bool:
+        """Whether a message on iopub changes anything."""
+        return Event.SPOKE in TRANSITIONS[self.state]
+
+    @property
     def heard(self) -> bool:
         """Whether somebody who comes now misses nothing."""
         return self.state in HEARD

@@ -46,17 +46,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
-from fastwire._core import Batch, compacted
-from fastwire.budgets import Budget, Budgets
+from fastwire._core import Log, LogCursor, compacted
+from fastwire.budgets import Budget, Budgets, User
 from fastwire.disk import Runner
 from fastwire.flow import KIB, MIB, Limits, is_said_again
 from fastwire.notices import Neighbour
 from fastwire.segments import (
-    ENTRY,
     Entry,
     Gap,
     Segment,
@@ -72,7 +71,7 @@ from fastwire.shelf import ENDLESS, SPILL_AT, Shelf, totals
 __all__ = ["Countable", "Cursor", "Journal", "totals"]
 
 #: A segment's bytes of memory, at most; while nobody is behind, so that little waits for the last pong; and at least.
-SEGMENT, LIVE_SEGMENT, LEAST_SEGMENT = 1 * MIB, 64 * KIB, 4 * KIB
+SEGMENT, LIVE_SEGMENT, LEAST_SEGMENT = 1 * MIB, 256 * KIB, 4 * KIB
 
 #: Lines are joined from this part of a limit on.
 JOIN_AT = 4
@@ -104,34 +103,7 @@ class Countable(Protocol):
         there is none."""
 
 
-class Given(NamedTuple):
-    """What a socket was given of an entry, or of a part of it: where that begins and ends in the socket's bytes, and
-    the numbers of its messages, which are those from ``first`` on unless ``numbers`` has them."""
-
-    end: int
-    begin: int
-    ends: Countable
-    first: int
-    numbers: Sequence[int] | None
-    segment: Segment
-
-    def reached(self, position: int) -> int | None:
-        """The number of the first message that does not lie wholly before a position of the socket."""
-        place = self.ends.complete_before(max(position - self.begin, 0))
-        if place == len(self.ends):
-            return None
-        return self._number(place)
-
-    def longest(self, received: int, written: int) -> tuple[int, int]:
-        """The bytes and the number of the longest message on its way at these positions of the socket; or no bytes."""
-        nbytes, place = self.ends.longest(max(received - self.begin, 0), max(written - self.begin, 0))
-        return (nbytes, self._number(place)) if nbytes else (0, 0)
-
-    def _number(self, place: int) -> int:
-        return self.first + place if self.numbers is None else self.numbers[place]
-
-
-class Cursor:
+class Cursor(LogCursor):
     """A client's place in the log.
 
     ``on_ready`` is called when what it waits for has come from the disk, ``on_overflow`` when it must be ended: what
@@ -139,48 +111,23 @@ class Cursor:
     whether its client said goodbye to the last one.
     """
 
-    def __init__(self, journal: Journal, number: int, user: str) -> None:
-        self.number = number
-        self.user = user
-        self.is_connected = False
-        self.was_closed = False
+    journal: Journal
+    stands: Segment | None
+
+    def __init__(self, journal: Journal, number: int, user: str, budget: Budget) -> None:
+        super().__init__(journal, number, user, budget)
         self.on_ready: Callable[[], None] | None = None
         self.on_overflow: Callable[[], None] | None = None
-        self.flight: deque[Given] = deque()
-        #: Where it reads on; None where it is live.
-        self.place: Segment | None = None
-        self.position = journal.end
-        self.taken = self.written = 0
-        #: The numbers of messages that its client cannot take, from its position on.
-        self.passed_over: set[int] = set()
-        self.journal = journal
         self._index = 0
         self._version = -1
-        self._stands: Segment | None = None
         self._since = 0
-
-    @property
-    def is_live(self) -> bool:
-        return self.place is None
 
     @property
     def is_caught_up(self) -> bool:
         """It needs nothing that was said."""
-        return self._stands is None or self.position == self.journal.end
+        return self.stands is None or self.position == self.journal.end
 
     # -- where it stands --
-
-    def _stand(self) -> None:
-        """Where it needs nothing before."""
-        needed = self.flight[0].segment if self.flight else self.place
-        if needed is not self._stands:
-            if needed is not None:
-                needed.standers[self] = None
-                self.journal.arrive(needed)
-            before, self._stands = self._stands, needed
-            if before is not None:
-                del before.standers[self]
-                self.journal.leave(before)
 
     def _go(self, place: Segment | None, position: int) -> None:
         if (place is None) != (self.place is None):
@@ -190,7 +137,7 @@ class Cursor:
     def fall_behind(self, entry: Entry) -> None:
         """It is not given what was just appended."""
         self._go(self.journal.open, entry.first)
-        self._stand()
+        self.stand()
 
     # -- a socket --
 
@@ -210,15 +157,15 @@ class Cursor:
             if segment.entries is not None and (entry := self._entry_of(segment)) is not None:
                 if self._concerns(entry):
                     return entry
-                self._pass(entry)
+                self.pass_entry(entry)
             elif segment.next is not None and (segment.entries is not None or not segment.concerns(self.number)):
                 segment = segment.next
                 self._go(segment, segment.first)
-                self._stand()
+                self.stand()
             elif segment.next is None:
                 segment = None
                 self._go(None, self.position)
-                self._stand()
+                self.stand()
             else:
                 self.journal.fetch(segment, self)
                 break
@@ -240,7 +187,7 @@ class Cursor:
     def _concerns(self, entry: Entry) -> bool:
         return entry.audience in (None, self.number) and not (entry.momentary and entry.first < self._since)
 
-    def _pass(self, entry: Entry) -> None:
+    def pass_entry(self, entry: Entry) -> None:
         self._index += 1
         self.position = entry.end
 
@@ -263,27 +210,6 @@ class Cursor:
                 indices.append(index)
         return indices
 
-    def given(self, entry: Entry, begin: int, end: int, ends: Countable, indices: Sequence[int] | None = None) -> None:
-        """A socket was given messages of the next entry, all or those with these indices; none where ``end`` is
-        ``begin``."""
-        segment = self.place or self.journal.open
-        if end > begin:
-            numbers = None if indices is None else [entry.first + index for index in indices]
-            self.flight.append(Given(end, begin, ends, entry.first, numbers, segment))
-        if self.place is not None:
-            self._pass(entry)
-            self.journal.recount(segment, entry)
-        if self._stands is None:
-            self._stand()
-
-    def release(self, position: int) -> None:
-        """The client has received everything before a position of its socket."""
-        flight = self.flight
-        if flight and flight[0].end <= position:
-            while flight and flight[0].end <= position:
-                flight.popleft()
-            self._stand()
-
     def rewind(self, received: int, taken: int, written: int) -> None:
         """The socket is gone: go back to what the client has not received. ``written`` bytes were given to TCP, whose
         other end has ``taken`` some of them."""
@@ -298,7 +224,7 @@ class Cursor:
         place = self.flight[0].segment if self.flight else self.place or journal.open
         self.flight.clear()
         self._go(place, back)
-        self._stand()
+        self.stand()
 
     def longest(self, received: int, written: int) -> tuple[int, int]:
         """The bytes and the number of the longest message that was on its way to the client; or no bytes."""
@@ -324,7 +250,7 @@ class Cursor:
         self.flight.clear()
         self._go(None, self.position)
         self.journal.cursors.pop(self.number, None)
-        self._stand()
+        self.stand()
 
     # -- for others --
 
@@ -336,7 +262,7 @@ class Cursor:
     @property
     def owed(self) -> tuple[int, int]:
         """The same, and the bytes of memory or the disk in which they lie: about as many as they are."""
-        segment = self._stands
+        segment = self.stands
         count = -self.has_of(segment) if segment is not None else 0
         nbytes = 0
         while segment is not None:
@@ -361,7 +287,7 @@ class Cursor:
     def neighbour(self) -> Neighbour | None:
         """What the first output of these stands beside, where it is in memory."""
         needed = self.needed
-        for entry in (self._stands and self._stands.entries) or ():
+        for entry in (self.stands and self.stands.entries) or ():
             if entry.end > needed and (entry.has_output or isinstance(entry, Gap)):
                 batch = entry.batch
                 for index in range(max(needed - entry.first, 0), len(batch)):
@@ -385,27 +311,29 @@ def end_of(entry: Entry) -> int:
     return entry.end
 
 
-class Journal:
+class Journal(Log):
     """One kernel's log: `append`, then give the entry to whom it is for, then `settle`.
 
     ``on_drop`` is called when output is dropped, once until there was room again.
     """
 
+    budget: Budget
+    cursors: dict[int, Cursor]
+
     def __init__(self, limits: Limits, budgets: Budgets, runner: Runner | None = None) -> None:
-        self.cursors: dict[int, Cursor] = {}
-        self.front = self.open = Segment(0)
-        #: The number of what comes next.
-        self.end = 0
+        super().__init__(
+            Budget(limits.client_memory_limit, budgets.of("")),
+            budgets.total,
+            Segment(0),
+            (SEGMENT, LIVE_SEGMENT, LEAST_SEGMENT, LEAST_WINDOW),
+            (WINDOW, JOIN_AT, SPILL_AT),
+        )
         #: The kernel was started again before what has this number.
         self.barrier = 0
         self.on_drop: Callable[[], None] | None = None
-        self._user = budgets.of("")
-        self.budget = Budget(limits.client_memory_limit, self._user)
         self._limits = limits
         self._budgets = budgets
         self._numbers = 0
-        self._newest: Entry | None = None
-        self._behind = 0
         self._is_dropping = False
         self._huge: Segment | None = None  # the last that is one message
         self._raw: deque[Segment] = deque()  # sealed, lines not joined
@@ -420,65 +348,21 @@ class Journal:
     def cursor(self, user: str = "") -> Cursor:
         """A new one, at the end."""
         self._numbers += 1
-        cursor = self.cursors[self._numbers] = Cursor(self, self._numbers, user)
+        cursor = self.cursors[self._numbers] = Cursor(self, self._numbers, user, self._budgets.of(user))
         return cursor
 
     def count_behind(self, more: int) -> None:
         """Cursors that are."""
-        self._behind += more
-        for budget in (self._user, self._budgets.total):
-            if self._behind:
+        self.count_of_behind += more
+        for budget in (self.user_budget, self._budgets.total):
+            if self.count_of_behind:
                 budget.logs.add(self)
             else:
                 budget.logs.discard(self)
 
     # -- in --
 
-    def append(
-        self, batch: Batch, audience: int | None = None, *, momentary: bool = False, ours: bool = False
-    ) -> Entry:
-        if self.open.entries and batch.memory > self.segment_size:
-            self._seal()
-        segment = self.open
-        first = self.end
-        self.end = segment.end = first + len(batch)
-        entry = Entry(first, self.end, batch, audience, momentary=momentary, ours=ours)
-        assert segment.entries is not None
-        segment.entries.append(entry)
-        segment.counts[audience] = segment.counts.get(audience, 0) + len(batch)
-        self._hold(segment, entry.memory)
-        self._newest = entry
-        return entry
-
-    def settle(self) -> None:
-        """Whoever could be given the newest entry at once was."""
-        segment = self.open
-        newest, self._newest = self._newest, None
-        if segment is self.front and not segment.standers:
-            self.leave(segment)
-            return
-        if newest is not None:
-            self.recount(segment, newest)
-        if segment.memory >= self.segment_size:
-            self._seal()
-        self.make_room()
-
-    @property
-    def segment_size(self) -> int:
-        """Bytes of memory at which a segment is whole."""
-        return max(min(SEGMENT if self._behind else LIVE_SEGMENT, self._share // 16), LEAST_SEGMENT)
-
-    @property
-    def _share(self) -> int:
-        """Bytes of memory that it may have where all logs have the same."""
-        return min(self._limits.client_memory_limit, self._user.share, self._budgets.total.share)
-
-    @property
-    def window(self) -> int:
-        """Bytes that a client may have on their way to it, unacknowledged: they cannot be dropped."""
-        return max(self._share // WINDOW // max(self._behind, 1), LEAST_WINDOW)
-
-    def _seal(self) -> None:
+    def seal(self) -> None:
         segment = self.open
         segment.become(State.SEALED)
         if segment.end - segment.first == 1:
@@ -488,24 +372,11 @@ class Journal:
         self.shelf.add(segment)
         self.open = segment.next = Segment(self.end, segment)
 
-    def recount(self, segment: Segment, entry: Entry) -> None:
-        """Encoding it for a socket has made it larger."""
-        if type(entry) is Entry and segment.entries is not None:
-            if self.memory > self.budget.limit // SPILL_AT:
-                entry.batch.forget_frames()
-            before, entry.memory = entry.memory, entry.batch.memory + ENTRY
-            if entry.memory != before:
-                self._hold(segment, entry.memory - before)
-
-    def _hold(self, segment: Segment, nbytes: int) -> None:
-        segment.memory += nbytes
-        self.budget.take(nbytes)
-
     def set_entries(self, segment: Segment, entries: list[Entry] | None) -> None:
         """In the place of those it has; None: they are on the disk alone."""
         segment.entries = entries
         segment.version += 1
-        self._hold(segment, sum(entry.memory for entry in entries or ()) - segment.memory)
+        self.hold(segment, sum(entry.memory for entry in entries or ()) - segment.memory)
         if entries is not None:
             counts: dict[int | None, int] = {}
             for entry in entries:
@@ -514,46 +385,30 @@ class Journal:
 
     # -- out --
 
-    def leave(self, segment: Segment) -> None:
-        """A cursor stands there no more: what nobody stands in at the front of the log can go."""
-        if segment is not self.front or segment.standers:
-            return
-        while not self.front.standers:
-            first = self.front
-            if first is self.open:
-                if first.entries:
-                    self._free(first)
-                    self.front = self.open = Segment(self.end)
-                    self.shelf.is_empty()
-                break
-            assert first.next is not None
-            self.front = first.next
-            self.front.previous = None
-            self._free(first)
-        if self.front.standers:
-            self._charge()
+    def free_front(self) -> None:
+        first = self.front
+        assert first.next is not None
+        self.front = first.next
+        self.front.previous = None
+        self._free(first)
 
-    def arrive(self, segment: Segment) -> None:
-        """A cursor stands there now."""
-        if segment is self.front and len(segment.standers) == 1:
-            self._charge()
+    def is_empty(self) -> None:
+        self.shelf.is_empty()
 
     def _free(self, segment: Segment) -> None:
-        self._hold(segment, -segment.memory)
+        self.hold(segment, -segment.memory)
         segment.entries = None
         state = segment.state
         segment.become(State.FREED)
         self.shelf.was_freed(segment, state)
 
-    def _charge(self) -> None:
+    def charge_to(self, user: User) -> None:
         """The user of the hindmost cursor."""
-        user = self._budgets.of(next(iter(self.front.standers)).user)
-        if user is not self._user:
-            self._user.logs.discard(self)
-            self._user = user
-            self.budget.move(user)
-            self.shelf.charge(user.disk)
-            self.count_behind(0)
+        self.user_budget.logs.discard(self)
+        self.user_budget = user
+        self.budget.move(user)
+        self.shelf.charge(user.disk)
+        self.count_behind(0)
 
     def behind(self) -> dict[Cursor, tuple[int, int]]:
         """What each cursor is behind by that needs something: the messages for it that it is not known to have, and the

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing, suppress
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -81,7 +79,6 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         kernels_of(self)  # what is set wrongly is said at the start
-        self._active: dict[Any, float] = {}
         self._changing: WeakKeyDictionary[Any, asyncio.Lock] = WeakKeyDictionary()
 
     @default("context")
@@ -111,29 +108,23 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
 
     def _record(self, kernel: Any, active: bool, state: str | None) -> None:
         if active or kernel.execution_state == "busy":
-            self._note_activity(kernel)
+            kernel.last_activity = utcnow()
+            self.last_kernel_activity = max(self.last_kernel_activity, kernel.last_activity)
         if state is not None and state != kernel.execution_state:
             kernel.execution_state = state
 
-    def _note_activity(self, kernel: Any) -> None:
-        """Setting a validated trait costs more than relaying a message, so busy kernels set theirs twenty times a
-        second, and before anyone is shown them."""
-        if not self._active:
-            asyncio.get_running_loop().call_later(0.05, self._write_activity)
-        self._active[kernel] = time.time()
-
-    def _write_activity(self) -> None:
-        active, self._active = self._active, {}
-        for kernel, seconds in active.items():
-            kernel.last_activity = datetime.fromtimestamp(seconds, UTC)
-            self.last_kernel_activity = max(self.last_kernel_activity, kernel.last_activity)
+    def _look_at(self, kernel_id: str) -> None:
+        """Before anyone is shown what the kernel does: `_record` hears of it a few times a second."""
+        kernel = self._kernels.get(kernel_id)
+        if kernel is not None:
+            kernel_of(kernel).relay.tell_observers()
 
     def kernel_model(self, kernel_id: str) -> Any:
-        self._write_activity()
+        self._look_at(kernel_id)
         return super().kernel_model(kernel_id)
 
     async def cull_kernel_if_idle(self, kernel_id: str) -> None:
-        self._write_activity()
+        self._look_at(kernel_id)
         await super().cull_kernel_if_idle(kernel_id)
 
     def pre_start_kernel(self, kernel_name: str | None, kwargs: Any) -> tuple[Any, str, str]:
@@ -198,6 +189,7 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         """What the old process was busy with, the new one is not; and the old one will not say so any more."""
         kernel: Any = self._kernels[kernel_id]
         kernel_of(kernel).relay.begin_anew()
+        self._look_at(kernel_id)
         if kernel.execution_state == "busy":
             kernel.execution_state = "starting"
 

@@ -24,8 +24,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from fastwire._core import OP_PING
-from fastwire.closing import Closing
 from fastwire.flow import Acknowledgements
 from fastwire.transport import Transport
 from fastwire.turns import Timer, Turns
@@ -45,65 +43,23 @@ class Prober(Protocol):
     def is_held(self) -> bool:
         """More is kept back until the peer answers, and nothing says that it ever will."""
 
-    def on_acknowledged(self) -> None: ...
-
     def on_demoted(self) -> None:
         """What was written to the peer counts as received from now on."""
 
 
 class Probe:
-    """Asks one peer what it has received."""
+    """Asks one peer what it has received. What happens with each burst is compiled (`fastwire._core.Wire`): a ping that
+    is due rides, the end of a burst is asked about, an answer counts. Here is what silence means."""
 
-    def __init__(self, transport: Transport, closing: Closing, prober: Prober) -> None:
-        self.acknowledgements = Acknowledgements()
+    def __init__(self, transport: Transport, prober: Prober) -> None:
+        self.acknowledgements = transport.wire.asks = Acknowledgements()
         self._paused = False
         self._transport = transport
-        self._closing = closing
+        self._wire = transport.wire
         self._prober = prober
         self._loop = asyncio.get_running_loop()
-        self._timers = Turns.current().timers
-        self._timer: Timer | None = None
-        self._delay = Acknowledgements.INTERVAL
-        #: Behind the last message; what follows it, pings and pongs, need not be asked about.
-        self._end = 0
 
-    @property
-    def received(self) -> int:
-        """How far the peer is known to have our bytes."""
-        return self._transport.written if self.acknowledgements.demoted else self.acknowledgements.position
-
-    def ride(self, end: int) -> None:
-        """Bytes are about to be written, data before ``end``: a ping that is due goes with them."""
-        self._end = end
-        acknowledgements = self.acknowledgements
-        if not acknowledgements.outstanding:
-            now = self._loop.time()
-            if acknowledgements.wanted(end, now) and not self._closing.state.we_are_done:
-                queue = self._transport.queue
-                queue.append_frame(OP_PING, acknowledgements.ask(queue.queued, now))
-                self._delay = Acknowledgements.INTERVAL
-        if self._timer is None and end > acknowledgements.position and not acknowledgements.demoted:
-            self._look_after(Acknowledgements.TAIL)
-
-    def _look_after(self, delay: float) -> None:
-        self._timer = self._timers.later(delay, self._look)
-
-    def _look(self) -> None:
-        """Is the last ping answered? Is there something to ask about, and nothing that would take a ping with it?"""
-        self._timer = None
-        if self.acknowledgements.outstanding:
-            self._look_at_silence()
-        else:
-            self._ask_about_the_rest()
-
-    def _ask_about_the_rest(self) -> None:
-        delay = self.acknowledgements.delay(self._end, self._loop.time())
-        if delay:
-            self._look_after(delay)
-        elif delay is not None and not self._closing.state.we_are_done:
-            self._transport.schedule()
-
-    def _look_at_silence(self) -> None:
+    def look_at_silence(self) -> None:
         """Ever less often, what TCP does."""
         acknowledgements, transport = self.acknowledgements, self._transport
         transport.sample()
@@ -116,19 +72,15 @@ class Probe:
         if acknowledgements.demoted:
             self._prober.on_demoted()
             return
-        self._delay = min(2 * self._delay, LONGEST_DELAY)
-        self._look_after(self._delay)
+        self._wire.look_delay = min(2 * self._wire.look_delay, LONGEST_DELAY)
+        self._wire.look_after(self._wire.look_delay)
 
     def answer(self, payload: bytes) -> bool:
         """A pong came. Returns whether it is for us."""
         # Out of our hands, that is: over TLS the system has records of which OpenSSL has not told us yet.
         if not self.acknowledgements.answer(payload, self._transport.queue.written):
             return False
-        if self._timer is not None and self._delay > Acknowledgements.INTERVAL:
-            # It was long in coming: what was written meanwhile is not kept waiting for the next look.
-            self._timer.cancel()
-            self._look()
-        self._prober.on_acknowledged()
+        self._wire.is_acknowledged()
         return True
 
     def pause(self) -> None:
@@ -138,10 +90,6 @@ class Probe:
 
     def resume(self) -> None:
         self._paused = False
-
-    def end(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
 
 
 class Stalls:

@@ -82,6 +82,7 @@ class Reader:
     async def start(self) -> None:
         """``open`` has returned."""
         self._started = True
+        self.look_at_wire()
         if self._closing.state.is_over:
             return
         # What came with the handshake.
@@ -94,10 +95,17 @@ class Reader:
 
     def pause(self) -> None:
         self.paused = True
+        self.look_at_wire()
         self._transport.read_off()
+
+    def look_at_wire(self) -> None:
+        """Whether messages may pass without us."""
+        goes_on = self._started and not self.paused and self.running is None
+        self._transport.wire.hands_out = goes_on and self._inflater is None and not self._closing.state.peer_is_done
 
     def resume(self) -> None:
         self.paused = False
+        self.look_at_wire()
         if self._started and self.running is None and not self._closing.state.is_over:
             self.process()
             self._read_on()
@@ -129,7 +137,8 @@ class Reader:
 
     def _count_control_frames(self) -> None:
         """Before the first of them is answered."""
-        came = self._transport.parser.control_frames - self._counted
+        # Without the answers to our own pings that were dealt with already: there is never more than one.
+        came = self._transport.parser.control_frames - self._transport.wire.answered - self._counted
         if came:
             self._counted += came
             if self.control_rate.exceeded(came, self._loop.time()):
@@ -176,6 +185,13 @@ class Reader:
         except UnicodeDecodeError:
             raise InvalidPayload("a text message is not UTF-8") from None
 
+    def refused(self, error: Exception) -> None:
+        """Whoever takes messages without us did not take one."""
+        if isinstance(error, FastwireError):
+            self._recipient.fail(error)
+        else:
+            self._recipient.on_exception(type(error), error, error.__traceback__)
+
     # -- waiting --
 
     def _next_turn(self) -> asyncio.Future[None]:
@@ -192,11 +208,13 @@ class Reader:
     def _wait_for(self, done: asyncio.Future[None]) -> None:
         """The next message waits for a callback that is a coroutine, as with Tornado, or for the loop's next turn."""
         self.running = done
+        self.look_at_wire()
         self._transport.read_off()
         done.add_done_callback(self._go_on)
 
     def _go_on(self, done: asyncio.Future[None]) -> None:
         self.running = None
+        self.look_at_wire()
         # Tornado 6.5 hands out the coroutine's own future; later ones have logged its exception and aborted.
         error = None if done.cancelled() else done.exception()
         if error is not None:

@@ -23,11 +23,12 @@ from fastwire._core import (
     Activity,
     Batch,
     FrameParser,
+    KernelSide,
     Signer,
     Uplink,
 )
 from fastwire.budgets import Budgets
-from fastwire.channels import Channel, Traffic, ZmqChannel, ZmtpChannel
+from fastwire.channels import Channel, ZmqChannel, ZmtpChannel
 from fastwire.disk import Disk
 from fastwire.downlink import Downlink
 from fastwire.errors import MessageError, SocketClosed
@@ -37,6 +38,7 @@ from fastwire.hearing import Event, Hearing
 from fastwire.journal import Journal
 from fastwire.notices import NOBODY, Neighbour, local_batch, notice
 from fastwire.tombstones import LATE, TOO_MUCH, Tombstone, Tombstones
+from fastwire.turns import Turns
 from fastwire.websocket import Connection
 from fastwire.zmtp import Address
 
@@ -68,10 +70,11 @@ REST_AFTER = 1.0
 OpenSocket = Callable[[str, bytes | None], "zmq.Socket[bytes] | Address"]
 
 
-class KernelRelay:
+class KernelRelay(KernelSide):
     """One kernel: its iopub subscription and its clients' sessions.
 
-    ``observers`` are called with what `activity` says of each iopub batch, before the clients get it.
+    ``observers`` are called with what `activity` says of what came on iopub, a few times a second while something
+    comes; `tell_observers` calls them now.
     ``on_rejected(channel, error)`` hears once of each kind of error for which messages were refused. ``on_doubt`` is
     called when iopub may not be heard any more, and requests wait until whoever it is has told `hearing` otherwise;
     without it they never do. ``name`` is what people call the kernel.
@@ -90,7 +93,6 @@ class KernelRelay:
         name: str = "",
     ) -> None:
         self.name = name
-        self.traffic = Traffic()
         self.limits = limits or Limits()
         self.budgets = budgets or Budgets(self.limits)
         self.journal = Journal(self.limits, self.budgets, Disk.current())
@@ -101,10 +103,7 @@ class KernelRelay:
         self.tombstones = Tombstones()
         #: What the kernel is doing. Who knows of message types that do not count sets another before it is opened.
         self.activity = Activity(())
-        self.observers: list[Callable[[bool, str | None], None]] = []
         self.endpoint: object = None
-        #: The last message on iopub: what the server itself says stands beside it.
-        self.neighbour: Neighbour = NOBODY
         self._open_socket = open_socket
         self._permissive = permissive
         self._on_rejected = on_rejected
@@ -118,6 +117,8 @@ class KernelRelay:
         #: Whether iopub is heard, and whether requests wait for that.
         self.hearing = Hearing()
         self.hearing.listeners.append(self._on_hearing)
+        self.needs_a_word = self.hearing.needs_a_word
+        self.poller = Turns.current().poller
         #: Nobody waits a second time for a kernel that does not listen on stdin.
         self.listens_on_stdin = True
 
@@ -142,7 +143,8 @@ class KernelRelay:
 
     def _open_iopub(self) -> None:
         try:
-            self.iopub = self.channel("iopub", None, self._on_iopub, before=self.journal.is_pressed)
+            self.iopub = self.channel("iopub", None, self.on_iopub, before=self.journal.is_pressed)
+            self.iopub.pass_to(self)
             self.iopub.patience = DISK_PATIENCE
             if self._on_doubt is not None:
                 self.iopub.watch(self.doubt)
@@ -236,24 +238,29 @@ class KernelRelay:
             # A message that is refused proves the subscription as well as any.
             self.hearing.happens(Event.SPOKE)
 
-    def _on_iopub(self, batch: Batch) -> None:
+    def on_word(self) -> None:
+        """A message came on iopub, and may be what is waited for."""
         self.hearing.happens(Event.SPOKE)
-        self.neighbour = batch.headers(-1)
-        active, state = self.activity.observe(batch)
+
+    def tell_observers(self) -> None:
+        active, state = self.unseen()
+        if not active and state is None:
+            return
         for observe in self.observers:
             try:
                 observe(active, state)
             except Exception as error:  # clients get their messages all the same
                 log.error("an observer of kernel %s: %s", self.name, error, exc_info=error)
-        self.say(batch)
+
+    @property
+    def neighbour(self) -> Neighbour:
+        """The last message on iopub: what the server itself says stands beside it."""
+        return self.last_headers or NOBODY
 
     def say(self, batch: Batch, *, ours: bool = False) -> None:
         """Messages for all clients; ``ours`` are those of the server itself."""
         if self.sessions:
-            entry = self.journal.append(batch, ours=ours)
-            for session in list(self.sessions.values()):
-                session.downlink.pass_on(entry)
-            self.journal.settle()
+            self.journal.say(batch, ours=ours)
 
     @property
     def place(self) -> Neighbour:
@@ -295,6 +302,7 @@ class KernelRelay:
 
     def _on_hearing(self) -> None:
         """Requests wait, or go to the kernel."""
+        self.needs_a_word = self.hearing.needs_a_word
         for session in list(self.sessions.values()):
             session.hold(held=self.hearing.held)
 
@@ -319,6 +327,7 @@ class KernelRelay:
         """The session of that id, made when there is none, for ``user``."""
         if session_id not in self.sessions:
             self.sessions[session_id] = session = Session(self, session_id, identity, user)
+            self.journal.outlets[session.downlink.cursor.number] = session.downlink
             session.remember(self.tombstones.take(session_id, user))
             self._greet(session)
         return self.sessions[session_id]
@@ -336,6 +345,7 @@ class KernelRelay:
         """``level`` is that of the line in the log that says what its client did not get."""
         if self.sessions.get(session.session_id) is session:
             del self.sessions[session.session_id]
+            self.journal.outlets.pop(session.downlink.cursor.number, None)
         session.close(level)
 
     def bury(self, session: Session, why: str) -> None:
@@ -360,6 +370,8 @@ class KernelRelay:
                 connection.close(1011, f"the kernel was shut down{lost}")
         self.journal.close()
         self._close_iopub()
+        self.tell_observers()
+        self.forget_times()
         self.hearing.happens(Event.CLOSE)
 
 
@@ -432,7 +444,11 @@ class Session:
             after=self._after_wake_up,
         )
         self._channels = opened[::-1]
+        for channel in self._channels:
+            if channel.name != "stdin":  # each question there is to be looked at
+                channel.pass_to(self.relay, self.downlink)
         self._uplink = self._new_uplink(self.protocol)
+        self._lend_uplink()
         self.rests = False
 
     def _new_uplink(self, protocol: str | None) -> Uplink:
@@ -451,6 +467,7 @@ class Session:
         waiting = self._uplink
         self._open_channels()
         self._uplink.adopt(waiting)
+        self._lend_uplink()
         self._settle(self._uplink.retry())
 
     def follow(self) -> None:
@@ -579,6 +596,7 @@ class Session:
             self._uplink = self._new_uplink(protocol)
             self._uplink.adopt(waiting)
         connection.consumer = self._consume
+        connection.wire.settle, connection.wire.free_bytes = self._settle, self._uplink_free
         connection.receiver = self.send
         connection.label = (self.relay.name, self.label)
         connection.on_stalled = self._on_stalled
@@ -586,6 +604,16 @@ class Session:
         if self.relay.limits.acknowledge:
             connection.acknowledge()
         self.downlink.attach(connection, protocol)
+        self._lend_uplink()
+
+    def _lend_uplink(self) -> None:
+        """The client's messages go to it without us; where something is left to do afterwards, `_settle` is called."""
+        for channel in self._channels:
+            channel.lend(self._uplink)
+        if self.connection is not None:
+            wire = self.connection.wire
+            wire.uplink = self._uplink
+            wire.watched = self._paused or self._charged > 0
 
     def detach(self, connection: Connection, *, replaced: bool = False) -> None:
         """The socket is gone. Nothing when another one has taken its place already. ``replaced``: the next is attached
@@ -593,6 +621,7 @@ class Session:
         if connection is not self.connection:
             return
         connection.consumer = connection.receiver = connection.on_stalled = None
+        connection.wire.uplink = connection.wire.settle = None
         if self.downlink.detach():
             self._note("too_long", "cannot take a message: it is passed over, and the client is told where")
         self._stop_deadline()
@@ -630,9 +659,7 @@ class Session:
     def _deliver(self, batch: Batch, *, momentary: bool = False, ours: bool) -> None:
         if self._closed:
             return
-        journal = self.relay.journal
-        self.downlink.pass_on(journal.append(batch, self.downlink.cursor.number, momentary=momentary, ours=ours))
-        journal.settle()
+        self.relay.journal.tell(self.downlink, batch, momentary=momentary, ours=ours)
 
     def _count_answers(self) -> int:
         return self._uplink.answers
@@ -739,6 +766,7 @@ class Session:
         if uplink_bytes <= self._uplink_free and not self._charged and not self._paused:
             return
         self._charge(uplink_bytes)
+        self._lend_uplink()
         over = uplink_bytes > self._uplink_limit
         if over != self._paused and self.connection is not None:
             self._paused = over
@@ -750,6 +778,7 @@ class Session:
             else:
                 self._stop_deadline()
                 self.connection.resume_reading()
+            self._lend_uplink()
 
     @property
     def _uplink_limit(self) -> int:
@@ -821,6 +850,8 @@ class Session:
 
     def close(self, level: int = logging.INFO) -> None:
         self._closed = True
+        if self.connection is not None:
+            self.connection.wire.uplink = None
         self._can_be_asked.set()
         self._stop_deadline()
         self._charge(0)

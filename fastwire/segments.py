@@ -9,10 +9,9 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
-from fastwire._core import PROTOCOL_V1, Batch, batch_of_frames
-from fastwire.disk import Record
+from fastwire._core import ENTRY, PROTOCOL_V1, Batch, LogSegment, batch_of_frames
+from fastwire._core import LogEntry as Entry
 from fastwire.errors import MalformedMessage
 from fastwire.flow import KIB, MIB
 from fastwire.notices import NOBODY, Neighbour, notice
@@ -21,9 +20,6 @@ __all__ = [
     "ENTRY", "TRANSITIONS", "Entry", "Gap", "Segment", "State", "Zone", "in_zones", "is_fixed", "packed", "pieces_of",
     "runs_of", "size_of", "unpacked",
 ]  # fmt: skip
-
-#: About what an entry takes beside its batch.
-ENTRY = 128
 
 STREAM, DISPLAY = 2, 3  # of `MESSAGE_CLASSES`
 
@@ -52,55 +48,6 @@ TRANSITIONS: dict[State, set[State]] = {
     State.READING: {State.LOADED, State.SEALED, State.FREED},
     State.FREED: set(),
 }
-
-
-class Entry:
-    """A batch in the log, for all or (``audience``) for one cursor. Its messages are numbered from ``first`` on; the
-    numbers up to ``end`` that it has no messages for belong to nothing. A ``momentary`` one is true only for the
-    sockets that were there when it was said; what the server says itself is ``ours``, and no client's policy is asked.
-    """
-
-    __slots__ = ("audience", "batch", "end", "first", "memory", "momentary", "ours")
-
-    def __init__(
-        self,
-        first: int,
-        end: int,
-        batch: Batch,
-        audience: int | None = None,
-        *,
-        momentary: bool = False,
-        ours: bool = False,
-    ) -> None:
-        self.first = first
-        self.end = end
-        self.batch = batch
-        self.audience = audience
-        self.momentary = momentary
-        self.ours = ours
-        self.memory = batch.memory + ENTRY
-
-    def __len__(self) -> int:
-        return len(self.batch)
-
-    @property
-    def count(self) -> int:
-        """The messages that it stands for."""
-        return len(self)
-
-    @property
-    def has_output(self) -> bool:
-        """That may be dropped."""
-        counts = self.batch.counts
-        return self.audience is None and not self.momentary and counts[STREAM] + counts[DISPLAY] > 0
-
-    def part(self, begin: int, end: int) -> Entry:
-        """Its messages from the number ``begin`` to before ``end``."""
-        if (begin, end) == (self.first, self.end):
-            return self
-        most = len(self.batch)
-        batch = self.batch.part(min(begin - self.first, most), min(end - self.first, most))
-        return Entry(begin, end, batch, self.audience, momentary=self.momentary, ours=self.ours)
 
 
 class Gap(Entry):
@@ -155,29 +102,20 @@ def size_of(nbytes: int) -> str:
     return f"{nbytes / MIB:.1f} MB" if nbytes >= MIB else f"{nbytes / KIB:.1f} kB"
 
 
-class Segment:
+class Segment(LogSegment):
     """A part of the log. ``standers`` are the cursors that need nothing before it and may need this; ``counts`` its
     messages by audience, those that are missing here among them."""
 
-    __slots__ = (
-        "counts", "end", "entries", "first", "is_joined", "memory", "next", "previous", "record", "standers", "state",
-        "version", "waiters",
-    )  # fmt: skip
+    __slots__ = ()
 
     def __init__(self, first: int, previous: Segment | None = None) -> None:
         self.state = State.OPEN
         self.first = self.end = first
-        self.entries: list[Entry] | None = []
-        self.counts: dict[int | None, int] = {}
-        self.memory = 0
+        self.entries = []
+        self.counts = {}
+        self.standers = {}
+        self.waiters = []
         self.previous = previous
-        self.next: Segment | None = None
-        self.record: Record | None = None
-        self.standers: dict[Any, None] = {}
-        self.waiters: list[Any] = []
-        self.is_joined = False
-        #: Changes when its entries do.
-        self.version = 0
 
     def become(self, state: State) -> None:
         assert state in TRANSITIONS[self.state], f"a segment that is {self.state.name} cannot become {state.name}"

@@ -36,7 +36,16 @@ from typing import Any, Protocol, cast
 
 from tornado.iostream import IOStream, SSLIOStream, StreamClosedError
 
-from fastwire._core import FLUSH_BLOCKED, FLUSH_DEAD, FLUSH_DONE, FLUSH_MORE, FLUSH_NO_BUFFERS, FrameParser, WriteQueue
+from fastwire._core import (
+    FLUSH_BLOCKED,
+    FLUSH_DEAD,
+    FLUSH_DONE,
+    FLUSH_MORE,
+    FLUSH_NO_BUFFERS,
+    FrameParser,
+    Wire,
+    WriteQueue,
+)
 from fastwire.turns import Turns
 
 __all__ = ["Farewell", "Listener", "PlainSocket", "TornadoStream", "Transport", "is_quiet", "transport_for"]
@@ -64,6 +73,10 @@ class Wait(Enum):
     STREAM = "Tornado's stream to be through with what it has"
 
 
+#: As the core counts them.
+WAITS = tuple(Wait)
+
+
 class Listener(Protocol):
     """Who is told."""
 
@@ -83,6 +96,12 @@ class Listener(Protocol):
         """It is short of buffers (ENOBUFS, ENOMEM); ``first``: it was not at the last attempt."""
 
     def on_written(self) -> None: ...
+    def on_sign_of_life(self) -> None: ...
+    def on_silence(self) -> None:
+        """It is time to look at a ping that is not answered."""
+
+    def on_refused(self, error: Exception) -> None:
+        """The kernel's side did not take a message."""
 
 
 class Transport(ABC):
@@ -90,16 +109,44 @@ class Transport(ABC):
 
     def __init__(self, stream: IOStream, parser: FrameParser, queue: WriteQueue, listener: Listener) -> None:
         self.stream = stream
-        self.parser = parser
         self.queue = queue
         self.reading = False
-        self.wait = Wait.NOTHING
         #: How far the peer's TCP is known to have our bytes (`sample`).
         self.taken = 0
         self._listener = listener
         self._turns = Turns.current()
         #: How far the system had our bytes at the end, None before.
         self._final: int | None = None
+        #: What of this connection is compiled: it calls the methods from here to `on_refused`.
+        self.wire = Wire(self._descriptor(stream), stream, parser, queue, self._turns.poller, self)
+        self.schedule = self.wire.schedule
+        self.on_lost = listener.on_lost
+        self.on_received = listener.on_received
+        self.on_end_of_stream = listener.on_end_of_stream
+        self.on_written = listener.on_written
+        self.on_sign_of_life = listener.on_sign_of_life
+        self.on_silence = listener.on_silence
+        self.on_refused = listener.on_refused
+
+    def _descriptor(self, stream: IOStream) -> int:
+        """Of the socket, where the core is to read and write it."""
+        return -1
+
+    @property
+    def parser(self) -> FrameParser:
+        return self.wire.parser
+
+    @parser.setter
+    def parser(self, parser: FrameParser) -> None:
+        self.wire.parser = parser
+
+    @property
+    def wait(self) -> Wait:
+        return WAITS[self.wire.waits_for]
+
+    @wait.setter
+    def wait(self, wait: Wait) -> None:
+        self.wire.waits_for = WAITS.index(wait)
 
     # -- reading --
 
@@ -115,14 +162,8 @@ class Transport(ABC):
 
     # -- writing --
 
-    def schedule(self) -> None:
-        """Write once at the end of this turn, unless a write waits for something else already."""
-        if self.wait is Wait.NOTHING:
-            self.wait = Wait.TURN
-            self._turns.at_end(self.flush)
-
     def flush(self) -> None:
-        """Give the system what it takes: the only place that writes."""
+        """Give the system what it takes, where more than one system call is to be thought of."""
         if self._final is not None:
             return
         if self.stream.closed():
@@ -181,6 +222,7 @@ class Transport(ABC):
     def release(self) -> None:
         """Nothing is read or written any more. The descriptor stays open: whoever calls this closes it."""
         self._final = self._given
+        self.wire.end()
         self.read_off()
         self.queue.clear()
         self.parser = FrameParser(0)  # and with the old one what had begun: a connection may be held long after its end
@@ -192,10 +234,13 @@ class PlainSocket(Transport):
     def __init__(self, stream: IOStream, parser: FrameParser, queue: WriteQueue, listener: Listener) -> None:
         super().__init__(stream, parser, queue, listener)
         stream.io_loop.remove_handler(stream.fileno())
-        self._fd = cast(socket.socket, stream.fileno()).fileno()
+        self._fd = self.wire.fd
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
         self._delay = RETRY_FIRST
+
+    def _descriptor(self, stream: IOStream) -> int:
+        return cast(socket.socket, stream.fileno()).fileno()
 
     def start(self) -> None:
         """From here on the application may close the stream without our knowing."""
@@ -210,30 +255,22 @@ class PlainSocket(Transport):
     def read_on(self) -> None:
         if not self.reading:
             self.reading = True
-            self._turns.watch(self._fd, self._on_readable)
+            self._turns.watch(self._fd, self.wire)
 
     def read_off(self) -> None:
         if self.reading:
             self.reading = False
-            self._turns.unwatch(self._fd, self._on_readable)
-
-    def _on_readable(self) -> None:
-        try:
-            received = self.parser.receive(self._fd)
-        except OSError as error:
-            self._listener.on_lost(error)
-            return
-        if received == 0:
-            self._listener.on_end_of_stream()
-        elif received > 0:
-            self._listener.on_received()
+            self._turns.unwatch(self._fd, self.wire)
 
     def write(self) -> None:
-        had_to_wait = self.wait is Wait.WRITABLE or self.wait is Wait.BUFFERS
         before = self.queue.written
-        status = self.queue.flush(self._fd)
+        had_to_wait = self.wait is Wait.WRITABLE or self.wait is Wait.BUFFERS
+        self.after_write(self.wire.write(), before, had_to_wait)
+
+    def after_write(self, status: int, before: int, had_to_wait: bool) -> None:
+        """``before``: how far the system had our bytes then."""
         if status == FLUSH_DEAD:
-            self._listener.on_lost(OSError(self.queue.errno, os.strerror(self.queue.errno)))
+            self.on_lost(OSError(self.queue.errno, os.strerror(self.queue.errno)))
             return
         moved = self.queue.written != before
         if status == FLUSH_DONE and not had_to_wait:
@@ -244,7 +281,7 @@ class PlainSocket(Transport):
         if had_to_wait and moved:
             self._listener.on_taken()
         if moved:
-            self._listener.on_written()
+            self.on_written()
 
     def _wait_for(self, status: int) -> None:
         if status == FLUSH_BLOCKED:

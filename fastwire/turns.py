@@ -1,8 +1,10 @@
 """Turns of the loop: everything that is ready is handled in one go, and each connection is flushed once at its end.
 
-asyncio spends about as much on a ready descriptor (a handle, a context, a selector key) as the core on the message
-behind it. So the descriptors of kernels and clients stand in an epoll of their own, which the loop watches as one.
-Where there is no epoll, or no descriptor left for one, the loop watches each of them.
+asyncio spends more on a ready descriptor (a handle, a context, a selector key) than the core on the message behind it.
+So the descriptors of kernels and clients stand in an epoll of their own, the core's (`fastwire._core.Poller`). On
+asyncio's own loop it stands where that waits, and asyncio runs when there is something for it to do. On another loop
+(uvloop) its descriptor is watched as one. Where there is no epoll, or no descriptor left for one, the loop watches
+each.
 
 What connections have to look at now and then (`Timers`) shares wake-ups for the same reason: a timer of the loop is
 one each.
@@ -16,11 +18,13 @@ from __future__ import annotations
 import asyncio
 import select
 from collections.abc import Callable
-from contextlib import suppress
 from contextvars import Context
 from heapq import heappop, heappush
 from math import ceil
+from selectors import EpollSelector
 from typing import Any
+
+from fastwire._core import Poller
 
 __all__ = ["Timer", "Timers", "Turns"]
 
@@ -120,16 +124,15 @@ class Timers:
 
 
 class Turns:
-    """The turns of one loop; `Turns.current` is the running one's."""
+    """The turns of one loop; `Turns.current` is the running one's.
+
+    The work is a `fastwire._core.Poller`'s; here is what asyncio is asked for.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.timers = Timers(loop)
-        self._readers: dict[int, Callback] = {}
-        self._at_end: dict[Callback, None] = {}
-        self._in_turn = False
-        self._end_scheduled = False
-        self._epoll: select.epoll | None = None
+        self.poller = Poller(self._report, self._later)
 
     @classmethod
     def current(cls) -> Turns:
@@ -144,74 +147,50 @@ class Turns:
 
     def watch(self, fd: int, callback: Callback) -> None:
         """Call ``callback`` in each turn in which ``fd`` is readable."""
-        if self._epoll is None and not self._readers:
-            self._open_epoll()
-        if self._epoll is None:
+        if not len(self.poller):
+            self._open_poller()
+        self.poller.watch(fd, callback)
+        if self.poller.fd < 0:
             self._loop.add_reader(fd, callback)
-        else:
-            self._epoll.register(fd, select.EPOLLIN)
-        self._readers[fd] = callback
 
-    def _open_epoll(self) -> None:
-        with suppress(AttributeError, OSError):  # not Linux; EMFILE
-            epoll = select.epoll()
+    def _open_poller(self) -> None:
+        if not hasattr(select, "epoll") or not self.poller.open():  # not Linux; EMFILE
+            return
+        selector = getattr(self._loop, "_selector", None)
+        if type(selector) is EpollSelector:
+            self.poller.take_over(selector)
+        else:
             # In an empty context: the loop would keep that of who comes first, and give it to everybody.
-            Context().run(self._loop.add_reader, epoll.fileno(), self._turn)
-            self._epoll = epoll
+            Context().run(self._loop.add_reader, self.poller.fd, self.poller.turn)
 
     def unwatch(self, fd: int, callback: Callback) -> None:
         """No more of ``callback``. Call it before ``fd`` is closed; should that have happened already, somebody
         else's descriptor of the same number is left alone."""
-        if self._readers.get(fd) != callback:
+        if not self.poller.unwatch(fd, callback):
             return
-        del self._readers[fd]
-        if self._epoll is None:
+        if self.poller.fd < 0:
             self._loop.remove_reader(fd)
-            return
-        with suppress(OSError):
-            self._epoll.unregister(fd)
-        if not self._readers:
-            self._loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()
-            self._epoll = None
+        elif not len(self.poller):
+            if not self.poller.has_taken_over:
+                self._loop.remove_reader(self.poller.fd)
+            self.poller.close()
 
     # -- turns --
 
-    def _turn(self) -> None:
-        if self._epoll is None:
-            return
-        readers = self._readers
-        self._in_turn = True
-        try:
-            for fd, _ in self._epoll.poll(0):
-                callback = readers.get(fd)
-                if callback is None:  # one before it has unwatched it
-                    continue
-                try:
-                    callback()
-                except Exception as error:  # noqa: BLE001 - the boundary to others' code
-                    self._report(callback, error)
-        finally:
-            self._in_turn = False
-        if self._at_end:
-            self._end()
-
-    def _report(self, callback: Callback, error: Exception) -> None:
-        """One that raises does not keep the others from their turn."""
-        self._loop.call_exception_handler({"message": f"Exception in {callback!r}", "exception": error})
-
     def at_end(self, callback: Callback) -> None:
         """Call ``callback`` once at the end of this turn, or in the loop's next when none is running."""
-        self._at_end[callback] = None
-        if not self._in_turn and not self._end_scheduled:
-            self._end_scheduled = True
-            self._loop.call_soon(self._end)
+        self.poller.at_end(callback)
 
-    def _end(self) -> None:
-        self._end_scheduled = False
-        callbacks, self._at_end = self._at_end, {}
-        for callback in callbacks:
-            try:
-                callback()
-            except Exception as error:  # noqa: BLE001 - the boundary to others' code
-                self._report(callback, error)
+    def _report(self, callback: object, error: Exception) -> None:
+        self._loop.call_exception_handler({"message": f"Exception in {callback!r}", "exception": error})
+
+    def _later(self, end: Callback | None) -> None:
+        """Nobody's turn is running, or nobody looks at the time."""
+        if end is not None:
+            self._loop.call_soon(end)
+        else:
+            self._loop.call_later(Timers.TICK, self._sweep)
+
+    def _sweep(self) -> None:
+        if self.poller.sweep():
+            self._later(None)

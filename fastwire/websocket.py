@@ -20,7 +20,7 @@ import tornado.websocket
 from tornado.iostream import IOStream
 from tornado.websocket import WebSocketClosedError, WebSocketProtocol13
 
-from fastwire._core import OP_BINARY, OP_PING, OP_TEXT, RSV1, FrameParser, Frames, WriteQueue
+from fastwire._core import OP_BINARY, OP_PING, OP_TEXT, RSV1, FrameParser, Frames, Wire, WriteQueue
 from fastwire.closing import State
 from fastwire.conversation import Conversation
 from fastwire.errors import FastwireError, FrameError
@@ -112,7 +112,6 @@ class Connection(WebSocketProtocol13):
         self.queue = WriteQueue()
         self.consumer: Callable[[FrameParser], None] | None = None
         self.receiver: Callable[[str | bytes], None] | None = None
-        self.on_progress: Callable[[], None] | None = None
         self.on_stalled: Callable[[], None] | None = None
         self.is_held: Callable[[], bool] | None = None
         self.on_alive: Callable[[], None] | None = None
@@ -194,6 +193,19 @@ class Connection(WebSocketProtocol13):
             # Its pong would wait where we do not read: a client that is held back is not a client that is gone.
             self._received_pong = True
             self._run_callback(self.handler.on_pong, data)
+
+    @property
+    def wire(self) -> Wire:
+        """What of it is compiled."""
+        return self.conversation.transport.wire
+
+    @property
+    def on_progress(self) -> Callable[[], None] | None:
+        return self.wire.on_progress
+
+    @on_progress.setter
+    def on_progress(self, callback: Callable[[], None] | None) -> None:
+        self.wire.on_progress = callback
 
     @property
     def compresses(self) -> bool:

@@ -62,9 +62,8 @@ class Writer:
     """Frames into one connection's queue, and those who wait for them out of it."""
 
     def __init__(self, transport: Transport, closing: Closing) -> None:
-        #: Behind the last message.
-        self.data_end = 0
         self._transport = transport
+        self._wire = transport.wire
         self._queue = transport.queue
         self._closing = closing
         self._loop = asyncio.get_running_loop()
@@ -72,16 +71,19 @@ class Writer:
         self._numbers = count()
         self._pongs = Pongs()
 
+    @property
+    def data_end(self) -> int:
+        """The position behind the last message."""
+        return self._wire.data_end
+
     def message(self, opcode: int, payload: str | bytes) -> Written:
-        self.data_end = self._queue.append_frame(opcode, payload)
+        self._wire.data_end = self._queue.append_frame(opcode, payload)
         self._transport.schedule()
         return Written(self, self.data_end)
 
     def frames(self, frames: Frames) -> int:
         """Returns the position behind them."""
-        self.data_end = self._queue.extend(frames)
-        self._transport.schedule()
-        return self.data_end
+        return self._wire.extend(frames)
 
     def control(self, opcode: int, payload: bytes) -> int:
         """Returns the position behind it."""
@@ -93,6 +95,12 @@ class Writer:
         """The answer to a ping, as soon as there is room for one more."""
         if not self._closing.state.we_are_done and self._pongs.admit(payload, self._transport.written):
             self._pongs.end = self.control(OP_PONG, payload)
+        self.attend()
+
+    def attend(self) -> None:
+        """Whether somebody waits for bytes to be written; to the last, when the peer has said its Close."""
+        waits = bool(self._waiters) or self._pongs.newest is not None
+        self._wire.attended = waits or self._closing.state.peer_is_done
 
     def wait_written(self, position: int) -> asyncio.Future[None]:
         """Resolves when the system has everything before ``position``; WebSocketClosedError if never."""
@@ -103,6 +111,7 @@ class Writer:
             disappoint(future)
         else:
             heappush(self._waiters, (position, next(self._numbers), future))
+            self._wire.attended = True
         return future
 
     def on_written(self) -> None:
@@ -116,6 +125,7 @@ class Writer:
                 future.set_result(None)
         if (payload := self._pongs.pop(written)) is not None:
             self.pong(payload)
+        self.attend()
 
     def end(self) -> None:
         """Nothing more is written."""

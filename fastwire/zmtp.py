@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastwire._core import FLUSH_BLOCKED, FLUSH_DEAD, FLUSH_NO_BUFFERS, Batch, Signer, ZmtpStream
+from fastwire._core import FLUSH_BLOCKED, FLUSH_DEAD, FLUSH_NO_BUFFERS, Batch, Signer, Source, ZmtpStream
 from fastwire.errors import ZmtpError
 from fastwire.turns import Turns
 
@@ -134,7 +134,8 @@ class Link:
         self._socket: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
-        self._was_ready = False
+        #: What a turn calls when there is something to `drain`; what its channel is not asked about.
+        self.source = Source(self.stream, self._turns.poller, self)
         self._awaits_writable = False
         self._write_failed = False
         self._told = ""
@@ -145,7 +146,7 @@ class Link:
     @property
     def ready(self) -> bool:
         """The kernel can be asked, and hears its answers."""
-        return self._was_ready
+        return self.source.was_ready
 
     @property
     def closed(self) -> bool:
@@ -170,7 +171,7 @@ class Link:
     def _begin(self) -> None:
         assert self._socket is not None
         self._standby.attach(self, self._socket.fileno())
-        self._turns.watch(self.stream.fd, self.wake)
+        self._turns.watch(self.stream.fd, self.source)
         self.flush()
 
     def _on_connected(self) -> None:
@@ -182,7 +183,7 @@ class Link:
 
     def _lose(self) -> None:
         """There is no connection; there will be another."""
-        was_ready = self._was_ready
+        was_ready = self.source.was_ready
         self._disconnect()
         self.stream.renew()
         wait = RECONNECT_AFTER + RECONNECT_SPREAD * random.random()
@@ -202,14 +203,14 @@ class Link:
             if timer is not None:
                 timer.cancel()
         self._timer = self._retry = None
-        self._was_ready = self._write_failed = False
+        self.source.was_ready = self._write_failed = False
         if self._socket is None:
             return
         if self._awaits_writable:
             self._awaits_writable = False
             self._loop.remove_writer(self._socket.fileno())
         if self.stream.fd >= 0:
-            self._turns.unwatch(self.stream.fd, self.wake)
+            self._turns.unwatch(self.stream.fd, self.source)
             self._standby.detach(self)
         self._socket.close()
         self._socket = None
@@ -219,6 +220,7 @@ class Link:
         if not self.stream.closed:
             self._disconnect()
             self.stream.close()
+            self.source.end()
 
     def _tell(self, text: str) -> None:
         """Once, and not for each connection."""
@@ -235,7 +237,7 @@ class Link:
         try:
             return self.stream.drain(self.stream.fd, self.name, signer, permissive=permissive)
         except ZmtpError as error:
-            self._break(error)
+            self.broke(error)
             return None
 
     def settle(self) -> None:
@@ -245,19 +247,20 @@ class Link:
             return
         if stream.pending_bytes:
             self.flush()
-        if stream.ready and not self._was_ready:
+        if stream.ready and not self.source.was_ready:
             self._is_ready()
         if (stream.ended or self._write_failed) and not stream.more:
             self._lose()
 
     def _is_ready(self) -> None:
-        self._was_ready = True
+        self.source.was_ready = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._loop.call_soon(self.wake)
 
-    def _break(self, error: ZmtpError) -> None:
+    def broke(self, error: ZmtpError) -> None:
+        """The peer sent what it must not."""
         if self.stream.foreign and self.on_foreign is not None:
             self.close()
             self.on_foreign()

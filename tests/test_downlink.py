@@ -99,7 +99,7 @@ def test_a_message_that_a_protocol_cannot_say_is_one_clients_problem(
     stage.prepare["bob"] = hide
     ann, _ = stage.connect("ann"), stage.connect("bob")
     huge = message("comm_msg", "huge", {}, *[bytes(1 << 26)] * 65)
-    stage.run(lambda: stage.relay._on_iopub(local_batch("iopub", huge)))
+    stage.run(lambda: stage.relay.on_iopub(local_batch("iopub", huge)))
     assert ann.close_frame()[0] == 1011
     (size,) = seen
     assert size > 1 << 32

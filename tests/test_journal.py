@@ -215,16 +215,16 @@ class Logs(RuleBasedStateMachine):
                 assert (segment.entries is None) == (segment.state in (State.ON_DISK, State.READING))
                 for before, after in pairwise(entries):
                     assert before.end <= after.first
-                assert all(stander._stands is segment for stander in segment.standers)
+                assert all(stander.stands is segment for stander in segment.standers)
             assert memory == log.memory
             behind = log.behind()
-            assert behind.keys() == {cursor for cursor in log.cursors.values() if cursor._stands is not None}
+            assert behind.keys() == {cursor for cursor in log.cursors.values() if cursor.stands is not None}
             on_disk = sum(each.record.size for each in segments_of(log) if each.entries is None)
             assert max((nbytes for _, nbytes in behind.values()), default=0) in (0, memory + on_disk)
             for cursor in log.cursors.values():
                 assert behind.get(cursor, (0, 0))[0] == cursor.kept
                 place = cursor.flight[0].segment if cursor.flight else cursor.place
-                assert cursor._stands is place
+                assert cursor.stands is place
                 assert place is None or place in segments_of(log)
         if self.logs:
             assert self.budgets.total.used == sum(log.memory for log in self.logs)

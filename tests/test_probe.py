@@ -143,17 +143,17 @@ def test_silence_is_looked_at_ever_less_often(site: Site) -> None:
 
     def watch() -> None:
         probe = connection.conversation.probe
-        look_after = probe._look_after
+        look = probe.look_at_silence
 
-        def noting(delay: float) -> None:
-            delays.append(delay)
-            look_after(min(delay, 0.001))
+        def noting() -> None:
+            look()
+            delays.append(connection.wire.look_delay)
+            connection.wire.look_after(0.001)
 
-        probe._look_after = noting
+        probe.look_at_silence = noting
 
     site.run(watch)
     site.run(handler.write_message, "never answered")
-    eventually(lambda: len(delays) >= 8)
-    interval = Acknowledgements.INTERVAL
-    assert delays[:7] == [Acknowledgements.TAIL, *(interval * 2**n for n in range(1, 5)), 1.0, 1.0]
+    eventually(lambda: len(delays) >= 7)
+    assert delays[:6] == [*(Acknowledgements.INTERVAL * 2**n for n in range(1, 5)), 1.0, 1.0]
     assert client.frame()[0] == OP_TEXT

@@ -70,7 +70,10 @@ def test_an_observer_that_raises_takes_no_message_from_a_client(
     caplog.set_level(logging.CRITICAL)  # a record would keep the traceback, and that the batch
     stage.start(kernel)
 
+    told = []
+
     def observe(active: bool, state: str | None) -> None:
+        told.append(active)
         raise ZeroDivisionError
 
     stage.run(lambda: stage.relay.observers.append(observe))
@@ -79,6 +82,7 @@ def test_an_observer_that_raises_takes_no_message_from_a_client(
     kernel.publish(*stream(1))
     kernel.reply("ann", message("execute_reply", "2"))
     assert ann.ids(2) == ["1", "2"]
+    until(lambda: told == [True], "it was told")
 
 
 def ann_away(stage: Stage, kernel: Kernel, **limits: Any) -> Journal:

@@ -75,11 +75,17 @@ cdef class Activity:
         return msg_type.ptr == NULL or not is_string(msg_type) or not in_names(inside(msg_type), self.untracked)
 
     def observe(self, Batch batch not None):
+        cdef bint said = False
+        cdef bint active = self.look(batch, &said)
+        return active, self.state if said else None
+
+    cdef bint look(self, Batch batch, bint *said) except -1:
+        """Whether it is activity; and whether it said something about the state."""
         cdef Py_ssize_t i
         cdef Indexed *m
         cdef Parent parent
         cdef fw_span before
-        cdef bint active = False, tracked = False, said = False
+        cdef bint active = False, tracked = False
         for i in range(batch.count):
             m = &batch.messages[i]
             # The messages of one request have the same parent, byte for byte.
@@ -91,8 +97,8 @@ cdef class Activity:
                 active = tracked or self.state == "busy" or self.is_tracked(m.header.msg_type)
             self.shown += m.kind == STREAM or m.kind == DISPLAY or m.kind == ERROR
             if m.kind == STATUS and self.follow(m, &parent, tracked):
-                said = True
-        return active, self.state if said else None
+                said[0] = True
+        return active
 
     cdef bint follow(self, const Indexed *m, const Parent *parent, bint tracked) except -1:
         """Whether a status says something about the state."""

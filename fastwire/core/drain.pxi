@@ -479,6 +479,9 @@ cdef class Batch:
 
     @property
     def memory(self):
+        return self.memory_size()
+
+    cdef size_t memory_size(self) noexcept:
         cdef size_t size = BATCH_SIZE + self.room * sizeof(Indexed) + self.store.memory()
         if self.v1_frames is not None:
             size += self.v1_frames.memory()
@@ -488,6 +491,9 @@ cdef class Batch:
 
     @property
     def unusual(self):
+        return self.is_unusual()
+
+    cdef inline bint is_unusual(self) noexcept:
         return self.foreign_count > 0 or self.by_class[ERROR] > 0
 
     @property

@@ -553,8 +553,15 @@ cdef class Uplink:
             raise zmq_problem(zmq_errno())
         return events
 
+    cdef bint needs_looking(self, size_t free_bytes) except -1:
+        """Whether something is left to do after sending: notes, what waits, or more on its way than is for free."""
+        return bool(self.notes) or self.waiting_messages > 0 or self.on_their_way() > free_bytes
+
     @property
     def sending_bytes(self):
+        return self.on_their_way()
+
+    cdef size_t on_their_way(self) except? 1:
         cdef size_t nbytes = fw_account_bytes(self.account)
         while self.tracked and self.tracked[0][0].done:
             self.untrack(self.tracked.popleft())

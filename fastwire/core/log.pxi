@@ -1,0 +1,486 @@
+# A kernel's log where nothing happens but messages: an entry is appended, given to the sockets that take it at once,
+# and let go when their clients have it. What happens when somebody is behind is `fastwire.journal`'s, whose essay tells
+# of all of it; these are the bases of its classes.
+
+ENTRY = 128     # bytes, about what an entry takes beside its batch
+
+
+cdef class Budget:
+    """Bytes that something takes, which are a part of what a larger ``whole`` takes."""
+
+    cdef public Py_ssize_t limit
+    cdef public Py_ssize_t used
+    cdef public Budget whole
+    cdef readonly set logs
+
+    def __init__(self, Py_ssize_t limit, Budget whole=None):
+        self.limit = limit
+        self.whole = whole
+        self.logs = set()
+
+    cpdef int take(self, Py_ssize_t nbytes) except -1:
+        cdef Budget budget = self
+        while budget is not None:
+            budget.used += nbytes
+            budget = budget.whole
+        return 0
+
+    cdef Py_ssize_t fair_share(self) noexcept:
+        return self.limit // max(<Py_ssize_t>len(self.logs), <Py_ssize_t>1)
+
+    @property
+    def share(self):
+        return self.fair_share()
+
+
+cdef class LogEntry:
+    cdef public long long first
+    cdef public long long end
+    cdef public Batch batch
+    cdef public object audience         # a cursor's number; None for all
+    cdef public Py_ssize_t memory
+    cdef public bint momentary
+    cdef public bint ours
+
+    def __init__(self, long long first, long long end, Batch batch not None, audience=None, *, bint momentary=False,
+                 bint ours=False):
+        self.first = first
+        self.end = end
+        self.batch = batch
+        self.audience = audience
+        self.momentary = momentary
+        self.ours = ours
+        self.memory = batch.memory_size() + ENTRY
+
+    def __len__(self):
+        return self.batch.count
+
+    @property
+    def count(self):
+        return len(self)
+
+    @property
+    def has_output(self):
+        return (
+            self.audience is None and not self.momentary
+            and self.batch.by_class[STREAM] + self.batch.by_class[DISPLAY] > 0
+        )
+
+    def part(self, long long begin, long long end):
+        cdef long long most = self.batch.count
+        if begin == self.first and end == self.end:
+            return self
+        batch = self.batch.part(min(begin - self.first, most), min(end - self.first, most))
+        return LogEntry(begin, end, batch, self.audience, momentary=self.momentary, ours=self.ours)
+
+
+cdef class LogSegment:
+    cdef public object state
+    cdef public long long first
+    cdef public long long end
+    cdef public list entries            # None: on the disk alone
+    cdef public dict counts             # of each audience: messages
+    cdef public Py_ssize_t memory
+    cdef public LogSegment previous
+    cdef public LogSegment next
+    cdef public object record
+    cdef public dict standers           # the cursors that need nothing before it and may need this
+    cdef public list waiters
+    cdef public bint is_joined
+    cdef public Py_ssize_t version      # changes when its entries do
+
+
+@cython.final
+@cython.freelist(64)
+cdef class Given:
+    cdef readonly uint64_t end
+    cdef readonly uint64_t begin
+    cdef readonly object ends
+    cdef readonly long long first
+    cdef readonly object numbers
+    cdef readonly LogSegment segment
+
+    def __init__(self, uint64_t end, uint64_t begin, ends, long long first, numbers, LogSegment segment not None):
+        self.end = end
+        self.begin = begin
+        self.ends = ends
+        self.first = first
+        self.numbers = numbers
+        self.segment = segment
+
+    def reached(self, uint64_t position):
+        place = self.ends.complete_before(max(position, self.begin) - self.begin)
+        return None if place == len(self.ends) else self.number(place)
+
+    def longest(self, uint64_t received, uint64_t written):
+        nbytes, place = self.ends.longest(max(received, self.begin) - self.begin, max(written, self.begin) - self.begin)
+        return (nbytes, self.number(place)) if nbytes else (0, 0)
+
+    cdef object number(self, Py_ssize_t place):
+        return self.first + place if self.numbers is None else self.numbers[place]
+
+
+cdef class LogCursor:
+    cdef readonly Log journal
+    cdef readonly long long number
+    cdef readonly object user
+    cdef readonly Budget budget         # of that user
+    cdef public bint is_connected
+    cdef public bint was_closed
+    cdef public object flight           # a deque of `Given`
+    cdef public LogSegment place        # where it reads on; None where it is live
+    cdef public long long position
+    cdef public long long taken
+    cdef public long long written
+    cdef public set passed_over         # the numbers of messages that its client cannot take, from its position on
+    cdef public LogSegment stands       # where it needs nothing before
+
+    def __init__(self, Log journal not None, long long number, user, Budget budget not None):
+        self.journal = journal
+        self.number = number
+        self.user = user
+        self.budget = budget
+        self.flight = deque()
+        self.position = journal.end
+        self.passed_over = set()
+
+    @property
+    def is_live(self):
+        return self.place is None
+
+    cpdef int stand(self) except -1:
+        """Where it needs nothing before."""
+        cdef LogSegment needed = (<Given>self.flight[0]).segment if self.flight else self.place
+        cdef LogSegment before = self.stands
+        if needed is before:
+            return 0
+        if needed is not None:
+            needed.standers[self] = None
+            self.journal.arrive(needed)
+        self.stands = needed
+        if before is not None:
+            del before.standers[self]
+            self.journal.leave(before)
+        return 0
+
+    def given(self, LogEntry entry not None, uint64_t begin, uint64_t end, ends, indices=None):
+        """A socket was given messages of the next entry, all or those with these indices; none where ``end`` is
+        ``begin``."""
+        cdef LogSegment segment = self.place if self.place is not None else self.journal.open
+        cdef long long index
+        if end > begin:
+            numbers = None if indices is None else [entry.first + index for index in indices]
+            self.flight.append(Given(end, begin, ends, entry.first, numbers, segment))
+        if self.place is not None:
+            self.pass_entry(entry)
+            self.journal.recount(segment, entry)
+        if self.stands is None:
+            self.stand()
+
+    cdef int give_live(self, LogEntry entry, uint64_t begin, uint64_t end, Ends ends) except -1:
+        """`given` of a live one, all messages."""
+        cdef Given given = Given.__new__(Given)
+        given.end = end
+        given.begin = begin
+        given.ends = ends
+        given.first = entry.first
+        given.segment = self.journal.open
+        self.flight.append(given)
+        if self.stands is None:
+            self.stand()
+        return 0
+
+    def pass_entry(self, entry):
+        raise NotImplementedError
+
+    cpdef int release(self, uint64_t position) except -1:
+        """The client has received everything before a position of its socket."""
+        flight = self.flight
+        if not flight or (<Given>flight[0]).end > position:
+            return 0
+        while flight and (<Given>flight[0]).end <= position:
+            flight.popleft()
+        self.stand()
+        return 0
+
+
+cdef class Log:
+    cdef readonly dict cursors
+    cdef public LogSegment front
+    cdef public LogSegment open
+    cdef public long long end           # the number of what comes next
+    cdef readonly Budget budget
+    cdef public Budget user_budget      # of the hindmost cursor's user
+    cdef Budget total
+    cdef public Py_ssize_t count_of_behind       # cursors that are
+    cdef LogEntry newest
+    cdef bint was_sealed                # since it was empty
+    cdef public dict outlets            # of those who hear all that is said
+    # Bytes, and parts of a limit: `fastwire.journal` has their reasons.
+    cdef Py_ssize_t most_segment, live_segment, least_segment, window_part, least_window, join_at, spill_at
+
+    def __init__(self, Budget budget not None, Budget total not None, LogSegment first not None, tuple sizes not None,
+                 tuple parts not None):
+        self.cursors = {}
+        self.outlets = {}
+        self.budget = budget
+        self.user_budget = budget.whole
+        self.total = total
+        self.front = self.open = first
+        self.most_segment, self.live_segment, self.least_segment, self.least_window = sizes
+        self.window_part, self.join_at, self.spill_at = parts
+
+    # -- in --
+
+    cdef LogEntry add(self, Batch batch, object audience, bint momentary, bint ours):
+        cdef LogSegment segment
+        cdef LogEntry entry
+        cdef Py_ssize_t count = batch.count
+        if self.open.entries and <Py_ssize_t>batch.memory_size() > self.size_of_segment():
+            self.seal_open()
+        segment = self.open
+        entry = LogEntry(self.end, self.end + count, batch, audience, momentary=momentary, ours=ours)
+        segment.entries.append(entry)
+        segment.counts[audience] = segment.counts.get(audience, 0) + count
+        self.end = segment.end = entry.end
+        self.hold(segment, entry.memory)
+        self.newest = entry
+        return entry
+
+    def append(self, Batch batch not None, audience=None, *, bint momentary=False, bint ours=False):
+        return self.add(batch, audience, momentary, ours)
+
+    def say(self, Batch batch not None, *, bint ours=False):
+        """Messages for all who hear, and then it is settled."""
+        self.say_all(batch, ours)
+
+    cdef int say_all(self, Batch batch, bint ours) except -1:
+        cdef LogEntry entry = self.add(batch, None, False, ours)
+        cdef Outlet outlet
+        for outlet in list(self.outlets.values()):
+            outlet.pass_on(entry)
+        self.settle()
+        return 0
+
+    def tell(self, Outlet outlet not None, Batch batch not None, *, bint momentary=False, bint ours=False):
+        """Messages for one, and then it is settled."""
+        self.tell_one(outlet, batch, momentary, ours)
+
+    cdef int tell_one(self, Outlet outlet, Batch batch, bint momentary, bint ours) except -1:
+        outlet.pass_on(self.add(batch, outlet.cursor.number, momentary, ours))
+        self.settle()
+        return 0
+
+    cpdef int settle(self) except -1:
+        """Whoever could be given the newest entry at once was."""
+        cdef LogSegment segment = self.open
+        cdef LogEntry newest = self.newest
+        cdef Budget budget = self.budget
+        self.newest = None
+        if segment is self.front and not segment.standers:
+            self.leave(segment)
+            return 0
+        if newest is not None:
+            self.recount(segment, newest)
+        if segment.memory >= self.size_of_segment():
+            self.seal_open()
+        while budget is not None:
+            if budget.used > budget.limit // self.join_at:
+                self.make_room()
+                break
+            budget = budget.whole
+        return 0
+
+    cpdef int recount(self, LogSegment segment, LogEntry entry) except -1:
+        """Encoding it for a socket has made it larger."""
+        cdef Py_ssize_t before
+        if type(entry) is LogEntry and segment.entries is not None:
+            if self.budget.used > self.budget.limit // self.spill_at:
+                entry.batch.forget_frames()
+            before = entry.memory
+            entry.memory = entry.batch.memory_size() + ENTRY
+            if entry.memory != before:
+                self.hold(segment, entry.memory - before)
+        return 0
+
+    cpdef int hold(self, LogSegment segment, Py_ssize_t nbytes) except -1:
+        segment.memory += nbytes
+        self.budget.take(nbytes)
+        return 0
+
+    cdef int seal_open(self) except -1:
+        self.was_sealed = True
+        self.seal()
+        return 0
+
+    cdef bint may_be_pressed(self) noexcept:
+        """Little room is left: whoever is to be read may have to wait for the disk (`fastwire.journal`)."""
+        cdef Budget budget = self.budget
+        while budget is not None:
+            if budget.used > budget.limit // 4 * 3:
+                return True
+            budget = budget.whole
+        return False
+
+    def seal(self):
+        raise NotImplementedError
+
+    def make_room(self):
+        raise NotImplementedError
+
+    # -- how much --
+
+    cdef Py_ssize_t share(self) noexcept:
+        """Bytes of memory that it may have where all logs have the same."""
+        return min(self.budget.limit, self.user_budget.fair_share(), self.total.fair_share())
+
+    cdef Py_ssize_t size_of_segment(self) noexcept:
+        cdef Py_ssize_t most = self.most_segment if self.count_of_behind else self.live_segment
+        return max(min(most, self.share() // 16), self.least_segment)
+
+    cdef Py_ssize_t size_of_window(self) noexcept:
+        return max(self.share() // self.window_part // max(self.count_of_behind, <Py_ssize_t>1), self.least_window)
+
+    @property
+    def segment_size(self):
+        """Bytes of memory at which a segment is whole."""
+        return self.size_of_segment()
+
+    @property
+    def window(self):
+        """Bytes that a client may have on their way to it, unacknowledged: they cannot be dropped."""
+        return self.size_of_window()
+
+    # -- out --
+
+    cdef int arrive(self, LogSegment segment) except -1:
+        """A cursor stands there now."""
+        if segment is self.front and len(segment.standers) == 1:
+            self.charge()
+        return 0
+
+    cdef int charge(self) except -1:
+        """The user of the hindmost cursor."""
+        cdef LogCursor hindmost = next(iter(self.front.standers))
+        if hindmost.budget is not self.user_budget:
+            self.charge_to(hindmost.budget)
+        return 0
+
+    def charge_to(self, budget):
+        raise NotImplementedError
+
+    cpdef int leave(self, LogSegment segment) except -1:
+        """A cursor stands there no more: what nobody stands in at the front of the log can go."""
+        if segment is not self.front or segment.standers:
+            return 0
+        while not self.front.standers:
+            if self.front is self.open:
+                self.empty()
+                break
+            self.free_front()
+        if self.front.standers:
+            self.charge()
+        return 0
+
+    cdef int empty(self) except -1:
+        """The segment that is open is all there is, and nobody needs it."""
+        cdef LogSegment segment = self.open
+        if segment.entries:
+            self.hold(segment, -segment.memory)
+            segment.entries = []
+            segment.counts = {}
+            segment.first = self.end
+            segment.version += 1
+        if self.was_sealed:
+            self.was_sealed = False
+            self.is_empty()
+        return 0
+
+    def free_front(self):
+        raise NotImplementedError
+
+    def is_empty(self):
+        raise NotImplementedError
+
+
+cdef class Outlet:
+    """One client's way out of a log, where it gets what everybody gets: the base of `fastwire.downlink.Downlink`."""
+
+    cdef readonly LogCursor cursor
+    cdef public Wire wire               # of its socket; None without one
+    cdef public object protocol
+    cdef public object prepare
+    cdef public bint prepare_all
+    cdef public bint compresses
+    cdef object budgets
+
+    def __cinit__(self, LogCursor cursor not None, budgets, *args, **options):
+        self.cursor = cursor
+        self.budgets = budgets
+
+    cpdef bint has_room(self) except -1:
+        """The socket may be given more."""
+        cdef Wire wire = self.wire
+        cdef WriteQueue queue = wire.queue
+        return (
+            <Py_ssize_t>(queue.queued - queue.written) < self.budgets.high_water
+            and <Py_ssize_t>(queue.queued - wire.received_bytes()) < self.cursor.journal.size_of_window()
+            and not wire.is_closing()
+        )
+
+    cpdef int pass_on(self, LogEntry entry) except -1:
+        """An entry that was just appended for this client, or for all."""
+        if self.cursor.place is not None:
+            return 0
+        if self.wire is None or not self.has_room():
+            self.fall_behind(entry)
+        elif self.is_plain(entry):
+            self.give_plainly(entry)
+        else:
+            self.wire.poller.python_ran = True
+            self.try_to_give(entry)
+        return 0
+
+    cdef bint is_plain(self, LogEntry entry) except -1:
+        """Whether this client gets what everybody gets."""
+        cdef LogCursor cursor = self.cursor
+        if type(entry) is not LogEntry or self.compresses or cursor.passed_over:
+            return False
+        if entry.first < cursor.written or entry.first < cursor.position:
+            return False
+        return self.prepare is None or entry.ours or not (self.prepare_all or entry.batch.is_unusual())
+
+    cdef int give_plainly(self, LogEntry entry) except -1:
+        cdef Wire wire = self.wire
+        cdef uint64_t begin = wire.queue.queued
+        cdef Frames frames
+        if not entry.batch.count:
+            return 0
+        try:
+            frames = entry.batch.frames(self.protocol)
+            wire.extend(frames)
+        except Exception as error:
+            wire.poller.python_ran = True
+            self.could_not_give(entry, error)
+            return 0
+        return self.cursor.give_live(entry, begin, wire.queue.queued, frames.ends)
+
+    cdef int progress(self) except -1:
+        """The client has more, or its socket has room."""
+        self.cursor.release(self.wire.received_bytes())
+        if self.cursor.place is not None:
+            self.wire.poller.python_ran = True
+            self.pump()
+        return 0
+
+    def fall_behind(self, entry):
+        raise NotImplementedError
+
+    def try_to_give(self, entry):
+        raise NotImplementedError
+
+    def could_not_give(self, entry, error):
+        raise NotImplementedError
+
+    def pump(self):
+        raise NotImplementedError

@@ -1,0 +1,236 @@
+# What a kernel says on its way into its log: a channel that we speak ourselves, and what is learned from it in passing.
+
+cdef enum:
+    LONGEST_NEIGHBOUR = 65536       # bytes of a header that is kept to stand beside
+    TELL_AFTER = 50000000           # ns
+
+
+cdef class KernelTraffic:
+    """Messages of a kernel, and the bytes of their parts."""
+
+    cdef public uint64_t messages
+    cdef public uint64_t nbytes
+
+
+cdef class KernelSide(Part):
+    """The base of `fastwire.relay.KernelRelay`."""
+
+    cdef public Log journal
+    cdef public Activity activity
+    cdef public KernelTraffic traffic
+    cdef public Source iopub_source     # where we speak it ourselves
+    cdef public bint needs_a_word       # what is said may change whether the kernel is heard
+    cdef public list observers
+    cdef public Poller poller
+    cdef bint unseen_activity
+    cdef str unseen_state
+    cdef char *header                   # of the last message on iopub
+    cdef char *parent
+    cdef size_t header_size, parent_size
+
+    def __cinit__(self, *args, **options):
+        self.observers = []
+        self.traffic = KernelTraffic()
+
+    def __dealloc__(self):
+        free(self.header)
+        free(self.parent)
+
+    def on_iopub(self, Batch batch not None):
+        """For all clients, and for who looks whether the kernel is at work."""
+        self.hear(batch)
+
+    cdef int hear(self, Batch batch) except -1:
+        cdef bint active, said = False
+        if self.needs_a_word:
+            self.poller.python_ran = True
+            self.on_word()
+        self.keep_neighbour(&batch.messages[batch.count - 1])
+        active = self.activity.look(batch, &said)
+        if self.observers and (active or said):
+            self.note(active, self.activity.state if said else None)
+        if self.journal.outlets:
+            self.journal.say_all(batch, False)
+        return 0
+
+    def on_word(self):
+        raise NotImplementedError
+
+    # -- activity --
+
+    cdef int note(self, bint active, str state) except -1:
+        """Observers hear of it soon, and before anyone is shown what they make of it (`look`): not each time."""
+        self.unseen_activity |= active
+        if state is not None:
+            self.unseen_state = state
+        if not self.look_at:
+            self.poller.call_at(self, nanoseconds() + TELL_AFTER)
+        return 0
+
+    cdef int on_time(self, uint64_t now) except -1:
+        self.poller.python_ran = True
+        self.tell_observers()
+        return 0
+
+    def unseen(self):
+        """What `observers` have not been told: whether there was activity, and the state if it was said."""
+        cdef bint active = self.unseen_activity
+        state = self.unseen_state
+        self.unseen_activity = False
+        self.unseen_state = None
+        self.look_at = 0
+        return active, state
+
+    def tell_observers(self):
+        raise NotImplementedError
+
+    def forget_times(self):
+        if self.poller is not None:
+            self.poller.forget(self)
+
+    # -- the last message --
+
+    cdef int keep_neighbour(self, const Indexed *message) except -1:
+        cdef fw_span header = message.parts[0]
+        cdef fw_span parent = message.parts[1]
+        if header.len + parent.len > LONGEST_NEIGHBOUR:
+            return 0
+        copy_to(&self.header, &self.header_size, header)
+        copy_to(&self.parent, &self.parent_size, parent)
+        return 0
+
+    @property
+    def last_headers(self):
+        """Of the last message on iopub: its header and parent header; None before."""
+        if self.header == NULL or self.parent == NULL:
+            return None
+        return self.header[: self.header_size], self.parent[: self.parent_size]
+
+
+cdef int copy_to(char **buffer, size_t *size, fw_span span) except -1:
+    cdef char *data = buffer[0]
+    if data == NULL or size[0] != span.len:
+        data = <char *>realloc(buffer[0], span.len + 1)
+        if data == NULL:
+            raise MemoryError
+        buffer[0] = data
+        size[0] = span.len
+    memcpy(data, span.ptr, span.len)
+    return 0
+
+
+@cython.final
+cdef class Source(Part):
+    """One channel. What happens on it besides messages is its `fastwire.channels.Channel`'s."""
+
+    cdef readonly ZmtpStream stream
+    cdef Signer signer
+    cdef str name
+    cdef bint permissive
+    cdef object channel
+    cdef Poller poller
+    cdef KernelSide kernel
+    cdef Outlet outlet              # whose replies come on it; None: what comes is for all
+    cdef public Uplink uplink       # what waits for room on it
+    cdef public bint was_ready      # its `Link` knows that it is
+    cdef public bint comes_back     # in the next turn of the loop: there is more
+
+    def __init__(self, ZmtpStream stream not None, Poller poller not None, owner):
+        """``owner.wake`` is called when there is something to receive."""
+        self.stream = stream
+        self.poller = poller
+        self.channel = owner
+
+    def pass_to(self, channel, Signer signer not None, bint permissive, KernelSide kernel not None, Outlet outlet=None):
+        """Messages pass to a kernel's log, for all or for one, without the channel; what else happens is its."""
+        self.channel = channel
+        self.name = channel.name
+        self.signer = signer
+        self.permissive = permissive
+        self.kernel = kernel
+        self.outlet = outlet
+        if outlet is None:
+            kernel.iopub_source = self
+
+    def end(self):
+        """The channel is closed."""
+        if self.kernel is not None and self.kernel.iopub_source is self:
+            self.kernel.iopub_source = None
+        self.kernel = None
+        self.outlet = None
+        self.uplink = None
+
+    cdef int on_ready(self) except -1:
+        cdef KernelSide kernel = self.kernel
+        if kernel is None or self.comes_back or self.stream.fd < 0:
+            return self.wake()
+        if self.outlet is None:
+            if kernel.journal.may_be_pressed():
+                return self.wake()
+            self.receive()
+            return 0
+        # What the kernel printed first must come first.
+        if kernel.iopub_source is None or kernel.iopub_source.comes_back or kernel.journal.may_be_pressed():
+            return self.wake()
+        if not kernel.iopub_source.receive():
+            return self.wake()
+        if self.kernel is None or self.stream.fd < 0:
+            return 0
+        self.receive()
+        if self.kernel is not None and (self.uplink is None or self.uplink.waiting_messages):
+            self.poller.python_ran = True
+            self.channel.after_wake_up()
+        return 0
+
+    cdef int wake(self) except -1:
+        self.poller.python_ran = True
+        self.channel.wake()
+        return 0
+
+    cdef bint receive(self) except -1:
+        """What is there, up to the budget of a turn. False: there is more, and it comes back for that."""
+        cdef ZmtpStream stream = self.stream
+        cdef Batch batch
+        cdef bint more
+        if stream.fd < 0:
+            return True
+        try:
+            batch = stream.drain(stream.fd, self.name, self.signer, permissive=self.permissive)
+        except Exception as error:
+            self.poller.python_ran = True
+            self.channel.could_not_receive(error)
+            return not self.comes_back
+        more = stream.more
+        if more:
+            self.poller.python_ran = True
+            self.channel.come_back()
+        if batch is not None:
+            self.take(batch)
+        if stream.fd >= 0 and self.is_unsettled():
+            self.poller.python_ran = True
+            self.channel.settle()
+        return not more
+
+    cdef int take(self, Batch batch) except -1:
+        if batch.reasons is not None:
+            self.poller.python_ran = True
+            self.channel.on_faulty(batch)
+        if not batch.count or self.kernel is None:
+            return 0
+        self.kernel.traffic.messages += batch.count
+        self.kernel.traffic.nbytes += batch.nbytes
+        if self.outlet is None:
+            return self.kernel.hear(batch)
+        if self.outlet.wire is None:  # its client is away, and may have been waited for
+            self.poller.python_ran = True
+            self.channel.on_batch(batch)
+            return 0
+        self.kernel.activity.answered(batch)
+        if self.uplink is not None:
+            self.uplink.answered(batch)
+        return self.kernel.journal.tell_one(self.outlet, batch, False, False)
+
+    cdef bint is_unsettled(self) except -1:
+        """The connection is to be looked at: bytes wait to be written, it is ready now, or it has ended."""
+        cdef ZmtpStream stream = self.stream
+        return stream.ended or stream.waiting_bytes() > 0 or (stream.phase == TALKS) != self.was_ready

@@ -1,0 +1,310 @@
+# One turn of the loop: what is ready is handled, then each connection that has something to write is flushed once.
+#
+# What is difficult: a turn is to cost no Python, and the loop is asyncio's. So a `Poller` may stand where the loop
+# waits (`take_over`): it waits for the loop's descriptors and for its own, handles its own, and goes on waiting. It
+# returns to the loop when that has something to do: one of its descriptors is ready, its time has come, or Python ran,
+# which may have left it a callback. Elsewhere the loop watches the poller's descriptor, and calls `turn`.
+
+cdef extern from "core/poll.h" nogil:
+    enum: FW_POLLED
+    int fw_poll_open()
+    int fw_poll_add(int poll, int fd)
+    int fw_poll_remove(int poll, int fd)
+    int fw_poll_wait(int poll, int *ready, int milliseconds)
+    void fw_poll_close(int poll)
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() except -1
+
+cdef enum:
+    SWEEP = 20000000        # ns between looks at those who wait for an answer
+
+
+cdef class Part:
+    """What a turn calls without Python: a descriptor that is ready, bytes that are to be written, a time that came."""
+
+    cdef bint at_end                # it is to be flushed at this turn's end
+    cdef bint awaits                # it stands among those that `look` is called of
+    cdef uint64_t look_at           # ns; when
+
+    cdef int on_ready(self) except -1:
+        return 0
+
+    cdef int on_end(self) except -1:
+        return 0
+
+    cdef int on_time(self, uint64_t now) except -1:
+        return 0
+
+    def __call__(self):
+        """Where the loop watches its descriptor."""
+        self.on_ready()
+
+
+@cython.final
+cdef class Poller:
+    cdef readonly int fd
+    cdef dict watched               # of each descriptor: a `Part`, or what is called
+    cdef dict parts                 # that are flushed at this turn's end; as keys, so that one can leave
+    cdef dict callbacks             # that are called then
+    cdef dict waiting               # parts that wait for a time, likewise
+    cdef uint64_t sweep_at
+    cdef object report              # called with whoever raised, and the exception
+    cdef object later               # makes the loop call `end`, when no turn is running
+    cdef bint in_turn
+    cdef bint end_is_due            # the loop was told
+    cdef bint python_ran            # in this turn
+    cdef object loop_select         # that of the loop's selector, whose place this has
+    cdef int loop_fd
+    cdef readonly uint64_t turns
+    cdef readonly uint64_t handed_over  # turns that gave way to the loop
+
+    def __init__(self, report, later):
+        self.fd = -1
+        self.loop_fd = -1
+        self.watched = {}
+        self.parts = {}
+        self.callbacks = {}
+        self.waiting = {}
+        self.report = report
+        self.later = later
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            fw_poll_close(self.fd)
+
+    # -- descriptors --
+
+    def open(self):
+        """Whether there is an epoll now."""
+        if self.fd < 0:
+            self.fd = fw_poll_open()
+        return self.fd >= 0
+
+    def close(self):
+        self.give_back()
+        if self.fd >= 0:
+            fw_poll_close(self.fd)
+            self.fd = -1
+
+    def watch(self, int fd, callback):
+        if self.fd >= 0 and fw_poll_add(self.fd, fd):
+            raise OSError(errno, os.strerror(errno))
+        self.watched[fd] = callback
+
+    def unwatch(self, int fd, callback):
+        """Whether it was watched."""
+        if self.watched.get(fd) != callback:
+            return False
+        del self.watched[fd]
+        if self.fd >= 0:
+            fw_poll_remove(self.fd, fd)
+        return True
+
+    def __len__(self):
+        return len(self.watched)
+
+    # -- in the place of the loop's selector --
+
+    def take_over(self, selector):
+        """``selector`` is a loop's `selectors.EpollSelector`; its ``select`` is ours until `give_back`."""
+        if fw_poll_add(self.fd, selector.fileno()):
+            raise OSError(errno, os.strerror(errno))
+        self.loop_fd = selector.fileno()
+        self.loop_select = selector.select
+        selector.select = self.select
+
+    @property
+    def has_taken_over(self):
+        return self.loop_fd >= 0
+
+    def give_back(self):
+        if self.loop_fd < 0:
+            return
+        fw_poll_remove(self.fd, self.loop_fd)
+        self.loop_fd = -1
+        selector = self.loop_select.__self__
+        self.loop_select = None
+        del selector.select
+
+    def select(self, timeout=None):
+        """See `selectors.BaseSelector.select`."""
+        cdef int ready[FW_POLLED]
+        cdef uint64_t now, until = 0
+        cdef int count
+        cdef bint forever = timeout is None
+        if not forever:
+            until = nanoseconds()
+            if timeout > 0:
+                until += <uint64_t>(timeout * 1e9)
+        while True:
+            PyErr_CheckSignals()
+            count = self.wait(ready, forever, until)
+            if count < 0 and errno != EINTR:
+                raise OSError(errno, os.strerror(errno))
+            self.python_ran = False
+            is_loops = self.handle(ready, count)
+            if is_loops:
+                self.handed_over += 1
+                return self.loop_select(0) if self.loop_select is not None else []
+            if self.python_ran or self.fd < 0 or self.loop_fd < 0:
+                self.handed_over += 1
+                return []
+            if not forever and nanoseconds() >= until:
+                return []
+
+    cdef int wait(self, int *ready, bint forever, uint64_t until) noexcept:
+        """At most to the time, or to that of a look at those who wait."""
+        cdef int count, milliseconds = -1
+        cdef uint64_t now
+        cdef int fd = self.fd
+        if self.parts or self.callbacks:
+            forever = False
+            until = 0
+        elif self.waiting and (forever or self.sweep_at < until):
+            forever = False
+            until = self.sweep_at
+        if not forever:
+            now = nanoseconds()
+            milliseconds = 0 if until <= now else <int>min((until - now + 999999) // 1000000, <uint64_t>86400000)
+        if milliseconds == 0:
+            return fw_poll_wait(fd, ready, 0)
+        with nogil:
+            count = fw_poll_wait(fd, ready, milliseconds)
+        return count
+
+    def turn(self):
+        """Everything that is ready now, where the loop calls us."""
+        cdef int ready[FW_POLLED]
+        cdef int count
+        if self.fd < 0:
+            return
+        count = fw_poll_wait(self.fd, ready, 0)
+        self.handle(ready, count)
+
+    cdef bint handle(self, const int *ready, int count) except -1:
+        """Whether a descriptor of the loop's is ready."""
+        cdef int i
+        cdef bint is_loops = False
+        self.turns += 1
+        self.in_turn = True
+        for i in range(count):
+            if ready[i] == self.loop_fd:
+                is_loops = True
+            else:
+                self.call(ready[i])
+        if self.waiting and self.sweep_at <= nanoseconds():
+            self.sweep()
+        self.in_turn = False
+        self.end()
+        return is_loops
+
+    cdef int call(self, int fd) except -1:
+        callback = self.watched.get(fd)
+        if callback is None:  # one before it has unwatched it
+            return 0
+        try:
+            if isinstance(callback, Part):
+                (<Part>callback).on_ready()
+            else:
+                self.python_ran = True
+                callback()
+        except Exception as error:
+            self.tell(callback, error)
+        return 0
+
+    cdef int tell(self, object who, object error) except -1:
+        """One that raises does not keep the others from their turn."""
+        self.python_ran = True
+        self.report(who, error)
+        return 0
+
+    # -- the end of a turn --
+
+    cdef int flush_later(self, Part part) except -1:
+        if not part.at_end:
+            self.parts[part] = None
+            part.at_end = True
+            self.see_to_the_end()
+        return 0
+
+    def at_end(self, callback):
+        """Call it once at the end of this turn, or in the loop's next when none is running."""
+        self.callbacks[callback] = None
+        self.see_to_the_end()
+
+    cdef int see_to_the_end(self) except -1:
+        if not self.in_turn and self.loop_fd < 0 and not self.end_is_due:
+            self.end_is_due = True
+            self.later(self.end_turn)
+        return 0
+
+    def end_turn(self):
+        self.end_is_due = False
+        self.end()
+
+    cdef int end(self) except -1:
+        cdef Part part
+        if self.parts:
+            parts = self.parts
+            self.parts = {}
+            for part in parts:
+                part.at_end = False
+                try:
+                    part.on_end()
+                except Exception as error:
+                    self.tell(part, error)
+        if self.callbacks:
+            callbacks = self.callbacks
+            self.callbacks = {}
+            self.python_ran = True
+            for callback in callbacks:
+                try:
+                    callback()
+                except Exception as error:
+                    self.tell(callback, error)
+        return 0
+
+    cdef int forget(self, Part part) except -1:
+        """It is over: nothing is called any more."""
+        self.parts.pop(part, None)
+        self.waiting.pop(part, None)
+        part.at_end = part.awaits = False
+        part.look_at = 0
+        return 0
+
+    # -- times --
+
+    cdef int call_at(self, Part part, uint64_t when) except -1:
+        """`on_time` of it then, or at most a `SWEEP` later. Cheap for very many, most of whom leave early."""
+        part.look_at = when
+        if not part.awaits:
+            self.waiting[part] = None
+            part.awaits = True
+        if len(self.waiting) == 1:
+            self.sweep_at = nanoseconds() + SWEEP
+            if self.loop_fd < 0:
+                self.later(None)
+        return 0
+
+    def sweep(self):
+        """Seconds until the next, or None; where nobody stands in the loop's place it is to call this then."""
+        cdef Part part
+        cdef uint64_t now = nanoseconds()
+        waiting = self.waiting
+        self.waiting = {}
+        for part in waiting:
+            part.awaits = False
+            if part.look_at == 0:
+                continue
+            if part.look_at > now:
+                self.waiting[part] = None
+                part.awaits = True
+                continue
+            part.look_at = 0
+            try:
+                part.on_time(now)
+            except Exception as error:
+                self.tell(part, error)
+        self.sweep_at = now + SWEEP
+        return SWEEP / 1e9 if self.waiting else None

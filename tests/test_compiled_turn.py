@@ -1,0 +1,98 @@
+"""Messages pass without Python: what runs, while nothing happens but messages, are the core's turns."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+import zmq
+from builders import message
+from relay_stage import Kernel, Stage, both_protocols, stream
+
+from fastwire.zmtp import Address
+
+pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
+
+COUNT = 10_000
+
+
+class Frames:
+    """Counts the frames of Python that a thread enters."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def begin(self) -> None:
+        sys.setprofile(self._note)
+
+    def end(self) -> None:
+        sys.setprofile(None)
+
+    def _note(self, frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            self.counts[frame.f_code.co_qualname] += 1
+
+
+class SpokenKernel(Kernel):
+    """One that is spoken to without libzmq."""
+
+    def open_socket(self, channel: str, identity: bytes | None) -> Any:
+        return Address.of(self.addresses[channel])
+
+
+@pytest.fixture
+def kernel(context: zmq.Context) -> Iterator[Kernel]:
+    kernel = SpokenKernel(context, tcp=True)
+    yield kernel
+    kernel.close()
+
+
+class Watched:
+    """A relay with two clients that have had their first message, and the frames of Python that its loop enters."""
+
+    def __init__(self, stage: Stage, kernel: Kernel, protocol: str | None) -> None:
+        self.stage = stage
+        self.relay = stage.start(kernel)
+        self.relay.observers.append(lambda active, state: None)
+        self.clients = [stage.connect(name, protocol) for name in ("ann", "bob")]
+        kernel.publish(*stream(COUNT))
+        for client in self.clients:
+            assert client.ids(1) == [str(COUNT)]
+            stage.introduce(client)
+        self.entered = Frames()
+
+    def __enter__(self) -> "Watched":
+        self.turns = self.stage.run(lambda: self.relay.poller.turns)
+        self.stage.run(self.entered.begin)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stage.run(self.entered.end)
+        self.turns = self.stage.run(lambda: self.relay.poller.turns) - self.turns
+
+
+@both_protocols
+def test_messages_enter_no_python(stage: Stage, kernel: Kernel, protocol: str | None) -> None:
+    """To clients that keep up, with acknowledgements, activity and the log: at most a frame for each turn."""
+    with Watched(stage, kernel, protocol) as watched:
+        for begin in range(0, COUNT, 10):
+            kernel.publish(*stream(*range(begin, begin + 10)))
+            for client in watched.clients:
+                assert client.ids(10) == [str(number) for number in range(begin, begin + 10)]
+    assert watched.entered.counts.total() <= watched.turns, watched.entered.counts.most_common(20)
+
+
+@both_protocols
+def test_requests_and_replies_enter_no_python(stage: Stage, kernel: Kernel, protocol: str | None) -> None:
+    with Watched(stage, kernel, protocol) as watched:
+        client, other = watched.clients
+        for number in range(COUNT // 10):
+            client.say(f"asked {number}")
+            assert kernel.ids(1) == [f"asked {number}"]
+            kernel.publish(*stream(number))
+            kernel.reply("ann", message("execute_reply", f"reply {number}"))
+            assert sorted(client.ids(2)) == [str(number), f"reply {number}"]
+            assert other.ids(1) == [str(number)]
+    assert watched.entered.counts.total() <= watched.turns, watched.entered.counts.most_common(20)
