@@ -36,7 +36,8 @@ class Limits:
     #: How long a connection may be without a whole request, the one that opens a WebSocket included.
     handshake_timeout: float = 60.0
 
-    #: WebSockets that are open at once. Each costs the server four file descriptors, seven with libzmq.
+    #: WebSockets that are open at once. Each costs the server four file descriptors, seven with libzmq. As many
+    #: sessions of a kernel may be away; beyond, the longest away is given up.
     clients_per_kernel: int = 256
     clients_per_user: int = 1024
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable
 from weakref import WeakSet
 
@@ -37,7 +38,7 @@ from fastwire.flow import KIB, Limits, resume_time
 from fastwire.hearing import Event, Hearing
 from fastwire.journal import Journal
 from fastwire.notices import NOBODY, Neighbour, local_batch, notice
-from fastwire.tombstones import LATE, TOO_MUCH, Tombstone, Tombstones
+from fastwire.tombstones import LATE, TOO_MANY, TOO_MUCH, Tombstone, Tombstones
 from fastwire.turns import Turns
 from fastwire.websocket import Connection
 from fastwire.zmtp import Address
@@ -354,6 +355,15 @@ class KernelRelay(KernelSide):
         self.end_session(session)
         self.tombstones.leave(session.session_id, session.user, tombstone)
 
+    def limit_away(self) -> None:
+        """As many clients may be away as may be there. Each costs memory, and time with every message; so whoever opens
+        one session after another, or never comes back with its id, ends those he has left, the oldest first."""
+        away = [session for session in self.sessions.values() if session.connection is None]
+        if len(away) > self.limits.clients_per_kernel:
+            ((user, _),) = Counter(session.user for session in away).most_common(1)
+            oldest = min((each for each in away if each.user == user), key=lambda each: each.detached_at)
+            self.bury(oldest, TOO_MANY)
+
     def _close_iopub(self) -> None:
         if self.iopub is not None:
             self.iopub.close()
@@ -634,6 +644,8 @@ class Session:
         self._kept_until = until if self.downlink.attempts.has_progressed else min(until, self._kept_until)
         self._expiry = self._loop.call_at(self._kept_until, self.relay.bury, self, LATE)
         self._rest_soon()
+        if not replaced:
+            self.relay.limit_away()
 
     # -- kernel to client --
 

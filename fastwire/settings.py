@@ -145,7 +145,8 @@ class Fastwire(Configurable):
         Limits.clients_per_kernel,
         min=0,
         config=True,
-        help="WebSockets that may be open to one kernel; closed with 1013 beyond.",
+        help="WebSockets that may be open to one kernel; closed with 1013 beyond. As many of its clients may be away; "
+        "beyond, the longest away is given up.",
     )
     clients_per_user = Integer(
         Limits.clients_per_user,

@@ -1,9 +1,10 @@
 """What is left of a session that ended although its client may come back: enough to tell it what is missing.
 
-A session ends because nobody came in time, or because what waited for it, and may not be dropped, was too much. What
-was kept goes with it, and what comes after is kept for nobody. Its client knows nothing of that: it comes back with the
-same id, and would take a hole for the end of its output. So a session leaves a `Tombstone`, some numbers and the place
-where the hole begins; who comes back with that id, and is the same user, hears of it before anything new.
+A session ends because nobody came in time, because too many are away, or because what waited for it, and may not be
+dropped, was too much. What was kept goes with it, and what comes after is kept for nobody. Its client knows nothing of
+that: it comes back with the same id, and would take a hole for the end of its output. So a session leaves a
+`Tombstone`, some numbers and the place where the hole begins; who comes back with that id, and is the same user, hears
+of it before anything new.
 
 Whoever may open sessions of a kernel chooses how many end, and a kernel how long its headers are: both are bounded, and
 nobody's tombstones drive out those of who has fewer.
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from fastwire.notices import NOBODY, Neighbour
 from fastwire.segments import size_of
 
-__all__ = ["LATE", "TOO_MUCH", "Tombstone", "Tombstones"]
+__all__ = ["LATE", "TOO_MANY", "TOO_MUCH", "Tombstone", "Tombstones"]
 
 #: Why a session ended.
 LATE = "this client was away for longer than the server waits for one"
 TOO_MUCH = "there was no room to keep them until this client took them"
+TOO_MANY = "more clients of this kernel were away than the server waits for"
 
 #: Bytes of a header that are remembered.
 LONGEST_HEADER = 2048

@@ -376,7 +376,7 @@ def test_who_signs_in_again_continues_the_session(tmp_path: Path, way: str) -> N
 
 
 def test_another_user_cannot_drive_out_what_is_kept_for_a_client(server: Server, kernel: str) -> None:
-    """A kernel keeps few sessions without a client: by opening many, one takes one's own room only."""
+    """As many are kept without a client as may have one, here four: by opening more, one takes one's own room only."""
     session = uuid.uuid4().hex
     with open_as(server, kernel, "ann", session, how=Raw) as ann:
         flood = ann.execute("flood 3000")

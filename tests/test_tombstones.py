@@ -12,7 +12,7 @@ from relay_stage import Kernel, Stage, both_protocols, leave, settle, stream, un
 from server import Message
 
 from fastwire.segments import size_of
-from fastwire.tombstones import LATE, LONGEST_HEADER, TOO_MUCH, Tombstone, Tombstones
+from fastwire.tombstones import LATE, LONGEST_HEADER, TOO_MANY, TOO_MUCH, Tombstone, Tombstones
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
@@ -51,6 +51,29 @@ def test_who_comes_too_late_is_told(stage: Stage, kernel: Kernel, protocol: str 
     leave(stage, client, "reset")
     kernel.publish(*stream(11))
     assert stage.connect("ann", protocol).ids(1) == ["11"], "it is told once"
+
+
+def test_as_many_may_be_away_as_may_be_there(stage: Stage, kernel: Kernel) -> None:
+    """Beyond that who has been away for longest is waited for no more."""
+    stage.start(kernel, clients_per_kernel=2)
+    here = stage.connect("here")
+    for name in ("ann", "bob", "cyd"):
+        leave(stage, stage.connect(name), "reset")
+    assert list(stage.relay.sessions) == ["here", "bob", "cyd"]
+    kernel.publish(*stream(1))
+    assert here.ids(1) == ["1"]
+    assert stage.connect("bob").ids(1) == ["1"]
+    late = stage.connect("ann").next()
+    assert TOO_MANY in late.content["text"]
+    assert told(late) == [1]
+
+
+def test_a_socket_that_takes_the_place_of_another_ends_no_session(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel, clients_per_kernel=0)
+    stage.connect("ann")
+    kernel.publish(*stream(1))
+    again = stage.connect("ann")
+    assert again.ids(1) == ["1"]
 
 
 def test_who_missed_nothing_is_told_nothing(stage: Stage, kernel: Kernel) -> None:
