@@ -272,8 +272,8 @@ def running(
 ) -> Iterator[AnyProxy]:
     home.mkdir()
     proxy = kind(home, servers, certificate, changes)
-    proxy.start()
     try:
+        proxy.start()
         yield proxy
     finally:
         proxy.kill()

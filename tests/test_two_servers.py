@@ -7,7 +7,7 @@ from pathlib import Path
 import proxies
 import pytest
 from proxies import CONFIGURATIONS, HaproxyForKernels, NginxForKernels, Returning, connector
-from server import PROTOCOLS, Server, serving
+from server import PROTOCOLS, TOKEN, Client, Server, serving
 from test_proxies import assert_complete
 
 Balancer = NginxForKernels | HaproxyForKernels
@@ -77,3 +77,21 @@ def find_all(balancer: Balancer, kernels: set[str]) -> None:
         for protocol in PROTOCOLS.values():
             with connector(balancer, kernel, protocol)("") as client:
                 assert client.run("1").result == "4"
+
+
+@pytest.mark.nightly
+def test_a_jupyter_server_in_front_of_both(balancer: Balancer, tmp_path: Path) -> None:
+    """Its list of kernels is whole: it asks for each that the list of one server misses."""
+    (tmp_path / "front").mkdir()
+    options = (f"--gateway-url={balancer.seen.root}", f"--GatewayClient.auth_token={TOKEN}")
+    with serving(tmp_path / "front", *options, how=("-m", "jupyter_server")) as front:
+        kernels = {front.start_kernel("light") for _ in range(4)}
+        for server in balancer.servers:
+            assert len(kernels_of(server)) == 2
+        for _ in range(4):
+            assert kernels_of(front) == kernels
+        for kernel in kernels:
+            with Client(front, kernel) as client:
+                assert client.run("1").result == "4"
+            front.end_kernel(kernel)
+        assert not any(map(kernels_of, balancer.servers))
