@@ -206,17 +206,18 @@ class FrameParser:
     def __init__(
         self, max_message_size: int = 10485760, *, deflate: bool = False, max_fragments: int = 0, client: bool = False
     ) -> None: ...
-    def relay(self, sink: WriteQueue) -> None:
+    def relay(self, sink: WriteQueue | None) -> None:
         """From now on frames go into ``sink`` as they come: the same ones in the same order, unmasked, or masked anew
         where that queue's are. A frame is passed on before it is whole (`WriteQueue.unfinished`), so that a long one
         takes no memory here; whether text is UTF-8 is for who reads it. ``max_message_size`` bounds single frames.
+        With None what comes is thrown away.
 
-        Raises ValueError when something has been parsed already.
+        Raises ValueError when something has been parsed already, unless it is to be thrown away from now on.
         """
     def feed(self, data: Buffer) -> None:
         """Bytes from a peer; copied."""
     def receive(self, fd: int) -> int:
-        """One recv(2) of up to 256 KiB (64 after `relay`) from a non-blocking socket into a buffer that all parsers
+        """One recv(2) of up to 256 KiB (16 after `relay`) from a non-blocking socket into a buffer that all parsers
         share.
 
         Returns the number of bytes, 0 at end of stream, -1 when nothing is there (EAGAIN, ENOBUFS, ENOMEM).

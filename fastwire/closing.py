@@ -33,7 +33,12 @@ class State(Enum):
 
     OPEN = ("both sides may speak", "RFC 6455 section 4.2.2", False, False)
     CLOSE_SENT = ("we have said our Close frame and wait for the peer's", "RFC 6455 section 7.1.2", True, False)
-    DRAINING = ("both Close frames are said, ours may still wait behind data", "RFC 6455 section 7.1.3", True, True)
+    DRAINING = (
+        "both Close frames are said, or we leave without one; our last bytes may still wait",
+        "RFC 6455 section 7.1.3",
+        True,
+        True,
+    )
     FAILED = (
         "the peer broke a rule and was told so; what it sends is thrown away",
         "RFC 6455 section 7.1.7",
@@ -64,6 +69,7 @@ class Happened(Enum):
     """What ends a connection, piece by piece."""
 
     WE_CLOSE = "somebody here calls `close`"
+    WE_LEAVE = "what this connection goes on with is broken, which is no Close frame of anybody"
     PEER_CLOSES = "a Close frame comes"
     PEER_FAULT = "the peer breaks a rule"
     PEER_ENDS = "the peer ends its side of TCP while bytes wait for it"
@@ -73,6 +79,7 @@ class Happened(Enum):
 
 TRANSITIONS: dict[tuple[State, Happened], State] = {
     (State.OPEN, Happened.WE_CLOSE): State.CLOSE_SENT,
+    (State.OPEN, Happened.WE_LEAVE): State.DRAINING,
     (State.OPEN, Happened.PEER_CLOSES): State.DRAINING,
     (State.OPEN, Happened.PEER_FAULT): State.FAILED,
     (State.OPEN, Happened.PEER_ENDS): State.HALF_CLOSED,

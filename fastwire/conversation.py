@@ -70,8 +70,12 @@ class Conversation:
         limits: Limits,
         max_message_size: int,
         inflater: Inflater | None,
+        *,
+        client: bool = False,
     ) -> None:
-        parser = FrameParser(max_message_size, deflate=inflater is not None, max_fragments=limits.max_fragments)
+        parser = FrameParser(
+            max_message_size, deflate=inflater is not None, max_fragments=limits.max_fragments, client=client
+        )
         self._application = application
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -105,6 +109,10 @@ class Conversation:
             if self.probe is None or self.probe.acknowledgements.demoted
             else (self.probe.acknowledgements.position)
         )
+
+    def relay(self, sink: WriteQueue | None) -> None:
+        """See `FrameParser.relay`."""
+        self.transport.parser.relay(sink)
 
     def pause(self) -> None:
         self.reader.pause()
@@ -214,10 +222,18 @@ class Conversation:
 
     def close(self, code: int | None, reason: str) -> None:
         """Send a Close frame; TCP is closed when the peer has answered, or after `CLOSE_TIMEOUT`."""
-        if self.closing.state is State.OPEN:
+        if self.transport.queue.unfinished:
+            self.leave()
+        elif self.closing.state is State.OPEN:
             self._say_close(code, reason)
             self._take(Happened.WE_CLOSE)
             self._limit_closing()
+
+    def leave(self) -> None:
+        """End TCP when all is written, without a Close frame: to the peer the connection broke."""
+        if self._take(Happened.WE_LEAVE):
+            self._limit_closing()
+            self._finish_if_written()
 
     def fail(self, error: FastwireError) -> None:
         """The peer sent what it must not: say so with a Close frame, then close (RFC 6455 section 7.1.7)."""
@@ -243,6 +259,8 @@ class Conversation:
         return state
 
     def _say_close(self, code: int | None, reason: str) -> None:
+        if self.transport.queue.unfinished:
+            return  # no frame can follow: the end of TCP has to say it
         self.writer.control(OP_CLOSE, close_payload(code, reason))
 
     def _limit_closing(self) -> None:

@@ -16,6 +16,7 @@
     │   └── PolicyViolation    1008     allowed by RFC 6455, but more of it than the server takes
     ├── ZmtpError                       a kernel's bytes break ZMTP 3: its connection is closed and made anew
     ├── TooManyClients         1013     of one kernel or of one user: come back later
+    ├── NotConnected                    a server behind this one cannot be reached, or refuses: an HTTP status says it
     ├── OutOfMemory (MemoryError) 1011  there is none for what a client sends; it comes back, and sends it again
     └── SocketClosed           1011     the kernel's ZMQ sockets are closed: it was shut down
 
@@ -36,6 +37,7 @@ __all__ = [
     "MalformedMessage",
     "MessageError",
     "MessageTooBig",
+    "NotConnected",
     "OutOfMemory",
     "PolicyViolation",
     "ProtocolError",
@@ -112,6 +114,16 @@ class TooManyClients(FastwireError):
     """As many clients of one kernel, or of one user, as the server allows."""
 
     close_code = 1013
+
+
+class NotConnected(FastwireError):
+    """A server that is to be connected to cannot be reached, or refuses; what it does stands behind its name.
+    ``status`` is the HTTP status for whoever asked for the connection, ``may_pass``: another attempt may succeed."""
+
+    def __init__(self, what: str, status: int, *, may_pass: bool = False) -> None:
+        super().__init__(what)
+        self.status = status
+        self.may_pass = may_pass
 
 
 class OutOfMemory(FastwireError, MemoryError):

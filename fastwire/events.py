@@ -27,6 +27,7 @@ KINDS = {
     "too_long": "a client cannot take a message: it is passed over, and the client is told where",
     "drop": "output was dropped, because there was no room to keep it for a client",
     "no_buffers": "the system was short of buffers (ENOBUFS); the bytes were kept and written later",
+    "gateway": "the gateway could not be reached, or the connection to it was lost",
     "refused": "a kernel's messages were refused: malformed, replayed or wrongly signed",
 }
 

@@ -26,11 +26,14 @@ try:
     from jupyter_server import CallContext
     from jupyter_server.auth.identity import IdentityProvider, PasswordIdentityProvider
     from jupyter_server.auth.login import LoginFormHandler
+    from jupyter_server.gateway.connections import GatewayWebSocketConnection
+    from jupyter_server.gateway.managers import GatewayMappingKernelManager
     from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
     from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
     from tornado.web import HTTPError
     from traitlets import default
+    from traitlets.utils.importstring import import_item
 except ImportError as error:
     raise ImportError(
         f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
@@ -40,6 +43,7 @@ from fastwire import __version__, installed, logs, other_websockets, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch
 from fastwire.errors import FastwireError, TooManyClients
 from fastwire.flow import OutputRates, too_many
+from fastwire.gateway import FastwireGatewayConnection, FastwireGatewayMappingKernelManager
 from fastwire.kernels import (
     FastwireMappingKernelManager,
     Kernel,
@@ -584,9 +588,15 @@ def parts_of(session: Any, message: dict[str, Any]) -> list[bytes]:
 # -- the server extension --------------------------------------------------------------------------
 
 #: For each trait of ``ServerApp`` that chooses a class: what jupyter_server takes, and what fastwire has instead.
-CLASSES: dict[str, tuple[type, type]] = {
-    "kernel_websocket_connection_class": (ZMQChannelsWebsocketConnection, FastwireWebsocketConnection),
-    "kernel_manager_class": (AsyncMappingKernelManager, FastwireMappingKernelManager),
+CLASSES: dict[str, dict[type, type]] = {
+    "kernel_websocket_connection_class": {
+        ZMQChannelsWebsocketConnection: FastwireWebsocketConnection,
+        GatewayWebSocketConnection: FastwireGatewayConnection,
+    },
+    "kernel_manager_class": {
+        AsyncMappingKernelManager: FastwireMappingKernelManager,
+        GatewayMappingKernelManager: FastwireGatewayMappingKernelManager,
+    },
 }
 
 
@@ -618,7 +628,9 @@ def _load_jupyter_server_extension(app: Any) -> None:
         for handler in getattr(app.log, "logger", app.log).handlers:  # `log` may be an adapter
             handler.addFilter(logs.is_meant)
             handler.addFilter(logs.without_tokens_of_requests)
-        app.log.info("fastwire %s carries the messages of kernels", __version__)
+        gateway = app.gateway_config
+        whose = f"kernels to and from the gateway {gateway.url}" if gateway.gateway_enabled else "kernels"
+        app.log.info("fastwire %s carries the messages of %s", __version__, whose)
 
 
 def carry_other_websockets(app: Any) -> None:
@@ -631,27 +643,38 @@ def carry_other_websockets(app: Any) -> None:
 def default_class(trait: str, theirs: Callable[[Any], Any], app: Any) -> Any:
     """fastwire's class where ``app`` would take jupyter_server's own and nothing is in the way."""
     chosen = theirs(app)
-    stock, ours = CLASSES[trait]
-    if chosen is not stock or obstacle(app):
+    ours = counterpart(trait, chosen)
+    if ours is chosen or obstacle(app):
         return chosen
-    if ours is FastwireMappingKernelManager and not takes_fastwire(app):
+    if trait == "kernel_manager_class" and not takes_fastwire(app):
         return chosen
     return ours
 
 
+def counterpart(trait: str, theirs: Any) -> Any:
+    """fastwire's class for one of jupyter_server's own, which may be given by name; any other is left as it is."""
+    return CLASSES[trait].get(import_item(theirs) if isinstance(theirs, str) else theirs, theirs)
+
+
 def takes_fastwire(app: Any) -> bool:
-    return issubclass(app.kernel_websocket_connection_class, FastwireWebsocketConnection)
+    ours = tuple(CLASSES["kernel_websocket_connection_class"].values())
+    return issubclass(app.kernel_websocket_connection_class, ours)
 
 
 def obstacle(app: Any) -> str | None:
     """Why fastwire cannot work in this server."""
-    if app.gateway_config.gateway_enabled:
-        return f"kernels are behind the gateway {app.gateway_config.url}"
+    if leaves_gateway(app):
+        return f"kernels are behind the gateway {app.gateway_config.url}, and Fastwire.gateway is off"
     if os.name == "nt":
         return "it does not run on Windows"
     if not has_raw_sockets(app.io_loop.asyncio_loop):
         return f"{type(app.io_loop.asyncio_loop).__name__} watches no sockets"
     return None
+
+
+def leaves_gateway(app: Any) -> bool:
+    """Whether kernels are behind a gateway and the user wants jupyter_server's own way to them."""
+    return bool(app.gateway_config.gateway_enabled) and not Fastwire(config=app.config).gateway
 
 
 def has_raw_sockets(loop: asyncio.AbstractEventLoop) -> bool:

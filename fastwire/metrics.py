@@ -28,11 +28,12 @@ except ImportError as error:
     ) from error
 
 from fastwire import events
-from fastwire._core import build_info, counters, histograms, live
+from fastwire._core import PROTOCOL_V1, build_info, counters, histograms, live
 from fastwire.journal import totals
+from fastwire.pair import Pair, open_pairs
 from fastwire.relay import CLIENT_CHANNELS, KernelRelay, Session, open_relays
 
-__all__ = ["METRICS", "Metric", "client_numbers", "kernel_numbers", "process_numbers", "register"]
+__all__ = ["METRICS", "Metric", "client_numbers", "kernel_numbers", "pair_numbers", "process_numbers", "register"]
 
 DIRECTIONS = ("from_kernels", "to_clients", "from_clients", "to_kernels")
 
@@ -91,6 +92,26 @@ def kernel_numbers(relay: KernelRelay) -> dict[str, Any]:
     }
 
 
+def pair_numbers(pair: Pair) -> dict[str, Any]:
+    """A client that is passed on to a gateway, in the words of `client_numbers`: its messages are not counted one by
+    one, and nothing is kept here."""
+    for_client, for_server = pair.pending
+    return {
+        "client": pair.front.label[1] or pair.front.peer,
+        "state": pair.state,
+        "protocol": "v1" if pair.front.selected_subprotocol == PROTOCOL_V1 else "default",
+        "pending_bytes": for_client,
+        "unacknowledged_bytes": 0,
+        "kept_bytes": 0,
+        "spilled_bytes": 0,
+        "uplink_bytes": for_server,
+        "sent_messages": 0,
+        "sent_bytes": pair.front.queue.written,
+        "flush_seconds": 0.0,
+        "received_messages": 0,
+    }
+
+
 def process_numbers() -> dict[str, Any]:
     """Traffic of all kernels and clients since the process began, and the distribution of the time to flush: upper
     bounds in seconds, and messages in each bucket."""
@@ -109,7 +130,8 @@ def sum_over_clients(name: str) -> Callable[[], Samples]:
 
     def read() -> Samples:
         sessions = (session for relay in open_relays for session in relay.sessions.values())
-        return [((), sum(client_numbers(session)[name] for session in sessions))]
+        here = sum(client_numbers(session)[name] for session in sessions)
+        return [((), here + sum(pair_numbers(pair)[name] for pair in open_pairs))]
 
     return read
 
@@ -129,6 +151,7 @@ def channels_by_end() -> Samples:
 def clients_by_state() -> Samples:
     states = Counter(dict.fromkeys(STATES, 0))
     states.update(session.state for relay in open_relays for session in relay.sessions.values())
+    states.update(pair.state for pair in open_pairs)
     return [((state,), number) for state, number in states.items()]
 
 
@@ -295,6 +318,12 @@ METRICS = (
         "gauge",
         "Bytes of clients' messages that their kernels have not taken, libzmq's queues included.",
         sum_over_clients("uplink_bytes"),
+    ),
+    Metric(
+        "fastwire_gateway_clients",
+        "gauge",
+        "Clients whose frames are passed on to a gateway.",
+        lambda: [((), len(open_pairs))],
     ),
     # What became of what waited.
     Metric(

@@ -125,6 +125,8 @@ def carriers(app: Any) -> dict[str, Any]:
     carried = takes_fastwire(app)
     if carried:
         why = "enabled" if enabled else "chosen in the configuration"
+        if app.gateway_config.gateway_enabled:
+            why += f"; kernels are behind the gateway {app.gateway_config.url}"
     elif not enabled:
         why = "disabled: jupyter server extension enable fastwire"
     else:

@@ -68,6 +68,8 @@ try:
         FastwireMappingKernelManager,
         FastwireWebsocketConnection,
         carry_other_websockets,
+        counterpart,
+        leaves_gateway,
         takes_fastwire,
     )
 except ModuleNotFoundError as error:
@@ -124,15 +126,13 @@ class FastwireServer(ServerApp):
 
     @default("kernel_websocket_connection_class")
     def _default_kernel_websocket_connection_class(self) -> Any:
-        if self.gateway_config.gateway_enabled:
-            return super()._default_kernel_websocket_connection_class()
-        return FastwireWebsocketConnection
+        theirs = super()._default_kernel_websocket_connection_class()
+        return theirs if leaves_gateway(self) else counterpart("kernel_websocket_connection_class", theirs)
 
     @default("kernel_manager_class")
     def _default_kernel_manager_class(self) -> Any:
-        if self.gateway_config.gateway_enabled:
-            return super()._default_kernel_manager_class()
-        return FastwireMappingKernelManager
+        theirs = super()._default_kernel_manager_class()
+        return theirs if leaves_gateway(self) else counterpart("kernel_manager_class", theirs)
 
     @default("default_url")
     def _default_default_url(self) -> str:

@@ -177,6 +177,20 @@ class Fastwire(Configurable):
         "program waits for a slow client; any other client for which more than client_memory_limit waits is closed.",
     )
 
+    gateway = Bool(
+        True,
+        config=True,
+        help="Pass clients' frames on to the gateway of the kernels (--gateway-url) as they are. Otherwise Jupyter "
+        "Server's own connection class does, which takes each for text.",
+    )
+
+    gateway_keep_kernels = Bool(
+        False,
+        config=True,
+        help="Leave kernels running at the gateway when the server ends. The next one with the same root directory and "
+        "gateway knows them again.",
+    )
+
     zmtp = Bool(
         True,
         config=True,

@@ -24,6 +24,7 @@ except ImportError as error:
     ) from error
 
 from fastwire import __version__, events, metrics
+from fastwire.pair import open_pairs
 from fastwire.relay import open_relays
 
 __all__ = ["URL", "install", "status"]
@@ -55,7 +56,8 @@ def status(models: list[dict[str, Any]]) -> dict[str, Any]:
     kernels = []
     for model in models:
         relay = relays.get(model["id"])
-        kernels.append({name: model.get(name) for name in MODEL} | (metrics.kernel_numbers(relay) if relay else {}))
+        numbers = metrics.kernel_numbers(relay) if relay else behind_a_gateway(model["id"])
+        kernels.append({name: model.get(name) for name in MODEL} | numbers)
     return {
         "version": __version__,
         "time": time.time(),
@@ -64,6 +66,12 @@ def status(models: list[dict[str, Any]]) -> dict[str, Any]:
         "kinds": events.KINDS,
         **metrics.process_numbers(),
     }
+
+
+def behind_a_gateway(kernel: str) -> dict[str, Any]:
+    """Its clients, where there are such."""
+    clients = [metrics.pair_numbers(pair) for pair in open_pairs if pair.front.label[0] == kernel]
+    return {"path": "gateway", "clients": clients} if clients else {}
 
 
 class PageHandler(JupyterHandler):

@@ -95,6 +95,7 @@ class Connection(WebSocketProtocol13):
     ``is_held`` is asked, while a ping is not answered, whether more is kept back until it is, and nothing says that
     this peer ever answers: it is believed sooner then to have what was written.
     ``on_stalled`` is called when its TCP took nothing for the time of `limit_stalls` although bytes wait.
+    ``on_last_word`` is called once, when the first of the two sides has said its last.
 
     Its methods are what Tornado asks of a protocol, what it offers to the application, and what a `Conversation` says
     to the application (`conversation.Application`); a line or two each, for the work is the conversation's.
@@ -105,16 +106,20 @@ class Connection(WebSocketProtocol13):
         handler: tornado.websocket.WebSocketHandler,
         params: tornado.websocket._WebSocketParams,
         limits: Limits | None = None,
+        *,
+        client: bool = False,
     ) -> None:
-        super().__init__(handler, False, params)
+        super().__init__(handler, client, params)
         self._limits = limits or Limits()
+        self._client = client
         self._thread = get_ident()
-        self.queue = WriteQueue()
+        self.queue = WriteQueue(mask=client)
         self.consumer: Callable[[FrameParser], None] | None = None
         self.receiver: Callable[[str | bytes], None] | None = None
         self.on_stalled: Callable[[], None] | None = None
         self.is_held: Callable[[], bool] | None = None
         self.on_alive: Callable[[], None] | None = None
+        self.on_last_word: Callable[[], None] | None = None
         #: What this connection's events are about: a kernel and its client, where there are such.
         self.label = ("", "")
 
@@ -144,7 +149,9 @@ class Connection(WebSocketProtocol13):
             raise ValueError("the client left before the handshake")
         stream.set_nodelay(True)
         inflater = cast("Inflater | None", self._decompressor)
-        self.conversation = Conversation(stream, self.queue, self, self._limits, self.params.max_message_size, inflater)
+        self.conversation = Conversation(
+            stream, self.queue, self, self._limits, self.params.max_message_size, inflater, client=self._client
+        )
         super().start_pinging()
 
     async def _receive_frame_loop(self) -> None:
@@ -188,8 +195,10 @@ class Connection(WebSocketProtocol13):
 
     def write_ping(self, data: bytes) -> None:
         self._check_thread()
-        self.conversation.writer.control(OP_PING, data)
-        if self.conversation.reader.paused:
+        is_in_a_frame = self.queue.unfinished > 0
+        if not is_in_a_frame:
+            self.conversation.writer.control(OP_PING, data)
+        if self.conversation.reader.paused or is_in_a_frame:
             # Its pong would wait where we do not read: a client that is held back is not a client that is gone.
             self._received_pong = True
             self._run_callback(self.handler.on_pong, data)
@@ -211,6 +220,11 @@ class Connection(WebSocketProtocol13):
     def compresses(self) -> bool:
         """permessage-deflate was agreed: every message must pass through `write_message`."""
         return self._compressor is not None
+
+    def relay(self, sink: WriteQueue | None) -> None:
+        """From now on, what comes goes into another connection's queue (`FrameParser.relay`), pings and pongs too.
+        ``consumer`` is called after each read, and whoever owns the queue has to see that it is written."""
+        self.conversation.relay(sink)
 
     def pause_reading(self) -> None:
         """Leave the peer's bytes where they are; its TCP will slow it down."""
@@ -238,6 +252,11 @@ class Connection(WebSocketProtocol13):
             # JupyterLab does not come back after 1000.
             code = 1011 if reason == KEEPALIVE_REASON else 1000
         self.conversation.close(code, reason or "")
+
+    def leave(self) -> None:
+        """End TCP when all is written, without a Close frame: for one whose other end broke, not closed."""
+        self._check_thread()
+        self.conversation.leave()
 
     def fail(self, error: FastwireError) -> None:
         """The peer sent what it must not: say so with a Close frame, then close (RFC 6455 section 7.1.7)."""
@@ -318,6 +337,9 @@ class Connection(WebSocketProtocol13):
     def on_state(self, state: State) -> None:
         """Tornado and its applications look at the two attributes."""
         self.server_terminated, self.client_terminated = state.we_are_done, state.peer_is_done
+        if self.on_last_word is not None:
+            told, self.on_last_word = self.on_last_word, None
+            told()
         if state.we_are_done and self._ping_coroutine is not None:
             self._ping_coroutine.cancel()
             self._ping_coroutine = None

@@ -182,7 +182,7 @@ def write_kernelspecs(data: Path) -> None:
     programs |= {f"odd-{way}": (odd, {"FASTWIRE_ODD": way}) for way in ODD}
     for name, (program, environment) in programs.items():
         folder = data / "kernels" / name
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         argv = [sys.executable, str(program), "-f", "{connection_file}"]
         spec = {"argv": argv, "display_name": name, "language": "python", "env": environment}
         (folder / "kernel.json").write_text(json.dumps(spec | {"interrupt_mode": "signal"}))
@@ -218,7 +218,7 @@ def serving(
 ) -> Iterator[Server]:
     """Run a server on a free port of the loopback interface until the block ends. ``base`` is the path of its URL;
     extensions that are not named are on if they are installed so."""
-    (home / "config").mkdir()
+    (home / "config").mkdir(exist_ok=True)
     settings = {"ServerApp": {"jpserver_extensions": extensions}}
     (home / "config" / "jupyter_server_config.json").write_text(json.dumps(settings))
     write_kernelspecs(home / "data")

@@ -203,15 +203,15 @@ def test_without_memory_the_stream_ends() -> None:
     """A frame has been begun and cannot be gone on with: there is no other frame that could follow."""
     parser, sink = FrameParser(), WriteQueue()
     parser.relay(sink)
-    frame = client_frame(OP_BINARY, bytes(50_000))
-    parser.feed(frame[:10])
+    frame = client_frame(OP_BINARY, bytes(5_000_000))  # more than freed blocks that are kept
+    parser.feed(frame[:20])
     _core.fail_allocation(1)
-    parser.feed(frame[10:])
+    parser.feed(frame[20:])
     _core.fail_allocation(0)
     with pytest.raises(OutOfMemory):
         next(parser)
     assert sink.unfinished
-    assert len(sink.take(1 << 20)) < 20
+    assert len(sink.take(1 << 30)) < 4_000_000
 
 
 def test_traffic_of_clients_is_counted_and_that_of_gateways_is_not() -> None:

@@ -58,11 +58,11 @@ def echo_buffers(client: Client, given: list[bytes]) -> list[bytes]:
 
 
 @contextmanager
-def gateway(home: Path) -> Iterator[Server]:
-    """Kernel Gateway, configured as docs/use.md says."""
+def kernel_gateway(home: Path, configuration: str = "") -> Iterator[Server]:
+    """Kernel Gateway, a stock one unless it is configured."""
     write_kernelspecs(home / "data")
     (home / "config").mkdir()
-    (home / "config" / "jupyter_kernel_gateway_config.py").write_text(example("c.KernelGatewayApp", USE))
+    (home / "config" / "jupyter_kernel_gateway_config.py").write_text(configuration)
     app = "--KernelGatewayApp."
     command = [sys.executable, "-m", "kernel_gateway", f"{app}ip=127.0.0.1", f"{app}port=0"]
     command += [f"{app}auth_token={TOKEN}", "--JupyterWebsocketPersonality.list_kernels=True"]
@@ -87,8 +87,9 @@ def gateway(home: Path) -> Iterator[Server]:
 
 
 def test_kernel_gateway(tmp_path: Path) -> None:
-    """One subscription for all clients beside the kernel manager's own, nothing lost, buffers, and coming back."""
-    with gateway(tmp_path) as server, server.kernel() as kernel:
+    """Configured as docs/use.md says. One subscription for all clients beside the kernel manager's own, nothing lost,
+    buffers, and coming back."""
+    with kernel_gateway(tmp_path, example("c.KernelGatewayApp", USE)) as server, server.kernel() as kernel:
         clients = [Client(server, kernel, protocol, how=Raw) for protocol in (*PROTOCOLS.values(), None)]
         for client in clients:
             client.run(UNLIMITED + ECHO)
@@ -119,11 +120,13 @@ def test_kernel_gateway(tmp_path: Path) -> None:
 
 
 def test_a_jupyter_server_in_front(server: Server, tmp_path: Path) -> None:
-    """``jupyter server --gateway-url``. Its proxy decodes every frame as text, so that no buffers can pass it, whatever
-    is behind it (ipywidgets 3798)."""
-    options = (f"--gateway-url={server.root}", f"--GatewayClient.auth_token={TOKEN}")
+    """``jupyter server --gateway-url`` with its own proxy, which decodes every frame as text, so that no buffers can
+    pass it, whatever is behind it (ipywidgets 3798)."""
+    options = (f"--gateway-url={server.root}", f"--GatewayClient.auth_token={TOKEN}", "--Fastwire.gateway=False")
     with serving(tmp_path, *options, how=("-m", "jupyter_server"), extensions=WITHOUT_OTHERS) as front:
-        assert front.logged(f"fastwire steps aside: kernels are behind the gateway {server.root}")
+        assert front.logged(
+            f"fastwire steps aside: kernels are behind the gateway {server.root}, and Fastwire.gateway is"
+        )
         kernel = front.start_kernel()
         with Client(front, kernel) as client, Client(server, kernel, how=Raw) as behind:
             client.run(UNLIMITED)

@@ -24,6 +24,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
+from traitlets.config import Config
 from websockets.sync.client import connect
 
 import fastwire
@@ -243,10 +244,16 @@ def test_its_kernels_are_fastwires() -> None:
     assert app.kernel_websocket_connection_class is FastwireWebsocketConnection
 
 
-def test_kernels_behind_a_gateway_are_jupyter_servers() -> None:
+def test_kernels_behind_a_gateway() -> None:
     app = serve.FastwireServer()
     app.gateway_config = SimpleNamespace(gateway_enabled=True)
-    assert app.kernel_manager_class.__name__ == "GatewayMappingKernelManager"
+    assert app.kernel_manager_class.__name__ == "FastwireGatewayMappingKernelManager"
+    assert app.kernel_websocket_connection_class.__name__ == "FastwireGatewayConnection"
+
+
+def test_kernels_behind_a_gateway_may_be_left_to_jupyter_server() -> None:
+    app = serve.FastwireServer(config=Config({"Fastwire": {"gateway": False}}))
+    app.gateway_config = SimpleNamespace(gateway_enabled=True)
     assert app.kernel_websocket_connection_class.__name__ == "GatewayWebSocketConnection"
 
 

@@ -20,7 +20,7 @@ cdef enum:
     MASK_BIT = 0x80
     MAX_CONTROL = 125
     READ_SIZE = 262144
-    RELAY_SIZE = 65536      # of what is passed on: its sender is to see that a slow reader takes some
+    RELAY_SIZE = 16384      # of what is passed on: its sender is to see that a slow reader takes some
 
 cdef enum:
     NO_ERROR
@@ -236,7 +236,8 @@ cdef class FrameParser:
     cdef uint64_t max_fragments     # 0: any number
     cdef bint deflate
     cdef bint client                # our role: what a server sends is not masked
-    cdef WriteQueue sink            # where frames go as they come, or None: they are joined to messages
+    cdef bint relaying              # frames are not joined, but passed on as they come,
+    cdef WriteQueue sink            # to here, or nowhere
     cdef Counters *counts
 
     cdef uint8_t head[MOST_HEADER]  # of the frame that is being read
@@ -319,7 +320,7 @@ cdef class FrameParser:
     def receive(self, int fd):
         cdef ssize_t got
         self.claim_read_buffer()
-        got = fw_recv(fd, read_buffer, READ_SIZE if self.sink is None else RELAY_SIZE)
+        got = fw_recv(fd, read_buffer, RELAY_SIZE if self.relaying else READ_SIZE)
         if got < 0:
             if errno in (EAGAIN, ENOBUFS, ENOMEM):
                 return -1
@@ -644,18 +645,23 @@ cdef class FrameParser:
 
     # -- passing on --
 
-    def relay(self, WriteQueue sink not None):
+    def relay(self, WriteQueue sink):
         self.check_not_lent()
-        if self.head_length or self.in_payload or self.message_opcode or self.event_count > self.head_event:
+        if sink is not None and (
+            self.head_length or self.in_payload or self.message_opcode or self.event_count > self.head_event
+        ):
             raise ValueError("frames can only be passed on from a parser's first")
+        self.relaying = True
         self.sink = sink
 
     cdef inline bint is_passing(self) noexcept:
         """A Close frame is not passed on: it is for us, and what follows from it is to be decided."""
-        return self.sink is not None and self.opcode != CLOSE
+        return self.relaying and self.opcode != CLOSE
 
     cdef int begin_passing(self) noexcept:
         cdef int first = self.opcode | (FIN_BIT if self.fin else 0)
+        if self.sink is None:
+            return 0
         try:
             self.sink.begin_frame(first, self.frame_length)
         except MemoryError:
@@ -668,7 +674,8 @@ cdef class FrameParser:
         """As they come, whether their frame is whole or not: what is passed on takes no memory here. Their mask comes
         off, and the next goes on, in one pass."""
         try:
-            self.sink.put_payload(p, n, self.key)
+            if self.sink is not None:
+                self.sink.put_payload(p, n, self.key)
         except MemoryError:
             return self.no_memory()
         if self.frame_got + n < self.frame_length:

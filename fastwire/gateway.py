@@ -1,0 +1,283 @@
+"""Jupyter Server before a gateway (``--gateway-url``): clients' frames pass to it and back as they are.
+
+jupyter_server's own class for that takes each frame for text, so that binary buffers and the v1 protocol break, agrees
+to a subprotocol that its gateway has never heard of (jupyter_server 1310, vscode-jupyter 17509), and opens a lost
+connection again behind its client's back.
+
+Here the gateway is connected to before the client's handshake is answered: what the client has offered is offered to
+the gateway, what that chooses is answered, and what goes wrong is an HTTP status. Then both are a `pair`. A session is
+the gateway's: its id is passed on, and a client that comes back, to this server or to the next, finds it there.
+
+The kernel managers are jupyter_server's. Its kernels are asked for by id, and a server that was killed and started
+again did not know them: their ids are put down in a file (`Remembered`).
+
+All that jupyter_server has settings for is read from its `GatewayClient` at each attempt: header fields and the token
+that may be renewed, cookies, TLS, time limits, how often and when to try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import random
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+try:
+    from jupyter_core.paths import jupyter_runtime_dir
+    from jupyter_server.gateway.connections import GatewayWebSocketConnection
+    from jupyter_server.gateway.gateway_client import GatewayClient
+    from jupyter_server.gateway.managers import GatewayMappingKernelManager
+    from jupyter_server.utils import url_path_join
+    from tornado.escape import url_escape
+    from tornado.web import HTTPError
+    from traitlets import Unicode
+except ImportError as error:
+    raise ImportError(
+        f"fastwire.gateway needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
+    ) from error
+
+from fastwire.client import ANY_SIZE, Client, dial
+from fastwire.errors import NotConnected
+from fastwire.events import note
+from fastwire.pair import Pair, open_pairs
+from fastwire.settings import Fastwire
+from fastwire.websocket import Connection, connection_for
+
+__all__ = ["FastwireGatewayConnection", "FastwireGatewayMappingKernelManager"]
+
+log = logging.getLogger(__name__)
+
+#: Statuses of a gateway that its client is told as they are; another is this server's trouble, not the client's.
+TOLD = {400, 404, 502, 503, 504}
+
+
+class FastwireGatewayConnection(GatewayWebSocketConnection):
+    """One client's connection to one kernel of the gateway, through the compiled core.
+
+    Source: `jupyter_server.gateway.connections.GatewayWebSocketConnection`.
+    """
+
+    kernel_ws_protocol = Unicode(
+        None,
+        allow_none=True,
+        config=True,
+        help="The protocol of messages to offer the gateway: an empty string for the default one. None: whatever the "
+        "client offers.",
+    )
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._server: Client | None = None
+        self._limits = Fastwire(config=self.config).limits()
+        handler: Any = self.websocket_handler
+        handler.get_websocket_protocol = partial(connection_for, handler, self._limits, ANY_SIZE)
+        # Compressed here, frames could not pass as they are.
+        handler.get_compression_options = lambda: None
+
+    # -- opening --
+
+    async def prepare(self) -> None:
+        """Everything that can fail while the answer is still HTTP."""
+        self._server = await self._dial()
+        # What the handler answers: jupyter_server reads "" as the default one.
+        self.kernel_ws_protocol = self._server.socket.selected_subprotocol or ""
+
+    async def _dial(self) -> Client:
+        """Source: `GatewayWebSocketConnection._read_messages`, whose attempts come after the client was let in."""
+        gateway = GatewayClient.instance()
+        offered = self._offered
+        attempt = 0
+        while True:
+            try:
+                return await self._dial_once(gateway, offered)
+            except NotConnected as error:
+                if not error.may_pass or attempt >= gateway.gateway_retry_max or self._client_left:
+                    raise self._refusal(gateway, error) from error
+                delay = min(gateway.gateway_retry_interval * 2**attempt, gateway.gateway_retry_interval_max)
+                self.log.info("The gateway %s %s; trying again in %g s", gateway.url, error, delay)
+            attempt += 1
+            await asyncio.sleep(delay * random.uniform(1, 1.1))
+
+    async def _dial_once(self, gateway: Any, offered: list[str]) -> Client:
+        handler: Any = self.websocket_handler
+        client = await dial(
+            self._url(gateway),
+            offered,
+            self._limits,
+            ping=handler.ping_interval / 1000,
+            silence=handler.ping_timeout / 1000,
+            **gateway.load_connection_args(),
+        )
+        gateway.update_cookies(client.headers)
+        return client
+
+    def _url(self, gateway: Any) -> str:
+        """A session's id is only passed on where there is one: no client comes back for one that we would make up."""
+        url: str = url_path_join(
+            gateway.ws_url or "", gateway.kernels_endpoint, url_escape(self.kernel_id, plus=False), "channels"
+        )
+        session_id = self.websocket_handler.get_argument("session_id", "")
+        return f"{url}?session_id={url_escape(session_id)}" if session_id else url
+
+    @property
+    def _offered(self) -> list[str]:
+        field = self.websocket_handler.request.headers.get("Sec-WebSocket-Protocol", "")
+        offered = [name.strip() for name in field.split(",") if name.strip()]
+        wanted = self.kernel_ws_protocol
+        return offered if wanted is None else [name for name in offered if name == wanted]
+
+    @property
+    def _client_left(self) -> bool:
+        stream = getattr(self.websocket_handler.request.connection, "stream", None)
+        return stream is None or stream.closed()
+
+    def _refusal(self, gateway: Any, error: NotConnected) -> HTTPError:
+        said = f"The gateway {gateway.url} {error}"
+        self.log.error("%s; kernel %s", said, self.kernel_id)
+        note("gateway", said, kernel=self.kernel_id or "")
+        status = error.status if error.status in TOLD else 502
+        return HTTPError(status, said, reason="The gateway does not take the connection")
+
+    async def connect(self) -> None:
+        """The client's handshake is answered."""
+        handler: Any = self.websocket_handler
+        front, server, self._server = handler.ws_connection, self._server, None
+        if server is None:
+            return
+        if not isinstance(front, Connection) or front.is_closing():
+            server.drop()
+            return
+        front.label = (self.kernel_id or "", self.websocket_handler.get_argument("session_id", ""))
+        front.on_alive = partial(handler.on_pong, b"")  # jupyter_server's own keepalive looks at pongs
+        Pair(front, server, self._limits)
+
+    # -- closing --
+
+    def disconnect(self) -> None:  # type: ignore[override]
+        """The client's WebSocket is gone; its pair knows."""
+        handler: Any = self.websocket_handler
+        if handler.ping_callback is not None:
+            handler.ping_callback.stop()
+        if self._server is not None:
+            self._server.drop()
+
+    @classmethod
+    async def close_all(cls) -> None:
+        """At the server's end."""
+        for pair in list(open_pairs):
+            pair.part()
+
+    def handle_incoming_message(self, message: Any) -> None:
+        """They do not pass here."""
+        raise NotImplementedError
+
+
+# -- the kernels' ids ------------------------------------------------------------------------------
+
+
+class Remembered:
+    """The ids of a server's kernels, in a file of its user. There is one for each gateway and root directory; a second
+    server of the same remembers nothing, for at its end it would end the kernels of the first."""
+
+    def __init__(self, gateway: str, root_dir: str) -> None:
+        name = hashlib.sha256(f"{gateway}\n{root_dir}".encode()).hexdigest()[:16]
+        self.ids: list[str] = []
+        self._fd: int | None = None
+        with suppress(OSError):
+            path = Path(jupyter_runtime_dir())
+            path.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path / f"fastwire-gateway-{name}.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._take(fd)
+
+    def _take(self, fd: int) -> None:
+        """The lock ends with the process, however that ends."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            return
+        self._fd = fd
+        with suppress(ValueError):  # it was cut off
+            found = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+            self.ids = [each for each in found if isinstance(each, str)]
+
+    def put(self, ids: Iterable[str]) -> None:
+        ids = list(ids)
+        if ids != self.ids and self._fd is not None:
+            self.ids = ids
+            data = json.dumps(ids).encode()
+            with suppress(OSError):  # a full disk: they are forgotten, as they always were
+                os.pwrite(self._fd, data, 0)
+                os.ftruncate(self._fd, len(data))
+
+    def __del__(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+
+class FastwireGatewayMappingKernelManager(GatewayMappingKernelManager):
+    """jupyter_server's own, which knows its kernels again after a restart, and ends although its gateway is gone.
+
+    Source: `jupyter_server.gateway.managers.GatewayMappingKernelManager`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        gateway = GatewayClient.instance().url or ""
+        self._remembered = Remembered(gateway, str(getattr(self.parent, "root_dir", "")))
+        for kernel_id in self._remembered.ids:
+            self._kernels[kernel_id] = self._known_again(kernel_id)
+        if self._remembered.ids:
+            self.log.info("%d kernels of the gateway %s are known again", len(self._remembered.ids), gateway)
+
+    def _known_again(self, kernel_id: str) -> Any:
+        """Source: `GatewayKernelManager.start_kernel` for an existing kernel, which asks the gateway."""
+        manager: Any = self.kernel_manager_factory(parent=self, log=self.log)
+        manager.kernel_id = kernel_id
+        manager.kernel_url = url_path_join(self.kernels_url, url_escape(kernel_id, plus=False))
+        manager.kernel = {"id": kernel_id}
+        return manager
+
+    async def kernel_model(self, kernel_id: str) -> Any:
+        manager: Any = self.get_kernel(str(kernel_id))
+        if "name" not in (manager.kernel or {}):
+            await manager.refresh_model()
+        if manager.kernel is None:
+            self.remove_kernel(kernel_id)
+            raise HTTPError(404, f"The gateway does not have kernel {kernel_id} any more")
+        return manager.kernel
+
+    async def start_kernel(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        kernel_id = await super().start_kernel(**kwargs)  # type: ignore[no-untyped-call]
+        self._remembered.put(self._kernels)
+        return kernel_id
+
+    async def list_kernels(self, **kwargs: Any) -> Any:
+        models = await super().list_kernels(**kwargs)  # type: ignore[no-untyped-call]
+        self._remembered.put(self._kernels)
+        return models
+
+    def remove_kernel(self, kernel_id: str) -> Any:
+        removed = super().remove_kernel(kernel_id)  # type: ignore[no-untyped-call]
+        self._remembered.put(self._kernels)
+        return removed
+
+    async def shutdown_all(self, now: bool = False) -> None:  # type: ignore[override]
+        """At the server's end. Source: `GatewayMappingKernelManager.shutdown_all`, where the first that cannot be ended
+        keeps the server from ending, too."""
+        if not Fastwire(config=self.config).gateway_keep_kernels:
+            await asyncio.gather(*(self._end(kernel_id, now) for kernel_id in list(self._kernels)))
+
+    async def _end(self, kernel_id: str, now: bool) -> None:
+        try:
+            await self.shutdown_kernel(kernel_id, now=now)  # type: ignore[no-untyped-call]
+        except HTTPError as error:
+            self.log.warning("Kernel %s could not be ended: %s", kernel_id, error.log_message)
