@@ -184,6 +184,13 @@ def parsed(data: bytes) -> object:
         return data.decode()
 
 
+#: What the hub hands on only when told: where users' servers find things, and what `tools/sanitized.sh` sets.
+HANDED_ON = (
+    *("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "PYTHONPATH"),
+    *("LD_PRELOAD", "ASAN_OPTIONS", "UBSAN_OPTIONS", "PYTHONMALLOC"),
+)
+
+
 @contextmanager
 def running(home: Path) -> Iterator[Hub]:
     """A hub with its proxy for the block; its users' servers end with it."""
@@ -192,7 +199,7 @@ def running(home: Path) -> Iterator[Hub]:
     (home / "config").mkdir()
     write_kernelspecs(home / "data")
     kept = environment(home)
-    variables = {name: kept[name] for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "PYTHONPATH")}
+    variables = {name: kept[name] for name in HANDED_ON if name in kept}
     config = home / "jupyterhub_config.py"
     config.write_text(
         CONFIG.format(

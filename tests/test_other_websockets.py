@@ -97,6 +97,7 @@ def is_held(server: Server) -> bool:
     return program.name() == "seq" and program.is_running() and program.cpu_times().user == before
 
 
+@pytest.mark.memory
 def test_a_program_waits_for_a_client_that_does_not_read_and_then_prints_everything(server: Server) -> None:
     with terminal(server) as name:
         client = Terminal(server, name).without_echo()
