@@ -11,6 +11,7 @@ import asyncio
 import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from operator import itemgetter
 
 from fastwire._core import PROTOCOL_V1, Batch, Outlet, encode_legacy, encode_v1
@@ -183,8 +184,23 @@ class Downlink(Outlet):
             self.could_not_give(entry, error)
 
     def could_not_give(self, entry: Entry, error: Exception) -> None:
-        self.cursor.given(entry, 0, 0, CompressedEnds())
+        assert self.connection is not None
+        self._say_instead(self.connection, entry)
         self._on_failure(error)
+
+    def _say_instead(self, connection: Connection, entry: Entry) -> None:
+        """A line in the place of what cannot be given. Where that cannot be either, there is only the log."""
+        with suppress(Exception):
+            missing = len(entry) - max(self.cursor.position - entry.first, 0)
+            text = f"\n[{missing} messages are missing here: the server could not handle one of them]\n"
+            self._tell(connection, entry, notice(entry.batch.headers(-1), text))
+        self.cursor.given(entry, 0, 0, CompressedEnds())
+
+    def _tell(self, connection: Connection, entry: Entry, line: Batch) -> None:
+        """Say something before what it is given of an entry; both again where it is lost with its socket."""
+        begin = connection.queue.queued
+        ends = self._send(connection, line)
+        self.cursor.told(entry, begin, connection.queue.queued, ends)
 
     def _give(self, connection: Connection, entry: Entry) -> None:
         cursor, batch = self.cursor, entry.batch
@@ -207,7 +223,7 @@ class Downlink(Outlet):
         """What its client cannot take, and a line about it, which stands on iopub."""
         batch = entry.batch
         changes: dict[int, Sequence[bytes] | None] = {}
-        for number in self.cursor.passed_over.intersection(range(entry.first, entry.first + len(batch))):
+        for number in sorted(self.cursor.passed_over.intersection(range(entry.first, entry.first + len(batch)))):
             index = number - entry.first
             size = size_of(sum(map(len, batch[index])))
             text = f"\n[a message ({size}) is missing here: this client, or a proxy before it, does not take it]\n"
@@ -216,7 +232,7 @@ class Downlink(Outlet):
                 changes[index] = line[0]
             else:
                 changes[index] = None
-                self._send(connection, line)
+                self._tell(connection, entry, line)
         return changes
 
     def _left_out(self, entry: Entry, count: int) -> dict[int, None]:

@@ -50,7 +50,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, Protocol, cast
 
-from fastwire._core import Log, LogCursor, compacted
+from fastwire._core import Given, Log, LogCursor, compacted
 from fastwire.budgets import Budget, Budgets, User
 from fastwire.disk import Runner
 from fastwire.flow import KIB, MIB, Limits, is_said_again
@@ -209,6 +209,11 @@ class Cursor(LogCursor):
             ):
                 indices.append(index)
         return indices
+
+    def told(self, entry: Entry, begin: int, end: int, ends: Countable) -> None:
+        """A socket was given something before what it is given of the next entry."""
+        first = max(entry.first, self.position)
+        self.flight.append(Given(end, begin, ends, first, None, self.place or self.journal.open))
 
     def rewind(self, received: int, taken: int, written: int) -> None:
         """The socket is gone: go back to what the client has not received. ``written`` bytes were given to TCP, whose

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -76,10 +77,11 @@ def test_a_hook_that_fails_is_one_clients_problem(
         raise RuntimeError("of the hook")
 
     stage.prepare["ann"] = fail
-    stage.connect("ann")
-    bob = stage.connect("bob")
+    ann, bob = stage.connect("ann"), stage.connect("bob")
     kernel.publish(*stream(1, 2))
     assert bob.ids(2) == ["1", "2"]
+    assert re.search(r"\[[12] messages are missing here", ann.next().content["text"])
+    assert ann.close_frame()[0] == 1011
     stage.take_problems()
     stage.take_logs()
 
@@ -100,6 +102,7 @@ def test_a_message_that_a_protocol_cannot_say_is_one_clients_problem(
     ann, _ = stage.connect("ann"), stage.connect("bob")
     huge = message("comm_msg", "huge", {}, *[bytes(1 << 26)] * 65)
     stage.run(lambda: stage.relay.on_iopub(local_batch("iopub", huge)))
+    assert "[1 messages are missing here" in ann.next().content["text"]
     assert ann.close_frame()[0] == 1011
     (size,) = seen
     assert size > 1 << 32
@@ -185,6 +188,25 @@ def test_each_of_them_is_passed_over(stage: Stage, kernel: Kernel) -> None:
     with narrow(stage) as heard:
         kernel.publish(*stream(4))
         assert [is_told(next(heard)) for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_line_that_is_lost_with_its_socket_comes_again(stage: Stage, kernel: Kernel) -> None:
+    """That of a reply, too, in whose place it does not stand."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    leave(stage, client, "reset")
+    kernel.reply("ann", stream(1, size=200 * KIB)[0])
+    kernel.publish(*stream(2))
+    until(lambda: stage.session("ann").downlink.cursor.kept == 2, "they wait")
+    with narrow(stage) as heard:
+        refuses(heard)
+    for _ in range(2):
+        client = stage.connect("ann")
+        client.acknowledges = False
+        heard = [client.next(), client.next()]
+        assert sorted(map(is_told, heard)) == [False, True]
+        leave(stage, client, "reset", settled=False)
 
 
 def test_who_takes_everything_is_given_it(stage: Stage, kernel: Kernel) -> None:
