@@ -13,6 +13,7 @@ import errno
 import os
 import tempfile
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -135,13 +136,14 @@ class Part:
     records: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Record:
-    """Where bytes are, or are to be."""
+    """Where bytes are, or are to be; and, when they are there, what proves that they are the same."""
 
     part: Part
     offset: int
     size: int
+    checksum: int = 0
 
 
 @dataclass(eq=False)
@@ -184,6 +186,7 @@ class SpillFile:
         if part.file is None:
             part.file = tempfile.TemporaryFile(dir=self.directory, buffering=0)  # noqa: SIM115 - as long as its records
         write_all(part.file.fileno(), data, record.offset)
+        record.checksum = zlib.crc32(data)
 
     def read(self, record: Record) -> bytes:
         """Raises OSError."""
@@ -191,6 +194,8 @@ class SpillFile:
         data = os.pread(record.part.file.fileno(), record.size, record.offset)
         if len(data) < record.size:
             raise OSError(errno.EIO, "what was put aside is not there any more")
+        if zlib.crc32(data) != record.checksum:
+            raise OSError(errno.EIO, "what was put aside is damaged")
         return data
 
     def forget(self, record: Record) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from fastwire._core import ENTRY, PROTOCOL_V1, Batch, LogSegment, batch_of_frames
 from fastwire._core import LogEntry as Entry
@@ -20,6 +21,8 @@ __all__ = [
     "ENTRY", "TRANSITIONS", "Entry", "Gap", "Segment", "State", "Zone", "in_zones", "is_fixed", "packed", "pieces_of",
     "runs_of", "size_of", "unpacked",
 ]  # fmt: skip
+
+CHANNELS = ("iopub", "shell", "control", "stdin")
 
 STREAM, DISPLAY = 2, 3  # of `MESSAGE_CLASSES`
 
@@ -194,23 +197,37 @@ def packed(segment: Segment) -> bytes:
 
 
 def unpacked(data: bytes) -> list[Entry]:
-    """Raises MalformedMessage when that is not what was put aside."""
+    """Raises MalformedMessage for what cannot be a segment. That it is the one which was put aside, its file knows."""
     begin = 4 + int.from_bytes(data[:4], "big")
     entries: list[Entry] = []
     try:
-        table = json.loads(data[4:begin])
-        for first, end, channel, (audience, momentary, ours), gap, size in table:
-            entry: Entry
-            if gap is not None:
-                entry = Gap(first, end, audience)
-                entry.lose(gap[0], gap[1], (gap[2].encode("latin-1"), gap[3].encode("latin-1")))
-            else:
-                batch = batch_of_frames(channel, data[begin : begin + size])
-                entry = Entry(first, end, batch, audience, momentary=bool(momentary), ours=bool(ours))
-            begin += size
-            entries.append(entry)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        for row in json.loads(data[4:begin]):
+            end = begin + sizes_of(row, entries[-1].end if entries else 0)
+            entries.append(entry_of(row, data[begin:end]))
+            begin = end
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise MalformedMessage(f"what was put aside cannot be read back: {error}") from None
     if begin != len(data):
         raise MalformedMessage("what was put aside cannot be read back: it has another length")
     return entries
+
+
+def sizes_of(row: list[Any], number: int) -> int:
+    """The bytes of an entry whose messages are not numbered before ``number``."""
+    first, end, channel, (audience, *_), _, size = row
+    if not all(type(each) is int for each in (first, end, size, audience or 0)):
+        raise ValueError("what has to be a number is none")
+    if not number <= first < end or size < 0 or channel not in CHANNELS:
+        raise ValueError("its table contradicts itself")
+    return int(size)
+
+
+def entry_of(row: list[Any], data: bytes) -> Entry:
+    first, end, channel, (audience, momentary, ours), gap, _ = row
+    if gap is None:
+        batch = batch_of_frames(channel, data)
+        return Entry(first, end, batch, audience, momentary=bool(momentary), ours=bool(ours))
+    messages, nbytes, header, parent_header = gap
+    entry = Gap(first, end, audience)
+    entry.lose(int(messages), int(nbytes), (header.encode("latin-1"), parent_header.encode("latin-1")))
+    return entry

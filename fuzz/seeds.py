@@ -225,6 +225,20 @@ def spill() -> list[bytes]:
     return [*frames, b"".join(frames[:4]), long[:200], blank]
 
 
+def segment() -> list[bytes]:
+    """As `fastwire.segments.packed` has them, by hand."""
+    frames = [oracle.server_frame(oracle.encode_v1("iopub", parts)) for parts in kernels()]
+    gap = [7, 700, '{"session": "\u00ff"}', "{}"]
+    tables = [
+        [[5, 6, "iopub", [None, 0, 0], None, len(frames[0])]],
+        [[5, 9, "iopub", [None, 0, 0], None, len(frames[0])], [9, 11, "shell", [4, 1, 1], None, len(frames[1])]],
+        [[5, 9, "stdin", [2, 0, 1], gap, len(frames[0])]],
+        [[5, 9, "iopub", [None, 0, 0], None, len(frames[0]) + 1], [4, 3, "x", [[], 0], [], -1]],
+    ]
+    heads = [json.dumps(table).encode() for table in tables]
+    return [len(head).to_bytes(4, "big") + head + b"".join(frames[:count]) for head in heads for count in (1, 2)]
+
+
 def activity() -> list[bytes]:
     parents = (b"null", b"{}", b'{"msg_type": "kernel_info_request"}', b'{"msg_type": 1, "msg_type": "\\u0073tatus"}')
     said = (b'{"execution_state": "idle"}', b'{"execution_state": "st\\u0061rting"}', b'{"execution_state": 1}', b"{}")
@@ -263,7 +277,7 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "frames": frames, "passing": passing, "close": close, "json_text": json_text, "header": header, "v1": v1,
     "legacy_text": legacy_text, "legacy_binary": legacy_binary, "split": multiparts, "batch": batch,
     "spill": spill, "compact": compact, "drain": drain, "activity": activity, "uplink": uplink,
-    "zmtp": zmtp,
+    "zmtp": zmtp, "segment": segment,
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import zmq.utils.garbage
 
 from fastwire import _core
 from fastwire.errors import FrameError, MalformedMessage, MessageError, ZmtpError
+from fastwire.segments import Entry, Gap, Segment, packed, unpacked
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
@@ -440,6 +441,26 @@ def spill(data: memoryview) -> None:
     results = check_frames(made, plain)
     del made
     check_encoded(results)
+
+
+@target
+def segment(data: memoryview) -> None:
+    """A part of a log from a file: what it is taken for is put aside and read again as the same."""
+    if is_too_deep([[bytes(data)]]):
+        return
+    entries = attempt(unpacked, bytes(data))
+    if isinstance(entries, list):
+        whole = Segment(0)
+        whole.entries = entries
+        agree(list(map(told, unpacked(packed(whole)))), list(map(told, entries)))
+
+
+def told(entry: Entry) -> tuple[object, ...]:
+    """All that an entry says. What a notice says of itself has the time in it."""
+    about = (entry.first, entry.end, entry.audience, entry.momentary, entry.ours, entry.batch.channel)
+    if isinstance(entry, Gap):
+        return (*about, entry.told)
+    return (*about, [entry.batch[i] for i in range(len(entry.batch))])
 
 
 def stream_of(parts: list[bytes]) -> tuple[bytes, str, str] | None:
