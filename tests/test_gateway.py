@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import wsclient
+from network import Network
 from server import (
     PROTOCOLS,
     TOKEN,
@@ -142,6 +144,26 @@ def test_a_front_that_is_killed(gateway: Server, tmp_path: Path) -> None:
         assert [each["kernel"]["id"] for each in front.rest("GET", "/api/sessions")[1]] == [kernel]
         assert not front.logged("Traceback")
     assert gateway.rest("GET", "/api/kernels")[1] == [], "a front that ends ends its kernels"
+
+
+def test_the_way_to_the_gateway_is_cut(gateway: Server, tmp_path: Path) -> None:
+    """While a cell runs. Its client is told to come back, and has all of it."""
+    with Network(gateway.port) as way, front_of(replace(gateway, port=way.port), tmp_path) as front:
+        kernel = front.start_kernel()
+        client = Client(front, kernel, how=Raw)
+        client.run(UNLIMITED)
+        go_on = tmp_path / "go on"
+        waiting = f"import os, time\nwhile not os.path.exists({str(go_on)!r}): time.sleep(.01)\n"
+        cell = client.execute(flushed(1000) + "\n" + waiting + flushed(1000))
+        client.receive_until(lambda message: message.type == "stream" and message.parent == cell)
+        way.cut(silent=False)
+        assert client.closed().code in (1012, None)  # None: in the middle of a frame
+        client.socket.close()
+        go_on.touch()
+        way.restore()
+        with Client(front, kernel, None, client.session_id) as again:
+            messages = [*client.log, *again.collect(cell).messages]
+            assert sorted(set(numbers([each for each in messages if each.parent == cell]))) == [*range(1000)]
 
 
 @pytest.mark.nightly
