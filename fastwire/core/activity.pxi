@@ -137,14 +137,18 @@ cdef class Activity:
         return 0
 
     def answered(self, Batch batch not None):
+        self.note_answers(batch)
+
+    cdef int note_answers(self, Batch batch) except -1:
         cdef Py_ssize_t i
         cdef Parent parent
         if not self.busy:
-            return
+            return 0
         for i in range(batch.count):
             if batch.messages[i].kind == REPLY:
                 scan_parent(batch.messages[i].text[1], &parent)
                 self.busy.pop(key_of(&parent), None)
+        return 0
 
     @property
     def status(self):

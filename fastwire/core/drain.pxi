@@ -104,6 +104,7 @@ cdef struct Indexed:
 
 
 @cython.final
+@cython.no_gc
 cdef class Received:
     """A block that a connection received into, and that parts of a batch lie in (`ZmtpStream`)."""
 
@@ -117,6 +118,7 @@ cdef class Received:
 
 
 @cython.final
+@cython.no_gc   # what it keeps are bytes: nothing of it leads back
 cdef class Store:
     """The memory that parts lie in, shared by a batch and its frames."""
 
@@ -201,6 +203,7 @@ cdef struct Judged:
 
 
 @cython.final
+@cython.freelist(64)
 cdef class Batch:
     cdef readonly str channel
     cdef int channel_number
@@ -536,7 +539,10 @@ cdef class Batch:
     # -- encoding --
 
     def frames(self, protocol):
-        if protocol_of(protocol) == V1:
+        return self.frames_for(protocol_of(protocol))
+
+    cdef Frames frames_for(self, int protocol):
+        if protocol == V1:
             if self.v1_frames is None:
                 self.v1_frames = encode_batch(self, V1)
             return self.v1_frames

@@ -2,7 +2,10 @@
 # and let go when their clients have it. What happens when somebody is behind is `fastwire.journal`'s, whose essay tells
 # of all of it; these are the bases of its classes.
 
-ENTRY = 128     # bytes, about what an entry takes beside its batch
+cdef enum:
+    ENTRY_SIZE = 128        # bytes, about what an entry takes beside its batch
+
+ENTRY = ENTRY_SIZE
 
 
 cdef class Budget:
@@ -33,6 +36,7 @@ cdef class Budget:
         return self.fair_share()
 
 
+@cython.freelist(64)
 cdef class LogEntry:
     cdef public long long first
     cdef public long long end
@@ -50,7 +54,7 @@ cdef class LogEntry:
         self.audience = audience
         self.momentary = momentary
         self.ours = ours
-        self.memory = batch.memory_size() + ENTRY
+        self.memory = batch.memory_size() + ENTRY_SIZE
 
     def __len__(self):
         return self.batch.count
@@ -239,7 +243,14 @@ cdef class Log:
         if self.open.entries and <Py_ssize_t>batch.memory_size() > self.size_of_segment():
             self.seal_open()
         segment = self.open
-        entry = LogEntry(self.end, self.end + count, batch, audience, momentary=momentary, ours=ours)
+        entry = LogEntry.__new__(LogEntry)
+        entry.first = self.end
+        entry.end = self.end + count
+        entry.batch = batch
+        entry.audience = audience
+        entry.memory = batch.memory_size() + ENTRY_SIZE
+        entry.momentary = momentary
+        entry.ours = ours
         segment.entries.append(entry)
         segment.counts[audience] = segment.counts.get(audience, 0) + count
         self.end = segment.end = entry.end
@@ -298,7 +309,7 @@ cdef class Log:
             if self.budget.used > self.budget.limit // self.spill_at:
                 entry.batch.forget_frames()
             before = entry.memory
-            entry.memory = entry.batch.memory_size() + ENTRY
+            entry.memory = entry.batch.memory_size() + ENTRY_SIZE
             if entry.memory != before:
                 self.hold(segment, entry.memory - before)
         return 0
@@ -408,7 +419,8 @@ cdef class Outlet:
 
     cdef readonly LogCursor cursor
     cdef public Wire wire               # of its socket; None without one
-    cdef public object protocol
+    cdef object protocol_name
+    cdef int protocol_number
     cdef public object prepare
     cdef public bint prepare_all
     cdef public bint compresses
@@ -417,6 +429,16 @@ cdef class Outlet:
     def __cinit__(self, LogCursor cursor not None, budgets, *args, **options):
         self.cursor = cursor
         self.budgets = budgets
+        self.protocol = None
+
+    @property
+    def protocol(self):
+        return self.protocol_name
+
+    @protocol.setter
+    def protocol(self, protocol):
+        self.protocol_number = protocol_of(protocol)
+        self.protocol_name = protocol
 
     cpdef bint has_room(self) except -1:
         """The socket may be given more."""
@@ -457,7 +479,7 @@ cdef class Outlet:
         if not entry.batch.count:
             return 0
         try:
-            frames = entry.batch.frames(self.protocol)
+            frames = entry.batch.frames_for(self.protocol_number)
             wire.extend(frames)
         except Exception as error:
             wire.poller.python_ran = True

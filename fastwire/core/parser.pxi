@@ -318,6 +318,9 @@ cdef class FrameParser:
             release(&held)
 
     def receive(self, int fd):
+        return self.receive_from(fd)
+
+    cdef ssize_t receive_from(self, int fd) except -2:
         cdef ssize_t got
         self.claim_read_buffer()
         got = fw_recv(fd, read_buffer, RELAY_SIZE if self.relaying else READ_SIZE)

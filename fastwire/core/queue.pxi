@@ -63,6 +63,8 @@ cdef class Ends:
 
 
 @cython.final
+@cython.no_gc   # its owner is a batch's store
+@cython.freelist(64)
 cdef class Frames:
     """Wire bytes: one block with everything small, and segments that interleave it with large parts elsewhere."""
 
@@ -377,14 +379,18 @@ cdef class WriteQueue:
         return position
 
     def extend(self, Frames frames not None):
+        # First: it is an object, which needs memory.
+        cdef object position = self.queued + frames.nbytes
+        self.add_frames(frames)
+        return position
+
+    cdef int add_frames(self, Frames frames) except -1:
         cdef Py_ssize_t i
         cdef Segment *segment
         cdef size_t copied = 0
-        cdef object position
         self.check_finished()
         if self.mask:
             raise ValueError("frames that clients share are not masked")
-        position = self.queued + frames.nbytes
         for i in range(frames.segment_count):
             if frames.segments[i].len <= SHARE_FROM:
                 copied += frames.segments[i].len
@@ -400,7 +406,7 @@ cdef class WriteQueue:
         if frames.count:
             self.stamp(frames)
             counted.to_clients.messages += frames.count
-        return position
+        return 0
 
     cdef void stamp(self, Frames frames) noexcept:
         cdef Stamp *stamp = &self.stamps[self.last_stamp & (self.stamp_room - 1)]

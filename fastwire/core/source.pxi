@@ -195,7 +195,7 @@ cdef class Source(Part):
         if stream.fd < 0:
             return True
         try:
-            batch = stream.drain(stream.fd, self.name, self.signer, permissive=self.permissive)
+            batch = stream.drain_all(stream.fd, self.name, self.signer, DRAIN_MESSAGES, DRAIN_BYTES, self.permissive)
         except Exception as error:
             self.poller.python_ran = True
             self.channel.could_not_receive(error)
@@ -225,9 +225,9 @@ cdef class Source(Part):
             self.poller.python_ran = True
             self.channel.on_batch(batch)
             return 0
-        self.kernel.activity.answered(batch)
+        self.kernel.activity.note_answers(batch)
         if self.uplink is not None:
-            self.uplink.answered(batch)
+            self.uplink.note_answers(batch)
         return self.kernel.journal.tell_one(self.outlet, batch, False, False)
 
     cdef bint is_unsettled(self) except -1:

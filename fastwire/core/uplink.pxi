@@ -199,6 +199,9 @@ cdef class Uplink:
         spans_clear(&self.message.parts)
 
     def relay(self, FrameParser parser not None):
+        return self.relay_from(parser)
+
+    cdef int relay_from(self, FrameParser parser) except -1:
         self.begin()
         try:
             parser.lend()
@@ -472,6 +475,9 @@ cdef class Uplink:
         return 0
 
     def answered(self, Batch batch not None):
+        self.note_answers(batch)
+
+    cdef void note_answers(self, Batch batch) noexcept:
         cdef Py_ssize_t i
         cdef int kind
         for i in range(batch.count):

@@ -155,7 +155,7 @@ cdef class Wire(Part):
 
     cpdef uint64_t extend(self, Frames frames) except? 0:
         """The position behind them."""
-        self.queue.extend(frames)
+        self.queue.add_frames(frames)
         self.data_end = self.queue.queued
         self.schedule()
         return self.data_end
@@ -282,7 +282,7 @@ cdef class Wire(Part):
         if self.over:
             return 0
         try:
-            received = self.parser.receive(self.fd)
+            received = self.parser.receive_from(self.fd)
         except OSError as error:
             self.poller.python_ran = True
             self.owner.on_lost(error)
@@ -324,7 +324,7 @@ cdef class Wire(Part):
         cdef Uplink uplink = self.uplink
         cdef int readable
         try:
-            readable = uplink.relay(self.parser)
+            readable = uplink.relay_from(self.parser)
         except Exception as error:
             self.poller.python_ran = True
             if isinstance(error, MessageError):

@@ -325,6 +325,10 @@ cdef class ZmtpStream:
 
     def drain(self, int fd, str channel, Signer signer not None, *, Py_ssize_t max_messages=DRAIN_MESSAGES,
               size_t max_bytes=DRAIN_BYTES, bint permissive=False):
+        return self.drain_all(fd, channel, signer, max_messages, max_bytes, permissive)
+
+    cdef Batch drain_all(self, int fd, str channel, Signer signer, Py_ssize_t max_messages, size_t max_bytes,
+                         bint permissive):
         self.check_not_busy()
         self.busy = True
         self.more = False
