@@ -19,6 +19,7 @@ const KINDS = {
   unproven: "Not heard",
   drop: "Output dropped",
   no_buffers: "No buffers",
+  gateway: "Gateway lost",
   refused: "Messages refused",
   overflow: "Client given up",
   too_long: "Message too long",
