@@ -817,6 +817,7 @@ class Budget:
 
     limit: int
     used: int
+    freed: int
     whole: Budget | None
 
     def __init__(self, limit: int, whole: Budget | None = None) -> None: ...
@@ -1051,6 +1052,9 @@ class Source(Part):
 
     def end(self) -> None:
         """The channel is closed."""
+
+def trim_memory() -> None:
+    """Give memory that was freed back to the system, also where the C library would keep it: milliseconds."""
 
 def limit_standby(limit: int) -> None:
     """Bytes of memory that what is taken aside (`ZmtpStream.attach`) may have together; at first 512 MiB. At the bound

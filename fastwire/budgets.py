@@ -7,9 +7,11 @@ gives way because others are large.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 from fastwire import _core
+from fastwire._core import trim_memory
 from fastwire.flow import KIB, MIB, Limits
 
 __all__ = ["Budget", "Budgets"]
@@ -17,9 +19,19 @@ __all__ = ["Budget", "Budgets"]
 #: The part of a memory limit that bytes in the queues of clients' sockets may take: the rest is that of the logs.
 QUEUES = 8
 
+#: By this part of a limit what is left of it has changed before somebody is told.
+TELL = 32
+
+#: From this part of a limit on logs have much; by so much, and not less than the floor, they free before memory is
+#: given back.
+MUCH, TRIM = 4, 8
+
 #: However many clients there are, each socket's queue may have so much: less would be all system calls.
 LEAST_MARK = 16 * KIB
 
+
+#: However many there are, a kernel is heard so many bytes at a time: less would be all wake-ups; and at most.
+LEAST_TURN, MOST_TURN = 64 * KIB, 1 * MIB
 
 #: However much is taken, what one client sends may take so much.
 FLOOR = 2 * MIB
@@ -49,6 +61,32 @@ class Budget(_core.Budget):
         return max(self.left + mine, FLOOR)
 
 
+class Total(Budget):
+    """All logs together.
+
+    Of what they leave of the whole ``limit`` others may take half (the standby reader, while the loop is blocked):
+    ``tell`` hears how much, when that has changed by a part of it. What logs free the C library keeps, between what
+    they keep: where they have much, it is told to give it back whenever a part of the limit was freed.
+    """
+
+    def __init__(self, limit: int, tell: Callable[[int], None]) -> None:
+        super().__init__(logs_part(limit))
+        self._whole = limit
+        self._told = 0
+        self._tell = tell
+        tell(limit // 2)
+
+    def look(self) -> None:
+        """It has changed: a log gave way, or let go of a segment."""
+        used = self.used
+        if used > self.limit // MUCH and self.freed > max(self.limit // TRIM, FLOOR):
+            self.freed = 0
+            trim_memory()
+        if abs(used - self._told) > self._whole // TELL:
+            self._told = used
+            self._tell(max((self.limit - used) // 2, self._whole // TELL))
+
+
 class User(Budget):
     """The memory that logs take which one user holds up; and what they have on the disk."""
 
@@ -58,13 +96,15 @@ class User(Budget):
 
 
 class Budgets:
-    """Of all users together, and of each."""
+    """Of all users together, and of each. ``tell`` is that of `Total`."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.total = Budget(logs_part(limits.total_memory_limit))
+    def __init__(self, limits: Limits, tell: Callable[[int], None] = lambda left: None) -> None:
+        self.total = Total(limits.total_memory_limit, tell)
         self.disk = Budget(limits.total_spill_limit)
         #: What may wait in a socket's queue before it is given more.
         self.high_water = limits.high_water
+        #: Bytes that a kernel may say in a turn of the loop: a client that stalls then has them all in its queue.
+        self.turn = MOST_TURN
         self._sockets = 0
         self._limits = limits
         self._users: WeakValueDictionary[str, User] = WeakValueDictionary()
@@ -81,6 +121,7 @@ class Budgets:
         limits = self._limits
         fair = min(limits.total_memory_limit, limits.user_memory_limit) // QUEUES // max(self._sockets, 1)
         self.high_water = min(limits.high_water, max(fair, LEAST_MARK))
+        self.turn = min(max(self.high_water, LEAST_TURN), MOST_TURN)
 
 
 def logs_part(limit: int) -> int:

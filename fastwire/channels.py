@@ -17,6 +17,7 @@ import zmq
 from zmq.eventloop.zmqstream import ZMQStream
 
 from fastwire._core import Batch, KernelSide, KernelTraffic, Outlet, Signer, Uplink, ZmtpStream, drain
+from fastwire.budgets import MOST_TURN
 from fastwire.errors import SocketClosed, ZmtpError
 from fastwire.turns import Turns
 from fastwire.zmtp import Address, Link
@@ -46,7 +47,7 @@ class Channel:
     """One channel on the loop. What it receives goes to ``on_batch``, and before that to ``on_faulty`` when messages
     were refused. ``before`` and ``after`` frame each wake-up; as long as ``before`` returns that something else has to
     come first, nothing is received for ``patience`` turns. However fast the kernel sends, no turn receives more than
-    a budget.
+    a budget: ``most_bytes`` are asked for each time.
     """
 
     #: Who speaks to the kernel: "zmtp" is this process itself.
@@ -62,6 +63,7 @@ class Channel:
         before: Callable[[], object] | None = None,
         after: Callable[[], None] | None = None,
         permissive: bool = False,
+        most_bytes: Callable[[], int] = lambda: MOST_TURN,
     ) -> None:
         self.name = name
         self.traffic = KernelTraffic()
@@ -75,6 +77,7 @@ class Channel:
         self._before = before
         self._after = after
         self._permissive = permissive
+        self._most_bytes = most_bytes
 
     def wake(self) -> None:
         if self.closed:  # since the loop was told to call this
@@ -208,7 +211,7 @@ class ZmtpChannel(Channel):
         return self._link.closed
 
     def _receive(self) -> tuple[Batch | None, bool]:
-        return self._link.drain(self._signer, permissive=self._permissive), self._link.stream.more
+        return self._link.drain(self._signer, self._most_bytes(), permissive=self._permissive), self._link.stream.more
 
     def drain(self) -> bool:
         more = super().drain()
@@ -299,7 +302,8 @@ class ZmqChannel(Channel):
 
     def _receive(self) -> tuple[Batch | None, bool]:
         try:
-            batch = drain(self._socket, self.name, self._signer, permissive=self._permissive)
+            most = self._most_bytes()
+            batch = drain(self._socket, self.name, self._signer, permissive=self._permissive, max_bytes=most)
         except SocketClosed:
             self.close()
             return None, False

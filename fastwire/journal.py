@@ -406,6 +406,7 @@ class Journal(Log):
         state = segment.state
         segment.become(State.FREED)
         self.shelf.was_freed(segment, state)
+        self._budgets.total.look()
 
     def charge_to(self, user: User) -> None:
         """The user of the hindmost cursor."""
@@ -471,6 +472,7 @@ class Journal(Log):
         return cast("Journal", max(budget.logs, key=memory_of, default=self))
 
     def give_way(self, budget: Budget) -> None:
+        self._budgets.total.look()
         limit = budget.limit
         while self._raw and budget.used > limit // JOIN_AT:
             self._join(self._raw.popleft())

@@ -485,10 +485,9 @@ class Kernels:
     def __init__(self, config: Any) -> None:
         settings = Fastwire(config=config)
         self.limits = usable(settings.limits())
-        self.budgets = Budgets(self.limits)
+        self.budgets = Budgets(self.limits, limit_standby)
         self.permissive = settings.accept_invalid_signatures
         self.zmtp = settings.zmtp
-        limit_standby(self.limits.total_memory_limit)
         self._kernels: dict[Any, Kernel] = {}
         self._sweeper: asyncio.TimerHandle | None = None
 

@@ -173,6 +173,7 @@ class KernelRelay(KernelSide):
                 on_faulty(batch)
 
         options = {"on_faulty": refused, "before": before, "after": after, "permissive": self._permissive}
+        options["most_bytes"] = lambda: self.budgets.turn
         opened = self._open_socket(name, identity)
         channel: Channel
         if isinstance(opened, Address):

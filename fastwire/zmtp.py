@@ -230,12 +230,13 @@ class Link:
 
     # -- bytes in --
 
-    def drain(self, signer: Signer, *, permissive: bool) -> Batch | None:
+    def drain(self, signer: Signer, most_bytes: int, *, permissive: bool) -> Batch | None:
         """What the kernel has said; whoever calls this calls `settle` when he has dealt with it."""
         if self.stream.fd < 0:
             return None
         try:
-            return self.stream.drain(self.stream.fd, self.name, signer, permissive=permissive)
+            fd = self.stream.fd
+            return self.stream.drain(fd, self.name, signer, max_bytes=most_bytes, permissive=permissive)
         except ZmtpError as error:
             self.broke(error)
             return None

@@ -541,6 +541,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Uplink.answered": sending(lambda it: (it.answered(idle()), it.unanswered, it.asked)),
     "Uplink.forget": sending(lambda it: (it.forget(), it.unanswered, it.asked), before=held),
     "Log.append": log_append,
+    "trim_memory": pure(_core.trim_memory),
     "limit_standby": pure(lambda: _core.limit_standby(512 << 20)),
 }
 

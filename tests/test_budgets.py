@@ -79,3 +79,24 @@ def test_what_waits_in_sockets_is_a_part_of_the_limit() -> None:
     assert budgets.high_water == limits.high_water
     assert budgets.total.limit + 16 * MIB // QUEUES == 16 * MIB
     assert LEAST_MARK >= 8 * KIB
+
+
+def test_others_have_half_of_what_logs_leave() -> None:
+    """They are told when it has changed by a part, and always have something."""
+    told: list[int] = []
+    limit = 64 * MIB
+    total = Budgets(Limits(total_memory_limit=limit), told.append).total
+
+    def take(nbytes: int) -> None:
+        total.take(nbytes)
+        total.look()
+
+    assert told == [limit // 2]
+    take(KIB)
+    assert len(told) == 1
+    take(8 * MIB)
+    assert told[-1] == (total.limit - total.used) // 2
+    take(2 * limit)
+    assert told[-1] == limit // 32
+    take(-total.used)
+    assert told[-1] == total.limit // 2

@@ -1,6 +1,7 @@
 # Spans, memory, counters, the system-call shim and the build's own facts.
 
 cdef extern from "core/memory.h" nogil:
+    void fw_trim()
     void *malloc "fw_malloc"(size_t)
     void *calloc "fw_calloc"(size_t, size_t)
     void *realloc "fw_realloc"(void *, size_t)

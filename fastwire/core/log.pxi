@@ -13,6 +13,7 @@ cdef class Budget:
 
     cdef public Py_ssize_t limit
     cdef public Py_ssize_t used
+    cdef public Py_ssize_t freed        # in all, since somebody set it to 0
     cdef public Budget whole
     cdef readonly set logs
 
@@ -25,6 +26,8 @@ cdef class Budget:
         cdef Budget budget = self
         while budget is not None:
             budget.used += nbytes
+            if nbytes < 0:
+                budget.freed -= nbytes
             budget = budget.whole
         return 0
 

@@ -191,11 +191,13 @@ cdef class Source(Part):
         """What is there, up to the budget of a turn. False: there is more, and it comes back for that."""
         cdef ZmtpStream stream = self.stream
         cdef Batch batch
+        cdef size_t most
         cdef bint more
         if stream.fd < 0:
             return True
         try:
-            batch = stream.drain_all(stream.fd, self.name, self.signer, DRAIN_MESSAGES, DRAIN_BYTES, self.permissive)
+            most = (<object>self.kernel).budgets.turn
+            batch = stream.drain_all(stream.fd, self.name, self.signer, DRAIN_MESSAGES, most, self.permissive)
         except Exception as error:
             self.poller.python_ran = True
             self.channel.could_not_receive(error)

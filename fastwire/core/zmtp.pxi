@@ -732,6 +732,11 @@ cdef class ZmtpStream:
         return <Py_ssize_t>(self.last_range - self.first_range) + len(self.unsent)
 
 
+def trim_memory():
+    with nogil:
+        fw_trim()
+
+
 def limit_standby(size_t limit):
     fw_standby_set_limit(limit)
 
