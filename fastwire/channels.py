@@ -70,6 +70,8 @@ class Channel:
         self._comes_back = False
         #: Turns of the loop that it waits for what has to come first.
         self.patience = LONGEST_WAIT
+        #: Seconds between them; 0: each turn.
+        self.pause = 0.0
         self._waited = 0
         self._signer = signer.fork()
         self._on_batch = on_batch
@@ -92,18 +94,25 @@ class Channel:
             return
         if self._before is not None and self._before() and self._waited < self.patience:
             self._waited += 1
-            self.come_back()
+            self.come_back(self.pause)
             return
         self._waited = 0
         self.drain()
 
-    def come_back(self) -> None:
-        """Look again in the next turn of the loop: others are to have theirs."""
-        if not self._comes_back:
-            self._mark(comes_back=True)
-            asyncio.get_running_loop().call_soon(self._is_back)
+    def come_back(self, pause: float = 0.0) -> None:
+        """Look again in the next turn of the loop, or after so many seconds: others are to have theirs."""
+        if self._comes_back:
+            return
+        self._mark(comes_back=True)
+        loop = asyncio.get_running_loop()
+        if pause:
+            self._rest(rests=True)
+            loop.call_later(pause, self._is_back)
+        else:
+            loop.call_soon(self._is_back)
 
     def _is_back(self) -> None:
+        self._rest(rests=False)
         self._mark(comes_back=False)
         self.wake()
 
@@ -141,6 +150,9 @@ class Channel:
         return all(self.drain() for _ in range(LAST_WORDS))
 
     # -- what differs --
+
+    def _rest(self, *, rests: bool) -> None:
+        """Between pauses nobody is woken."""
 
     def pass_to(self, kernel: KernelSide, outlet: Outlet | None = None) -> None:
         """Messages may pass to the kernel's log, for all or for one, without ``on_batch``."""
@@ -225,6 +237,9 @@ class ZmtpChannel(Channel):
 
     def lend(self, uplink: Uplink) -> None:
         self._link.source.uplink = uplink
+
+    def _rest(self, *, rests: bool) -> None:
+        self._link.rest(rests=rests)
 
     def _mark(self, *, comes_back: bool) -> None:
         super()._mark(comes_back=comes_back)

@@ -58,8 +58,9 @@ STDIN_PATIENCE = 5.0
 #: Bytes on their way to a kernel that nobody counts: those of a request are gone in a moment.
 UPLINK_FREE = 64 * KIB
 
-#: Turns of the loop for which a kernel is not read while memory is almost full and the disk is at work: some 30 ms.
-DISK_PATIENCE = 1024
+#: Times that a kernel is not read while memory is almost full and the disk is at work, and seconds between them. What
+#: it says meanwhile is taken aside, or waits in its sockets.
+DISK_PATIENCE, DISK_PAUSE = 100, 0.001
 
 #: Seconds until somebody looks how many are left of those that are counted, and at most, when nothing moves.
 UPLINK_LOOK, UPLINK_LOOK_SELDOM = 0.01, 0.32
@@ -146,7 +147,7 @@ class KernelRelay(KernelSide):
         try:
             self.iopub = self.channel("iopub", None, self.on_iopub, before=self.journal.is_pressed)
             self.iopub.pass_to(self)
-            self.iopub.patience = DISK_PATIENCE
+            self.iopub.patience, self.iopub.pause = DISK_PATIENCE, DISK_PAUSE
             if self._on_doubt is not None:
                 self.iopub.watch(self.doubt)
         except Exception as error:

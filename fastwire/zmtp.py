@@ -136,6 +136,7 @@ class Link:
         self._retry: asyncio.TimerHandle | None = None
         #: What a turn calls when there is something to `drain`; what its channel is not asked about.
         self.source = Source(self.stream, self._turns.poller, self)
+        self._rests = False
         self._awaits_writable = False
         self._write_failed = False
         self._told = ""
@@ -172,6 +173,7 @@ class Link:
         assert self._socket is not None
         self._standby.attach(self, self._socket.fileno())
         self._turns.watch(self.stream.fd, self.source)
+        self._rests = False
         self.flush()
 
     def _on_connected(self) -> None:
@@ -229,6 +231,16 @@ class Link:
             log.warning("the kernel's %s socket at %s: %s", self.name, self._address.place, text)
 
     # -- bytes in --
+
+    def rest(self, *, rests: bool) -> None:
+        """Nobody is woken by what comes, until it does not rest any more: the loop would go round for it."""
+        if rests == self._rests or self.stream.fd < 0:
+            return
+        self._rests = rests
+        if rests:
+            self._turns.unwatch(self.stream.fd, self.source)
+        else:
+            self._turns.watch(self.stream.fd, self.source)
 
     def drain(self, signer: Signer, most_bytes: int, *, permissive: bool) -> Batch | None:
         """What the kernel has said; whoever calls this calls `settle` when he has dealt with it."""

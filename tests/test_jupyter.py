@@ -243,6 +243,7 @@ def test_three_thousand_flushed_prints(server: Server, kernel: str, protocol: st
 def test_a_slow_reader(server: Server, light: str, protocol: str | None) -> None:
     """20 MB while a client does not read: another gets them meanwhile, and it gets all of them later."""
     with Client(server, light, protocol, how=Raw) as slow, Client(server, light, protocol) as other:
+        slow.run("1")  # it is heard from here on
         flood = other.execute("flood 20000 1000")
         assert numbers(other.collect(flood).messages) == [*range(20_000)]
         until_seen(slow, flood)

@@ -72,6 +72,7 @@ def test_a_reader_that_stalls(server: Server, light: str, protocol: str | None) 
     """50 MB while it reads nothing, longer than it takes another to read them. They are on the disk."""
     count = 50_000
     with Client(server, light, protocol, how=Raw) as stalled, Client(server, light, protocol) as other:
+        stalled.run("1")  # it is heard from here on
         cell = other.execute(f"flood {count} 1000")
         assert numbers(other.collect(cell).messages) == [*range(count)]
         kept = kept_for_clients(server, light)
