@@ -516,7 +516,7 @@ def test_what_a_kernel_says_while_the_loop_is_blocked(context: zmq.Context) -> N
     def flood(kernel: zmq.Socket) -> None:
         for number in range(count):
             kernel.send_multipart(frames)
-            if number % 500 == 0:
+            if number % 200 == 0:
                 time.sleep(0.005)  # a kernel does something else, too
 
     async def use(address: Address | None, kernel: zmq.Socket) -> None:
