@@ -533,11 +533,15 @@ class ZmtpStream:
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes that wait to be written, also those for the next connection."""
+        """Bytes that wait to be written."""
 
     @property
     def pending_messages(self) -> int:
-        """Messages that were not wholly written."""
+        """Messages that were not wholly written yet."""
+
+    @property
+    def unsent_messages(self) -> int:
+        """Those of earlier connections that were not; whoever sends takes them back (`take_unsent`)."""
 
     @property
     def buffered_bytes(self) -> int:
@@ -578,10 +582,13 @@ class ZmtpStream:
         """At most ``limit`` bytes of what would be written, which count as written."""
 
     def close(self) -> None:
-        """For good, and without its memory."""
+        """For good, and without its memory; messages that were not wholly written become `unsent_messages`."""
     def renew(self) -> None:
         """The connection is gone: begin the next one. What was received in part is dropped; messages that were not
-        wholly written are said again, behind the handshake."""
+        wholly written become `unsent_messages`."""
+    def take_unsent(self) -> list[list[bytes]]:
+        """The messages that connections before did not wholly take, in order, each as its frames. An `Uplink` takes
+        them back by itself, before what waits there, and sends them again when there is room."""
 
 # -- uplink: client to kernel ----------------------------------------------------------------------
 
@@ -615,8 +622,9 @@ class Uplink:
     def retry(self) -> int:
         """Send again what waits; the result is that of `relay`."""
     def adopt(self, other: Uplink) -> None:
-        """Take over what waits in another uplink, before what waits here, and what it has counted: the client has a new
-        socket, or the kernel a new key (what waits is signed anew). The other is empty afterwards. Without memory
+        """Take over what waits in another uplink, before what waits here, and what it has counted: the client
+        has a new socket, or the kernel a new key (what waits is signed anew). Where the sockets are others,
+        also what a `ZmtpStream` of the other had not wholly written. The other is empty afterwards. Without memory
         nothing is taken over."""
     held: bool
     """Requests on shell wait, whether the socket has room or not; control and stdin go on."""
@@ -625,9 +633,14 @@ class Uplink:
         """What waits here, with 80 for each part: a message of many empty buffers is not free."""
     @property
     def sending_bytes(self) -> int:
-        """What libzmq was given and has not passed on to the kernel's TCP, counted the same way."""
+        """What libzmq was given and has not passed on to the kernel's TCP, counted the same way; and what a
+        `ZmtpStream` has not written."""
     @property
-    def waiting_messages(self) -> int: ...
+    def waiting_messages(self) -> int:
+        """Also those that a `ZmtpStream` had not wholly written when its connection ended."""
+    @property
+    def sending_messages(self) -> int:
+        """Those that a `ZmtpStream` has and has not wholly written. How many libzmq has nobody knows."""
     @property
     def sent(self) -> int:
         """Messages a socket has taken."""

@@ -375,7 +375,7 @@ class KernelRelay(KernelSide):
         """The kernel is gone: clients are told and every socket is closed."""
         open_relays.discard(self)
         for session in list(self.sessions.values()):
-            connection, unsent = session.connection, session.uplink.waiting_messages
+            connection, unsent = session.connection, session.unsent_messages
             self.end_session(session, logging.WARNING)
             if connection is not None:
                 lost = f"; {unsent} messages did not reach it" if unsent else ""
@@ -474,6 +474,8 @@ class Session:
         for channel in self._channels:
             channel.catch_up()
             channel.close()
+        if self._uplink.sending_bytes:  # what we had not written ourselves waits again
+            self._note("unsent", "its kernel moved; what libzmq had of its messages may not have reached it")
         if self._closed:  # its last words were too much for it, or it ended while others were told theirs
             return
         waiting = self._uplink
@@ -574,6 +576,11 @@ class Session:
     def uplink_bytes(self) -> int:
         """What the client said and its kernel's TCP has not taken."""
         return self._uplink.waiting_bytes + self._uplink.sending_bytes
+
+    @property
+    def unsent_messages(self) -> int:
+        """The same in messages, as far as is known: libzmq does not tell how many it has."""
+        return self._uplink.waiting_messages + self._uplink.sending_messages
 
     def _note(self, kind: str, text: str) -> None:
         note(kind, text, kernel=self.relay.name, client=self.label)
@@ -846,7 +853,7 @@ class Session:
         cursor, relay = self.downlink.cursor, self.relay
         messages, nbytes = cursor.owed
         neighbour = cursor.neighbour or relay.place
-        unsent, unanswered = self._uplink.waiting_messages, self._uplink.unanswered
+        unsent, unanswered = self.unsent_messages, self._uplink.unanswered
         tombstone = Tombstone(why, messages, nbytes, unsent, unanswered, relay.activity.shown, neighbour)
         if self._inherited is None or cursor.needed >= self._inherited[1]:
             return tombstone
@@ -884,7 +891,7 @@ class Session:
             self._note("expired", f"its session ended; {lost:,} messages were not delivered")
 
     def _tell_unsent(self) -> None:
-        unsent = self._uplink.waiting_messages
+        unsent = self.unsent_messages
         if unsent:
             text = f"its session ended; {unsent:,} of its messages had not reached the kernel"
             log.warning("session %s: %s", self.session_id, text)

@@ -287,7 +287,8 @@ class Link:
     # -- bytes out --
 
     def send(self, frames: Sequence[bytes]) -> bool:
-        """Whether it was taken."""
+        """Whether it was taken. What an earlier connection did not take is not said again."""
+        self.stream.take_unsent()
         taken = self.stream.send(frames)
         self.flush()
         return taken

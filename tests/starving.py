@@ -295,7 +295,7 @@ def zmtp_renew() -> tuple[Any, Any]:
     def outcome(_: object) -> object:
         stream.feed(peer.greeting() + peer.ready(b"ROUTER"))
         stream.drain(-1, "shell", Signer(KEY))
-        return stream.take(1 << 20), stream.pending_bytes, stream.pending_messages
+        return stream.take_unsent(), stream.take(1 << 20), stream.pending_bytes, stream.pending_messages
 
     return stream.renew, outcome
 
@@ -396,6 +396,29 @@ def adopt() -> tuple[Any, Any]:
         return kernel.heard(), other.waiting_messages, uplink.waiting_bytes, uplink.sent
 
     return lambda: uplink.adopt(other), outcome
+
+
+def unsent(call: Callable[[Uplink, Uplink], object]) -> Case:
+    """Of an uplink that takes back what a connection did not take, and of one that is to adopt it."""
+
+    def case() -> tuple[Any, Any]:
+        stream, signer = shaken(), Signer(KEY)
+        others = dict.fromkeys(("control", "stdin"), ZmtpStream("DEALER"))
+        uplink = Uplink(_core.PROTOCOL_V1, signer, {"shell": stream, **others})
+        for each in asked():
+            uplink.send(OP_BINARY, each)
+        stream.renew()
+        kernel = Kernel()
+        next_uplink = kernel.uplink(b"another key")
+
+        def outcome(_: object) -> object:
+            next_uplink.adopt(uplink)
+            next_uplink.retry()
+            return kernel.heard(), uplink.waiting_messages, next_uplink.waiting_bytes, next_uplink.sent
+
+        return lambda: call(uplink, next_uplink), outcome
+
+    return case
 
 
 # -- activity --
@@ -527,6 +550,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "ZmtpStream.flush": zmtp_flush,
     "ZmtpStream.take": zmtp_call(lambda it: it.take(3)),
     "ZmtpStream.renew": zmtp_renew,
+    "ZmtpStream.take_unsent": zmtp_call(lambda it: (it.renew(), it.take_unsent())),
     "ZmtpStream.attach": zmtp_call(lambda it: it.attach(-1)),
     "ZmtpStream.detach": zmtp_call(lambda it: it.detach()),
     "ZmtpStream.close": zmtp_call(lambda it: it.close()),
@@ -536,8 +560,8 @@ CASES: dict[str, Case | Sequence[Case]] = {
         sending(lambda it: it.send(OP_BINARY, asked(1)[0]), before=held),
     ],
     "Uplink.relay": relay,
-    "Uplink.retry": retry,
-    "Uplink.adopt": adopt,
+    "Uplink.retry": [retry, unsent(lambda it, _: it.retry())],
+    "Uplink.adopt": [adopt, unsent(lambda it, other: other.adopt(it))],
     "Uplink.answered": sending(lambda it: (it.answered(idle()), it.unanswered, it.asked)),
     "Uplink.forget": sending(lambda it: (it.forget(), it.unanswered, it.asked), before=held),
     "Log.append": log_append,

@@ -592,25 +592,46 @@ def test_each_message_is_wholly_written_on_one_connection(sizes: list[int], writ
         drained(stream)
         heard += peer.Peer(greeting() + ready(b"REP") + stream.take(limit), "DEALER").messages
         stream.renew()
-        assert stream.pending_bytes == 64 + sum(len(multipart(message)) for message in taken[len(heard) :])
+        assert (stream.pending_bytes, stream.pending_messages) == (64, 0)
         stream.feed(greeting() + ready())
         drained(stream)
         assert len(stream.take(64 + 45)) == 109
+        assert stream.unsent_messages == len(taken) - len(heard)
+        unsent = stream.take_unsent()
+        assert (unsent, stream.unsent_messages) == (taken[len(heard) :], 0)
+        taken = heard + [message for message in unsent if stream.send(message)]
     assert heard == taken
     assert stream.sent == len(taken)
 
 
-def test_a_connection_that_ends_in_its_handshake_keeps_what_the_next_is_to_say() -> None:
+@pytest.mark.parametrize("closes", [True, False])
+def test_what_was_not_sent_is_kept_until_somebody_takes_it(closes: bool) -> None:
     stream = shaken()
-    stream.send([b"message"])
+    stream.send([b"message", b"x" * 300])
+    stream.take(100)
     for said in (b"", greeting()[:20], greeting(), greeting() + ready()[:5]):
         stream.renew()
         stream.feed(said)
         drained(stream)
-        assert stream.pending_messages == 1
-    stream.feed(ready()[5:])
-    drained(stream)
-    assert stream.take(1 << 20).endswith(multipart([b"message"]))
+        assert stream.unsent_messages == 1
+    if closes:
+        stream.close()
+    else:
+        stream.feed(ready()[5:])
+        drained(stream)
+    memory = stream.memory
+    assert stream.take_unsent() == [[b"message", b"x" * 300]]
+    assert memory - stream.memory > 300
+    assert stream.unsent_messages == 0
+
+
+def test_one_that_is_closed_keeps_what_it_had_not_sent() -> None:
+    stream = shaken()
+    stream.send([b"a", b""])
+    stream.send([b"b"])
+    stream.take(len(multipart([b"a", b""])))
+    stream.close()
+    assert (stream.sent, stream.pending_messages, stream.take_unsent()) == (1, 0, [[b"b"]])
 
 
 # -- others ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ import pytest
 import zmq
 import zmtp_oracle as peer
 from builders import KEY, client_message, message, wire
-from relay_stage import Kernel, Stage, until
+from relay_stage import Client, Kernel, Stage, until
 
 from fastwire import _core, zmtp
-from fastwire._core import Batch, Signer, Uplink
+from fastwire._core import Batch, Signer, Uplink, ZmtpStream
 from fastwire.channels import ZmtpChannel
+from fastwire.hearing import Event
 from fastwire.zmtp import Address, Link
 
 pytest_plugins = "relay_stage"  # the fixture `stage`
@@ -88,6 +89,10 @@ class Ours:
     def _after(self) -> None:
         for wake in self.wakes:
             wake()
+
+    def uplink(self) -> Uplink:
+        others = {name: ZmtpStream("DEALER") for name in ("control", "stdin")}
+        return Uplink(_core.PROTOCOL_V1, Signer(KEY), {"shell": self.channel.socket, **others})
 
     def messages(self) -> list[list[bytes]]:
         return [batch[i] for batch in self.batches for i in range(len(batch))]
@@ -335,23 +340,39 @@ def test_another_process_on_the_same_port() -> None:
 
 
 def test_a_message_that_was_written_in_half_is_said_again_as_a_whole() -> None:
-    large = [b"x" * 8_000_000]
+    """Before what came meanwhile; what was asked by ourselves is not."""
+    large = message("execute_request", "large", {"code": "x" * 8_000_000})
+    late = message("execute_request", "late")
 
     async def play(script: Peer, ours: Ours) -> None:
         reader, writer = await script.shaken()
         await eventually(lambda: ours.channel.connected)
-        ours.channel.send([b"first"])
-        async with asyncio.timeout(PATIENCE):
-            await reader.readexactly(7)
-        ours.channel.send(large)
+        uplink = ours.uplink()
+        uplink.send(_core.OP_BINARY, client_message(large, "shell", _core.PROTOCOL_V1))
         async with asyncio.timeout(PATIENCE):
             await reader.readexactly(1000)
+        assert (uplink.sending_messages, uplink.waiting_messages) == (1, 0)
         writer.transport.abort()
+        await eventually(lambda: ours.lost)
+        assert (uplink.sending_messages, uplink.waiting_messages) == (0, 1)
+        assert uplink.waiting_bytes > 8_000_000
+        uplink.send(_core.OP_BINARY, client_message(late, "shell", _core.PROTOCOL_V1))
+        ours.wakes.append(uplink.retry)
         reader, writer = await script.shaken()
-        expected = peer.multipart(large)
+        expected = b"".join(peer.multipart(wire(oracle.Signer(KEY), parts)) for parts in (large, late))
         async with asyncio.timeout(PATIENCE):
             assert await reader.readexactly(len(expected)) == expected
-        assert ours.channel.socket.sent == 2
+        assert (uplink.sent, ours.channel.socket.sent, uplink.waiting_bytes) == (2, 2, 0)
+
+        ours.wakes.clear()
+        ours.channel.send([b"x" * 8_000_000])
+        assert ours.channel.socket.pending_messages == 1
+        writer.transport.abort()
+        reader, writer = await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        ours.channel.send([b"again"])
+        async with asyncio.timeout(PATIENCE):
+            assert await reader.readexactly(7) == peer.multipart([b"again"])
 
     run(play)
 
@@ -362,8 +383,7 @@ def test_a_kernel_that_stops_reading() -> None:
     async def play(script: Peer, ours: Ours) -> None:
         reader, _ = await script.shaken()
         await eventually(lambda: ours.channel.connected)
-        sockets = dict.fromkeys(("shell", "control", "stdin"), ours.channel.socket)
-        uplink = Uplink(_core.PROTOCOL_V1, Signer(KEY), sockets)
+        uplink = ours.uplink()
 
         def settle(bits: int) -> None:
             """As a session does."""
@@ -404,12 +424,16 @@ def test_what_was_said_before_writing_failed_is_heard() -> None:
         parts, data = signed(1)
         writer.write(data)
         await writer.drain()
-        _core.script_syscalls([("sendmsg", "EPIPE")])
-        ours.channel.send([b"again"])
+        _core.script_syscalls([("sendmsg", "EPIPE")] * 2)  # to the uplink, then to the link
+        uplink, asked = ours.uplink(), message("execute_request")
+        ours.wakes.append(lambda: uplink.retry() and ours.channel.read())
+        if uplink.send(_core.OP_BINARY, client_message(asked, "shell", _core.PROTOCOL_V1)):
+            ours.channel.read()
         assert await ours.hears(1) == [parts]
         reader, _ = await script.shaken()
+        expected = peer.multipart(wire(oracle.Signer(KEY), asked))
         async with asyncio.timeout(PATIENCE):
-            assert await reader.readexactly(7) == peer.multipart([b"again"])
+            assert await reader.readexactly(len(expected)) == expected
         assert ours.lost == 1
 
     run(play)
@@ -590,8 +614,22 @@ def test_the_end_is_told_by_who_stands_by() -> None:
 # -- a relay ---------------------------------------------------------------------------------------
 
 
+def is_taken(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
 class Direct(Kernel):
-    """A kernel of which its relay is told where it listens."""
+    """A kernel of which its relay is told where it listens; with ``places``, where another one did."""
+
+    def __init__(self, context: zmq.Context, places: dict[str, str] | None = None, **options: Any) -> None:
+        self.places = places or {}
+        super().__init__(context, tcp=True, **options)
+
+    def bind(self, name: str, kind: int, address: str) -> zmq.Socket:
+        if name in self.places:  # libzmq's thread closes the other's sockets when it has time
+            until(lambda: not is_taken(int(self.places[name].rpartition(":")[2])), "the port is free")
+        return super().bind(name, kind, self.places.get(name, address))
 
     def open_socket(self, channel: str, identity: bytes | None) -> Any:
         address = Address.of(self.addresses[channel])
@@ -601,7 +639,7 @@ class Direct(Kernel):
 
 @pytest.mark.parametrize("protocol", [None, _core.PROTOCOL_V1])
 def test_a_relay_without_libzmq(stage: Stage, context: zmq.Context, protocol: str | None) -> None:
-    kernel = Direct(context, tcp=True)
+    kernel = Direct(context)
     relay = stage.start(kernel)
     client = stage.connect("ann", protocol)
     client.say("question", text="x" * 100_000)
@@ -611,6 +649,70 @@ def test_a_relay_without_libzmq(stage: Stage, context: zmq.Context, protocol: st
     assert sorted(client.ids(2)) == ["answer", "output"]
     assert relay.path == "zmtp"
     kernel.close()
+
+
+@contextlib.contextmanager
+def full(stage: Stage, context: zmq.Context) -> Iterator[tuple[Direct, Client, list[str]]]:
+    """A kernel that stopped reading, a client, and which of its requests the kernel's TCP has not wholly taken."""
+    kernel = Direct(context, narrow=True)
+    stage.start(kernel)
+    client = stage.connect("ann")
+    uplink = stage.session("ann").uplink
+    count = 0
+    while uplink.waiting_messages < 3:
+        client.say(str(count), text="x" * 50_000)
+        count += 1
+        client.say("through", channel="control")
+        assert kernel.ids(1, "control") == ["through"]
+    assert uplink.sending_messages > 0
+    untaken = uplink.waiting_messages + uplink.sending_messages
+    yield kernel, client, [*map(str, range(count - untaken, count))]
+    kernel.close()
+
+
+def test_what_a_kernel_had_not_taken_goes_to_where_it_is_now(stage: Stage, context: zmq.Context) -> None:
+    """Also what was on its way, of one message half; the kernel has another key now."""
+    with full(stage, context) as (_, client, untaken):
+        moved = Direct(context, key=b"another key")
+        stage.kernel = moved
+        stage.run(stage.relay.open, "other ports", Signer(b"another key"))
+        moved.joined()
+        client.say("next")
+        assert moved.ids(len(untaken) + 1) == [*untaken, "next"]
+        assert (stage.session("ann").unsent_messages, stage.session("ann").uplink_bytes) == (0, 0)
+        moved.close()
+
+
+def test_what_a_kernel_had_not_taken_is_held_until_the_next_is_heard(stage: Stage, context: zmq.Context) -> None:
+    """It is another process on the same ports."""
+    with full(stage, context) as (kernel, client, untaken):
+        stage.run(stage.relay.hearing.happens, Event.RESTART)
+        kernel.close()
+        again = Direct(context, kernel.addresses)
+        stage.kernel = again
+        client.say("next")
+        client.say("through", channel="control")
+        assert again.ids(1, "control") == ["through"]
+        assert again.silent(), "nobody would hear what it prints"
+        assert stage.session("ann").unsent_messages == len(untaken) + 1
+        for event in (Event.STARTED, Event.SPOKE, Event.PROVEN):
+            stage.run(stage.relay.hearing.happens, event)
+        assert again.ids(len(untaken) + 1) == [*untaken, "next"]
+        again.close()
+
+
+@pytest.mark.parametrize("end", ["the kernel's", "the session's"])
+def test_what_a_kernel_has_not_taken_at_the_end_is_told(stage: Stage, context: zmq.Context, end: str) -> None:
+    with full(stage, context) as (_, client, untaken):
+        if end == "the kernel's":
+            stage.run(stage.relay.close)
+            assert client.close_frame() == (
+                1011,
+                f"the kernel was shut down; {len(untaken)} messages did not reach it",
+            )
+        else:
+            stage.run(stage.relay.end_session, stage.session("ann"))
+        assert [line for line in stage.take_logs() if f"{len(untaken)} of its messages had not reached" in line]
 
 
 def test_a_kernel_that_is_foreign_is_left_to_libzmq(stage: Stage, context: zmq.Context) -> None:

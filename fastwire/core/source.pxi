@@ -177,7 +177,7 @@ cdef class Source(Part):
         if self.kernel is None or self.stream.fd < 0:
             return 0
         self.receive()
-        if self.kernel is not None and (self.uplink is None or self.uplink.waiting_messages):
+        if self.kernel is not None and (self.uplink is None or self.uplink.count_waiting()):
             self.poller.python_ran = True
             self.channel.after_wake_up()
         return 0
@@ -235,4 +235,4 @@ cdef class Source(Part):
     cdef bint is_unsettled(self) except -1:
         """The connection is to be looked at: bytes wait to be written, it is ready now, or it has ended."""
         cdef ZmtpStream stream = self.stream
-        return stream.ended or stream.waiting_bytes() > 0 or (stream.phase == TALKS) != self.was_ready
+        return stream.ended or stream.output_bytes() > 0 or (stream.phase == TALKS) != self.was_ready

@@ -154,8 +154,8 @@ cdef class Uplink:
     cdef fw_account *account    # of what libzmq has, and of what uplinks that were adopted gave it
     cdef object tracked         # the same by pyzmq: (MessageTracker, bytes)
     cdef size_t tracked_bytes
-    cdef readonly size_t waiting_bytes
-    cdef readonly Py_ssize_t waiting_messages
+    cdef size_t line_bytes      # of all that stand in `waiting`
+    cdef Py_ssize_t line_messages
     cdef readonly uint64_t sent
     cdef readonly uint64_t answers      # messages on stdin, sent or waiting
     cdef readonly size_t unanswered     # requests that a socket has taken, and that had no reply
@@ -294,7 +294,7 @@ cdef class Uplink:
         cdef fw_record *record = self.sign(parts, count)
         record.asks = target != STDIN and is_request(parts[0])
         try:
-            if self.waiting[target].first != NULL or self.holds(target) or self.send_record(target, record) == FULL:
+            if self.has_waiting(target) or self.holds(target) or self.send_record(target, record) == FULL:
                 if self.sockets[target].closed:
                     raise SocketClosed("the ZMQ socket is closed")
                 counted.waited += 1
@@ -323,8 +323,37 @@ cdef class Uplink:
 
     cdef void wait(self, int target, fw_record *record) noexcept:
         line_add(&self.waiting[target], record)
-        self.waiting_messages += 1
-        self.waiting_bytes += record.cost
+        self.line_messages += 1
+        self.line_bytes += record.cost
+
+    cdef bint has_waiting(self, int target) except -1:
+        if isinstance(self.sockets[target], ZmtpStream) and (<ZmtpStream>self.sockets[target]).unsent:
+            self.take_back(target, <ZmtpStream>self.sockets[target])
+        return self.waiting[target].first != NULL
+
+    cdef int take_back(self, int target, ZmtpStream stream) except -1:
+        """What connections that broke did not wholly take waits here again, before all that came after it."""
+        cdef Line line = Line(NULL, NULL)
+        cdef size_t nbytes = 0, asked = 0
+        cdef Views views
+        cdef list message
+        try:
+            for message in stream.unsent:
+                views = Views(message[2:])
+                line_add(&line, self.sign(views.spans, views.count))
+                line.last.asks = target != STDIN and views.count > 0 and is_request(views.spans[0])
+                asked += line.last.asks
+                nbytes += line.last.cost
+        except BaseException:
+            line_drop(&line)
+            raise
+        line_put_before(&self.waiting[target], &line)
+        self.line_bytes += nbytes
+        self.line_messages += len(stream.unsent)
+        self.sent -= len(stream.unsent)
+        self.unanswered -= min(asked, self.unanswered)  # of one that was started again nothing is
+        stream.take_unsent()
+        return 0
 
     cdef int send_record(self, int target, fw_record *record) except -1:
         cdef int result
@@ -413,14 +442,14 @@ cdef class Uplink:
         cdef Line *line = &self.waiting[target]
         cdef int taken = 0
         cdef fw_record *record
-        if line.first != NULL and self.sockets[target].closed:
+        if self.has_waiting(target) and self.sockets[target].closed:
             raise SocketClosed("the ZMQ socket is closed")
         while line.first != NULL and not self.holds(target):
             if self.send_record(target, line.first) == FULL:
                 break
             record = line_pop(line)
-            self.waiting_messages -= 1
-            self.waiting_bytes -= record.cost
+            self.line_messages -= 1
+            self.line_bytes -= record.cost
             let_go(record)
             taken += 1
         return taken
@@ -440,6 +469,9 @@ cdef class Uplink:
 
     cdef int take_over(self, Uplink other) except -1:
         cdef int target
+        for target in range(UPLINKS):
+            if other.sockets[target] is not self.sockets[target]:
+                other.has_waiting(target)  # of a connection that nobody will make anew
         cdef fw_account *fresh = fw_account_new()
         if fresh == NULL:
             raise MemoryError
@@ -459,15 +491,15 @@ cdef class Uplink:
         other.tracked = nothing
         self.tracked_bytes += other.tracked_bytes
         other.tracked_bytes = 0
-        self.waiting_bytes += other.waiting_bytes
-        self.waiting_messages += other.waiting_messages
+        self.line_bytes += other.line_bytes
+        self.line_messages += other.line_messages
         self.sent += other.sent
         self.answers += other.answers
         self.unanswered += other.unanswered
         self.asked = self.asked or other.asked
         self.touched |= other.touched
-        other.waiting_bytes = 0
-        other.waiting_messages = 0
+        other.line_bytes = 0
+        other.line_messages = 0
         other.sent = 0
         other.answers = 0
         other.forget()
@@ -514,7 +546,7 @@ cdef class Uplink:
             for target in range(UPLINKS):
                 line_drop(&lines[target])
             raise
-        self.waiting_bytes = nbytes
+        self.line_bytes = nbytes
         for target in range(UPLINKS):
             line_drop(&self.waiting[target])
             self.waiting[target] = lines[target]
@@ -525,7 +557,7 @@ cdef class Uplink:
         may one that has room again for messages that wait: those are sent until it is full."""
         cdef int target, result = 0
         for target in range(UPLINKS):
-            if not self.touched & (1 << target) and self.waiting[target].first == NULL:
+            if not self.touched & (1 << target) and not self.has_waiting(target):
                 continue
             try:
                 if self.is_readable(target):
@@ -573,8 +605,31 @@ cdef class Uplink:
             self.untrack(self.tracked.popleft())
         for socket in self.sockets:
             if isinstance(socket, ZmtpStream):
-                nbytes += (<ZmtpStream>socket).waiting_bytes()
+                nbytes += (<ZmtpStream>socket).output_bytes()
         return nbytes + self.tracked_bytes
+
+    @property
+    def sending_messages(self):
+        return sum([socket.pending_messages for socket in self.sockets if isinstance(socket, ZmtpStream)])
+
+    @property
+    def waiting_bytes(self):
+        cdef size_t nbytes = self.line_bytes
+        for socket in self.sockets:
+            if isinstance(socket, ZmtpStream):
+                nbytes += (<ZmtpStream>socket).unsent_bytes
+        return nbytes
+
+    @property
+    def waiting_messages(self):
+        return self.count_waiting()
+
+    cdef Py_ssize_t count_waiting(self) except -1:
+        cdef Py_ssize_t messages = self.line_messages
+        for socket in self.sockets:
+            if isinstance(socket, ZmtpStream):
+                messages += len((<ZmtpStream>socket).unsent)
+        return messages
 
     @property
     def ignored(self):

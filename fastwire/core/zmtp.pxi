@@ -10,7 +10,8 @@
 # - Parts are used long after the next bytes were read. Those of a message that fills half of the inbox stay where they
 #   were received, and the inbox is left to them (`Received`); others are copied: small ones pin more than they are.
 # - What is written in half belongs to its connection. Positions of messages in the output are kept until they are
-#   wholly written, and what is not is said again as a whole on the next connection (`renew`), behind its READY.
+#   wholly written. What is not when the connection ends is `unsent`: its `Uplink` takes it back and sends it as a
+#   whole, before all that waits there, on the next connection or on that of a kernel that moved.
 
 cdef enum:
     GREETING_SIZE = 64
@@ -166,7 +167,7 @@ cdef class ZmtpStream:
     cdef size_t range_room
     cdef size_t first_range
     cdef size_t last_range
-    cdef list unsent                # messages of the last connection that the next begins with
+    cdef list unsent                # messages that connections before did not wholly take, each as its frames
     cdef size_t unsent_bytes
     cdef int pongs                  # that may wait to be written
     cdef readonly uint64_t sent     # messages that were wholly written
@@ -223,6 +224,10 @@ cdef class ZmtpStream:
     def close(self):
         self.closed = True
         self.detach()
+        try:
+            self.keep_unsent()
+        except MemoryError:  # they are lost with what they need
+            pass
         if not self.busy:
             self.forget()
             self.phase = OVER
@@ -239,22 +244,28 @@ cdef class ZmtpStream:
     cdef int keep_unsent(self) except -1:
         """The messages that were not wholly written, each whole."""
         cdef list messages = []
-        cdef size_t i
+        cdef size_t i, nbytes = 0
         cdef Range *range_
         cdef bytes data
-        cdef size_t nbytes
         if self.first_range == self.last_range:
             return 0
         data = self.output.kept_bytes()
         for i in range(self.first_range, self.last_range):
             range_ = self.range_at(i)
             messages.append(
-                data[range_.start - self.output.acked : range_.end - self.output.acked]
+                frames_of_message(data[range_.start - self.output.acked : range_.end - self.output.acked])
             )
-        nbytes = sum_of_lengths(messages)
-        self.unsent = messages + self.unsent
+            nbytes += range_.end - range_.start
+        self.unsent += messages
         self.unsent_bytes += nbytes
+        self.first_range = self.last_range
         return 0
+
+    def take_unsent(self):
+        unsent = self.unsent
+        self.unsent = []
+        self.unsent_bytes = 0
+        return unsent
 
     cdef int greet(self) except -1:
         """Signature, version 3.1, NULL, not as server. At once: a peer may wait for it before it greets."""
@@ -563,7 +574,6 @@ cdef class ZmtpStream:
             return self.breaks("the peer is not the type of socket that a kernel has there")
         if self.socket_type == "SUB":
             self.subscribe()
-        self.say_unsent()
         self.phase = TALKS
         return ONWARDS
 
@@ -590,19 +600,6 @@ cdef class ZmtpStream:
         cdef char *out = self.output.reserve(head + body.len)
         zmtp_head(out, flags, body.len)
         memcpy(out + head, body.ptr, body.len)
-        return 0
-
-    cdef int say_unsent(self) except -1:
-        """The messages that the last connection did not take."""
-        cdef bytes message
-        cdef Py_ssize_t said = 0
-        try:
-            for message in self.unsent:
-                memcpy(self.place(PyBytes_GET_SIZE(message)), PyBytes_AS_STRING(message), PyBytes_GET_SIZE(message))
-                self.unsent_bytes -= PyBytes_GET_SIZE(message)
-                said += 1
-        finally:
-            del self.unsent[:said]
         return 0
 
     def send(self, frames):
@@ -718,18 +715,22 @@ cdef class ZmtpStream:
     def memory(self):
         cdef size_t inbox = self.inbox.size if self.pinned is None else 0
         cdef size_t frames = self.frames.room * sizeof(fw_span) if self.frames.room > FEW_SPANS else 0
-        return inbox + frames + self.waiting_bytes()
+        return inbox + frames + self.output_bytes() + self.unsent_bytes
 
-    cdef size_t waiting_bytes(self) noexcept:
-        return self.unsent_bytes + <size_t>(self.output.queued - self.output.written)
+    cdef size_t output_bytes(self) noexcept:
+        return <size_t>(self.output.queued - self.output.written)
 
     @property
     def pending_bytes(self):
-        return self.waiting_bytes()
+        return self.output_bytes()
 
     @property
     def pending_messages(self):
-        return <Py_ssize_t>(self.last_range - self.first_range) + len(self.unsent)
+        return <Py_ssize_t>(self.last_range - self.first_range)
+
+    @property
+    def unsent_messages(self):
+        return len(self.unsent)
 
 
 def trim_memory():
@@ -741,8 +742,22 @@ def limit_standby(size_t limit):
     fw_standby_set_limit(limit)
 
 
-cdef size_t sum_of_lengths(list pieces) except? 0:
-    return sum([len(piece) for piece in pieces])
+cdef list frames_of_message(bytes message):
+    """Of one that we have written ourselves."""
+    cdef list frames = []
+    cdef const uint8_t *p = <const uint8_t *>PyBytes_AS_STRING(message)
+    cdef Py_ssize_t at = 0, head, size, i
+    while at < PyBytes_GET_SIZE(message):
+        head = 2
+        size = p[at + 1]
+        if p[at] & ZMTP_LONG:
+            head = 9
+            size = 0
+            for i in range(1, 9):
+                size = size << 8 | p[at + i]
+        at += head + size
+        frames.append(message[at - size : at])
+    return frames
 
 
 cdef bytes property_value(bytes value):
