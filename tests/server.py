@@ -175,6 +175,10 @@ class Server:
         return sum(c.status == psutil.CONN_ESTABLISHED and c.raddr.port == port for c in connections)
 
 
+#: Within the data: a configuration beside the server's own, by which kernels are left to libzmq.
+LIBZMQ = "libzmq"
+
+
 def write_kernelspecs(data: Path) -> None:
     """Kernels that need no ipykernel: ``light`` (`bench.light_kernel`) and the ``odd-`` ones."""
     programs = {"light": (ROOT / "bench" / "light_kernel.py", {"FASTWIRE_LIGHT_HWM": "0"})}
@@ -186,14 +190,15 @@ def write_kernelspecs(data: Path) -> None:
         argv = [sys.executable, str(program), "-f", "{connection_file}"]
         spec = {"argv": argv, "display_name": name, "language": "python", "env": environment}
         (folder / "kernel.json").write_text(json.dumps(spec | {"interrupt_mode": "signal"}))
-    if os.environ.get("FASTWIRE_TEST_PATH") == "libzmq":
-        config = data.parent / "config"
-        config.mkdir(exist_ok=True)
-        (config / "jupyter_server_config.json").write_text(json.dumps({"Fastwire": {"zmtp": False}}))
+    config = data / LIBZMQ
+    config.mkdir()
+    (config / "jupyter_server_config.json").write_text(json.dumps({"Fastwire": {"zmtp": False}}))
 
 
 def environment(home: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
+    if os.environ.get("FASTWIRE_TEST_PATH") == "libzmq":
+        inherited["JUPYTER_CONFIG_PATH"] = str(home / "data" / LIBZMQ)
     return inherited | {
         "HOME": str(home),
         "IPYTHONDIR": str(home / "ipython"),
