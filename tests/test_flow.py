@@ -328,7 +328,7 @@ def test_requests_without_an_end_take_no_more_memory() -> None:
     rates = OutputRates(1.0, 0.0, WINDOW)
     for number in range(50_000):
         rates.judge(number % 5000, 10, number / 1000)
-    assert sum(isinstance(each, Slice) for each in gc.get_objects()) <= (rates.MOST + 1) * (OutputRate.SLICES + 1)
+    assert sum(type(each) is Slice for each in gc.get_objects()) <= (rates.MOST + 1) * (OutputRate.SLICES + 1)
     rates = OutputRates(1.0, 0.0, WINDOW)
     assert not any(rates.judge(number, 10, 0.0) for number in range(rates.MOST))
     together = [rates.judge(number, 10, 0.0) for number in range(1000, 1100)]

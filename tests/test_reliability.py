@@ -94,6 +94,15 @@ def kept_for_clients(server: Server, kernel: str) -> dict:
     return entry
 
 
+def until_heard(server: Server, kernel: str, count: int) -> None:
+    """So many clients have their sessions: who has its handshake is heard a moment later."""
+
+    def connected() -> int:
+        return sum(client["state"] != "away" for client in kept_for_clients(server, kernel)["clients"])
+
+    until(lambda: connected() >= count, "the clients are heard")
+
+
 def test_a_client_process_that_is_stopped(server: Server, light: str) -> None:
     """``kill -STOP`` in the middle of a flood, ``kill -CONT`` when that is over."""
     count = 20_000
@@ -106,6 +115,7 @@ def test_a_client_process_that_is_stopped(server: Server, light: str) -> None:
     )
     try:
         assert reader.stdout.readline() == "connected\n"
+        until_heard(server, light, 1)
         reader.send_signal(signal.SIGSTOP)
         with Client(server, light) as other:
             cell = other.execute(f"flood {count} 1000")
@@ -209,6 +219,7 @@ def test_one_that_cannot_come_back_is_left_to_the_keepalive(hasty: Server) -> No
     count = 10_000
     with hasty.kernel("light") as kernel, Client(hasty, kernel, None, None, how=Raw) as client:
         with Client(hasty, kernel) as other:
+            until_heard(hasty, kernel, 2)
             cell = other.execute(f"flood {count} 1000")
             other.collect(cell)
             time.sleep(3.0)  # longer than the deadline
@@ -257,6 +268,7 @@ def test_two_hundred_clients_of_which_twenty_are_stalled(server: Server, light: 
     count = 500
     stalled = [Client(server, light, None, how=Raw) for _ in range(20)]
     others = [Client(server, light) for _ in range(180)]
+    until_heard(server, light, 200)
     cell = others[0].execute(f"flood {count} 1000")
     for client in others:
         client.receive_until(lambda message: is_end(message, cell))
