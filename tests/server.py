@@ -191,7 +191,7 @@ def write_kernelspecs(data: Path) -> None:
         spec = {"argv": argv, "display_name": name, "language": "python", "env": environment}
         (folder / "kernel.json").write_text(json.dumps(spec | {"interrupt_mode": "signal"}))
     config = data / LIBZMQ
-    config.mkdir()
+    config.mkdir(exist_ok=True)
     (config / "jupyter_server_config.json").write_text(json.dumps({"Fastwire": {"zmtp": False}}))
 
 
