@@ -674,7 +674,7 @@ class Part:
 class Poller:
     """The turns of one loop: which descriptors are ready, who writes at the end, whose time has come (`fastwire.turns`
     says how the loop is asked for them). ``report(who, error)`` is called when one raises, and ``later(callback)`` when
-    the loop is to call soon; ``later(None)`` when it is to call `sweep` after 20 ms."""
+    the loop is to call soon; ``later(None)`` when it is to call `tick` after 20 ms."""
 
     def __init__(
         self, report: Callable[[object, Exception], None], later: Callable[[Callable[[], None] | None], None]
@@ -692,16 +692,13 @@ class Poller:
 
     @property
     def turns(self) -> int: ...
-    @property
-    def handed_over(self) -> int:
-        """Turns that gave way to the loop."""
-
     def open(self) -> bool:
         """Whether there is an epoll now: not on every system, nor when descriptors have run out."""
 
     def close(self) -> None: ...
-    def take_over(self, selector: EpollSelector) -> None:
-        """Wait in the place of a loop's selector: its ``select`` is ours until `close`. Raises OSError."""
+    def take_over(self, selector: EpollSelector) -> bool:
+        """Wait in the place of a loop's selector: its ``select`` is ours until `close`. False where the system has no
+        room for that."""
 
     def give_back(self) -> None: ...
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
@@ -720,8 +717,8 @@ class Poller:
         """Call it once at the end of this turn, or of the next when none is running."""
 
     def end_turn(self) -> None: ...
-    def sweep(self) -> float | None:
-        """Call those whose time has come. Seconds until the next; None when nobody waits."""
+    def tick(self) -> None:
+        """Call those whose time has come, where the loop looks at the time for us."""
 
 class Asking:
     """The numbers of `fastwire.flow.Acknowledgements`."""
@@ -819,7 +816,6 @@ class Wire(Part):
     def look_after(self, seconds: float) -> int:
         """At the ping that is not answered, or at what is to be asked about."""
 
-    def look_never(self) -> int: ...
     def is_acknowledged(self) -> int:
         """A pong has said so."""
 

@@ -29,7 +29,6 @@ MUCH, TRIM = 4, 8
 #: However many clients there are, each socket's queue may have so much: less would be all system calls.
 LEAST_MARK = 16 * KIB
 
-
 #: However many there are, a kernel is heard so many bytes at a time: less would be all wake-ups; and at most.
 LEAST_TURN, MOST_TURN = 64 * KIB, 1 * MIB
 

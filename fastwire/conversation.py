@@ -104,11 +104,9 @@ class Conversation:
     @property
     def received(self) -> int:
         """How far the peer is known to have our bytes: acknowledged, or written where it is not asked."""
-        return (
-            self.transport.written
-            if self.probe is None or self.probe.acknowledgements.demoted
-            else (self.probe.acknowledgements.position)
-        )
+        if self.probe is None or self.probe.acknowledgements.demoted:
+            return self.transport.written
+        return self.probe.acknowledgements.position
 
     def relay(self, sink: WriteQueue | None) -> None:
         """See `FrameParser.relay`."""

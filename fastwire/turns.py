@@ -157,9 +157,7 @@ class Turns:
         if not hasattr(select, "epoll") or not self.poller.open():  # not Linux; EMFILE
             return
         selector = getattr(self._loop, "_selector", None)
-        if type(selector) is EpollSelector:
-            self.poller.take_over(selector)
-        else:
+        if type(selector) is not EpollSelector or not self.poller.take_over(selector):
             # In an empty context: the loop would keep that of who comes first, and give it to everybody.
             Context().run(self._loop.add_reader, self.poller.fd, self.poller.turn)
 
@@ -189,8 +187,4 @@ class Turns:
         if end is not None:
             self._loop.call_soon(end)
         else:
-            self._loop.call_later(Timers.TICK, self._sweep)
-
-    def _sweep(self) -> None:
-        if self.poller.sweep():
-            self._later(None)
+            self._loop.call_later(Timers.TICK, self.poller.tick)

@@ -47,6 +47,25 @@ def test_pause_and_resume_reading(site: Site) -> None:
     assert handler.events == ["before", "one", "two"]
 
 
+@on("fastwire")
+def test_what_goes_wrong_behind_a_message_ends_the_connection(site: Site) -> None:
+    """It was passed on without Python; what follows from that is told to its client all the same."""
+    client, handler = site.open(site.Handler)
+    sockets = {name: _core.ZmtpStream("DEALER") for name in ("shell", "control", "stdin")}
+
+    def settle(readable: int) -> None:
+        raise MalformedMessage("no")
+
+    def begin() -> None:
+        wire = handler.connection.wire
+        wire.uplink = _core.Uplink(PROTOCOL_V1, _core.Signer(KEY), sockets)
+        wire.settle, wire.watched = settle, True
+
+    site.run(begin)
+    client.send_message(_core.encode_v1("shell", message("execute_request", "1")))
+    assert_failed(site, client, MalformedMessage.close_code)
+
+
 @on_ours
 def test_a_paused_connection_holds_its_client_back(site: Site) -> None:
     """The bytes stay in TCP, not in our memory."""

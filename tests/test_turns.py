@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fastwire import _core
 from fastwire.turns import Timers, Turns
 
 
@@ -163,6 +164,42 @@ def test_at_end_outside_a_turn_comes_with_the_loops_next() -> None:
         assert log == ["end"]
 
     run(body)
+
+
+def test_what_is_due_is_done_when_nothing_is_watched_any_more() -> None:
+    """Somebody who is not watched here, a connection over TLS, counts on the turn that was to come."""
+
+    async def body(turns: Turns) -> None:
+        log: list[str] = []
+        pipe = Pipe(turns, log, "a")
+
+        def end() -> None:
+            log.append("end")
+
+        turns.at_end(end)
+        pipe.close()
+        await settle()
+        assert log == ["end"]
+
+    run(body)
+
+
+def test_one_timer_of_the_loop_is_enough_for_all_who_wait() -> None:
+    """However often the last of them goes and another comes."""
+    timers: list[Any] = []
+    poller = _core.Poller(lambda who, error: None, timers.append)
+    for _ in range(100):
+        wire = _core.Wire(-1, None, _core.FrameParser(), _core.WriteQueue(), poller, None)
+        wire.look_after(1.0)
+        assert timers == [None]
+        wire.end()
+    poller.tick()
+    assert timers == [None]
+    wire = _core.Wire(-1, None, _core.FrameParser(), _core.WriteQueue(), poller, None)
+    wire.look_after(1.0)
+    poller.tick()
+    assert timers == [None] * 3
+    wire.end()
 
 
 def test_turns_have_nobodys_context() -> None:

@@ -252,6 +252,7 @@ def test_what_tornado_still_holds_is_not_written(site: Site) -> None:
     held = connection.queue.written - site.run(lambda: connection.written)
     assert held > 0
     assert connection.received == connection.written
+    assert site.run(lambda: (connection.wire.received, connection.written)) == (connection.written,) * 2
 
     def refuse(data: memoryview) -> int:
         raise BlockingIOError

@@ -42,6 +42,8 @@ cdef class KernelSide(Part):
 
     cdef int hear(self, Batch batch) except -1:
         cdef bint active, said = False
+        if not batch.count:
+            return 0
         if self.needs_a_word:
             self.poller.python_ran = True
             self.on_word()

@@ -53,11 +53,11 @@ cdef class Poller:
     cdef object later               # makes the loop call `end`, when no turn is running
     cdef bint in_turn
     cdef bint end_is_due            # the loop was told
+    cdef bint timer_is_set          # the loop will call `tick`
     cdef bint python_ran            # in this turn
     cdef object loop_select         # that of the loop's selector, whose place this has
     cdef int loop_fd
     cdef readonly uint64_t turns
-    cdef readonly uint64_t handed_over  # turns that gave way to the loop
 
     def __init__(self, report, later):
         self.fd = -1
@@ -109,10 +109,11 @@ cdef class Poller:
     def take_over(self, selector):
         """``selector`` is a loop's `selectors.EpollSelector`; its ``select`` is ours until `give_back`."""
         if fw_poll_add(self.fd, selector.fileno()):
-            raise OSError(errno, os.strerror(errno))
+            return False
         self.loop_fd = selector.fileno()
         self.loop_select = selector.select
         selector.select = self.select
+        return True
 
     @property
     def has_taken_over(self):
@@ -126,6 +127,11 @@ cdef class Poller:
         selector = self.loop_select.__self__
         self.loop_select = None
         del selector.select
+        # Who counted on the next wait has only the loop now: connections that nobody watches here, over TLS.
+        if self.parts or self.callbacks:
+            self.see_to_the_end()
+        if self.waiting:
+            self.see_to_the_time()
 
     def select(self, timeout=None):
         """See `selectors.BaseSelector.select`."""
@@ -145,10 +151,8 @@ cdef class Poller:
             self.python_ran = False
             is_loops = self.handle(ready, count)
             if is_loops:
-                self.handed_over += 1
                 return self.loop_select(0) if self.loop_select is not None else []
             if self.python_ran or self.fd < 0 or self.loop_fd < 0:
-                self.handed_over += 1
                 return []
             if not forever and nanoseconds() >= until:
                 return []
@@ -188,14 +192,16 @@ cdef class Poller:
         cdef bint is_loops = False
         self.turns += 1
         self.in_turn = True
-        for i in range(count):
-            if ready[i] == self.loop_fd:
-                is_loops = True
-            else:
-                self.call(ready[i])
-        if self.waiting and self.sweep_at <= nanoseconds():
-            self.sweep()
-        self.in_turn = False
+        try:
+            for i in range(count):
+                if ready[i] == self.loop_fd:
+                    is_loops = True
+                else:
+                    self.call(ready[i])
+            if self.waiting and self.sweep_at <= nanoseconds():
+                self.sweep()
+        finally:
+            self.in_turn = False
         self.end()
         return is_loops
 
@@ -283,12 +289,24 @@ cdef class Poller:
             part.awaits = True
         if len(self.waiting) == 1:
             self.sweep_at = nanoseconds() + SWEEP
-            if self.loop_fd < 0:
-                self.later(None)
+            self.see_to_the_time()
         return 0
 
-    def sweep(self):
-        """Seconds until the next, or None; where nobody stands in the loop's place it is to call this then."""
+    cdef int see_to_the_time(self) except -1:
+        """Where we do not wait ourselves the loop does, once for all."""
+        if self.loop_fd < 0 and not self.timer_is_set:
+            self.timer_is_set = True
+            self.later(None)
+        return 0
+
+    def tick(self):
+        """What the loop calls then."""
+        self.timer_is_set = False
+        self.sweep()
+        if self.waiting:
+            self.see_to_the_time()
+
+    cdef int sweep(self) except -1:
         cdef Part part
         cdef uint64_t now = nanoseconds()
         waiting = self.waiting
@@ -307,4 +325,4 @@ cdef class Poller:
             except Exception as error:
                 self.tell(part, error)
         self.sweep_at = now + SWEEP
-        return SWEEP / 1e9 if self.waiting else None
+        return 0

@@ -210,11 +210,12 @@ cdef class Wire(Part):
     def received(self):
         return self.received_bytes()
 
-    cdef inline uint64_t received_bytes(self) noexcept:
+    cdef uint64_t received_bytes(self) except? 1:
         """How far the peer is known to have our bytes: acknowledged, or written where it is not asked."""
-        if self.asks is None or self.asks.demoted:
-            return self.queue.written
-        return self.asks.position
+        if self.asks is not None and not self.asks.demoted:
+            return self.asks.position
+        # What Tornado's stream was given is not written.
+        return self.queue.written if self.fd >= 0 else <uint64_t>self.owner.written
 
     cpdef int ride(self) except -1:
         """Bytes are about to be written: a ping that is due goes with them."""
@@ -241,10 +242,6 @@ cdef class Wire(Part):
 
     cpdef int look_after(self, double seconds) except -1:
         return self.poller.call_at(self, nanoseconds() + <uint64_t>(seconds * 1e9))
-
-    cpdef int look_never(self) except -1:
-        self.look_at = 0
-        return 0
 
     cdef int on_time(self, uint64_t now) except -1:
         """Is the last ping answered? Is there something to ask about, and nothing that would take a ping with it?"""
@@ -320,19 +317,24 @@ cdef class Wire(Part):
         return False
 
     cdef bint pass_on(self) except -1:
-        """To the kernel. False: a message was refused, and that is dealt with."""
-        cdef Uplink uplink = self.uplink
+        """To the kernel. False: a message was refused, or what followed from one, and that is dealt with."""
+        try:
+            self.send_all(self.uplink)
+        except Exception as error:
+            self.poller.python_ran = True
+            self.owner.on_refused(error)
+            return False
+        return True
+
+    cdef int send_all(self, Uplink uplink) except -1:
         cdef int readable
         try:
             readable = uplink.relay_from(self.parser)
-        except Exception as error:
-            self.poller.python_ran = True
-            if isinstance(error, MessageError):
-                # The messages before it went out, and their answers may be there.
-                self.settle(uplink.retry())
-            self.owner.on_refused(error)
-            return False
+        except MessageError:
+            # The messages before it went out, and their answers may be there.
+            self.settle(uplink.retry())
+            raise
         if readable or self.watched or uplink.needs_looking(self.free_bytes):
             self.poller.python_ran = True
             self.settle(readable)
-        return True
+        return 0
