@@ -28,6 +28,17 @@ pytestmark = pytest.mark.timeout(180)
 KINDS = {"remote": {}, "remote-encrypted": {"encrypted": True}, "remote-slow": {"delay": 2.0}}
 
 
+def answer_and_fall_asleep(client: Client) -> None:
+    """The kernel asks, is answered, and then sleeps in a cell."""
+    cell = client.execute("input('? ')", allow_stdin=True)
+    client.expect("input_request")
+    client.send("input_reply", {"value": "over there"}, channel="stdin")
+    assert client.collect(cell).result == "'over there'"
+    client.execute("import time\nprint('asleep', flush=True)\ntime.sleep(600)")
+    # A slow kernel writes the end of the line apart.
+    client.receive_until(lambda message: message.type == "stream" and "asleep" in message.content["text"])
+
+
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
@@ -98,13 +109,7 @@ def test_a_kernel_on_another_machine(server: Server, machine: tuple[str, str], k
             assert numbers(client.run(flushed(2000)).messages) == [*range(2000)]
             assert other.run("x = 6\nx * 7").result == "42"
             assert server.connections_to(before[1]) == 1
-            cell = client.execute("input('? ')", allow_stdin=True)
-            client.expect("input_request")
-            client.send("input_reply", {"value": "over there"}, channel="stdin")
-            assert client.collect(cell).result == "'over there'"
-            client.execute("import time\nprint('asleep', flush=True)\ntime.sleep(600)")
-            # A slow kernel writes the end of the line apart.
-            client.receive_until(lambda message: message.type == "stream" and "asleep" in message.content["text"])
+            answer_and_fall_asleep(client)
             server.until_model(kernel, execution_state="busy", connections=2)
             server.interrupt(kernel)
             server.until_model(kernel, execution_state="idle")

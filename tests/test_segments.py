@@ -34,7 +34,8 @@ def test_the_states_of_a_segment() -> None:
                     segment.become(after)
 
 
-def test_what_lies_in_a_file_is_read_as_it_was() -> None:
+def a_segment() -> Segment:
+    """Of each kind of entry."""
     segment = Segment(5)
     gap = Gap(11, 20)
     gap.lose(7, 700, (b'{"session": "\xff"}', b"{}"))
@@ -44,7 +45,13 @@ def test_what_lies_in_a_file_is_read_as_it_was() -> None:
         Entry(9, 11, batch_of(other("status", 3), channel="shell"), 4, momentary=True, ours=True),
         gap,
     ]
+    return segment
+
+
+def test_what_lies_in_a_file_is_read_as_it_was() -> None:
+    segment = a_segment()
     entries = unpacked(packed(segment))
+    assert segment.entries is not None
     for before, after in zip(segment.entries, entries, strict=True):
         for name in ("first", "end", "audience", "momentary", "ours"):
             assert getattr(before, name) == getattr(after, name)
@@ -52,7 +59,10 @@ def test_what_lies_in_a_file_is_read_as_it_was() -> None:
         assert len(before.batch) == len(after.batch)
         assert before.batch.channel == after.batch.channel
     assert [entries[0].batch[index] for index in range(2)] == [line(1), line(2)]
-    assert gap.told == entries[2].told
+    gap, again = segment.entries[2], entries[2]
+    assert isinstance(gap, Gap)
+    assert isinstance(again, Gap)
+    assert gap.told == again.told
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0\0\0\x02[]!", b"\0\0\0\x04[[1]]", b"\xff\xff\xff\xff[]", b"\0\0\0\x01{"])
@@ -61,20 +71,7 @@ def test_a_file_that_is_damaged(damage: bytes) -> None:
         unpacked(damage)
 
 
-def a_segment() -> bytes:
-    segment = Segment(5)
-    gap = Gap(11, 20)
-    gap.lose(7, 700, (b'{"session": "\xff"}', b"{}"))
-    assert segment.entries is not None
-    segment.entries += [
-        Entry(5, 9, batch_of(line(1), line(2))),
-        Entry(9, 11, batch_of(other("status", 3), channel="shell"), 4, momentary=True, ours=True),
-        gap,
-    ]
-    return packed(segment)
-
-
-WHOLE = a_segment()
+WHOLE = packed(a_segment())
 
 #: Octets of it that become others, where it is cut, and what comes behind.
 DAMAGES = st.tuples(

@@ -15,7 +15,7 @@ import pytest
 from proxies import program
 from server import PATIENCE, PROTOCOLS, ROOT, Client, Raw, Server, environment, serving, until
 from test_jupyter import UNLIMITED, complete, flushed, knows_x, numbers
-from test_jupyter_remote import ip, where
+from test_jupyter_remote import answer_and_fall_asleep, ip, where
 from test_jupyter_remote import machine as machine
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(180)]
@@ -107,12 +107,7 @@ def test_a_kernel_by_ssh(server: Server, machine: tuple[str, str], protocol: str
         with Client(server, kernel, protocol) as client, Client(server, kernel, how=Raw) as other:
             client.run(UNLIMITED)
             assert numbers(client.run(flushed(20_000)).messages) == [*range(20_000)]
-            cell = client.execute("input('? ')", allow_stdin=True)
-            client.expect("input_request")
-            client.send("input_reply", {"value": "over there"}, channel="stdin")
-            assert client.collect(cell).result == "'over there'"
-            client.execute("import time\nprint('asleep', flush=True)\ntime.sleep(600)")
-            client.receive_until(lambda message: message.type == "stream" and "asleep" in message.content["text"])
+            answer_and_fall_asleep(client)
             server.interrupt(kernel)
             server.until_model(kernel, execution_state="idle")
             client.run("x = 1")

@@ -28,6 +28,12 @@ def is_over(stage: Stage) -> None:
     until(lambda: not stage.relay.sessions, "the session has ended")
 
 
+def says_more(stage: Stage, kernel: Kernel) -> None:
+    """While nobody is there."""
+    kernel.publish(*stream(1))
+    until(lambda: b'"1"' in stage.relay.neighbour[0], "the kernel has said it")
+
+
 @both_protocols
 def test_who_comes_too_late_is_told(stage: Stage, kernel: Kernel, protocol: str | None) -> None:
     """What was kept for it, and that more was said since: before anything new, in the cell where it begins."""
@@ -102,8 +108,7 @@ def test_a_page_that_was_closed_is_told_as_well(stage: Stage, kernel: Kernel) ->
     stage.start(kernel, resume_timeout_closed=0.05)
     leave(stage, stage.connect("ann"), "close")
     is_over(stage)
-    kernel.publish(*stream(1))
-    until(lambda: b'"1"' in stage.relay.neighbour[0], "the kernel has said it")
+    says_more(stage, kernel)
     assert told(stage.connect("ann").next()) == [1]
 
 
@@ -136,8 +141,7 @@ def test_nobody_else_is_told(stage: Stage, kernel: Kernel) -> None:
     stage.start(kernel, resume_timeout=0.05)
     leave(stage, stage.connect("ann"), "reset")
     is_over(stage)
-    kernel.publish(*stream(1))
-    until(lambda: b'"1"' in stage.relay.neighbour[0], "the kernel has said it")
+    says_more(stage, kernel)
 
     def as_another() -> int:
         session = stage.relay.session("ann", b"ann", "bob")
