@@ -61,7 +61,7 @@ cdef class KernelSide(Part):
     # -- activity --
 
     cdef int note(self, bint active, str state) except -1:
-        """Observers hear of it soon, and before anyone is shown what they make of it (`look`): not each time."""
+        """Observers hear of it soon, not each time; who shows what they make of it calls `tell_observers` before."""
         self.unseen_activity |= active
         if state is not None:
             self.unseen_state = state
