@@ -57,6 +57,8 @@ class Inside:
         await FastwireWebsocketConnection.close_all()
         self.server.stop()
         await self.server.close_all_connections()
+        # By itself it would end with its manager's cycle of references, and warn if the collector takes it first.
+        self.manager.context.destroy()
         self.app.event_logger = None
         self.app.clear_instance()
 

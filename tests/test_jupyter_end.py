@@ -151,6 +151,7 @@ def test_a_connection_by_itself() -> None:
             connection.disconnect()
         finally:
             await manager.shutdown_kernel(kernel, now=True)
+            manager.context.destroy()
         return streams
 
     streams = asyncio.run(use())
