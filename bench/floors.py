@@ -30,9 +30,9 @@ BUILD = ROOT / "build" / "floor"
 
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-function")
 #: What each program is made with, and the header without which it cannot be.
-LIBRARIES = {"floor": ("-lcrypto",), "floor-libzmq": ("-DWITH_LIBZMQ", "-lcrypto", "-lzmq")}
-HEADERS = {"floor": ("openssl/evp.h",), "floor-libzmq": ("openssl/evp.h", "zmq.h")}
-PACKAGES = {"openssl/evp.h": "libssl-dev", "zmq.h": "libzmq3-dev"}
+LIBRARIES = {"floor": ("-lcrypto",), "floor-libzmq": ("-DWITH_LIBZMQ", "-lcrypto", "-lzmq"), "kernels": ()}
+HEADERS = {"floor": ("openssl/evp.h",), "floor-libzmq": ("openssl/evp.h", "zmq.h"), "kernels": ("sys/epoll.h",)}
+PACKAGES = {"openssl/evp.h": "libssl-dev", "zmq.h": "libzmq3-dev", "sys/epoll.h": "libc6-dev"}
 
 #: Seconds that a kernel has to listen.
 PATIENCE = 30.0
@@ -43,7 +43,8 @@ class BuildError(Exception):
 
 
 def build(name: str) -> Path:
-    """The program of that name, compiled if its sources have changed. Raises BuildError."""
+    """The program of that name (a floor, or the kernels of `bench.hosted`), compiled if its sources have changed.
+    Raises BuildError."""
     program = BUILD / name
     sources = [*SOURCES.glob("*.[ch]"), *CORE.glob("*.h")]
     if program.exists() and program.stat().st_mtime >= max(source.stat().st_mtime for source in sources):
@@ -53,7 +54,8 @@ def build(name: str) -> Path:
         check_header(compiler, header)
     BUILD.mkdir(parents=True, exist_ok=True)
     unfinished = program.with_suffix(f".{os.getpid()}")
-    arguments = [*FLAGS, f"-I{CORE}", f"-I{SOURCES}", "-o", str(unfinished), str(SOURCES / "floor.c"), *LIBRARIES[name]]
+    source = SOURCES / ("kernels.c" if name == "kernels" else "floor.c")
+    arguments = [*FLAGS, f"-I{CORE}", f"-I{SOURCES}", "-o", str(unfinished), str(source), *LIBRARIES[name]]
     done = subprocess.run([compiler, *arguments], capture_output=True, check=False, text=True)
     if done.returncode:
         raise BuildError(f"{compiler} refuses it:\n{done.stderr}")

@@ -45,12 +45,14 @@ from fastwire.errors import FastwireError, TooManyClients
 from fastwire.flow import OutputRates, too_many
 from fastwire.gateway import FastwireGatewayConnection, FastwireGatewayMappingKernelManager
 from fastwire.kernels import (
+    Clients,
     FastwireMappingKernelManager,
     Kernel,
     close_ended,
     incarnation,
     is_managed,
     kernel_of,
+    kernels_of,
 )
 from fastwire.notices import Neighbour, beside, notice, request_of, said
 from fastwire.relay import KernelRelay, Session
@@ -101,6 +103,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         super().__init__(**kwargs)
         self._fast = False
         self._connecting = False
+        self._counted_by: tuple[Clients, ...] = ()
         self._session: Session | None = None
         self._connection: Connection | None = None
         self._protocol: str | None = None
@@ -311,18 +314,22 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     def _is_admitted(self) -> bool:
         """Whether there is room for one more client of this kernel, of this user and of the server. One that takes over
         its session is no more."""
-        others = [
-            each
-            for each in self._open_sockets
-            if isinstance(each, FastwireWebsocketConnection) and each.session_key != self.session_key
-        ]
-        of_kernel = sum(each.kernel_manager is self.kernel_manager for each in others)
-        of_user = sum(each.user == self.user for each in others)
+        counted = self.kernel.clients, kernels_of(self.multi_kernel_manager).clients_of(self.user)
+        of_kernel, of_user = (clients.others(self.session_key) for clients in counted)
         refusal = too_many(self._limits, of_kernel, of_user) or self._shortage
-        if refusal is not None:
+        if refusal is None:
+            self._counted_by = counted
+            for clients in counted:
+                clients.add(self.session_key)
+        else:
             self.log.warning("Refused a client of kernel %s: %s", self.kernel_id, refusal)
             self.websocket_handler.close(TooManyClients.close_code, refusal)
         return refusal is None
+
+    def _uncount(self) -> None:
+        for clients in self._counted_by:
+            clients.remove(self.session_key)
+        self._counted_by = ()
 
     def _attach(self, connection: Connection) -> Session:
         session = self.relay.session(self.session.session, self.session.bsession, self.user)
@@ -375,6 +382,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         if self._close_future.done():
             return
         self._stop_pinging()
+        self._uncount()
         if self._connecting and not self._fast:
             super().disconnect()
             self._sign_buffer()

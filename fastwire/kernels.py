@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import zmq.asyncio
 from jupyter_client.connect import port_names
@@ -30,6 +31,7 @@ from fastwire.events import note
 from fastwire.hearing import Event
 from fastwire.notices import notice
 from fastwire.relay import KernelRelay, Session
+from fastwire.restarter import watch_with_others
 from fastwire.settings import Fastwire, usable
 from fastwire.sockets import address_of, open_socket, raise_limits, shortage
 from fastwire.zmtp import Address
@@ -131,6 +133,7 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         """What its model says is there before the kernel is listed: who asked in that turn of the loop got a 500."""
         kernel, name, kernel_id = super().pre_start_kernel(kernel_name, kwargs)
         starting: Any = kernel
+        watch_with_others(starting)
         starting.execution_state, starting.last_activity = "starting", utcnow()
         return kernel, name, kernel_id
 
@@ -233,6 +236,7 @@ class Kernel:
         )
         self.relay.activity = Activity(getattr(manager.parent, "untracked_message_types", ()))
         self.hearing = self.relay.hearing
+        self.clients = Clients()
         #: Gone from its manager's list when somebody looked last.
         self.missing = False
         self.proof: asyncio.Task[None] | None = None
@@ -346,7 +350,7 @@ class Kernel:
 
     def settle_doubt(self) -> None:
         """Where somebody is connected, whose requests wait. Who comes later asks for himself."""
-        if connected_to(self.relay):
+        if has_client(self.relay):
             self.hearing.happens(Event.LET_IN)
             if self.hearing.doubtful:
                 self.prove()
@@ -360,7 +364,7 @@ class Kernel:
         return float(self.manager.parent.kernel_info_timeout)
 
     def _is_wanted(self) -> bool:
-        return is_managed(self.manager) and bool(self._waiting or connected_to(self.relay))
+        return is_managed(self.manager) and (self._waiting > 0 or has_client(self.relay))
 
     async def _prove(self) -> None:
         """Until it is proven, given up, or not wanted any more. A proof that cannot be made lets nobody's requests go:
@@ -479,6 +483,25 @@ class Questions:
             channel.close()
 
 
+class Clients:
+    """The sessions that are admitted, to a kernel or of a user: their number is known without a look at each. One that
+    is taken over has two connections for a moment."""
+
+    def __init__(self) -> None:
+        self._connections: Counter[str] = Counter()
+
+    def others(self, session_key: str) -> int:
+        return len(self._connections) - (session_key in self._connections)
+
+    def add(self, session_key: str) -> None:
+        self._connections[session_key] += 1
+
+    def remove(self, session_key: str) -> None:
+        self._connections[session_key] -= 1
+        if not self._connections[session_key]:
+            del self._connections[session_key]
+
+
 class Kernels:
     """The kernels of one server, as long as its manager manages them. ``config`` is the server's."""
 
@@ -489,6 +512,7 @@ class Kernels:
         self.permissive = settings.accept_invalid_signatures
         self.zmtp = settings.zmtp
         self._kernels: dict[Any, Kernel] = {}
+        self._clients: WeakValueDictionary[str, Clients] = WeakValueDictionary()
         self._sweeper: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -503,6 +527,13 @@ class Kernels:
             self._kernels[manager] = Kernel(manager, self)
             self._sweep_later()
         return self._kernels[manager]
+
+    def clients_of(self, user: str) -> Clients:
+        """As long as one of them holds it."""
+        clients = self._clients.get(user)
+        if clients is None:
+            clients = self._clients[user] = Clients()
+        return clients
 
     def unobserve(self, manager: Any) -> None:
         if manager in self._kernels:
@@ -563,6 +594,11 @@ def is_managed(manager: Any) -> bool:
     """Whether a kernel manager still belongs to its multi-kernel manager."""
     multi = manager.parent
     return manager.kernel_id in multi and multi.get_kernel(manager.kernel_id) is manager
+
+
+def has_client(relay: KernelRelay) -> bool:
+    """Whether one is there. Asked for each that comes: of all it would be a count of all each time."""
+    return any(session.connection is not None for session in relay.sessions.values())
 
 
 def connected_to(relay: KernelRelay) -> list[Session]:

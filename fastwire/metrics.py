@@ -50,6 +50,18 @@ Samples = Iterable[tuple[tuple[str, ...], float]]
 # -- kernels and clients ---------------------------------------------------------------------------
 
 
+def pending_bytes(session: Session) -> int:
+    return 0 if session.connection is None else session.connection.queue.pending_bytes
+
+
+def unacknowledged_bytes(session: Session) -> int:
+    return 0 if session.connection is None else session.connection.written - session.connection.received
+
+
+def uplink_bytes(session: Session) -> int:
+    return session.uplink_bytes
+
+
 def client_numbers(session: Session, behind: tuple[int, int] = (0, 0)) -> dict[str, Any]:
     """One client now. Messages and bytes sent are those of its present connection; ``flush_seconds`` is the sum of the
     times of its ``sent_messages`` from their kernel to the socket. It is ``behind`` by these messages and bytes, which
@@ -63,11 +75,11 @@ def client_numbers(session: Session, behind: tuple[int, int] = (0, 0)) -> dict[s
         "state": session.state,
         "protocol": "v1" if session.protocol else "default",
         "channels": session.open_channels,
-        "pending_bytes": queue.pending_bytes if queue is not None else 0,
-        "unacknowledged_bytes": connection.written - connection.received if connection is not None else 0,
+        "pending_bytes": pending_bytes(session),
+        "unacknowledged_bytes": unacknowledged_bytes(session),
         "behind_messages": messages_behind,
         "behind_bytes": bytes_behind,
-        "uplink_bytes": session.uplink_bytes,
+        "uplink_bytes": uplink_bytes(session),
         "sent_messages": messages,
         "sent_bytes": queue.written if queue is not None else 0,
         "flush_seconds": seconds,
@@ -125,12 +137,20 @@ def process_numbers() -> dict[str, Any]:
     return {"traffic": traffic, "time_to_flush": {"bounds": bounds, "counts": counts}}
 
 
+#: Those of `client_numbers` that are summed up, each by itself: of thousands of clients, all would take a while.
+SUMMED = {
+    "pending_bytes": pending_bytes,
+    "unacknowledged_bytes": unacknowledged_bytes,
+    "uplink_bytes": uplink_bytes,
+}
+
+
 def sum_over_clients(name: str) -> Callable[[], Samples]:
-    """The samples of a gauge: one of `client_numbers`, of all clients together."""
+    """The samples of a gauge: one of `SUMMED`, of all clients together."""
+    number = SUMMED[name]
 
     def read() -> Samples:
-        sessions = (session for relay in open_relays for session in relay.sessions.values())
-        here = sum(client_numbers(session)[name] for session in sessions)
+        here = sum(number(session) for relay in open_relays for session in relay.sessions.values())
         return [((), here + sum(pair_numbers(pair)[name] for pair in open_pairs))]
 
     return read

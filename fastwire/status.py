@@ -6,8 +6,11 @@ shows tokens or what messages contain. `install` adds them to a server, below it
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ except ImportError as error:
     ) from error
 
 from fastwire import __version__, events, metrics
-from fastwire.pair import open_pairs
+from fastwire.pair import Pair, open_pairs
 from fastwire.relay import open_relays
 
 __all__ = ["URL", "install", "status"]
@@ -44,33 +47,42 @@ CONTENT_SECURITY_POLICY = (
     "form-action 'none'"
 )
 
+#: Kernels whose numbers are put together before the loop may do something else: a millisecond or two.
+AT_ONCE = 25
+
 #: Of jupyter_server's model of a kernel.
 MODEL = ("id", "name", "execution_state", "connections", "last_activity")
 
 
-def status(models: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything the page shows. ``models`` are the kernels as jupyter_server's REST interface has them; those that no
-    client has opened yet have no numbers. Sizes in bytes, times in seconds; counts run from the start of the process.
+async def status(models: list[dict[str, Any]]) -> str:
+    """Everything the page shows, as JSON. ``models`` are the kernels as jupyter_server's REST interface has them; those
+    that no client has opened yet have no numbers. Sizes in bytes, times in seconds; counts run from the start of the
+    process. After every few kernels the loop may do something else: of a thousand, all would be a moment for everybody.
     """
     relays = {relay.name: relay for relay in open_relays}
+    pairs: defaultdict[str, list[Pair]] = defaultdict(list)
+    for pair in open_pairs:
+        pairs[pair.front.label[0]].append(pair)
     kernels = []
     for model in models:
         relay = relays.get(model["id"])
-        numbers = metrics.kernel_numbers(relay) if relay else behind_a_gateway(model["id"])
-        kernels.append({name: model.get(name) for name in MODEL} | numbers)
-    return {
+        numbers = metrics.kernel_numbers(relay) if relay else behind_a_gateway(pairs.get(model["id"], ()))
+        kernels.append(json.dumps({name: model.get(name) for name in MODEL} | numbers, default=str))
+        if len(kernels) % AT_ONCE == 0:
+            await asyncio.sleep(0)
+    rest = {
         "version": __version__,
         "time": time.time(),
-        "kernels": kernels,
         "events": [asdict(event) for event in events.recent()],
         "kinds": events.KINDS,
         **metrics.process_numbers(),
     }
+    return f'{json.dumps(rest, default=str)[:-1]}, "kernels": [{", ".join(kernels)}]}}'
 
 
-def behind_a_gateway(kernel: str) -> dict[str, Any]:
-    """Its clients, where there are such."""
-    clients = [metrics.pair_numbers(pair) for pair in open_pairs if pair.front.label[0] == kernel]
+def behind_a_gateway(pairs: Iterable[Pair]) -> dict[str, Any]:
+    """A kernel's clients, where there are such."""
+    clients = [metrics.pair_numbers(pair) for pair in pairs]
     return {"path": "gateway", "clients": clients} if clients else {}
 
 
@@ -103,7 +115,7 @@ class StatusHandler(APIHandler):
     async def get(self) -> None:
         models = await ensure_async(self.kernel_manager.list_kernels())
         self.set_header("Cache-Control", "no-store")
-        self.finish(json.dumps(status(models), default=str))
+        self.finish(await status(models))
 
 
 def install(app: web.Application) -> None:

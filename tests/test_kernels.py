@@ -16,7 +16,7 @@ from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelMana
 from server import PATIENCE
 
 from fastwire.jupyter import FastwireMappingKernelManager
-from fastwire.kernels import kernel_of, kernels_of
+from fastwire.kernels import Clients, kernel_of, kernels_of
 
 
 def test_the_buffering_that_others_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,5 +415,33 @@ def test_a_kernel_is_listed_with_all_that_its_model_says(tmp_path: Path, monkeyp
         async with serving(tmp_path, monkeypatch) as inside:
             kernel = await inside.manager.start_kernel(kernel_name="light")
             assert [(model["id"], model["execution_state"]) for model in listed] == [(kernel, "starting")]
+
+    asyncio.run(use())
+
+
+def test_clients_are_counted_once_however_many_connections_they_have() -> None:
+    clients = Clients()
+    for key in ("a", "b", "b"):
+        clients.add(key)
+    assert [clients.others(key) for key in "abc"] == [1, 1, 2]
+    clients.remove("b")
+    assert clients.others("a") == 1, "the one that took over is there"
+    clients.remove("b")
+    assert clients.others("a") == 0
+
+
+def test_whoever_leaves_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            clients = kernel_of(inside.manager.get_kernel(kernel)).clients, kernels_of(inside.manager).clients_of("")
+            async with inside.client(kernel), inside.client(kernel, "ben"):
+                await inside.connection()
+                await inside.connection("ben")
+                assert [each.others("") for each in clients] == [2, 2]
+                async with inside.client(kernel) as again:  # takes its session over
+                    assert await run(again, "1") == "4"
+                    assert [each.others("") for each in clients] == [2, 2]
+            await until(lambda: [each.others("") for each in clients] == [0, 0], "nobody is counted")
 
     asyncio.run(use())

@@ -52,6 +52,7 @@ ROOMS = (
     "settings",
     "gateway",
     "sockets",
+    "restarter",
     "kernels",
     "other_websockets",
     "jupyter",

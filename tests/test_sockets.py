@@ -4,6 +4,7 @@ import asyncio
 import re
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zmq
@@ -130,7 +131,14 @@ def test_sockets_are_counted_with_those_that_watch(context: zmq.Context) -> None
     with context.socket(zmq.PAIR):
         assert room.sockets(context) == before + 1
     assert room.sockets(context) == before
-    assert room.descriptors() > 3
+
+
+def test_descriptors_are_counted_whether_or_not_the_system_has_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux has it since 6.2; elsewhere they are listed, with that by which the list is read."""
+    told = room.descriptors()
+    monkeypatch.setattr(room.os, "stat", lambda path: SimpleNamespace(st_size=0))
+    assert room.descriptors() - told in {0, 1}
+    assert told > 3
 
 
 # -- opening one -----------------------------------------------------------------------------------

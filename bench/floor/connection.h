@@ -17,7 +17,8 @@
 #define CHUNK 65536
 
 /* In the order in which a turn serves them: output comes before the reply that follows it. */
-typedef enum { IOPUB, SHELL, CLIENT, LISTENER, KINDS } Kind;
+typedef enum { IOPUB, SHELL, CLIENT, LISTENER, KINDS, CONTROL = KINDS, STDIN, HEARTBEAT } Kind; /* the last: kernels.c */
+#define CHANNELS 5
 
 typedef struct Kernel Kernel;
 typedef struct Connection Connection;
@@ -42,6 +43,9 @@ struct Connection {
     int64_t due;
     bool waiting;
     Connection *next_waiting;
+    /* Of a kernel's peer. */
+    bool subscribed;
+    Connection *next_peer;
 };
 
 static int epoll_fd;

@@ -73,7 +73,7 @@ static void send_text(Connection *client, const Span *pieces, int count) {
     sent(client, out);
 }
 
-static void from_kernel(Connection *c, const Span *parts, int count) {
+static void on_message(Connection *c, const Span *parts, int count) {
     const Kernel *kernel = c->kernel;
     int i = 0;
     while (i < count && !(parts[i].n == 9 && !memcmp(parts[i].p, "<IDS|MSG>", 9))) i++;
@@ -97,6 +97,12 @@ static void from_kernel(Connection *c, const Span *parts, int count) {
     };
     send_text(kernel->client, pieces, sizeof pieces / sizeof *pieces);
 }
+
+#ifndef WITH_LIBZMQ
+static void on_command(Connection *c, const char *body, size_t n) {
+    (void)c, (void)body, (void)n;
+}
+#endif
 
 /* -- client to kernel -- */
 

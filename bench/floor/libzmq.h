@@ -10,7 +10,7 @@
 
 #define MOST_PARTS 256
 
-static void from_kernel(Connection *c, const Span *parts, int count);
+static void on_message(Connection *c, const Span *parts, int count);
 
 static void *libzmq_context;
 
@@ -51,7 +51,7 @@ static void libzmq_receive(Connection *c) {
         bool more = zmq_msg_more(&messages[count]);
         count++;
         if (more && count < MOST_PARTS) continue;
-        from_kernel(c, parts, count);
+        on_message(c, parts, count);
         while (count) zmq_msg_close(&messages[--count]);
     }
 }

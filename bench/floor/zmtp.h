@@ -1,4 +1,4 @@
-/* ZMTP 3.0 and 3.1 (rfc.zeromq.org/spec/23 and /37), NULL: just what a kernel that binds to tcp://127.0.0.1 needs. */
+/* ZMTP 3.0 and 3.1 (rfc.zeromq.org/spec/23 and /37), NULL: just what a kernel at tcp://127.0.0.1 and its peers need. */
 #ifndef FLOOR_ZMTP_H
 #define FLOOR_ZMTP_H
 
@@ -12,7 +12,9 @@
 #define LARGEST_FRAME ((uint64_t)1 << 28)
 #define LONGEST_HEAD 9
 
-static void from_kernel(Connection *c, const Span *parts, int count);
+/* Whoever includes this has them; parts and body are valid during the call. */
+static void on_message(Connection *c, const Span *parts, int count);
+static void on_command(Connection *c, const char *body, size_t n);
 
 /* -- frames -- */
 
@@ -28,9 +30,12 @@ static char *zmtp_frame(char *out, int flags, const void *body, size_t n) {
     return out + n;
 }
 
-/* A PING has its PONG with the same context; other commands are for others. */
+/* A PING has its PONG with the same context. */
 static void zmtp_command(Connection *c, const char *body, size_t n) {
-    if (n < 7 || memcmp(body, "\4PING", 5)) return;
+    if (n < 7 || memcmp(body, "\4PING", 5)) {
+        on_command(c, body, n);
+        return;
+    }
     char pong[5 + 255] = "\4PONG";
     size_t context = n - 7 > 16 ? 16 : n - 7;
     memcpy(pong + 5, body + 7, context);
@@ -63,7 +68,7 @@ static size_t zmtp_take(Connection *c, char *bytes, size_t n) {
             if (!count) whole = p;
             continue;
         }
-        from_kernel(c, parts, count);
+        on_message(c, parts, count);
         count = 0;
         whole = p;
     }
@@ -90,8 +95,15 @@ static char *zmtp_property(char *out, const char *name, const char *value) {
     return mempcpy(out, value, of_value);
 }
 
+static char *zmtp_greeting(char *out) {
+    static const unsigned char greeting[64] = {0xff, [9] = 0x7f, [10] = 3, [11] = 1, [12] = 'N', 'U', 'L', 'L'};
+    return mempcpy(out, greeting, sizeof greeting);
+}
+
 static bool zmtp_handshake(int fd, const char *type, const char *identity) {
-    unsigned char greeting[64] = {0xff, [9] = 0x7f, [10] = 3, [11] = 1, [12] = 'N', 'U', 'L', 'L'}, peer[64], body[256];
+    unsigned char peer[64], body[256];
+    char greeting[64];
+    zmtp_greeting(greeting);
     if (send(fd, greeting, 64, MSG_NOSIGNAL) != 64 || !read_all(fd, peer, 64)) return false;
     if (peer[0] != 0xff || peer[9] != 0x7f || peer[10] < 3 || memcmp(peer + 12, "NULL", 5)) return false;
     char ready[256] = "\5READY", out[256 + LONGEST_HEAD], *end = zmtp_property(ready + 6, "Socket-Type", type);
