@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 #: Seconds between looks for kernels that are gone while their relay is still open.
 SWEEP_INTERVAL = 5.0
 
+#: Idle kernels that are ended at the same time.
+CULLED_AT_ONCE = 16
+
 #: Times that a kernel answers without a word on iopub until it is clear that it publishes none: half a second each.
 SILENT_ANSWERS = 6
 
@@ -124,6 +127,23 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     def kernel_model(self, kernel_id: str) -> Any:
         self._look_at(kernel_id)
         return super().kernel_model(kernel_id)
+
+    async def cull_kernels(self) -> None:
+        """Some at a time. One after the other, five hundred took most of a minute, and one that does not want to end
+        kept those behind it.
+
+        Source: `AsyncMappingKernelManager.cull_kernels`.
+        """
+        gate = asyncio.Semaphore(CULLED_AT_ONCE)
+
+        async def look_at(kernel_id: str) -> None:
+            async with gate:
+                try:
+                    await self.cull_kernel_if_idle(kernel_id)
+                except Exception:
+                    self.log.exception("Kernel %s cannot be culled", kernel_id)
+
+        await asyncio.gather(*[look_at(kernel_id) for kernel_id in list(self._kernels)])
 
     async def cull_kernel_if_idle(self, kernel_id: str) -> None:
         self._look_at(kernel_id)

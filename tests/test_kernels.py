@@ -54,6 +54,33 @@ def test_connected_kernels_are_culled_if_asked_for(tmp_path: Path, monkeypatch: 
     asyncio.run(use())
 
 
+def test_one_that_does_not_end_keeps_no_other_from_being_culled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nor one whose idleness cannot be told."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            stuck, broken, *others = [await inside.manager.start_kernel(kernel_name="light") for _ in range(4)]
+            never, looked = asyncio.Event(), []
+
+            async def look_at(kernel: str) -> None:
+                looked.append(kernel)
+                if kernel == stuck:
+                    await never.wait()
+                if kernel == broken:
+                    raise RuntimeError("of nobody's making")
+
+            monkeypatch.setattr(inside.manager, "cull_kernel_if_idle", look_at)
+            culling = asyncio.create_task(inside.manager.cull_kernels())
+            await until(lambda: set(looked) == {stuck, broken, *others}, "all were looked at")
+            never.set()
+            await culling
+
+    asyncio.run(use())
+    assert "of nobody's making" in capfd.readouterr().err
+
+
 def test_a_kernel_that_somebody_else_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jupyter Server finds its connection file; it ends when that disappears."""
     monkeypatch.setattr("fastwire.kernels.SWEEP_INTERVAL", 0.05)
