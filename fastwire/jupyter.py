@@ -314,7 +314,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     def _is_admitted(self) -> bool:
         """Whether there is room for one more client of this kernel, of this user and of the server. One that takes over
         its session is no more."""
-        counted = self.kernel.clients, kernels_of(self.multi_kernel_manager).clients_of(self.user)
+        of = kernels_of(self.multi_kernel_manager).clients_of
+        counted = of(self.kernel_manager), of(self.user)
         of_kernel, of_user = (clients.others(self.session_key) for clients in counted)
         refusal = too_many(self._limits, of_kernel, of_user) or self._shortage
         if refusal is None:

@@ -256,7 +256,6 @@ class Kernel:
         )
         self.relay.activity = Activity(getattr(manager.parent, "untracked_message_types", ()))
         self.hearing = self.relay.hearing
-        self.clients = Clients()
         #: Gone from its manager's list when somebody looked last.
         self.missing = False
         self.proof: asyncio.Task[None] | None = None
@@ -532,7 +531,7 @@ class Kernels:
         self.permissive = settings.accept_invalid_signatures
         self.zmtp = settings.zmtp
         self._kernels: dict[Any, Kernel] = {}
-        self._clients: WeakValueDictionary[str, Clients] = WeakValueDictionary()
+        self._clients: WeakValueDictionary[Any, Clients] = WeakValueDictionary()
         self._sweeper: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -548,11 +547,11 @@ class Kernels:
             self._sweep_later()
         return self._kernels[manager]
 
-    def clients_of(self, user: str) -> Clients:
-        """As long as one of them holds it."""
-        clients = self._clients.get(user)
+    def clients_of(self, whom: Any) -> Clients:
+        """Of a kernel, by its manager, or of a user. It lives as long as one of them holds it."""
+        clients = self._clients.get(whom)
         if clients is None:
-            clients = self._clients[user] = Clients()
+            clients = self._clients[whom] = Clients()
         return clients
 
     def unobserve(self, manager: Any) -> None:

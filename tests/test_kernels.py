@@ -461,7 +461,8 @@ def test_whoever_leaves_is_not_counted(tmp_path: Path, monkeypatch: pytest.Monke
     async def use() -> None:
         async with serving(tmp_path, monkeypatch) as inside:
             kernel = await inside.manager.start_kernel(kernel_name="light")
-            clients = kernel_of(inside.manager.get_kernel(kernel)).clients, kernels_of(inside.manager).clients_of("")
+            clients_of = kernels_of(inside.manager).clients_of
+            clients = clients_of(inside.manager.get_kernel(kernel)), clients_of("")
             async with inside.client(kernel), inside.client(kernel, "ben"):
                 await inside.connection()
                 await inside.connection("ben")
