@@ -8,7 +8,6 @@ Where Python code runs in the middle of a call (hashlib, a finalizer), and other
 loops go on undisturbed; a parser or uplink that is in use refuses with RuntimeError.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from selectors import EpollSelector, SelectorKey
 from typing import Any, Final, Self, final
@@ -821,6 +820,12 @@ class Wire(Part):
 
 ENTRY: int
 
+class Marks:
+    """The base of `fastwire.budgets.Budgets`: the numbers that each message is measured by, in bytes."""
+
+    high_water: int
+    turn: int
+
 class Budget:
     """See `fastwire.budgets.Budget`. Bytes."""
 
@@ -914,12 +919,21 @@ class Given:
     def longest(self, received: int, written: int) -> tuple[int, int]:
         """The bytes and the number of the longest message on its way at these positions of the socket; or no bytes."""
 
+class Flight:
+    """What a client was given and is not known to have, the oldest first."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Given]: ...
+    @property
+    def oldest(self) -> Given | None: ...
+    def add(self, given: Given) -> int: ...
+    def clear(self) -> None: ...
+
 class LogCursor:
     """The base of `fastwire.journal.Cursor`."""
 
     is_connected: bool
     was_closed: bool
-    flight: deque[Given]
     place: Any
     position: int
     taken: int
@@ -934,6 +948,8 @@ class LogCursor:
     def user(self) -> str: ...
     @property
     def budget(self) -> Budget: ...
+    @property
+    def flight(self) -> Flight: ...
     @property
     def is_live(self) -> bool: ...
     def stand(self) -> int:
@@ -955,7 +971,6 @@ class Log:
     end: int
     user_budget: Any
     count_of_behind: int
-    outlets: dict[int, Outlet]
 
     def __init__(
         self,
@@ -979,8 +994,12 @@ class Log:
     def append(
         self, batch: Batch, audience: int | None = None, *, momentary: bool = False, ours: bool = False
     ) -> LogEntry: ...
+    def listen(self, outlet: Outlet) -> None:
+        """It hears all that is said from now on."""
+
+    def unlisten(self, outlet: Outlet) -> None: ...
     def say(self, batch: Batch, *, ours: bool = False) -> None:
-        """Messages for all `outlets`."""
+        """Messages for all who listen."""
 
     def tell(self, outlet: Outlet, batch: Batch, *, momentary: bool = False, ours: bool = False) -> None:
         """Messages for one."""
@@ -1004,7 +1023,9 @@ class Outlet:
     prepare_all: bool
     compresses: bool
 
-    def __new__(cls, cursor: Any, budgets: Any, *args: Any, **options: Any) -> Self: ...
+    budgets: Any
+
+    def __new__(cls, cursor: Any, *args: Any, **options: Any) -> Self: ...
     cursor: Any
 
     def has_room(self) -> bool:
@@ -1030,6 +1051,7 @@ class KernelSide(Part):
     needs_a_word: bool
     observers: list[Callable[[bool, str | None], None]]
     poller: Poller
+    budgets: Any
 
     def on_iopub(self, batch: Batch) -> None:
         """For all clients, and for who looks whether the kernel is at work."""

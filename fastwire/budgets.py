@@ -94,7 +94,7 @@ class User(Budget):
         self.disk = Budget(limits.user_spill_limit, budgets.disk)
 
 
-class Budgets:
+class Budgets(_core.Marks):
     """Of all users together, and of each. ``tell`` is that of `Total`."""
 
     def __init__(self, limits: Limits, tell: Callable[[int], None] = lambda left: None) -> None:

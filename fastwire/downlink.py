@@ -87,6 +87,7 @@ class Downlink(Outlet):
     """
 
     cursor: Cursor
+    budgets: Budgets
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Downlink(Outlet):
         self.connection: Connection | None = None
         self.lag = Lag(limits.slow_after, on_slow)
         self.attempts = Attempts()
-        self._budgets = budgets
+        self.budgets = budgets
         self._on_failure = on_failure
         self._questions = Questions()
         self._count_answers = count_answers
@@ -115,7 +116,7 @@ class Downlink(Outlet):
         self.wire = connection.wire
         self.wire.outlet = self
         connection.is_held = self._is_held
-        self._budgets.count_sockets(1)
+        self.budgets.count_sockets(1)
         self.cursor.attach()
         self.lag.ends()
         self.pump()
@@ -127,7 +128,7 @@ class Downlink(Outlet):
         assert connection is not None
         connection.is_held = None
         self._let_go()
-        self._budgets.count_sockets(-1)
+        self.budgets.count_sockets(-1)
         self.lag.ends()
         cursor, received, written = self.cursor, connection.received, connection.written
         nbytes, longest = cursor.longest(received, written)
@@ -274,6 +275,6 @@ class Downlink(Outlet):
         if self.connection is not None:
             self.connection.is_held = None
             self._let_go()
-            self._budgets.count_sockets(-1)
+            self.budgets.count_sockets(-1)
         self.cursor.end()
         return kept

@@ -213,7 +213,7 @@ class Cursor(LogCursor):
     def told(self, entry: Entry, begin: int, end: int, ends: Countable) -> None:
         """A socket was given something before what it is given of the next entry."""
         first = max(entry.first, self.position)
-        self.flight.append(Given(end, begin, ends, first, None, self.place or self.journal.open))
+        self.flight.add(Given(end, begin, ends, first, None, self.place or self.journal.open))
 
     def rewind(self, received: int, taken: int, written: int) -> None:
         """The socket is gone: go back to what the client has not received. ``written`` bytes were given to TCP, whose
@@ -226,7 +226,8 @@ class Cursor(LogCursor):
         self.taken = max(self.taken, self._reached(taken, reads_on))
         self.written = max(self.written, self._reached(written, reads_on))
         back = self._reached(received, reads_on)
-        place = self.flight[0].segment if self.flight else self.place or journal.open
+        oldest = self.flight.oldest
+        place = oldest.segment if oldest is not None else self.place or journal.open
         self.flight.clear()
         self._go(place, back)
         self.stand()
@@ -280,7 +281,8 @@ class Cursor(LogCursor):
     @property
     def needed(self) -> int:
         """The number of the first message that it is not known to have."""
-        return self.flight[0].first if self.flight else self.position
+        oldest = self.flight.oldest
+        return self.position if oldest is None else oldest.first
 
     def has_of(self, segment: Segment) -> int:
         """Messages for it of the segment where it stands that it needs no more."""
@@ -309,7 +311,7 @@ class Cursor(LogCursor):
     @property
     def zone(self) -> Zone:
         """The numbers from the first that is in flight to what it was given last."""
-        return (self.flight[0].first, self.journal.end if self.place is None else self.position)
+        return (self.needed, self.journal.end if self.place is None else self.position)
 
 
 def end_of(entry: Entry) -> int:
@@ -526,7 +528,7 @@ class Journal(Log):
         cursor = self.cursors.get(entry.audience)
         if cursor is None:
             return False
-        needed = cursor.flight[0].first if cursor.flight else self.end if cursor.is_live else cursor.position
+        needed = self.end if cursor.is_live and not cursor.flight else cursor.needed
         return needed < entry.end
 
     def _join(self, segment: Segment) -> None:

@@ -330,7 +330,7 @@ class KernelRelay(KernelSide):
         """The session of that id, made when there is none, for ``user``."""
         if session_id not in self.sessions:
             self.sessions[session_id] = session = Session(self, session_id, identity, user)
-            self.journal.outlets[session.downlink.cursor.number] = session.downlink
+            self.journal.listen(session.downlink)
             session.remember(self.tombstones.take(session_id, user))
             self._greet(session)
         return self.sessions[session_id]
@@ -348,7 +348,7 @@ class KernelRelay(KernelSide):
         """``level`` is that of the line in the log that says what its client did not get."""
         if self.sessions.get(session.session_id) is session:
             del self.sessions[session.session_id]
-            self.journal.outlets.pop(session.downlink.cursor.number, None)
+            self.journal.unlisten(session.downlink)
         session.close(level)
 
     def bury(self, session: Session, why: str) -> None:
@@ -804,7 +804,8 @@ class Session:
     @property
     def _uplink_limit(self) -> int:
         """Also the client's part of what all may have waiting."""
-        return min(self.relay.limits.uplink_limit, self._budget.left_for(self._charged))
+        left: int = self._budget.left_for(self._charged)
+        return min(self.relay.limits.uplink_limit, left)
 
     def _charge(self, nbytes: int) -> None:
         """Count what waits for the kernel with what waits for clients. Nobody tells when libzmq has passed some on;

@@ -586,8 +586,8 @@ INSIDE = {"Received", "Store", "Views", "Walk"}
 #: ends there what it happens in, a connection or a turn of the loop, as it does in Python; only that a log stays whole
 #: has a case here. Tests of `fastwire.journal`, `downlink`, `turns`, `probe` and `writing` drive the rest.
 BASES = {
-    *("Asking", "Budget", "Given", "KernelSide", "KernelTraffic", "Log", "LogCursor", "LogEntry", "LogSegment"),
-    *("Outlet", "Part", "Poller", "Source", "Wire"),
+    *("Asking", "Budget", "Flight", "Given", "KernelSide", "KernelTraffic", "Log", "LogCursor", "LogEntry"),
+    *("LogSegment", "Marks", "Outlet", "Part", "Poller", "Source", "Wire"),
 }
 MADE_BY_OTHERS = {"Batch", "Ends", "Frames"}
 CALLED = {"__next__", "__getitem__", "__bytes__"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import zmq
 from builders import message
-from relay_stage import Kernel, Stage, both_protocols, stream
+from relay_stage import KIB, MIB, Kernel, Stage, both_protocols, stream, until
 
 from fastwire.zmtp import Address
 
@@ -96,3 +96,19 @@ def test_requests_and_replies_enter_no_python(stage: Stage, kernel: Kernel, prot
             assert sorted(client.ids(2)) == [str(number), f"reply {number}"]
             assert other.ids(1) == [str(number)]
     assert watched.entered.counts.total() <= watched.turns, watched.entered.counts.most_common(20)
+
+
+def test_python_that_the_log_calls_may_set_a_timer(stage: Stage, kernel: Kernel) -> None:
+    """Who falls behind is called slow after a while, although nothing happens in it."""
+    stage.send_buffers["ann"] = 64 * KIB
+    quiet: dict[str, Any] = {"write_deadline": 3600.0, "acknowledge": False, "merge": False, "spill": False}
+    stage.start(kernel, high_water=MIB, slow_after=0.05, **quiet)
+    stage.connect("ann", receive_buffer=64 * KIB)
+    session = stage.session("ann")
+    kernel.publish(*stream(*range(80), size=10_000))
+    until(lambda: session.connection.wire.waits_for, "its socket is full")
+    assert session.state == "fine"
+    kernel.publish(*stream(*range(80, 180), size=10_000))
+    until(lambda: session.connection.queue.pending_bytes > MIB, "and its queue")
+    kernel.publish(*stream(180))
+    until(lambda: session.state == "slow", "it is")

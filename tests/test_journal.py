@@ -223,7 +223,8 @@ class Logs(RuleBasedStateMachine):
             assert max((nbytes for _, nbytes in behind.values()), default=0) in (0, memory + on_disk)
             for cursor in log.cursors.values():
                 assert behind.get(cursor, (0, 0))[0] == cursor.kept
-                place = cursor.flight[0].segment if cursor.flight else cursor.place
+                oldest = cursor.flight.oldest
+                place = cursor.place if oldest is None else oldest.segment
                 assert cursor.stands is place
                 assert place is None or place in segments_of(log)
         if self.logs:

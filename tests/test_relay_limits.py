@@ -291,6 +291,21 @@ def test_a_socket_is_given_no_more_than_it_takes(stage: Stage, kernel: Kernel, p
     assert client.ids(count) == [str(n) for n in range(count)]
 
 
+def test_a_socket_is_given_no_more_than_its_part(stage: Stage, kernel: Kernel) -> None:
+    """Of what the queues of all sockets may take together, which is less than each may have alone."""
+    stage.send_buffers["ann"] = 256 * KIB
+    stage.start(kernel, merge=False)
+    budgets = stage.relay.budgets
+    stage.run(budgets.count_sockets, 2000)
+    stage.connect("ann", receive_buffer=256 * KIB)
+    other = stage.connect("bob")
+    kernel.publish(*stream(*range(250), size=10_000))
+    assert other.ids(250) == [str(n) for n in range(250)]
+    connection = stage.session("ann").connection
+    assert budgets.high_water < 256 * KIB
+    assert connection.queue.pending_bytes < budgets.high_water + budgets.turn + 20_000, "the mark and one batch"
+
+
 @pytest.mark.parametrize("deflate", [False, True], ids=["plain", "deflate"])
 def test_what_was_written_is_let_go(stage: Stage, kernel: Kernel, deflate: bool) -> None:
     """Also the last of it, when nothing follows."""

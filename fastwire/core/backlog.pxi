@@ -41,7 +41,7 @@ cdef bint is_empty_object(fw_span text) noexcept nogil:
 
 
 cdef bint same_bytes(fw_span a, fw_span b) noexcept nogil:
-    return a.len == b.len and memcmp(a.ptr, b.ptr, a.len) == 0
+    return a.len == b.len and (a.len == 0 or memcmp(a.ptr, b.ptr, a.len) == 0)
 
 
 cdef bint ends_in_half(fw_span text) noexcept nogil:

@@ -210,6 +210,46 @@ cdef tuple channel_bytes(str channel):
     return known_channels[channel]
 
 
+cdef struct Tails:
+    fw_span channel
+    fw_span text
+    fw_span binary
+
+# Of the channels that kernels have, at their numbers.
+cdef Tails named_tails[ELSEWHERE]
+cdef list named_texts = [channel_bytes(name) for name in CHANNELS[:ELSEWHERE]]
+
+
+cdef Tails tails_in(tuple texts) except *:
+    cdef Tails tails
+    cdef bytes channel, text, binary
+    channel, text, binary = texts
+    tails.channel = fixed(PyBytes_AS_STRING(channel), PyBytes_GET_SIZE(channel))
+    tails.text = fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    tails.binary = fixed(PyBytes_AS_STRING(binary), PyBytes_GET_SIZE(binary))
+    return tails
+
+
+def _name_tails():
+    cdef int number
+    for number in range(ELSEWHERE):
+        named_tails[number] = tails_in(named_texts[number])
+
+
+_name_tails()
+
+
+cdef tuple tails_of(int number, str channel, Tails *tails):
+    """`channel_bytes` as spans; what is returned keeps them there."""
+    cdef tuple texts = None
+    if number < ELSEWHERE:
+        tails[0] = named_tails[number]
+    else:
+        texts = channel_bytes(channel)
+        tails[0] = tails_in(texts)
+    return texts
+
+
 cdef bint four_are_utf8(const fw_span *parts) noexcept nogil:
     cdef int i
     for i in range(4):

@@ -554,13 +554,25 @@ cdef class Batch:
         self.v1_frames = self.legacy_frames = None
 
 
-cdef Batch new_batch(str channel):
-    cdef Batch batch
+cdef str name_of_iopub = CHANNELS[IOPUB]
+cdef str name_of_shell = CHANNELS[SHELL]
+
+
+cdef int channel_number(str channel) except -1:
+    if channel is name_of_iopub:  # nearly always, and the very same object
+        return IOPUB
+    if channel is name_of_shell:
+        return SHELL
     if len(channel) > 64:
         raise ValueError("a channel's name has at most 64 characters")
+    return CHANNELS.index(channel) if channel in CHANNELS else ELSEWHERE
+
+
+cdef Batch new_batch(str channel):
+    cdef Batch batch
     batch = Batch.__new__(Batch)
     batch.channel = channel
-    batch.channel_number = CHANNELS.index(channel) if channel in CHANNELS else ELSEWHERE
+    batch.channel_number = channel_number(channel)
     batch.store = Store.__new__(Store)
     batch.received = nanoseconds()
     return batch
@@ -593,12 +605,6 @@ cdef void end_segment(Writer *w) noexcept nogil:
         w.segments[w.count].len = w.out - w.run
         w.count += 1
     w.run = w.out
-
-
-cdef struct Tails:
-    fw_span channel
-    fw_span text
-    fw_span binary
 
 
 cdef size_t payload_size(const Indexed *m, int protocol, const Tails *tails) noexcept nogil:
@@ -652,11 +658,7 @@ cdef Frames encode_batch(Batch batch, int protocol):
     cdef Py_ssize_t i
     cdef Py_ssize_t segments = 1
     cdef size_t size, copied = 0
-    cdef bytes channel, text, binary
-    channel, text, binary = channel_bytes(batch.channel)
-    tails.channel = fixed(PyBytes_AS_STRING(channel), PyBytes_GET_SIZE(channel))
-    tails.text = fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
-    tails.binary = fixed(PyBytes_AS_STRING(binary), PyBytes_GET_SIZE(binary))
+    cdef tuple kept = tails_of(batch.channel_number, batch.channel, &tails)  # noqa: F841 - they lie in it
     frames.ends = Ends.__new__(Ends)
     frames.ends.items = <uint64_t *>malloc((batch.count + 1) * sizeof(uint64_t))
     if frames.ends.items == NULL:

@@ -8,6 +8,13 @@ cdef enum:
 ENTRY = ENTRY_SIZE
 
 
+cdef class Marks:
+    """The base of `fastwire.budgets.Budgets`: the numbers that each message is measured by."""
+
+    cdef public Py_ssize_t high_water   # bytes that may wait in a socket's queue before it is given more
+    cdef public size_t turn             # bytes that a kernel may say in a turn
+
+
 cdef class Budget:
     """Bytes that something takes, which are a part of what a larger ``whole`` takes."""
 
@@ -86,7 +93,10 @@ cdef class LogSegment:
     cdef public long long first
     cdef public long long end
     cdef public list entries            # None: on the disk alone
-    cdef public dict counts             # of each audience: messages
+    cdef dict counted                   # of each audience: messages, but for those
+    cdef long long for_all              # that were appended for all, or for the one who was last, since somebody asked
+    cdef long long for_one
+    cdef object one
     cdef public Py_ssize_t memory
     cdef public LogSegment previous
     cdef public LogSegment next
@@ -95,6 +105,43 @@ cdef class LogSegment:
     cdef public list waiters
     cdef public bint is_joined
     cdef public Py_ssize_t version      # changes when its entries do
+
+    @property
+    def counts(self):
+        """Of each audience: messages."""
+        self.settle_counts()
+        return self.counted
+
+    @counts.setter
+    def counts(self, dict counts not None):
+        self.counted = counts
+        self.for_all = self.for_one = 0
+
+    cdef int count(self, object audience, Py_ssize_t messages) except -1:
+        if audience is None:
+            self.for_all += messages
+            return 0
+        if audience is not self.one:
+            self.settle_counts()
+            self.one = audience
+        self.for_one += messages
+        return 0
+
+    cdef int settle_counts(self) except -1:
+        cdef dict counted = self.counted
+        if self.for_all:
+            counted[None] = counted.get(None, 0) + self.for_all
+            self.for_all = 0
+        if self.for_one:
+            counted[self.one] = counted.get(self.one, 0) + self.for_one
+            self.for_one = 0
+        return 0
+
+    cdef int empty_counts(self) except -1:
+        self.for_all = self.for_one = 0
+        if len(self.counted):
+            self.counted = {}
+        return 0
 
 
 @cython.final
@@ -127,14 +174,61 @@ cdef class Given:
         return self.first + place if self.numbers is None else self.numbers[place]
 
 
+@cython.final
+cdef class Flight:
+    """What a client was given and is not known to have, the oldest first."""
+
+    cdef list items         # from ``head`` on
+    cdef Py_ssize_t head
+
+    def __cinit__(self):
+        self.items = []
+
+    def __len__(self):
+        return len(self.items) - self.head
+
+    def __iter__(self):
+        return iter(self.items[self.head :])
+
+    @property
+    def oldest(self):
+        return self.first()
+
+    cdef Given first(self):
+        """None when there is none."""
+        return <Given>self.items[self.head] if self.head < len(self.items) else None
+
+    cpdef int add(self, Given given) except -1:
+        self.items.append(given)
+        return 0
+
+    cdef int drop_before(self, uint64_t position) except -1:
+        """All that ends there, or before."""
+        cdef Py_ssize_t head = self.head
+        cdef Py_ssize_t count = len(self.items)
+        while head < count and (<Given>self.items[head]).end <= position:
+            head += 1
+        # What was dropped stays in the list for a while, so that each costs the same however many there are.
+        if head == count or head > 64 and head > count // 2:
+            del self.items[:head]
+            head = 0
+        self.head = head
+        return 0
+
+    def clear(self):
+        self.items = []
+        self.head = 0
+
+
 cdef class LogCursor:
     cdef readonly Log journal
     cdef readonly long long number
+    cdef object audience                # the same, of entries that are its alone
     cdef readonly object user
     cdef readonly Budget budget         # of that user
     cdef public bint is_connected
     cdef public bint was_closed
-    cdef public object flight           # a deque of `Given`
+    cdef readonly Flight flight
     cdef public LogSegment place        # where it reads on; None where it is live
     cdef public long long position
     cdef public long long taken
@@ -145,9 +239,10 @@ cdef class LogCursor:
     def __init__(self, Log journal not None, long long number, user, Budget budget not None):
         self.journal = journal
         self.number = number
+        self.audience = number
         self.user = user
         self.budget = budget
-        self.flight = deque()
+        self.flight = Flight()
         self.position = journal.end
         self.passed_over = set()
 
@@ -157,7 +252,8 @@ cdef class LogCursor:
 
     cpdef int stand(self) except -1:
         """Where it needs nothing before."""
-        cdef LogSegment needed = (<Given>self.flight[0]).segment if self.flight else self.place
+        cdef Given oldest = self.flight.first()
+        cdef LogSegment needed = oldest.segment if oldest is not None else self.place
         cdef LogSegment before = self.stands
         if needed is before:
             return 0
@@ -177,7 +273,7 @@ cdef class LogCursor:
         cdef long long index
         if end > begin:
             numbers = None if indices is None else [entry.first + index for index in indices]
-            self.flight.append(Given(end, begin, ends, entry.first, numbers, segment))
+            self.flight.add(Given(end, begin, ends, entry.first, numbers, segment))
         if self.place is not None:
             self.pass_entry(entry)
             self.journal.recount(segment, entry)
@@ -192,7 +288,7 @@ cdef class LogCursor:
         given.ends = ends
         given.first = entry.first
         given.segment = self.journal.open
-        self.flight.append(given)
+        self.flight.add(given)
         if self.stands is None:
             self.stand()
         return 0
@@ -202,11 +298,10 @@ cdef class LogCursor:
 
     cpdef int release(self, uint64_t position) except -1:
         """The client has received everything before a position of its socket."""
-        flight = self.flight
-        if not flight or (<Given>flight[0]).end > position:
+        cdef Given oldest = self.flight.first()
+        if oldest is None or oldest.end > position:
             return 0
-        while flight and (<Given>flight[0]).end <= position:
-            flight.popleft()
+        self.flight.drop_before(position)
         self.stand()
         return 0
 
@@ -222,7 +317,9 @@ cdef class Log:
     cdef public Py_ssize_t count_of_behind       # cursors that are
     cdef LogEntry newest
     cdef bint was_sealed                # since it was empty
-    cdef public dict outlets            # of those who hear all that is said
+    cdef bint python_ran                # and a `Poller` is to hear of it
+    cdef readonly dict outlets          # of those who hear all that is said, by number
+    cdef tuple listeners                # the same
     # Bytes, and parts of a limit: `fastwire.journal` has their reasons.
     cdef Py_ssize_t most_segment, live_segment, least_segment, window_part, least_window, join_at, spill_at
 
@@ -230,6 +327,7 @@ cdef class Log:
                  tuple parts not None):
         self.cursors = {}
         self.outlets = {}
+        self.listeners = ()
         self.budget = budget
         self.user_budget = budget.whole
         self.total = total
@@ -255,7 +353,7 @@ cdef class Log:
         entry.momentary = momentary
         entry.ours = ours
         segment.entries.append(entry)
-        segment.counts[audience] = segment.counts.get(audience, 0) + count
+        segment.count(audience, count)
         self.end = segment.end = entry.end
         self.hold(segment, entry.memory)
         self.newest = entry
@@ -264,6 +362,15 @@ cdef class Log:
     def append(self, Batch batch not None, audience=None, *, bint momentary=False, bint ours=False):
         return self.add(batch, audience, momentary, ours)
 
+    def listen(self, Outlet outlet not None):
+        """It hears all that is said from now on."""
+        self.outlets[outlet.cursor.number] = outlet
+        self.listeners = tuple(self.outlets.values())
+
+    def unlisten(self, Outlet outlet not None):
+        self.outlets.pop(outlet.cursor.number, None)
+        self.listeners = tuple(self.outlets.values())
+
     def say(self, Batch batch not None, *, bint ours=False):
         """Messages for all who hear, and then it is settled."""
         self.say_all(batch, ours)
@@ -271,7 +378,7 @@ cdef class Log:
     cdef int say_all(self, Batch batch, bint ours) except -1:
         cdef LogEntry entry = self.add(batch, None, False, ours)
         cdef Outlet outlet
-        for outlet in list(self.outlets.values()):
+        for outlet in self.listeners:
             outlet.pass_on(entry)
         self.settle()
         return 0
@@ -281,7 +388,7 @@ cdef class Log:
         self.tell_one(outlet, batch, momentary, ours)
 
     cdef int tell_one(self, Outlet outlet, Batch batch, bint momentary, bint ours) except -1:
-        outlet.pass_on(self.add(batch, outlet.cursor.number, momentary, ours))
+        outlet.pass_on(self.add(batch, outlet.cursor.audience, momentary, ours))
         self.settle()
         return 0
 
@@ -300,6 +407,7 @@ cdef class Log:
             self.seal_open()
         while budget is not None:
             if budget.used > budget.limit // self.join_at:
+                self.python_ran = True
                 self.make_room()
                 break
             budget = budget.whole
@@ -323,9 +431,15 @@ cdef class Log:
         return 0
 
     cdef int seal_open(self) except -1:
-        self.was_sealed = True
+        self.was_sealed = self.python_ran = True
         self.seal()
         return 0
+
+    cdef void tell_of_python(self, Poller poller) noexcept:
+        """Whoever ran has perhaps asked the loop for something."""
+        if self.python_ran:
+            self.python_ran = False
+            poller.python_ran = True
 
     cdef bint may_be_pressed(self) noexcept:
         """Little room is left: whoever is to be read may have to wait for the disk (`fastwire.journal`)."""
@@ -377,6 +491,7 @@ cdef class Log:
         """The user of the hindmost cursor."""
         cdef LogCursor hindmost = next(iter(self.front.standers))
         if hindmost.budget is not self.user_budget:
+            self.python_ran = True
             self.charge_to(hindmost.budget)
         return 0
 
@@ -391,6 +506,7 @@ cdef class Log:
             if self.front is self.open:
                 self.empty()
                 break
+            self.python_ran = True
             self.free_front()
         if self.front.standers:
             self.charge()
@@ -402,11 +518,12 @@ cdef class Log:
         if segment.entries:
             self.hold(segment, -segment.memory)
             segment.entries = []
-            segment.counts = {}
+            segment.empty_counts()
             segment.first = self.end
             segment.version += 1
         if self.was_sealed:
             self.was_sealed = False
+            self.python_ran = True
             self.is_empty()
         return 0
 
@@ -427,11 +544,10 @@ cdef class Outlet:
     cdef public object prepare
     cdef public bint prepare_all
     cdef public bint compresses
-    cdef object budgets
+    cdef public Marks budgets
 
-    def __cinit__(self, LogCursor cursor not None, budgets, *args, **options):
+    def __cinit__(self, LogCursor cursor not None, *args, **options):
         self.cursor = cursor
-        self.budgets = budgets
         self.protocol = None
 
     @property
@@ -450,7 +566,8 @@ cdef class Outlet:
         return (
             <Py_ssize_t>(queue.queued - queue.written) < self.budgets.high_water
             and <Py_ssize_t>(queue.queued - wire.received_bytes()) < self.cursor.journal.size_of_window()
-            and not wire.is_closing()
+            and not wire.closes
+            and not wire.over
         )
 
     cpdef int pass_on(self, LogEntry entry) except -1:
@@ -458,6 +575,7 @@ cdef class Outlet:
         if self.cursor.place is not None:
             return 0
         if self.wire is None or not self.has_room():
+            self.cursor.journal.python_ran = True
             self.fall_behind(entry)
         elif self.is_plain(entry):
             self.give_plainly(entry)
@@ -492,9 +610,11 @@ cdef class Outlet:
 
     cdef int progress(self) except -1:
         """The client has more, or its socket has room."""
+        cdef Poller poller = self.wire.poller
         self.cursor.release(self.wire.received_bytes())
+        self.cursor.journal.tell_of_python(poller)
         if self.cursor.place is not None:
-            self.wire.poller.python_ran = True
+            poller.python_ran = True
             self.pump()
         return 0
 

@@ -2,7 +2,7 @@
 
 cdef enum:
     LONGEST_NEIGHBOUR = 65536       # bytes of a header that is kept to stand beside
-    TELL_AFTER = 50000000           # ns
+    TELL_AFTER = 250000000          # ns
 
 
 cdef class KernelTraffic:
@@ -22,6 +22,7 @@ cdef class KernelSide(Part):
     cdef public bint needs_a_word       # what is said may change whether the kernel is heard
     cdef public list observers
     cdef public Poller poller
+    cdef public Marks budgets
     cdef bint unseen_activity
     cdef str unseen_state
     cdef char *header                   # of the last message on iopub
@@ -51,7 +52,7 @@ cdef class KernelSide(Part):
         active = self.activity.look(batch, &said)
         if self.observers and (active or said):
             self.note(active, self.activity.state if said else None)
-        if self.journal.outlets:
+        if len(self.journal.outlets):
             self.journal.say_all(batch, False)
         return 0
 
@@ -136,6 +137,7 @@ cdef class Source(Part):
     cdef public Uplink uplink       # what waits for room on it
     cdef public bint was_ready      # its `Link` knows that it is
     cdef public bint comes_back     # in the next turn of the loop: there is more
+    cdef uint64_t drained_in        # the last turn in which everything was taken
 
     def __init__(self, ZmtpStream stream not None, Poller poller not None, owner):
         """``owner.wake`` is called when there is something to receive."""
@@ -169,12 +171,13 @@ cdef class Source(Part):
         if self.outlet is None:
             if kernel.journal.may_be_pressed():
                 return self.wake()
-            self.receive()
+            if not self.is_drained():
+                self.receive()
             return 0
         # What the kernel printed first must come first.
         if kernel.iopub_source is None or kernel.iopub_source.comes_back or kernel.journal.may_be_pressed():
             return self.wake()
-        if not kernel.iopub_source.receive():
+        if not kernel.iopub_source.is_drained() and not kernel.iopub_source.receive():
             return self.wake()
         if self.kernel is None or self.stream.fd < 0:
             return 0
@@ -189,17 +192,22 @@ cdef class Source(Part):
         self.channel.wake()
         return 0
 
+    cdef bint is_drained(self) noexcept:
+        """Everything was taken since this turn learned which descriptors are ready: what came before a reply, that is,
+        which made one of them so."""
+        return self.poller.in_turn and self.drained_in == self.poller.turns
+
     cdef bint receive(self) except -1:
         """What is there, up to the budget of a turn. False: there is more, and it comes back for that."""
         cdef ZmtpStream stream = self.stream
         cdef Batch batch
-        cdef size_t most
         cdef bint more
         if stream.fd < 0:
             return True
         try:
-            most = (<object>self.kernel).budgets.turn
-            batch = stream.drain_all(stream.fd, self.name, self.signer, DRAIN_MESSAGES, most, self.permissive)
+            batch = stream.drain_all(
+                stream.fd, self.name, self.signer, DRAIN_MESSAGES, self.kernel.budgets.turn, self.permissive
+            )
         except Exception as error:
             self.poller.python_ran = True
             self.channel.could_not_receive(error)
@@ -208,8 +216,12 @@ cdef class Source(Part):
         if more:
             self.poller.python_ran = True
             self.channel.come_back()
+        else:
+            self.drained_in = self.poller.turns
         if batch is not None:
             self.take(batch)
+            if self.kernel is not None:
+                self.kernel.journal.tell_of_python(self.poller)
         if stream.fd >= 0 and self.is_unsettled():
             self.poller.python_ran = True
             self.channel.settle()

@@ -17,7 +17,7 @@ cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
 
 cdef enum:
-    SWEEP = 20000000        # ns between looks at those who wait for an answer
+    SWEEP = 20000000        # ns between looks at those who wait for a time, at least
 
 
 cdef class Part:
@@ -45,10 +45,11 @@ cdef class Part:
 cdef class Poller:
     cdef readonly int fd
     cdef dict watched               # of each descriptor: a `Part`, or what is called
-    cdef dict parts                 # that are flushed at this turn's end; as keys, so that one can leave
-    cdef dict callbacks             # that are called then
-    cdef dict waiting               # parts that wait for a time, likewise
-    cdef uint64_t sweep_at
+    cdef list parts                 # that are flushed at this turn's end; who left meanwhile has no `at_end`
+    cdef dict callbacks             # that are called then, once each
+    cdef dict waiting               # parts that wait for a time; as keys, so that one can leave
+    cdef uint64_t sweep_at          # the next look at them
+    cdef uint64_t swept             # the last one
     cdef object report              # called with whoever raised, and the exception
     cdef object later               # makes the loop call `end`, when no turn is running
     cdef bint in_turn
@@ -63,7 +64,7 @@ cdef class Poller:
         self.fd = -1
         self.loop_fd = -1
         self.watched = {}
-        self.parts = {}
+        self.parts = []
         self.callbacks = {}
         self.waiting = {}
         self.report = report
@@ -128,9 +129,9 @@ cdef class Poller:
         self.loop_select = None
         del selector.select
         # Who counted on the next wait has only the loop now: connections that nobody watches here, over TLS.
-        if self.parts or self.callbacks:
+        if self.ends_soon():
             self.see_to_the_end()
-        if self.waiting:
+        if len(self.waiting):
             self.see_to_the_time()
 
     def select(self, timeout=None):
@@ -162,10 +163,10 @@ cdef class Poller:
         cdef int count, milliseconds = -1
         cdef uint64_t now
         cdef int fd = self.fd
-        if self.parts or self.callbacks:
+        if self.ends_soon():
             forever = False
             until = 0
-        elif self.waiting and (forever or self.sweep_at < until):
+        elif len(self.waiting) and (forever or self.sweep_at < until):
             forever = False
             until = self.sweep_at
         if not forever:
@@ -198,7 +199,7 @@ cdef class Poller:
                     is_loops = True
                 else:
                     self.call(ready[i])
-            if self.waiting and self.sweep_at <= nanoseconds():
+            if len(self.waiting) and self.sweep_at <= nanoseconds():
                 self.sweep()
         finally:
             self.in_turn = False
@@ -227,9 +228,13 @@ cdef class Poller:
 
     # -- the end of a turn --
 
+    cdef inline bint ends_soon(self) noexcept:
+        """Something is to be done at this turn's end, or at the next one's."""
+        return len(self.parts) > 0 or len(self.callbacks) > 0
+
     cdef int flush_later(self, Part part) except -1:
         if not part.at_end:
-            self.parts[part] = None
+            self.parts.append(part)
             part.at_end = True
             self.see_to_the_end()
         return 0
@@ -251,16 +256,18 @@ cdef class Poller:
 
     cdef int end(self) except -1:
         cdef Part part
-        if self.parts:
+        if len(self.parts):
             parts = self.parts
-            self.parts = {}
+            self.parts = []
             for part in parts:
+                if not part.at_end:
+                    continue
                 part.at_end = False
                 try:
                     part.on_end()
                 except Exception as error:
                     self.tell(part, error)
-        if self.callbacks:
+        if len(self.callbacks):
             callbacks = self.callbacks
             self.callbacks = {}
             self.python_ran = True
@@ -273,7 +280,6 @@ cdef class Poller:
 
     cdef int forget(self, Part part) except -1:
         """It is over: nothing is called any more."""
-        self.parts.pop(part, None)
         self.waiting.pop(part, None)
         part.at_end = part.awaits = False
         part.look_at = 0
@@ -283,12 +289,15 @@ cdef class Poller:
 
     cdef int call_at(self, Part part, uint64_t when) except -1:
         """`on_time` of it then, or at most a `SWEEP` later. Cheap for very many, most of whom leave early."""
+        cdef bint first = len(self.waiting) == 0
         part.look_at = when
         if not part.awaits:
             self.waiting[part] = None
             part.awaits = True
-        if len(self.waiting) == 1:
-            self.sweep_at = nanoseconds() + SWEEP
+        when = max(when, self.swept + SWEEP)
+        if first or when < self.sweep_at:
+            self.sweep_at = when
+        if first:
             self.see_to_the_time()
         return 0
 
@@ -303,7 +312,7 @@ cdef class Poller:
         """What the loop calls then."""
         self.timer_is_set = False
         self.sweep()
-        if self.waiting:
+        if len(self.waiting):
             self.see_to_the_time()
 
     cdef int sweep(self) except -1:
@@ -311,18 +320,17 @@ cdef class Poller:
         cdef uint64_t now = nanoseconds()
         waiting = self.waiting
         self.waiting = {}
+        self.swept = now
         for part in waiting:
             part.awaits = False
             if part.look_at == 0:
                 continue
             if part.look_at > now:
-                self.waiting[part] = None
-                part.awaits = True
+                self.call_at(part, part.look_at)
                 continue
             part.look_at = 0
             try:
                 part.on_time(now)
             except Exception as error:
                 self.tell(part, error)
-        self.sweep_at = now + SWEEP
         return 0

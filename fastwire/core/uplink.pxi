@@ -593,7 +593,7 @@ cdef class Uplink:
 
     cdef bint needs_looking(self, size_t free_bytes) except -1:
         """Whether something is left to do after sending: notes, what waits, or more on its way than is for free."""
-        return bool(self.notes) or self.waiting_messages > 0 or self.on_their_way() > free_bytes
+        return len(self.notes) > 0 or self.count_waiting() > 0 or self.on_their_way() > free_bytes
 
     @property
     def sending_bytes(self):
@@ -601,7 +601,7 @@ cdef class Uplink:
 
     cdef size_t on_their_way(self) except? 1:
         cdef size_t nbytes = fw_account_bytes(self.account)
-        while self.tracked and self.tracked[0][0].done:
+        while self.tracked_bytes and self.tracked[0][0].done:
             self.untrack(self.tracked.popleft())
         for socket in self.sockets:
             if isinstance(socket, ZmtpStream):

@@ -140,10 +140,6 @@ cdef class Wire(Part):
         self.uplink = self.settle = self.on_progress = self.outlet = None
         self.poller.forget(self)
 
-    cdef bint is_closing(self) except -1:
-        """Nothing more is to be queued."""
-        return self.closes or self.over or self.stream.socket is None
-
     # -- writing --
 
     cpdef int schedule(self) except -1:
