@@ -262,7 +262,8 @@ class Kernel:
         self._process: object = None
         self._waiting = 0
         self._news = asyncio.Event()
-        self.hearing.listeners.append(self._news.set)
+        self._heard = asyncio.Event()
+        self.hearing.listeners.append(self._on_hearing)
         manager.observe(self._follow, PLACE)
 
     def _open_socket(self, channel: str, identity: bytes | None) -> zmq.Socket[bytes] | Address:
@@ -271,6 +272,13 @@ class Kernel:
             if address is not None:
                 return address
         return open_socket(self.manager, channel, identity)
+
+    def _on_hearing(self) -> None:
+        self._news.set()
+        if self.hearing.heard:
+            self._heard.set()
+        else:
+            self._heard.clear()
 
     def open(self) -> None:
         """Subscribe; anew when the kernel moved, with doubt when it was started again since."""
@@ -344,12 +352,20 @@ class Kernel:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._patience):
                     while not self.is_heard and await wanted():
-                        if self.hearing.doubtful:
-                            await asyncio.wait({self.prove()}, timeout=0.5)
-                        else:
-                            await asyncio.sleep(0.05)
+                        await self._until_there_is_a_word()
         finally:
             self._waiting -= 1
+
+    async def _until_there_is_a_word(self) -> None:
+        """Or half a second has passed. Of the word itself and not of the proof's end: who comes between the two is let
+        in at once, and may ask for what everybody is to hear."""
+        if self.hearing.doubtful:
+            self.prove()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await self._heard.wait()
+        else:
+            await asyncio.sleep(0.05)
 
     def prove(self) -> asyncio.Task[None]:
         """Ask until the kernel is heard. Whoever calls this meanwhile waits for the same."""

@@ -288,6 +288,34 @@ def test_a_kernel_that_ends_before_it_is_heard(tmp_path: Path, monkeypatch: pyte
     asyncio.run(use())
 
 
+def test_who_waits_for_a_word_of_the_kernel_has_it_when_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not when the proof is done, which this kernel never answers: who comes in between may ask for something."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="odd-mute")
+            manager: Any = inside.manager.get_kernel(kernel)
+            manager._kernel_info_future = Future()
+            manager._kernel_info_future.set_result({})
+            async with inside.client(kernel) as first:
+                await until(lambda: kernel_of(manager).proof, "it is being proven")
+                shell = manager.connect_shell()
+
+                def has_spoken() -> bool:
+                    manager.session.send(shell, "execute_request", {"code": "0"})  # what it says may come too early
+                    return kernel_of(manager).hearing.heard
+
+                await until(has_spoken, "it is heard")
+                async with inside.client(kernel, "ben") as second:
+                    assert await run(second, "of the second") == "'1'"
+                assert await result(first, "of the second") == "'1'"
+                shell.close()
+
+    asyncio.run(use())
+
+
 def test_a_kernel_that_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is not started again while a client waits."""
 
