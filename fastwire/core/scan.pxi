@@ -33,8 +33,16 @@ cdef inline int hex_four(const uint8_t *p, const uint8_t *end) noexcept nogil:
     return value
 
 
-cdef const uint8_t *skip_string(const uint8_t *p, const uint8_t *end) noexcept nogil:
+cdef inline const uint8_t *skip_string(const uint8_t *p, const uint8_t *end) noexcept nogil:
     """``p`` behind the opening quote; returns behind the closing one, NULL if it is no string."""
+    p = fw_json_plain(p, end)
+    if p < end and p[0] == 34:  # nearly always
+        return p + 1
+    return skip_escapes(p, end)
+
+
+cdef const uint8_t *skip_escapes(const uint8_t *p, const uint8_t *end) noexcept nogil:
+    """`skip_string` from the middle of a string on."""
     while True:
         p = fw_json_plain(p, end)
         if p == end or p[0] < 0x20:
@@ -257,7 +265,7 @@ cdef int next_member(Members *m, Member *member) noexcept nogil:
     if m.p == m.end or m.p[0] != 58:
         return NOT_JSON
     start = skip_space(m.p + 1, m.end)
-    m.p = skip_value(start, m.end, 1)
+    m.p = skip_string(start + 1, m.end) if start < m.end and start[0] == 34 else skip_value(start, m.end, 1)
     if m.p == NULL:
         return NOT_JSON
     member.value.ptr = start

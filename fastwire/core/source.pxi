@@ -2,7 +2,7 @@
 
 cdef enum:
     LONGEST_NEIGHBOUR = 65536       # bytes of a header that is kept to stand beside
-    TELL_AFTER = 250000000          # ns
+    TELL_AFTER = 500000000          # ns
 
 
 cdef class KernelTraffic:

@@ -45,6 +45,8 @@ cdef class Part:
 cdef class Poller:
     cdef readonly int fd
     cdef dict watched               # of each descriptor: a `Part`, or what is called
+    cdef PyObject **by_fd           # the same, at their numbers
+    cdef int fd_room
     cdef list parts                 # that are flushed at this turn's end; who left meanwhile has no `at_end`
     cdef dict callbacks             # that are called then, once each
     cdef dict waiting               # parts that wait for a time; as keys, so that one can leave
@@ -73,6 +75,7 @@ cdef class Poller:
     def __dealloc__(self):
         if self.fd >= 0:
             fw_poll_close(self.fd)
+        free(self.by_fd)
 
     # -- descriptors --
 
@@ -89,14 +92,32 @@ cdef class Poller:
             self.fd = -1
 
     def watch(self, int fd, callback):
+        self.make_room(fd)
         if self.fd >= 0 and fw_poll_add(self.fd, fd):
             raise OSError(errno, os.strerror(errno))
         self.watched[fd] = callback
+        self.by_fd[fd] = <PyObject *>callback
+
+    cdef int make_room(self, int fd) except -1:
+        cdef int room = max(2 * fd, 64)
+        cdef PyObject **by_fd
+        if fd < 0:
+            raise ValueError("a descriptor is not negative")
+        if fd < self.fd_room:
+            return 0
+        by_fd = <PyObject **>realloc(self.by_fd, room * sizeof(PyObject *))
+        if by_fd == NULL:
+            raise MemoryError
+        memset(by_fd + self.fd_room, 0, (room - self.fd_room) * sizeof(PyObject *))
+        self.by_fd = by_fd
+        self.fd_room = room
+        return 0
 
     def unwatch(self, int fd, callback):
         """Whether it was watched."""
         if self.watched.get(fd) != callback:
             return False
+        self.by_fd[fd] = NULL
         del self.watched[fd]
         if self.fd >= 0:
             fw_poll_remove(self.fd, fd)
@@ -207,9 +228,9 @@ cdef class Poller:
         return is_loops
 
     cdef int call(self, int fd) except -1:
-        callback = self.watched.get(fd)
-        if callback is None:  # one before it has unwatched it
+        if fd >= self.fd_room or self.by_fd[fd] == NULL:  # one before it has unwatched it
             return 0
+        callback = <object>self.by_fd[fd]
         try:
             if isinstance(callback, Part):
                 (<Part>callback).on_ready()

@@ -166,6 +166,7 @@ cdef class Uplink:
     cdef Message message        # that is being sent
     cdef bint sending
     cdef int touched            # bit per socket that was sent to since `readable` looked at it
+    cdef int unwritten          # bit per socket that had bytes left to write when `readable` looked at it
 
     def __init__(self, protocol, Signer signer not None, dict sockets not None, *, allowed_message_types=frozenset()):
         self.protocol = protocol_of(protocol)
@@ -327,7 +328,9 @@ cdef class Uplink:
         self.line_bytes += record.cost
 
     cdef bint has_waiting(self, int target) except -1:
-        if isinstance(self.sockets[target], ZmtpStream) and (<ZmtpStream>self.sockets[target]).unsent:
+        if not streams_with_unsent:
+            return self.waiting[target].first != NULL
+        if isinstance(self.sockets[target], ZmtpStream) and (<ZmtpStream>self.sockets[target]).has_unsent:
             self.take_back(target, <ZmtpStream>self.sockets[target])
         return self.waiting[target].first != NULL
 
@@ -498,6 +501,7 @@ cdef class Uplink:
         self.unanswered += other.unanswered
         self.asked = self.asked or other.asked
         self.touched |= other.touched
+        self.unwritten |= other.unwritten
         other.line_bytes = 0
         other.line_messages = 0
         other.sent = 0
@@ -580,7 +584,10 @@ cdef class Uplink:
         cdef void *handle
         socket = self.sockets[target]
         if isinstance(socket, ZmtpStream):
-            return events_of_stream(<ZmtpStream>socket)
+            events = events_of_stream(<ZmtpStream>socket)
+            self.unwritten &= ~(1 << target)
+            self.unwritten |= ((<ZmtpStream>socket).output_bytes() > 0) << target
+            return events
         if not direct_zmq:
             return 0 if socket.closed else socket.getsockopt(zmq.EVENTS)
         try:
@@ -593,7 +600,11 @@ cdef class Uplink:
 
     cdef bint needs_looking(self, size_t free_bytes) except -1:
         """Whether something is left to do after sending: notes, what waits, or more on its way than is for free."""
-        return len(self.notes) > 0 or self.count_waiting() > 0 or self.on_their_way() > free_bytes
+        if len(self.notes) or self.count_waiting():
+            return True
+        if not self.unwritten and not self.tracked_bytes and not fw_account_bytes(self.account):
+            return False
+        return self.on_their_way() > free_bytes
 
     @property
     def sending_bytes(self):
@@ -626,6 +637,8 @@ cdef class Uplink:
 
     cdef Py_ssize_t count_waiting(self) except -1:
         cdef Py_ssize_t messages = self.line_messages
+        if not streams_with_unsent:
+            return messages
         for socket in self.sockets:
             if isinstance(socket, ZmtpStream):
                 messages += len((<ZmtpStream>socket).unsent)

@@ -41,6 +41,9 @@ cdef enum:
 
 ZMTP_STATES = ("greeting", "handshake", "ready", "over")
 
+# Streams that have messages which connections before did not wholly take: hardly ever one, and nobody looks meanwhile.
+cdef Py_ssize_t streams_with_unsent = 0
+
 # What became of a message that is to be sent.
 cdef enum:
     SENT
@@ -169,6 +172,7 @@ cdef class ZmtpStream:
     cdef size_t last_range
     cdef list unsent                # messages that connections before did not wholly take, each as its frames
     cdef size_t unsent_bytes
+    cdef bint has_unsent
     cdef int pongs                  # that may wait to be written
     cdef readonly uint64_t sent     # messages that were wholly written
 
@@ -190,6 +194,8 @@ cdef class ZmtpStream:
         fw_aside_init(&self.aside)
 
     def __dealloc__(self):
+        global streams_with_unsent
+        streams_with_unsent -= self.has_unsent
         fw_aside_destroy(&self.aside)
         if self.inbox.data != NULL and self.pinned is None:
             block_put(self.inbox.data, self.inbox.size)
@@ -258,6 +264,7 @@ cdef class ZmtpStream:
             nbytes += range_.end - range_.start
         self.unsent += messages
         self.unsent_bytes += nbytes
+        self.note_unsent()
         self.first_range = self.last_range
         return 0
 
@@ -265,7 +272,13 @@ cdef class ZmtpStream:
         unsent = self.unsent
         self.unsent = []
         self.unsent_bytes = 0
+        self.note_unsent()
         return unsent
+
+    cdef void note_unsent(self) noexcept:
+        global streams_with_unsent
+        streams_with_unsent += (len(self.unsent) > 0) - self.has_unsent
+        self.has_unsent = len(self.unsent) > 0
 
     cdef int greet(self) except -1:
         """Signature, version 3.1, NULL, not as server. At once: a peer may wait for it before it greets."""
