@@ -21,11 +21,13 @@ SITE := $(PIP) --quiet --editable '.[site]'
 # Where only serving was asked for there is no Cython: pip brings it for the build.
 COMPILE = echo "compiling the core"; if $(RUN) -c 'import Cython' 2>/dev/null; \
 	then $(RUN) setup.py --quiet build_ext --inplace --force; else $(PIP) --quiet --no-deps --editable .; fi
+# Where threads meet: the standby reader with the loop, the disk's with the log, finalizers and hashlib with anything.
+THREADED := $(addprefix tests/test_,$(addsuffix .py,core_threads zmtp disk shelf turns concurrency))
 # What the tests need, for a build that must not touch the one in the source tree.
 TREE := $(wildcard *.md *.in *.toml *.yml *.py LICENSE Makefile bench docs etc fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test portable arm conformance lint format bench bench-core bench-check load sanitize coverage soak fuzz upstream nightly docs site dist clean
+.PHONY: help install serve test portable arm conformance lint format bench bench-core bench-check load sanitize tsan coverage soak fuzz upstream nightly docs site dist clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -99,6 +101,11 @@ sanitize: install ## the tests on a core built with ASan and UBSan, in build/san
 	&& FASTWIRE_SANITIZE=$(SANITIZERS) $(RUN) setup.py --quiet build_ext --inplace \
 	&& tools/sanitized.sh $(RUN) -m pytest --capture=sys --timeout=300 -m "not memory" $(ARGS)
 
+tsan: install ## the tests of what has threads, on a core built with ThreadSanitizer, in build/tsan
+	$(COPY) \
+	&& CC=gcc FASTWIRE_SANITIZE=thread $(RUN) setup.py --quiet build_ext --inplace \
+	&& CC=gcc tools/sanitized.sh $(RUN) -m pytest --capture=sys --timeout=600 -m "not memory" $(or $(ARGS),-q $(THREADED))
+
 coverage: install ## which lines of the core the tests reach, in build/coverage
 	$(COPY) \
 	&& FASTWIRE_COVERAGE=1 $(RUN) setup.py --quiet build_ext --inplace \
@@ -120,6 +127,7 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	    tests/test_jupyter_inside.py tests/test_jupyter_extension.py tests/test_jupyter_parity.py tests/test_jupyter_peers.py \
 	    tests/test_jupyter_remote.py tests/test_reliability.py tests/test_serve.py"
 	$(MAKE) sanitize
+	$(MAKE) tsan
 	$(MAKE) arm
 	$(MAKE) upstream
 	$(MAKE) soak

@@ -5,7 +5,7 @@ Cython's directives stand at the head of fastwire/_core.pyx: given here they wou
 Switches, from the environment (each flavour has its own build directory):
 
     FASTWIRE_DEBUG=1                      -O0 -g
-    FASTWIRE_SANITIZE=address,undefined   compiled with these sanitizers
+    FASTWIRE_SANITIZE=address,undefined   compiled with these sanitizers; or thread
     FASTWIRE_COVERAGE=1                   gcov counters, for tools/core_coverage.py
     FASTWIRE_FUZZ=1                       clang, with libFuzzer's edge counters
     FASTWIRE_PORTABLE=1                   without the instructions that only some CPUs have

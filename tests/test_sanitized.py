@@ -19,28 +19,62 @@ int overflow(int n) { volatile char *p = malloc(8); char c = p[n]; free((void *)
 int shift(int n) { return 1 << n; }
 """
 
+#: The same with threads: the second adds while the first does.
+RACING = """
+#include <pthread.h>
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static int sum, locked;
+static void *add(void *nothing) {
+    if (locked) pthread_mutex_lock(&lock);
+    sum++;
+    if (locked) pthread_mutex_unlock(&lock);
+    return nothing;
+}
+int both(int with_lock) {
+    pthread_t thread;
+    locked = with_lock;
+    pthread_create(&thread, NULL, add, NULL);
+    add(NULL);
+    return pthread_join(thread, NULL);
+}
+"""
+
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("gcc") is None,
     reason="SANITIZED RUNS ARE NOT TESTED: they are gcc's, on Linux",
 )
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tree = tmp_path_factory.mktemp("tree")
+def planted(tree: Path, source: str, sanitizers: str) -> Path:
     (tree / "fastwire").mkdir()
-    (tree / "planted.c").write_text(PLANTED)
-    command = ["gcc", "-shared", "-fPIC", "-g", "-fsanitize=address,undefined", "planted.c", "-o", "fastwire/_core.so"]
+    (tree / "planted.c").write_text(source)
+    command = ["gcc", "-shared", "-fPIC", "-g", f"-fsanitize={sanitizers}", "planted.c", "-o", "fastwire/_core.so"]
     subprocess.run(command, cwd=tree, check=True)
     return tree
 
 
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted(tmp_path_factory.mktemp("tree"), PLANTED, "address,undefined")
+
+
+@pytest.fixture(scope="module")
+def racing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted(tmp_path_factory.mktemp("racing"), RACING, "thread")
+
+
 def sanitized(tree: Path, script: str) -> subprocess.CompletedProcess[str]:
     # These tests may be under it themselves.
-    outside = {"LD_PRELOAD", "ASAN_OPTIONS", "UBSAN_OPTIONS"}
+    outside = {"LD_PRELOAD", "ASAN_OPTIONS", "TSAN_OPTIONS", "UBSAN_OPTIONS"}
     environment = {name: value for name, value in os.environ.items() if name not in outside}
     command = [TOOL, "sh", "-c", script]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+
+
+def calling(call: str) -> str:
+    """The script of a shell that hides what it hears of its Python."""
+    program = f"import ctypes; ctypes.CDLL('fastwire/_core.so').{call}"
+    return f'"{sys.executable}" -c "{program}" 2> stderr; true'
 
 
 @pytest.mark.parametrize(
@@ -52,12 +86,20 @@ def sanitized(tree: Path, script: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_report_in_a_process_that_a_test_starts(tree: Path, call: str, code: int, says: str) -> None:
-    program = f"import ctypes; ctypes.CDLL('fastwire/_core.so').{call}"
-    ended = sanitized(tree, f'"{sys.executable}" -c "{program}" 2> stderr; true')
+    ended = sanitized(tree, calling(call))
     assert ended.returncode == code, ended.stderr
     assert says in ended.stdout
     if code:
         assert f" in {call.partition('(')[0]} " in ended.stdout
+
+
+def test_a_race_in_a_process_that_a_test_starts(racing: Path) -> None:
+    """And none where there is a lock."""
+    assert sanitized(racing, calling("both(1)")).returncode == 0
+    ended = sanitized(racing, calling("both(0)"))
+    assert ended.returncode == 1, ended.stderr
+    assert "ThreadSanitizer: data race" in ended.stdout
+    assert "planted.c" in ended.stdout
 
 
 @pytest.mark.parametrize("code", [0, 3])
