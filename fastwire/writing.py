@@ -77,8 +77,8 @@ class Writer:
         return self._wire.data_end
 
     def message(self, opcode: int, payload: str | bytes) -> Written:
-        self._wire.data_end = self._queue.append_frame(opcode, payload)
         self._transport.schedule()
+        self._wire.data_end = self._queue.append_frame(opcode, payload)
         return Written(self, self.data_end)
 
     def frames(self, frames: Frames) -> int:
@@ -87,9 +87,8 @@ class Writer:
 
     def control(self, opcode: int, payload: bytes) -> int:
         """Returns the position behind it."""
-        position = self._queue.append_frame(opcode, payload)
         self._transport.schedule()
-        return position
+        return self._queue.append_frame(opcode, payload)
 
     def pong(self, payload: bytes) -> None:
         """The answer to a ping, as soon as there is room for one more."""

@@ -29,14 +29,16 @@ cdef class Budget:
         self.whole = whole
         self.logs = set()
 
-    cpdef int take(self, Py_ssize_t nbytes) except -1:
+    def take(self, Py_ssize_t nbytes):
+        self.add(nbytes)
+
+    cdef void add(self, Py_ssize_t nbytes) noexcept:
         cdef Budget budget = self
         while budget is not None:
             budget.used += nbytes
             if nbytes < 0:
                 budget.freed -= nbytes
             budget = budget.whole
-        return 0
 
     cdef Py_ssize_t fair_share(self) noexcept:
         return self.limit // max(<Py_ssize_t>len(self.logs), <Py_ssize_t>1)
@@ -117,15 +119,18 @@ cdef class LogSegment:
         self.counted = counts
         self.for_all = self.for_one = 0
 
-    cdef int count(self, object audience, Py_ssize_t messages) except -1:
-        if audience is None:
-            self.for_all += messages
-            return 0
-        if audience is not self.one:
+    cdef int make_ready(self, object audience) except -1:
+        """So that `count` of it needs no memory."""
+        if audience is not None and audience is not self.one:
             self.settle_counts()
             self.one = audience
-        self.for_one += messages
         return 0
+
+    cdef void count(self, object audience, Py_ssize_t messages) noexcept:
+        if audience is None:
+            self.for_all += messages
+        else:
+            self.for_one += messages
 
     cdef int settle_counts(self) except -1:
         cdef dict counted = self.counted
@@ -200,6 +205,11 @@ cdef class Flight:
 
     cpdef int add(self, Given given) except -1:
         self.items.append(given)
+        return 0
+
+    cdef int take_back(self) except -1:
+        """The newest."""
+        del self.items[-1:]
         return 0
 
     cdef int drop_before(self, uint64_t position) except -1:
@@ -280,18 +290,22 @@ cdef class LogCursor:
         if self.stands is None:
             self.stand()
 
-    cdef int give_live(self, LogEntry entry, uint64_t begin, uint64_t end, Ends ends) except -1:
-        """`given` of a live one, all messages."""
+    cdef Given give_live(self, LogEntry entry, uint64_t begin, Ends ends):
+        """`given` of a live one, all messages, before it is given them: its `end` is not known yet."""
         cdef Given given = Given.__new__(Given)
-        given.end = end
+        given.end = UINT64_MAX
         given.begin = begin
         given.ends = ends
         given.first = entry.first
         given.segment = self.journal.open
         self.flight.add(given)
-        if self.stands is None:
-            self.stand()
-        return 0
+        try:
+            if self.stands is None:
+                self.stand()
+        except BaseException:
+            self.flight.take_back()
+            raise
+        return given
 
     def pass_entry(self, entry):
         raise NotImplementedError
@@ -299,9 +313,12 @@ cdef class LogCursor:
     cpdef int release(self, uint64_t position) except -1:
         """The client has received everything before a position of its socket."""
         cdef Given oldest = self.flight.first()
-        if oldest is None or oldest.end > position:
+        if oldest is not None:
+            if oldest.end > position:
+                return 0
+            self.flight.drop_before(position)
+        elif self.stands is None:  # else it could not leave when it had nothing more to wait for
             return 0
-        self.flight.drop_before(position)
         self.stand()
         return 0
 
@@ -352,10 +369,11 @@ cdef class Log:
         entry.memory = batch.memory_size() + ENTRY_SIZE
         entry.momentary = momentary
         entry.ours = ours
+        segment.make_ready(audience)
         segment.entries.append(entry)
         segment.count(audience, count)
         self.end = segment.end = entry.end
-        self.hold(segment, entry.memory)
+        self.add_memory(segment, entry.memory)
         self.newest = entry
         return entry
 
@@ -378,9 +396,27 @@ cdef class Log:
     cdef int say_all(self, Batch batch, bint ours) except -1:
         cdef LogEntry entry = self.add(batch, None, False, ours)
         cdef Outlet outlet
+        cdef object failure = None
         for outlet in self.listeners:
-            outlet.pass_on(entry)
+            try:
+                self.hand_on(outlet, entry)
+            except Exception as error:  # the others have theirs
+                failure = error
         self.settle()
+        if failure is not None:
+            raise failure
+        return 0
+
+    cdef int hand_on(self, Outlet outlet, LogEntry entry) except -1:
+        try:
+            outlet.pass_on(entry)
+        except Exception:
+            if outlet.cursor.place is not None:
+                raise
+            self.python_ran = True
+            outlet.fall_behind(entry)  # it reads it from here
+            if outlet.wire is not None:
+                outlet.pump()
         return 0
 
     def tell(self, Outlet outlet not None, Batch batch not None, *, bint momentary=False, bint ours=False):
@@ -388,7 +424,7 @@ cdef class Log:
         self.tell_one(outlet, batch, momentary, ours)
 
     cdef int tell_one(self, Outlet outlet, Batch batch, bint momentary, bint ours) except -1:
-        outlet.pass_on(self.add(batch, outlet.cursor.audience, momentary, ours))
+        self.hand_on(outlet, self.add(batch, outlet.cursor.audience, momentary, ours))
         self.settle()
         return 0
 
@@ -422,13 +458,15 @@ cdef class Log:
             before = entry.memory
             entry.memory = entry.batch.memory_size() + ENTRY_SIZE
             if entry.memory != before:
-                self.hold(segment, entry.memory - before)
+                self.add_memory(segment, entry.memory - before)
         return 0
 
-    cpdef int hold(self, LogSegment segment, Py_ssize_t nbytes) except -1:
+    def hold(self, LogSegment segment not None, Py_ssize_t nbytes):
+        self.add_memory(segment, nbytes)
+
+    cdef void add_memory(self, LogSegment segment, Py_ssize_t nbytes) noexcept:
         segment.memory += nbytes
-        self.budget.take(nbytes)
-        return 0
+        self.budget.add(nbytes)
 
     cdef int seal_open(self) except -1:
         self.was_sealed = self.python_ran = True
@@ -516,8 +554,8 @@ cdef class Log:
         """The segment that is open is all there is, and nobody needs it."""
         cdef LogSegment segment = self.open
         if segment.entries:
-            self.hold(segment, -segment.memory)
             segment.entries = []
+            self.add_memory(segment, -segment.memory)
             segment.empty_counts()
             segment.first = self.end
             segment.version += 1
@@ -597,16 +635,19 @@ cdef class Outlet:
         cdef Wire wire = self.wire
         cdef uint64_t begin = wire.queue.queued
         cdef Frames frames
+        cdef Given given = None
         if not entry.batch.count:
             return 0
         try:
             frames = entry.batch.frames_for(self.protocol_number)
-            wire.extend(frames)
+            given = self.cursor.give_live(entry, begin, frames.ends)
+            given.end = wire.extend(frames)
         except Exception as error:
+            if given is not None:
+                self.cursor.flight.take_back()
             wire.poller.python_ran = True
             self.could_not_give(entry, error)
-            return 0
-        return self.cursor.give_live(entry, begin, wire.queue.queued, frames.ends)
+        return 0
 
     cdef int progress(self) except -1:
         """The client has more, or its socket has room."""

@@ -25,17 +25,15 @@ cdef class KernelSide(Part):
     cdef public Marks budgets
     cdef bint unseen_activity
     cdef str unseen_state
-    cdef char *header                   # of the last message on iopub
-    cdef char *parent
-    cdef size_t header_size, parent_size
+    cdef char *neighbour                # the last message on iopub: its header and, behind that, its parent
+    cdef size_t header_size, neighbour_size
 
     def __cinit__(self, *args, **options):
         self.observers = []
         self.traffic = KernelTraffic()
 
     def __dealloc__(self):
-        free(self.header)
-        free(self.parent)
+        free(self.neighbour)
 
     def on_iopub(self, Batch batch not None):
         """For all clients, and for who looks whether the kernel is at work."""
@@ -93,33 +91,30 @@ cdef class KernelSide(Part):
 
     # -- the last message --
 
-    cdef int keep_neighbour(self, const Indexed *message) except -1:
+    cdef void keep_neighbour(self, const Indexed *message) noexcept:
+        """The one before stays where there is no memory."""
         cdef fw_span header = message.parts[0]
         cdef fw_span parent = message.parts[1]
-        if header.len + parent.len > LONGEST_NEIGHBOUR:
-            return 0
-        copy_to(&self.header, &self.header_size, header)
-        copy_to(&self.parent, &self.parent_size, parent)
-        return 0
+        cdef size_t size = header.len + parent.len
+        cdef char *data = self.neighbour
+        if size > LONGEST_NEIGHBOUR:
+            return
+        if data == NULL or self.neighbour_size != size:
+            data = <char *>realloc(data, size + 1)
+            if data == NULL:
+                return
+        self.neighbour = data
+        self.header_size = header.len
+        self.neighbour_size = size
+        memcpy(data, header.ptr, header.len)
+        memcpy(data + header.len, parent.ptr, parent.len)
 
     @property
     def last_headers(self):
         """Of the last message on iopub: its header and parent header; None before."""
-        if self.header == NULL or self.parent == NULL:
+        if self.neighbour == NULL:
             return None
-        return self.header[: self.header_size], self.parent[: self.parent_size]
-
-
-cdef int copy_to(char **buffer, size_t *size, fw_span span) except -1:
-    cdef char *data = buffer[0]
-    if data == NULL or size[0] != span.len:
-        data = <char *>realloc(buffer[0], span.len + 1)
-        if data == NULL:
-            raise MemoryError
-        buffer[0] = data
-        size[0] = span.len
-    memcpy(data, span.ptr, span.len)
-    return 0
+        return self.neighbour[: self.header_size], self.neighbour[self.header_size : self.neighbour_size]
 
 
 @cython.final

@@ -92,10 +92,17 @@ cdef class Poller:
             self.fd = -1
 
     def watch(self, int fd, callback):
+        cdef int error
         self.make_room(fd)
+        before = self.watched.get(fd)
+        self.watched[fd] = callback  # first: one that is ready and that nobody knows would wake us for ever
         if self.fd >= 0 and fw_poll_add(self.fd, fd):
-            raise OSError(errno, os.strerror(errno))
-        self.watched[fd] = callback
+            error = errno
+            if before is None:
+                del self.watched[fd]
+            else:
+                self.watched[fd] = before
+            raise OSError(error, os.strerror(error))
         self.by_fd[fd] = <PyObject *>callback
 
     cdef int make_room(self, int fd) except -1:
@@ -241,11 +248,10 @@ cdef class Poller:
             self.tell(callback, error)
         return 0
 
-    cdef int tell(self, object who, object error) except -1:
-        """One that raises does not keep the others from their turn."""
+    cdef void tell(self, object who, object error) noexcept:
+        """One that raises does not keep the others from their turn, and neither does who is told."""
         self.python_ran = True
         self.report(who, error)
-        return 0
 
     # -- the end of a turn --
 
@@ -255,20 +261,20 @@ cdef class Poller:
 
     cdef int flush_later(self, Part part) except -1:
         if not part.at_end:
+            self.see_to_the_end()
             self.parts.append(part)
             part.at_end = True
-            self.see_to_the_end()
         return 0
 
     def at_end(self, callback):
         """Call it once at the end of this turn, or in the loop's next when none is running."""
-        self.callbacks[callback] = None
         self.see_to_the_end()
+        self.callbacks[callback] = None
 
     cdef int see_to_the_end(self) except -1:
         if not self.in_turn and self.loop_fd < 0 and not self.end_is_due:
-            self.end_is_due = True
             self.later(self.end_turn)
+            self.end_is_due = True
         return 0
 
     def end_turn(self):
@@ -311,22 +317,21 @@ cdef class Poller:
     cdef int call_at(self, Part part, uint64_t when) except -1:
         """`on_time` of it then, or at most a `SWEEP` later. Cheap for very many, most of whom leave early."""
         cdef bint first = len(self.waiting) == 0
-        part.look_at = when
         if not part.awaits:
             self.waiting[part] = None
             part.awaits = True
+        part.look_at = when
         when = max(when, self.swept + SWEEP)
         if first or when < self.sweep_at:
             self.sweep_at = when
-        if first:
-            self.see_to_the_time()
+        self.see_to_the_time()
         return 0
 
     cdef int see_to_the_time(self) except -1:
         """Where we do not wait ourselves the loop does, once for all."""
         if self.loop_fd < 0 and not self.timer_is_set:
-            self.timer_is_set = True
             self.later(None)
+            self.timer_is_set = True
         return 0
 
     def tick(self):
@@ -339,15 +344,21 @@ cdef class Poller:
     cdef int sweep(self) except -1:
         cdef Part part
         cdef uint64_t now = nanoseconds()
-        waiting = self.waiting
-        self.waiting = {}
+        cdef uint64_t next_one = UINT64_MAX
+        cdef list due = []
+        for part in self.waiting:
+            if part.look_at <= now:
+                due.append(part)
+            else:
+                next_one = min(next_one, part.look_at)
         self.swept = now
-        for part in waiting:
-            part.awaits = False
-            if part.look_at == 0:
+        self.sweep_at = max(next_one, now + SWEEP)
+        for part in due:
+            if not part.awaits or part.look_at > now:  # one before it had it forgotten, or called later
                 continue
-            if part.look_at > now:
-                self.call_at(part, part.look_at)
+            del self.waiting[part]
+            part.awaits = False
+            if part.look_at == 0:  # it needs none any more
                 continue
             part.look_at = 0
             try:

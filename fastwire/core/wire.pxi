@@ -145,22 +145,31 @@ cdef class Wire(Part):
     cpdef int schedule(self) except -1:
         """Write once at the end of this turn, unless a write waits for something else already."""
         if self.waits_for == FOR_NOTHING:
-            self.waits_for = FOR_TURN
             self.poller.flush_later(self)
+            self.waits_for = FOR_TURN
         return 0
 
     cpdef uint64_t extend(self, Frames frames) except? 0:
         """The position behind them."""
+        self.schedule()
         self.queue.add_frames(frames)
         self.data_end = self.queue.queued
-        self.schedule()
         return self.data_end
 
     cdef int on_end(self) except -1:
-        cdef uint64_t before = self.queue.written
-        cdef int status
         if self.over:
             return 0
+        try:
+            self.flush()
+        except Exception as error:
+            if self.waits_for == FOR_TURN and not self.at_end:  # nobody would come back to what is left
+                self.owner.on_lost(error)
+            raise
+        return 0
+
+    cdef int flush(self) except -1:
+        cdef uint64_t before = self.queue.written
+        cdef int status
         if self.fd < 0 or self.waits_for != FOR_TURN or self.stream.socket is None:
             self.poller.python_ran = True
             self.owner.flush()
@@ -214,17 +223,21 @@ cdef class Wire(Part):
         return self.queue.written if self.fd >= 0 else <uint64_t>self.owner.written
 
     cpdef int ride(self) except -1:
-        """Bytes are about to be written: a ping that is due goes with them."""
+        """Bytes are about to be written: a ping that is due goes with them. Where there is no memory for it they go
+        alone: the next ones ask about them."""
         cdef Asking asks = self.asks
         cdef double now
         if asks is None:
             return 0
-        if not asks.outstanding and self.data_end > asks._asked and not self.we_are_done:
-            now = nanoseconds() / 1e9
-            if now >= asks._due:
-                self.ask(now)
-        if not self.look_at and self.data_end > asks.position and not asks.demoted:
-            self.look_after(asks.tail)
+        try:
+            if not self.look_at and self.data_end > asks.position and not asks.demoted:
+                self.look_after(asks.tail)
+            if not asks.outstanding and self.data_end > asks._asked and not self.we_are_done:
+                now = nanoseconds() / 1e9
+                if now >= asks._due:
+                    self.ask(now)
+        except MemoryError:
+            pass
         return 0
 
     cdef int ask(self, double now) except -1:
@@ -307,7 +320,10 @@ cdef class Wire(Part):
                     return False
                 parser.took()
                 self.answered += 1
-                self.is_acknowledged()
+                try:
+                    self.is_acknowledged()
+                except Exception as error:  # what came behind it is not kept waiting
+                    self.poller.tell(self, error)
             else:
                 return False
         return False
