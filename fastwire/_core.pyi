@@ -977,8 +977,8 @@ class Log:
         budget: Budget,
         total: Budget,
         first: LogSegment,
-        sizes: tuple[int, int, int, int],
-        parts: tuple[int, int, int],
+        sizes: tuple[int, int, int, int, int],
+        parts: tuple[int, int, int, int],
     ) -> None: ...
     cursors: dict[int, Any]
     budget: Any

@@ -73,6 +73,10 @@ __all__ = ["Countable", "Cursor", "Journal", "totals"]
 #: A segment's bytes of memory, at most; while nobody is behind, so that little waits for the last pong; and at least.
 SEGMENT, LIVE_SEGMENT, LEAST_SEGMENT = 1 * MIB, 256 * KIB, 4 * KIB
 
+#: From this part of what all logs may have on, those of which nobody is behind have segments of so much: what is not
+#: whole can neither go nor be put aside, and in a thousand logs it was all there may be.
+CROWDED_AT, CROWDED_SEGMENT = 8, 16 * KIB
+
 #: Lines are joined from this part of a limit on.
 JOIN_AT = 4
 
@@ -332,8 +336,8 @@ class Journal(Log):
             Budget(limits.client_memory_limit, budgets.of("")),
             budgets.total,
             Segment(0),
-            (SEGMENT, LIVE_SEGMENT, LEAST_SEGMENT, LEAST_WINDOW),
-            (WINDOW, JOIN_AT, SPILL_AT),
+            (SEGMENT, LIVE_SEGMENT, CROWDED_SEGMENT, LEAST_SEGMENT, LEAST_WINDOW),
+            (WINDOW, CROWDED_AT, JOIN_AT, SPILL_AT),
         )
         #: The kernel was started again before what has this number.
         self.barrier = 0

@@ -2,7 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from journal_stage import MIB, Client, all_of, batch_of, changed, line, say
+from journal_stage import MIB, Client, all_of, batch_of, changed, line, other, say
 
 from fastwire.budgets import LEAST_MARK, QUEUES, Budget, Budgets
 from fastwire.flow import KIB, Limits
@@ -100,3 +100,25 @@ def test_others_have_half_of_what_logs_leave() -> None:
     assert told[-1] == limit // 32
     take(-total.used)
     assert told[-1] == total.limit // 2
+
+
+def test_many_of_whom_nobody_is_behind_keep_little() -> None:
+    """Each has all but its last message, which may not be dropped. What is open can neither go nor be put aside:
+    clients who were there were given up."""
+    limits = Limits(user_memory_limit=8 * MIB, spill=False)
+    budgets = Budgets(limits)
+    clients = [Client(Journal(limits, budgets)) for _ in range(64)]
+    most = 0
+    for number in range(200):
+        for client in clients:
+            before = client.queued
+            reply = batch_of(other("execute_reply", number, 2000), channel="shell")
+            client.hears(client.journal.append(reply), [number])
+            client.journal.settle()
+            client.cursor.release(before)
+            most = max(most, budgets.total.used)
+    assert not any(client.ended for client in clients)
+    assert most < 4 * MIB, "and nothing is to be put aside"
+    for client in clients:
+        client.journal.close()
+    assert budgets.total.used == 0

@@ -338,7 +338,8 @@ cdef class Log:
     cdef readonly dict outlets          # of those who hear all that is said, by number
     cdef tuple listeners                # the same
     # Bytes, and parts of a limit: `fastwire.journal` has their reasons.
-    cdef Py_ssize_t most_segment, live_segment, least_segment, window_part, least_window, join_at, spill_at
+    cdef Py_ssize_t most_segment, live_segment, crowded_segment, least_segment, window_part, least_window
+    cdef Py_ssize_t crowded_at, join_at, spill_at
 
     def __init__(self, Budget budget not None, Budget total not None, LogSegment first not None, tuple sizes not None,
                  tuple parts not None):
@@ -349,8 +350,8 @@ cdef class Log:
         self.user_budget = budget.whole
         self.total = total
         self.front = self.open = first
-        self.most_segment, self.live_segment, self.least_segment, self.least_window = sizes
-        self.window_part, self.join_at, self.spill_at = parts
+        self.most_segment, self.live_segment, self.crowded_segment, self.least_segment, self.least_window = sizes
+        self.window_part, self.crowded_at, self.join_at, self.spill_at = parts
 
     # -- in --
 
@@ -501,8 +502,15 @@ cdef class Log:
         return min(self.budget.limit, self.user_budget.fair_share(), self.total.fair_share())
 
     cdef Py_ssize_t size_of_segment(self) noexcept:
-        cdef Py_ssize_t most = self.most_segment if self.count_of_behind else self.live_segment
+        cdef Py_ssize_t most = self.most_segment
+        if not self.count_of_behind:
+            most = self.live_segment if self.has_plenty() else self.crowded_segment
         return max(min(most, self.share() // 16), self.least_segment)
+
+    cdef bint has_plenty(self) noexcept:
+        """Where nobody is behind there may be a thousand logs, and what is open can neither go nor be put aside."""
+        return (self.user_budget.used < self.user_budget.limit // self.crowded_at and
+                self.total.used < self.total.limit // self.crowded_at)
 
     cdef Py_ssize_t size_of_window(self) noexcept:
         return max(self.share() // self.window_part // max(self.count_of_behind, <Py_ssize_t>1), self.least_window)
