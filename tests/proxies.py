@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -314,7 +315,8 @@ class Returning:
                 self.receive()
 
     def come_back(self) -> None:
-        self.clients.append(self._connect(self.session))
+        """As a page does: again, while nobody listens. A proxy that is being replaced may refuse for a moment."""
+        self.clients.append(tried_again(lambda: self._connect(self.session)))
 
     def expect(self, msg_type: str) -> None:
         while self.receive().type != msg_type:
@@ -331,6 +333,16 @@ class Returning:
     def close(self) -> None:
         for client in self.clients:
             client.socket.close()
+
+
+def tried_again(connect: Callable[[], Client]) -> Client:
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return connect()
+        except ConnectionRefusedError:
+            assert time.monotonic() < end, "nobody listens any more"
+            time.sleep(0.05)
 
 
 def connector(

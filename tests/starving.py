@@ -891,8 +891,8 @@ SWITCHES = {
 #: Types of the core that `_core.pyi` does not name.
 INSIDE = {"Received", "Store", "Views", "Walk"}
 #: Bases of classes in Python's rooms, of which they were a part until they were compiled, and those they work with.
-#: What is called on a message's way has a case, by its own name or, as `Outlet`, beneath one. `Source` has none yet. The
-#: rest is called from Python, and tests of `fastwire.journal`, `downlink`, `turns`, `probe` and `writing` drive it.
+#: What is called on a message's way has a case, by its own name or, as `Outlet`, beneath one; `Source` has none yet.
+#: The rest is called from Python, and tests of `fastwire.journal`, `downlink`, `turns`, `probe` and `writing` drive it.
 BASES = {
     *("Asking", "Budget", "Flight", "Given", "KernelSide", "KernelTraffic", "Log", "LogCursor", "LogEntry"),
     *("LogSegment", "Marks", "Outlet", "Part", "Poller", "Source", "Wire"),
