@@ -112,9 +112,9 @@ class Server:
             with error:
                 return error.code, json.loads(error.read() or b"null")
 
-    def get(self, path: str, token: str | None = TOKEN) -> tuple[int, dict[str, str], str]:
+    def get(self, path: str, token: str | None = TOKEN, patience: float = PATIENCE) -> tuple[int, dict[str, str], str]:
         """Status, headers and text of the answer as they are: no redirect is followed."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=patience)
         try:
             connection.request("GET", path, headers={"Authorization": f"token {token}"} if token else {})
             response = connection.getresponse()
