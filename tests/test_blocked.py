@@ -57,13 +57,10 @@ def _load_jupyter_server_extension(app):
 """
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("seconds", "lines", "flood"),
-    [
-        (0, 5_000, 10_000),
-        pytest.param(10, 100_000, 200_000, marks=[pytest.mark.nightly, pytest.mark.timeout(900)]),
-    ],
-    ids=["short", "ten seconds"],
+    ("seconds", "lines", "flood"), [(0, 5_000, 10_000), (10, 100_000, 200_000)], ids=["short", "ten seconds"]
 )
 def test_nothing_is_lost_while_the_loop_stands_still(tmp_path: Path, seconds: int, lines: int, flood: int) -> None:
     """The loop stands still until ipykernel has printed its last line: with nobody who stands by it would wait at its
