@@ -371,6 +371,20 @@ def test_a_notice_says_what_is_missing_where_it_is_missing(limits: Limits) -> No
     assert said[1] == rest[0][1]
 
 
+@pytest.mark.parametrize("bound", [1, 50, 400])
+def test_a_bound_that_is_smaller_than_a_notice_leaves_the_notice(limits: Limits, bound: int) -> None:
+    """All output goes, and its client is told once and not ended."""
+    journal, client = log_of(changed(limits, spill=False, client_memory_limit=bound))
+    for number in range(50):
+        say(journal, batch_of(line(number, 1000)))
+    assert not client.ended
+    assert all_of(client) == []
+    ((_, said),) = client.messages
+    told = f"[50 messages of output ({size_of(totals['dropped_bytes'])}) are missing"
+    assert told in json.loads(said[3])["text"]
+    assert journal.memory == 0
+
+
 def test_what_may_not_be_dropped_has_an_end(limits: Limits) -> None:
     journal, client = log_of(changed(limits, spill=False))
     kept = 0
