@@ -1,6 +1,10 @@
 """Messages pass without Python: what runs, while nothing happens but messages, are the core's turns."""
 
+import array
+import fcntl
+import socket
 import sys
+import termios
 from collections import Counter
 from collections.abc import Iterator
 from types import FrameType
@@ -112,3 +116,39 @@ def test_python_that_the_log_calls_may_set_a_timer(stage: Stage, kernel: Kernel)
     until(lambda: session.connection.queue.pending_bytes > MIB, "and its queue")
     kernel.publish(*stream(180))
     until(lambda: session.state == "slow", "it is")
+
+
+def unread(fd: int) -> int:
+    """Bytes that the system has for it."""
+    count = array.array("i", [0])
+    fcntl.ioctl(fd, termios.FIONREAD, count)
+    return count[0]
+
+
+def test_a_reply_that_comes_in_the_middle_of_a_turn(stage: Stage, kernel: Kernel) -> None:
+    """What its kernel said before it goes first, also when iopub was emptied in this turn already."""
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+    shell = next(each for each in stage.session("ann")._channels if each.name == "shell").socket.fd
+    iopub = stage.relay.iopub.socket.fd
+    ours, theirs = socket.socketpair()
+
+    def say_more() -> None:
+        ours.recv(1)
+        before = unread(shell)
+        kernel.publish(*stream(2))
+        kernel.reply("ann", message("execute_reply", "second"))
+        until(lambda: unread(shell) > before, "the second reply is there")
+
+    stage.run(stage.relay.poller.watch, ours.fileno(), say_more)
+    with stage.frozen():  # so that one turn finds all three, in this order
+        kernel.publish(*stream(1))
+        until(lambda: unread(iopub), "the output is there")
+        theirs.send(b"!")
+        kernel.reply("ann", message("execute_reply", "first"))
+        until(lambda: unread(shell), "the first reply is there")
+    assert client.ids(4) == ["1", "2", "first", "second"]
+    stage.run(stage.relay.poller.unwatch, ours.fileno(), say_more)
+    ours.close()
+    theirs.close()

@@ -169,10 +169,11 @@ cdef class Source(Part):
             if not self.is_drained():
                 self.receive()
             return 0
-        # What the kernel printed first must come first.
+        # What the kernel printed first must come first, also where iopub was emptied in this turn: of the replies that
+        # have come since the output is there as well.
         if kernel.iopub_source is None or kernel.iopub_source.comes_back or kernel.journal.may_be_pressed():
             return self.wake()
-        if not kernel.iopub_source.is_drained() and not kernel.iopub_source.receive():
+        if not kernel.iopub_source.receive():
             return self.wake()
         if self.kernel is None or self.stream.fd < 0:
             return 0
@@ -188,8 +189,7 @@ cdef class Source(Part):
         return 0
 
     cdef bint is_drained(self) noexcept:
-        """Everything was taken since this turn learned which descriptors are ready: what came before a reply, that is,
-        which made one of them so."""
+        """Everything was taken in this turn: what has come since makes the next one."""
         return self.poller.in_turn and self.drained_in == self.poller.turns
 
     cdef bint receive(self) except -1:
