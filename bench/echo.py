@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 import fastwire
 from bench import options as common
@@ -62,7 +62,7 @@ async def serve_tornado(ready: Callable[[int], None], base: Any = None) -> None:
     from tornado.web import Application
     from tornado.websocket import WebSocketHandler
 
-    class Echo(base or WebSocketHandler):  # type: ignore[misc]
+    class Echo(base or WebSocketHandler):
         def open(self) -> None:
             self.set_nodelay(True)
 
@@ -99,7 +99,7 @@ async def serve_picows(ready: Callable[[int], None]) -> None:
     """The echo server of picows' documentation; a view of the payload instead of a copy, which is faster."""
     from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_create_server
 
-    class Echo(WSListener):  # type: ignore[misc]
+    class Echo(WSListener):
         def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
             if frame.msg_type == WSMsgType.CLOSE:
                 transport.send_close(frame.get_close_code())

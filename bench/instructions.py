@@ -155,7 +155,7 @@ def counts() -> dict[str, float]:
             sys.exit(done.stderr)
         # Every second dump is what a stage counted, the others are what came before it.
         dumps = [Path(directory, f"out.{number}").read_text() for number in range(2, 2 * len(names) + 1, 2)]
-    totals = [int(re.search(r"^totals: (\d+)", dump, re.MULTILINE)[1]) for dump in dumps]  # type: ignore[index]
+    totals = [int(re.search(r"^totals: (\d+)", dump, re.MULTILINE)[1]) for dump in dumps]
     return {stage.name: total / stage.messages for stage, total in zip(names, totals, strict=True)}
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 
 class Progress:
@@ -44,7 +44,7 @@ class Progress:
         self._bar.n = self._before
 
 
-class _Bar(tqdm):  # type: ignore[misc]
+class _Bar(tqdm):
     """Knows the time that all will take."""
 
     @property

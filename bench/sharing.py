@@ -12,7 +12,7 @@ import itertools
 import sys
 from typing import TYPE_CHECKING, Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from bench import options as common
 from bench import report, scenarios

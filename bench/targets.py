@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, ClassVar
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from bench.floors import BuildError, FloorServer, build
 from bench.kernelspec import write_kernelspec

@@ -113,7 +113,7 @@ def test_verify_and_encode_legacy(race: Racer, name: str) -> None:
     session, signer, wire = make_session(), make_signer(), [signature, *parts]
 
     def stock() -> str | bytes:
-        return reserialize(None, session.deserialize(wire), CHANNEL)  # type: ignore[arg-type, no-any-return]
+        return reserialize(None, session.deserialize(wire), CHANNEL)
 
     def fastwire() -> str | bytes:
         signer.verify(signature, parts)
@@ -134,7 +134,7 @@ def test_verify_and_encode_v1(race: Racer, name: str) -> None:
 
     def stock() -> bytes:
         """It does not verify."""
-        return serialize_msg_to_ws_v1(parts, CHANNEL)  # type: ignore[no-any-return]
+        return serialize_msg_to_ws_v1(parts, CHANNEL)
 
     assert race(f"v1: verify, encode {name}", stock, fastwire, target=3) == stock()
 
@@ -147,7 +147,7 @@ def test_encode_v1(race: Racer, name: str) -> None:
         return _core.encode_v1(CHANNEL, parts)
 
     def stock() -> bytes:
-        return serialize_msg_to_ws_v1(parts, CHANNEL)  # type: ignore[no-any-return]
+        return serialize_msg_to_ws_v1(parts, CHANNEL)
 
     assert race(f"v1: encode {name}, neither verifies", stock, fastwire) == stock()
 
@@ -387,7 +387,7 @@ def test_from_kernel_to_client(race: Racer, kernel: Kernel, client: Client, name
         for _ in range(MESSAGES):
             _, wire = session.feed_identities(kernel.socket.recv_multipart())
             if protocol is None:
-                payload = reserialize(None, session.deserialize(wire), CHANNEL).encode()  # type: ignore[arg-type]
+                payload = reserialize(None, session.deserialize(wire), CHANNEL).encode()
                 opcode = _core.OP_TEXT
             else:
                 payload, opcode = serialize_msg_to_ws_v1(wire[1:], CHANNEL), _core.OP_BINARY

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ class Inside:
 
         await until(found, "the client is connected")
         return found()[0]
+
+    async def silent_kernel(self) -> Any:
+        """One that answers nobody what it is, and of which that is known; its manager."""
+        manager: Any = self.manager.get_kernel(await self.manager.start_kernel(kernel_name="odd-mute"))
+        manager._kernel_info_future = Future()
+        manager._kernel_info_future.set_result({})
+        return manager
 
     async def end(self) -> None:
         await self.manager.shutdown_all(now=True)

@@ -508,8 +508,8 @@ class Turn:
         data = []
         for ours, theirs in self.sockets:
             ours.close()
-            with suppress(ConnectionResetError):  # what the peer has said was not read
-                data.append(b"".join(iter(lambda end=theirs: end.recv(1 << 20), b"")))  # type: ignore[misc]
+            with suppress(ConnectionResetError), theirs.makefile("rb") as end:  # what the peer has said was not read
+                data.append(end.read())
             theirs.close()
         return data
 

@@ -3,7 +3,6 @@ servers, and Jupyter Server itself at moments that no client can choose."""
 
 import asyncio
 import json
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -273,10 +272,8 @@ def test_a_kernel_that_ends_before_it_is_heard(tmp_path: Path, monkeypatch: pyte
     async def use() -> None:
         monkeypatch.setattr("fastwire.kernels.SWEEP_INTERVAL", 3600.0)
         async with serving(tmp_path, monkeypatch) as inside:
-            kernel = await inside.manager.start_kernel(kernel_name="odd-mute")
-            manager: Any = inside.manager.get_kernel(kernel)
-            manager._kernel_info_future = Future()
-            manager._kernel_info_future.set_result({})
+            manager = await inside.silent_kernel()
+            kernel = manager.kernel_id
             async with inside.client(kernel) as client:
                 await until(lambda: FastwireWebsocketConnection._open_sockets, "it is proven")
                 await inside.manager.shutdown_kernel(kernel, now=True)
@@ -295,10 +292,8 @@ def test_who_waits_for_a_word_of_the_kernel_has_it_when_it_comes(
 
     async def use() -> None:
         async with serving(tmp_path, monkeypatch) as inside:
-            kernel = await inside.manager.start_kernel(kernel_name="odd-mute")
-            manager: Any = inside.manager.get_kernel(kernel)
-            manager._kernel_info_future = Future()
-            manager._kernel_info_future.set_result({})
+            manager = await inside.silent_kernel()
+            kernel = manager.kernel_id
             async with inside.client(kernel) as first:
                 await until(lambda: kernel_of(manager).proof, "it is being proven")
                 shell = manager.connect_shell()

@@ -4,7 +4,6 @@ import asyncio
 import errno
 import gc
 import weakref
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +112,8 @@ def test_a_kernel_that_moves_while_it_is_asked(tmp_path: Path, monkeypatch: pyte
 
     async def use() -> None:
         async with serving(tmp_path, monkeypatch) as inside:
-            silent, other = [
-                inside.manager.get_kernel(await inside.manager.start_kernel(kernel_name=name))
-                for name in ("odd-mute", "light")
-            ]
-            silent._kernel_info_future = Future()
-            silent._kernel_info_future.set_result({})
+            silent = await inside.silent_kernel()
+            other = inside.manager.get_kernel(await inside.manager.start_kernel(kernel_name="light"))
             async with inside.client(silent.kernel_id) as client:
                 await until(lambda: kernel_of(silent).relay.iopub, "it is asked")
                 silent.session.key = other.session.key
@@ -132,10 +127,8 @@ def test_a_kernel_that_moves_while_it_is_asked(tmp_path: Path, monkeypatch: pyte
 def test_a_kernel_that_is_deleted_while_it_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use() -> None:
         async with serving(tmp_path, monkeypatch) as inside:
-            kernel = await inside.manager.start_kernel(kernel_name="odd-mute")
-            manager = inside.manager.get_kernel(kernel)
-            manager._kernel_info_future = Future()
-            manager._kernel_info_future.set_result({})
+            manager = await inside.silent_kernel()
+            kernel = manager.kernel_id
             manager.execution_state = "busy"  # or its client would be asked to wait
             async with inside.client(kernel) as client:
                 await inside.connection()
@@ -269,7 +262,7 @@ def test_a_kernel_of_the_same_id_inherits_nothing(tmp_path: Path, monkeypatch: p
             async with inside.client(kernel) as client:
                 assert await run(client, "1") == "4"
                 old = await inside.connection()
-                disconnect, old.disconnect = old.disconnect, lambda: None  # type: ignore[method-assign]
+                disconnect, old.disconnect = old.disconnect, lambda: None
                 before = kernel_of(inside.manager.get_kernel(kernel))
                 await inside.manager.shutdown_kernel(kernel, now=True)
                 await inside.manager.start_kernel(kernel_name="light", kernel_id=kernel)

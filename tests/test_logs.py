@@ -79,7 +79,7 @@ def test_tornados_opinion_of_jupyter_servers_milliseconds() -> None:
         said: list[logging.LogRecord] = []
         logger = logging.getLogger("tornado.general")
         handler = logging.Handler()
-        handler.emit = said.append  # type: ignore[method-assign]
+        handler.emit = said.append
         handler.addFilter(logs.is_meant)
         logger.addHandler(handler)
         try:

@@ -352,7 +352,7 @@ class PerTurn:
         self.counts = [0]
         self._loop = stage.loop
         self._say = session.say
-        session.say = self.say  # type: ignore[method-assign]
+        session.say = self.say
         stage.run(self.turn)
 
     def turn(self) -> None:
@@ -365,7 +365,7 @@ class PerTurn:
         self._say(batch, **options)
 
     def stop(self) -> None:
-        self.turn = lambda: None  # type: ignore[method-assign]
+        self.turn = lambda: None
 
 
 def test_a_kernel_that_sends_while_messages_wait_for_it(stage: Stage, context: zmq.Context, transport: bool) -> None:

@@ -83,7 +83,7 @@ class Recorder(Restarter):
         self.polls = 0
         self.gate = asyncio.Event()
 
-    async def poll(self) -> None:  # type: ignore[override]
+    async def poll(self) -> None:
         self.polls += 1
         await self.gate.wait()
         raise RuntimeError("a poll that fails")

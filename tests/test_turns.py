@@ -65,7 +65,7 @@ def test_ready_descriptors_are_called_and_the_end_once() -> None:
                 turns.at_end(end)
 
             turns.unwatch(pipe.out, original)
-            pipe.read = both  # type: ignore[method-assign]
+            pipe.read = both
             turns.watch(pipe.out, both)
             os.write(pipe.into, b"x")
         await settle()

@@ -729,7 +729,7 @@ def test_a_kernel_that_is_foreign_is_left_to_libzmq(stage: Stage, context: zmq.C
                 connection.sendall(b"\xff\0\0\0\0\0\0\0\x01\x7f\x01")
                 connection.recv(1000)
 
-        kernel.open_socket = open_socket  # type: ignore[method-assign]
+        kernel.open_socket = open_socket
         stage.start_unheard(kernel)
         greet()
         kernel.joined()
