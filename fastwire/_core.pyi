@@ -459,6 +459,80 @@ class Activity:
     def begin_anew(self) -> None:
         """The kernel is another process: what the old one was busy with, it is not."""
 
+# -- ledger: what became of requests ---------------------------------------------------------------
+
+RUN_STATES: tuple[str, ...]
+"""A run's states: "queued", "running", "done", "aborted", "lost"."""
+
+@final
+class Run:
+    """What became of one execute_request. Found in a `Ledger`, whose it is: it changes while there is news."""
+
+    @property
+    def msg_id(self) -> str: ...
+    @property
+    def header(self) -> bytes:
+        """Of the request, as its client sent it or, where that was not seen, as its kernel repeated it."""
+    @property
+    def cell(self) -> str | None:
+        """The ``cellId`` in the request's metadata; at most 512 bytes of JSON, otherwise none."""
+    @property
+    def state(self) -> str:
+        """One of `RUN_STATES`: "queued" until its kernel says that it is busy with it, "done" when it says that it is
+        idle, "aborted" when its reply says so, "lost" when the kernel began anew before it was over."""
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def failed(self) -> bool:
+        """There was an error."""
+    @property
+    def replied(self) -> bool:
+        """Its execute_reply was seen."""
+    @property
+    def execution_count(self) -> int | None: ...
+    @property
+    def messages(self) -> int: ...
+    @property
+    def first(self) -> int:
+        """The number in the log of its first message, -1 before there is one."""
+    @property
+    def last(self) -> int: ...
+    @property
+    def asks(self) -> int:
+        """The number of its input_request that nobody has answered, -1 where there is none."""
+    @property
+    def begun(self) -> str | None:
+        """When its kernel said that it began, as its clock has it."""
+    @property
+    def ended(self) -> str | None: ...
+    @property
+    def order(self) -> int:
+        """Later runs have larger ones."""
+
+@final
+class Ledger:
+    """The last ``most`` runs of a kernel. An `Uplink` tells what is asked, `learn` what the kernel says. A header of
+    more than 8 KiB is no run's."""
+
+    def __init__(self, most: int = 512) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def position(self) -> int:
+        """What has a number below it was learned."""
+    def get(self, msg_id: str) -> Run | None: ...
+    def all(self) -> list[Run]:
+        """In the order in which they were asked."""
+    def learn(self, entries: list[LogEntry]) -> int:
+        """Those of a log, in order. What was learned is passed by, and what the server said itself."""
+    def begin_anew(self) -> None:
+        """The kernel is another process: what was not over is lost, until the new one says that it is at work on it."""
+
+def answers_to(batch: Batch, msg_id: str) -> list[int]:
+    """The indices of the messages whose parent has this id."""
+
+def indices_of_types(batch: Batch, names: list[bytes]) -> list[int]:
+    """The indices of the messages of these types, ASCII."""
+
 # -- zmtp: one connection to a kernel --------------------------------------------------------------
 
 @final
@@ -606,7 +680,9 @@ class Uplink:
         sockets: Mapping[str, zmq.Socket[bytes] | ZmtpStream],
         *,
         allowed_message_types: frozenset[str] = ...,
-    ) -> None: ...
+        ledger: Ledger | None = None,
+    ) -> None:
+        """``ledger`` is told of each execute_request, and that questions are answered."""
     def relay(self, parser: FrameParser) -> int:
         """Take data messages from ``parser`` until it is empty or a control frame is next.
 
@@ -838,6 +914,10 @@ class Budget:
     @property
     def logs(self) -> set[Any]: ...
     @property
+    def histories(self) -> set[Any]:
+        """Those that keep what everybody has."""
+
+    @property
     def share(self) -> int: ...
     def take(self, nbytes: int) -> int: ...
 
@@ -893,6 +973,7 @@ class LogSegment:
     waiters: list[Any]
     is_joined: bool
     version: int
+    weight: int
 
 class Given:
     """What a socket was given of an entry, or of a part of it: where that begins and ends in the socket's bytes, and
@@ -967,7 +1048,11 @@ class Log:
     three at once, by `say` and `tell`."""
 
     front: Any
+    needed: Any
+    """Where begins what somebody may need. What is before is history."""
     open: Any
+    history_limit: int
+    was_offered: bool
     end: int
     user_budget: Any
     count_of_behind: int
@@ -1012,7 +1097,20 @@ class Log:
 
     def hold(self, segment: LogSegment, nbytes: int) -> int: ...
     def leave(self, segment: LogSegment) -> int:
-        """A cursor stands there no more: what nobody stands in at the front of the log can go."""
+        """A cursor stands there no more: what nobody needs is history, or can go."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """What became of what clients asked. It is told of a segment when that is whole, and of what is open by
+        `learn`, before it is read."""
+
+    def learn(self) -> None: ...
+    def make_small(self, segment: LogSegment) -> bool:
+        """What everybody has: what was encoded for sockets goes. Returns whether it is output for the most part, of
+        which lines can be joined."""
+
+    def empty(self) -> int:
+        """The segment that is open is all there is, and nobody needs it."""
 
 class Outlet:
     """The base of `fastwire.downlink.Downlink`: one client's way out of a log, where it gets what everybody gets."""
@@ -1047,6 +1145,7 @@ class KernelSide(Part):
     journal: Any
     activity: Activity
     traffic: KernelTraffic
+    listeners: dict[object, Any]
     iopub_source: Source | None
     needs_a_word: bool
     observers: list[Callable[[bool, str | None], None]]

@@ -68,7 +68,7 @@ from fastwire.segments import (
 )
 from fastwire.shelf import ENDLESS, SPILL_AT, Shelf, totals
 
-__all__ = ["Countable", "Cursor", "Journal", "totals"]
+__all__ = ["Countable", "Cursor", "Journal", "Waiter", "end_of", "totals"]
 
 #: A segment's bytes of memory, at most; while nobody is behind, so that little waits for the last pong; and at least.
 SEGMENT, LIVE_SEGMENT, LEAST_SEGMENT = 1 * MIB, 256 * KIB, 4 * KIB
@@ -94,6 +94,12 @@ PASSES = 1024
 
 OUTPUT = ("stream", "display")
 
+#: A segment of more bytes has a message that is too long to be copied.
+LARGEST_JOINED = 4 * MIB
+
+#: Places of readers that are remembered, the last ones.
+TOLD = 64
+
 
 class Countable(Protocol):
     """Where the frames of a batch end on a socket: `Ends`, or something else that knows."""
@@ -105,6 +111,13 @@ class Countable(Protocol):
     def longest(self, received: int, written: int, /) -> tuple[int, int]:
         """The bytes and the index of the longest of which some were written and not all received; bytes are 0 where
         there is none."""
+
+
+class Waiter(Protocol):
+    """For what lies on the disk, or for what comes."""
+
+    position: int
+    on_ready: Callable[[], None] | None
 
 
 class Cursor(LogCursor):
@@ -339,6 +352,12 @@ class Journal(Log):
             (SEGMENT, LIVE_SEGMENT, CROWDED_SEGMENT, LEAST_SEGMENT, LEAST_WINDOW),
             (WINDOW, CROWDED_AT, JOIN_AT, SPILL_AT),
         )
+        self.history_limit = limits.history_limit
+        #: Bytes of what everybody has: what is before ``needed``.
+        self.history = 0
+        #: Who reads, and where those go on who may come back: lines are not joined over these numbers.
+        self.readers: set[Waiter] = set()
+        self._told: deque[int] = deque(maxlen=TOLD)
         #: The kernel was started again before what has this number.
         self.barrier = 0
         self.on_drop: Callable[[], None] | None = None
@@ -375,6 +394,7 @@ class Journal(Log):
 
     def seal(self) -> None:
         segment = self.open
+        self.learn()
         segment.become(State.SEALED)
         if segment.end - segment.first == 1:
             self._huge = segment
@@ -382,6 +402,7 @@ class Journal(Log):
         self._droppable.append(segment)
         self.shelf.add(segment)
         self.open = segment.next = Segment(self.end, segment)
+        self.leave(segment)
 
     def set_entries(self, segment: Segment, entries: list[Entry] | None) -> None:
         """In the place of those it has; None: they are on the disk alone."""
@@ -396,12 +417,94 @@ class Journal(Log):
 
     # -- out --
 
-    def free_front(self) -> None:
-        first = self.front
-        assert first.next is not None
-        self.front = first.next
-        self.front.previous = None
-        self._free(first)
+    def has_passed(self) -> None:
+        """Nobody needs the first segment that somebody might have needed."""
+        segment = self.needed
+        self.needed = segment.next
+        self._keep(segment)
+        self._trim(self.history_limit)
+
+    # -- what everybody has --
+
+    def _keep(self, segment: Segment) -> None:
+        """Lines are joined: little of them will be asked for, and one by one hardly ever. Anything else stays as it is,
+        as to look at it here would be Python for each message."""
+        if self.history_limit and segment.entries is not None:
+            is_output = self.make_small(segment)
+            if is_output and segment.memory <= LARGEST_JOINED:
+                self._join(segment)
+        segment.weight = max(segment.memory, segment.record.size if segment.record is not None else 0)
+        self.history += segment.weight
+        self.offer()
+
+    @property
+    def spare(self) -> int:
+        """Bytes that nobody needs."""
+        return self.history if self.needed.standers else self.history + self.open.memory
+
+    def offer(self) -> None:
+        """To give way where there is something to give."""
+        budgets = (self.budget, self.user_budget, self._budgets.total)
+        self.was_offered = False
+        if self.front is not self.needed or (self.open.entries and not self.needed.standers):
+            self.was_offered = True
+            for budget in budgets:
+                budget.histories.add(self)
+        else:
+            for budget in budgets:
+                budget.histories.discard(self)
+
+    def _trim(self, limit: int) -> None:
+        """So much of it may stay."""
+        while self.front is not self.needed and (self.history > limit or not self.front.weight):
+            first = self.front
+            assert first.next is not None
+            if self._shorten(first, self.history - limit):
+                break
+            self.front = first.next
+            self.front.previous = None
+            self.history -= first.weight
+            self._free(first)
+
+    def _shorten(self, segment: Segment, excess: int) -> bool:
+        """Let go of so much of its beginning, where it is in memory alone. False: that is all of it."""
+        if segment.state is not State.SEALED or segment.entries is None:
+            return False
+        freed = count = 0
+        for entry in segment.entries:
+            if freed >= excess:
+                break
+            freed += entry.memory
+            count += 1
+        if count == len(segment.entries):
+            return False
+        segment.first = segment.entries[count].first
+        self.set_entries(segment, segment.entries[count:])
+        self.history += segment.memory - segment.weight
+        segment.weight = segment.memory
+        return True
+
+    def give_history(self, budget: Budget) -> None:
+        """The largest first, whosever that is: its room is needed for what somebody has not got."""
+        while budget.used > budget.limit and budget.histories:
+            cast("Journal", max(budget.histories, key=spare_of)).forget_history()
+
+    def forget_history(self) -> bool:
+        """The oldest. False: there is none."""
+        is_there = True
+        if self.front is not self.needed:
+            self._trim(self.history - 1)
+        elif self.open.entries and not self.needed.standers:
+            self.learn()
+            self.empty()
+        else:
+            is_there = False
+        self.offer()
+        return is_there
+
+    def remember(self, number: int) -> None:
+        """Somebody may come back for what has this number, and what comes after it."""
+        self._told.append(number)
 
     def is_empty(self) -> None:
         self.shelf.is_empty()
@@ -413,13 +516,22 @@ class Journal(Log):
         segment.become(State.FREED)
         self.shelf.was_freed(segment, state)
         self._budgets.total.look()
+        for segments in (self._raw, self._droppable):
+            while segments and segments[0].state is State.FREED:
+                segments.popleft()
+        waiters, segment.waiters = segment.waiters, []
+        for each in waiters:
+            if each.on_ready is not None:
+                each.on_ready()
 
     def charge_to(self, user: User) -> None:
         """The user of the hindmost cursor."""
         self.user_budget.logs.discard(self)
+        self.user_budget.histories.discard(self)
         self.user_budget = user
         self.budget.move(user)
         self.shelf.charge(user.disk)
+        self.offer()
         self.count_behind(0)
 
     def behind(self) -> dict[Cursor, tuple[int, int]]:
@@ -436,17 +548,21 @@ class Journal(Log):
             for cursor in segment.standers:
                 has = cursor.has_of(segment)
                 result[cursor] = counts[None] + counts[cursor.number] - has, nbytes
-            segment = segment.previous
+            segment = segment.previous if segment is not self.needed else None
         return result
 
     def close(self) -> None:
         """No more is kept."""
         for cursor in list(self.cursors.values()):
             cursor.end()
+        self.history_limit = 0
+        self.leave(self.needed)
+        self._trim(0)
+        self.offer()
         self.shelf.close()
 
-    def fetch(self, segment: Segment, cursor: Cursor) -> None:
-        """The cursor waits for what lies on the disk."""
+    def fetch(self, segment: Segment, cursor: Waiter) -> None:
+        """The cursor, or who reads, waits for what lies on the disk."""
         if cursor not in segment.waiters:
             segment.waiters.append(cursor)
         self.shelf.read(segment)
@@ -475,7 +591,7 @@ class Journal(Log):
         enough = budget.share if budget.used > budget.limit else budget.share // 2
         if budget is self.budget or self.memory >= enough:
             return self
-        return cast("Journal", max(budget.logs, key=memory_of, default=self))
+        return cast("Journal", max(budget.logs | budget.histories, key=memory_of, default=self))
 
     def give_way(self, budget: Budget) -> None:
         self._budgets.total.look()
@@ -498,7 +614,7 @@ class Journal(Log):
 
     def _end_closed(self) -> None:
         """Who has said goodbye, where that makes room for who has not."""
-        while (standers := self.front.standers) and all(each.was_closed for each in standers):
+        while (standers := self.needed.standers) and all(each.was_closed for each in standers):
             if all(each.was_closed or each.is_caught_up for each in self.cursors.values()):
                 break
             for cursor in list(standers):
@@ -507,7 +623,7 @@ class Journal(Log):
     def _end_hindmost(self) -> bool:
         """What may not be dropped is too much. Who has said goodbye goes before who lost its network, and who is away
         before who is there."""
-        standers = self.front.standers
+        standers = self.needed.standers
         if not standers:
             return False
         victim = min(standers, key=lambda cursor: (not cursor.was_closed, cursor.is_connected))
@@ -528,6 +644,8 @@ class Journal(Log):
     def _is_wanted(self, entry: Entry) -> bool:
         """Of an entry for one cursor: that is still there, and has not passed it."""
         if entry.audience is None:
+            return True
+        if self.history_limit:
             return True
         cursor = self.cursors.get(entry.audience)
         if cursor is None:
@@ -576,6 +694,8 @@ class Journal(Log):
         """Leave out about so much of a segment's output. The notice stands before what is left of an entry, or behind
         where the entry began with that. Returns whether there is more of it."""
         assert segment.entries is not None
+        if segment is self.open:
+            self.learn()
         marks, zones = self._marks(segment)
         freed = 0
         left: list[Entry] = []
@@ -655,12 +775,17 @@ class Journal(Log):
             self._free(segment)
 
     def _is_nobodys(self, segment: Segment) -> bool:
-        return all(cursor.place is not segment for cursor in self.cursors.values())
+        return segment is not self.needed and all(cursor.place is not segment for cursor in self.cursors.values())
 
     def _numbers_of_cursors(self) -> set[int]:
         """At which the log is not to be joined."""
-        return {n for cursor in self.cursors.values() for n in cursor.marks}
+        readers = (reader.position for reader in self.readers)
+        return {*(n for cursor in self.cursors.values() for n in cursor.marks), *readers, *self._told}
 
 
 def memory_of(log: Any) -> int:
     return cast(int, log.memory)
+
+
+def spare_of(log: Any) -> int:
+    return cast(int, log.spare)

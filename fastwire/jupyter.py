@@ -39,7 +39,7 @@ except ImportError as error:
         f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
     ) from error
 
-from fastwire import __version__, installed, logs, other_websockets, status
+from fastwire import __version__, installed, logs, other_websockets, runs_api, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch
 from fastwire.errors import FastwireError, TooManyClients
 from fastwire.flow import OutputRates, too_many
@@ -633,6 +633,7 @@ def _load_jupyter_server_extension(app: Any) -> None:
         if hasattr(app, "kernel_manager"):
             raise_limits(app.kernel_manager.context)  # of whichever class: its first kernel is still to come
         status.install(app.web_app)
+        runs_api.install(app.web_app)
         carry_other_websockets(app)
         for handler in getattr(app.log, "logger", app.log).handlers:  # `log` may be an adapter
             handler.addFilter(logs.is_meant)

@@ -28,9 +28,10 @@ from fastwire._core import Activity, Batch, Signer, limit_standby
 from fastwire.budgets import Budgets
 from fastwire.errors import MessageError, SignatureError
 from fastwire.events import note
+from fastwire.executor import Executor
 from fastwire.hearing import Event
 from fastwire.notices import notice
-from fastwire.relay import KernelRelay, Session
+from fastwire.relay import STDIN_PATIENCE, KernelRelay, Session
 from fastwire.restarter import watch_with_others
 from fastwire.settings import Fastwire, usable
 from fastwire.sockets import address_of, open_socket, raise_limits, shortage
@@ -254,6 +255,9 @@ class Kernel:
             on_doubt=self.settle_doubt,
             name=manager.kernel_id,
         )
+        #: Who runs code for those that have no WebSocket.
+        self.executor = Executor(self.relay)
+        self._release: asyncio.Task[None] | None = None
         self.relay.activity = Activity(getattr(manager.parent, "untracked_message_types", ()))
         self.hearing = self.relay.hearing
         #: Gone from its manager's list when somebody looked last.
@@ -282,8 +286,12 @@ class Kernel:
 
     def open(self) -> None:
         """Subscribe; anew when the kernel moved, with doubt when it was started again since."""
+        moved = self.relay.endpoint != endpoint(self.manager)
         self.relay.open(endpoint(self.manager), signer_of(self.manager))
+        if moved:
+            self.executor.move()
         if self._process != process_of(self.manager):
+            self.relay.lose_runs()
             self._process = process_of(self.manager)
             self.relay.doubt()
 
@@ -316,8 +324,35 @@ class Kernel:
         """The kernel is gone."""
         self.manager.unobserve(self._follow, PLACE)
         self.relay.close()
-        if self.proof is not None:
-            self.proof.cancel()
+        self.executor.close()
+        for task in (self.proof, self._release):
+            if task is not None:
+                task.cancel()
+
+    # -- code for who has no WebSocket --
+
+    def open_executor(self) -> Executor:
+        """What it is asked waits until the kernel is heard, and knows whom to ask back."""
+        self.open()
+        self.executor.open()
+        if not (self.is_heard and self.executor.can_be_asked()) and self._release is None:
+            self.executor.hold(held=True)
+            self._release = asyncio.get_running_loop().create_task(self._release_executor())
+        return self.executor
+
+    async def _release_executor(self) -> None:
+        try:
+            await self.until_heard(self._is_managed)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STDIN_PATIENCE if self.relay.listens_on_stdin else 0):
+                    while not self.executor.can_be_asked():  # noqa: ASYNC110 - three kinds of sockets, asked alike
+                        await asyncio.sleep(0.01)
+        finally:
+            self._release = None
+            self.executor.hold(held=False)
+
+    async def _is_managed(self) -> bool:
+        return is_managed(self.manager)
 
     # -- restarts --
 

@@ -97,6 +97,8 @@ def kernel_numbers(relay: KernelRelay) -> dict[str, Any]:
         "refused": relay.rejected,
         "path": relay.path,
         "kept_bytes": relay.journal.memory,
+        "history_bytes": relay.journal.history,
+        "runs": len(relay.journal.ledger),
         "spilled_bytes": relay.journal.shelf.nbytes,
         "clients": [
             client_numbers(session, behind.get(session.downlink.cursor, (0, 0))) for session in relay.sessions.values()

@@ -27,6 +27,7 @@ from fastwire._core import (
     KernelSide,
     Signer,
     Uplink,
+    indices_of_types,
 )
 from fastwire.budgets import Budgets
 from fastwire.channels import Channel, ZmqChannel, ZmtpChannel
@@ -71,6 +72,12 @@ REST_AFTER = 1.0
 #: ``open_socket(channel, identity)`` connects a ZMQ socket to the kernel, or says where it listens.
 OpenSocket = Callable[[str, bytes | None], "zmq.Socket[bytes] | Address"]
 
+#: ``callback(batch, indices)``
+Listener = Callable[[Batch, list[int]], None]
+
+#: The audience of what no client gets.
+NO_CLIENT = 0
+
 
 class KernelRelay(KernelSide):
     """One kernel: its iopub subscription and its clients' sessions.
@@ -106,6 +113,7 @@ class KernelRelay(KernelSide):
         #: What the kernel is doing. Who knows of message types that do not count sets another before it is opened.
         self.activity = Activity(())
         self.endpoint: object = None
+        self.is_closed = False
         self._open_socket = open_socket
         self._permissive = permissive
         self._on_rejected = on_rejected
@@ -262,7 +270,7 @@ class KernelRelay(KernelSide):
 
     def say(self, batch: Batch, *, ours: bool = False) -> None:
         """Messages for all clients; ``ours`` are those of the server itself."""
-        if self.sessions:
+        if self.sessions or self.journal.history_limit:
             self.journal.say(batch, ours=ours)
 
     @property
@@ -270,6 +278,42 @@ class KernelRelay(KernelSide):
         """Where it is now: in the request that it works on, or behind what it said last."""
         busy = self.activity.status
         return self.neighbour if busy is None else (busy[0], busy[1])
+
+    # -- who listens --
+
+    def listen(self, callback: Listener, msg_types: Iterable[str] = ()) -> Callable[[], None]:
+        """Call ``callback(batch, indices)`` with what the kernel says, on iopub to all and on other channels to
+        anybody, once for each batch that has messages of these types, or of any. ``indices`` are theirs in the batch;
+        ``batch[index]`` are the parts of one: header, parent_header, metadata and content in JSON, and buffers.
+
+        It is called on the loop, after the clients were given the batch, and not for what the server itself says. Who
+        raises is told of in the log, and is called again. Returns what ends it.
+        """
+        names = [name.encode() for name in msg_types]
+        key = object()
+
+        def hear(batch: Batch, indices: list[int]) -> None:
+            indices = indices_of_types(batch, names) if names else indices
+            if indices:
+                callback(batch, indices)
+
+        self.listeners[key] = hear
+        return lambda: self.listeners.pop(key, None) and None
+
+    def tell_listeners(self, batch: Batch) -> None:
+        for hear in list(self.listeners.values()):
+            try:
+                hear(batch, [*range(len(batch))])
+            except Exception as error:  # one of others, of whom each hears the same
+                log.error("a listener of kernel %s: %s", self.name, error, exc_info=error)
+
+    def keep(self, batch: Batch) -> None:
+        """What the kernel says to somebody who is no client, for who reads the log."""
+        self.activity.answered(batch)
+        self.journal.append(batch, NO_CLIENT)
+        self.journal.settle()
+        if self.listeners:
+            self.tell_listeners(batch)
 
     def _on_drop(self) -> None:
         text = "clients are too far behind: the oldest output is dropped, and they are told where"
@@ -284,6 +328,12 @@ class KernelRelay(KernelSide):
             session.begin_anew()
         self.listens_on_stdin = True
         self.journal.barrier = self.journal.end
+        self.lose_runs()
+
+    def lose_runs(self) -> None:
+        """What the kernel's process was at work on went with it."""
+        self.journal.learn()
+        self.journal.ledger.begin_anew()
 
     # -- whether iopub is heard --
 
@@ -373,6 +423,7 @@ class KernelRelay(KernelSide):
 
     def close(self) -> None:
         """The kernel is gone: clients are told and every socket is closed."""
+        self.is_closed = True
         open_relays.discard(self)
         for session in list(self.sessions.values()):
             connection, unsent = session.connection, session.unsent_messages
@@ -465,7 +516,8 @@ class Session:
 
     def _new_uplink(self, protocol: str | None) -> Uplink:
         sockets = {channel.name: channel.socket for channel in self._channels}
-        uplink = Uplink(protocol, self.relay.signer, sockets, allowed_message_types=self._allowed)
+        ledger = self.relay.journal.ledger if self.relay.limits.history_limit else None
+        uplink = Uplink(protocol, self.relay.signer, sockets, allowed_message_types=self._allowed, ledger=ledger)
         uplink.held = self.relay.hearing.held
         return uplink
 
@@ -665,6 +717,8 @@ class Session:
             self.downlink.look_for_answers()
         self._uplink.answered(batch)
         self.deliver(batch)
+        if self.relay.listeners:
+            self.relay.tell_listeners(batch)
         if self.connection is None:
             self._rest_soon()
 

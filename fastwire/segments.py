@@ -107,7 +107,7 @@ def size_of(nbytes: int) -> str:
 
 class Segment(LogSegment):
     """A part of the log. ``standers`` are the cursors that need nothing before it and may need this; ``counts`` its
-    messages by audience, those that are missing here among them."""
+    messages by audience, those that are missing here among them; ``weight`` what it counts as history."""
 
     __slots__ = ()
 

@@ -62,7 +62,7 @@ try:
     from traitlets.config import Config, Configurable
     from traitlets.config.loader import KVArgParseConfigLoader
 
-    from fastwire import logs, status
+    from fastwire import logs, runs_api, status
     from fastwire.jupyter import (
         Fastwire,
         FastwireMappingKernelManager,
@@ -207,6 +207,7 @@ class FastwireServer(ServerApp):
         check_dotted_options(self.argv, complete=True)
         if takes_fastwire(self):
             status.install(self.web_app)
+            runs_api.install(self.web_app)
             carry_other_websockets(self)
         super().init_httpserver()
         limit_requests(self.http_server, Fastwire(config=self.config).handshake_timeout)

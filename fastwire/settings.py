@@ -101,6 +101,15 @@ class Fastwire(Configurable):
     spill_keep_free = Integer(
         Limits.spill_keep_free, min=0, config=True, help="Bytes of the disk of spill_dir that are left to others."
     )
+    history_limit = Integer(
+        Limits.history_limit,
+        min=0,
+        config=True,
+        help="Bytes of what one kernel has said that are kept when all clients have it, for pages that were reloaded "
+        "and for programs that ask (/fastwire/api/kernels/<id>/runs): 2097152 (2 MiB) are some 20,000 lines. 0 keeps "
+        "none, as a message costs 12 to 40 % more where they are kept. They are part of what the limits of memory and "
+        "of the disk allow, and the first to go there.",
+    )
     write_deadline = Float(
         Limits.write_deadline,
         min=0,

@@ -54,6 +54,8 @@ class Log(Protocol):
     def set_entries(self, segment: Segment, entries: list[Entry] | None) -> None: ...
     def strip(self, segment: Segment, excess: int) -> bool: ...
     def make_room(self) -> None: ...
+    def give_history(self, budget: Budget) -> None: ...
+    def forget_history(self) -> bool: ...
 
 
 class Shelf:
@@ -108,6 +110,9 @@ class Shelf:
         self.add(segment)
 
     def was_freed(self, segment: Segment, state: State) -> None:
+        for segments in (self._unwritten, self._small):
+            while segments and segments[0].state is State.FREED:
+                segments.popleft()
         if state is State.LOADED:
             self._loaded.remove(segment)
         if state in (State.LOADED, State.ON_DISK):
@@ -130,11 +135,15 @@ class Shelf:
 
     def relieve(self, budget: Budget) -> None:
         """Have less in memory."""
+        while budget.used > budget.limit // SPILL_AT and self._evict(hard=False):
+            pass
+        self._journal.give_history(budget)
         while budget.used > budget.limit // SPILL_AT and self._evict(hard=budget.used > budget.limit):
             pass
         if budget.used > budget.limit // SPILL_AT and self._file is not None and not self._failed:
             if self._full:
-                self._strip_oldest()
+                if not self._journal.forget_history():
+                    self._strip_oldest()
             elif not self._writes and (self._unwritten or self._small):
                 self._writes = True
                 self._start(self._runner.write, self._prepare_write, self._written)  # type: ignore[union-attr]

@@ -269,7 +269,8 @@ def changed(limits: Limits, **changes: Any) -> Limits:
 
 @pytest.fixture
 def limits(tmp_path: Any) -> Limits:
-    return Limits(client_memory_limit=LIMIT, merge=False, spill_dir=str(tmp_path), spill_keep_free=0)
+    """And nothing is kept that everybody has: what that does is for `test_runs`."""
+    return Limits(client_memory_limit=LIMIT, merge=False, spill_dir=str(tmp_path), spill_keep_free=0, history_limit=0)
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,9 @@ from fastwire.segments import Segment, State, size_of
 pytest_plugins = "journal_stage"  # the fixture `limits`
 
 
+NO_HISTORY = Limits(history_limit=0)
+
+
 class Logs(RuleBasedStateMachine):
     """Two kernels' logs, clients of two users, one disk."""
 
@@ -58,8 +61,9 @@ class Logs(RuleBasedStateMachine):
         user=st.sampled_from([LIMIT // 4, PLENTY]),
         total=st.sampled_from([LIMIT // 2, PLENTY]),
         user_spill=st.sampled_from([30 * KIB, PLENTY]),
+        history=st.sampled_from([0, 10 * KIB, PLENTY]),
     )
-    def begin(self, merge: bool, spill: int, limit: int, user: int, total: int, user_spill: int) -> None:
+    def begin(self, merge: bool, spill: int, limit: int, user: int, total: int, user_spill: int, history: int) -> None:
         self.limits = Limits(
             client_memory_limit=limit,
             user_memory_limit=user,
@@ -70,6 +74,7 @@ class Logs(RuleBasedStateMachine):
             client_spill_limit=spill,
             user_spill_limit=user_spill,
             spill_keep_free=0,
+            history_limit=history,
         )
         self.budgets = Budgets(self.limits)
         self.logs = [Journal(self.limits, self.budgets, self.disk) for _ in range(2)]
@@ -219,8 +224,8 @@ class Logs(RuleBasedStateMachine):
             assert memory == log.memory
             behind = log.behind()
             assert behind.keys() == {cursor for cursor in log.cursors.values() if cursor.stands is not None}
-            on_disk = sum(each.record.size for each in segments_of(log) if each.entries is None)
-            assert max((nbytes for _, nbytes in behind.values()), default=0) in (0, memory + on_disk)
+            needed = sum(each.nbytes for each in segments_of(log) if each.first >= log.needed.first)
+            assert max((nbytes for _, nbytes in behind.values()), default=0) in (0, needed)
             for cursor in log.cursors.values():
                 assert behind.get(cursor, (0, 0))[0] == cursor.kept
                 oldest = cursor.flight.oldest
@@ -236,6 +241,7 @@ class Logs(RuleBasedStateMachine):
         """But for what is in flight, the newest message, and one that is larger than there may be."""
         for log in self.logs:
             assert log.shelf.nbytes <= self.limits.client_spill_limit
+            assert log.history <= self.limits.history_limit
 
     def teardown(self) -> None:
         """Sockets that take everything get exactly what was missing; then nothing is left."""
@@ -251,10 +257,11 @@ class Logs(RuleBasedStateMachine):
             client.check(merge=self.limits.merge)
         self.settle()
         for log in self.logs:
-            assert log.memory == 0
-            assert log.shelf.nbytes == 0
+            assert self.limits.history_limit or log.memory == log.shelf.nbytes == 0
             log.close()
         self.settle()
+        for log in self.logs:
+            assert log.memory == log.shelf.nbytes == log.history == 0
         assert not self.logs or self.budgets.total.used == self.budgets.disk.used == 0
         self.directory.cleanup()
 
@@ -298,14 +305,14 @@ TestLogs = Logs.TestCase
 
 
 def test_nothing_is_kept_for_nobody() -> None:
-    journal, client = log_of(Limits())
+    journal, client = log_of(Limits(history_limit=0))
     client.cursor.end()
     say(journal, batch_of(line(0)))
     assert (journal.memory, journal.front.entries) == (0, [])
 
 
 def test_who_is_live_costs_a_message_nothing_when_it_has_it() -> None:
-    journal = Journal(Limits(), Budgets(Limits()))
+    journal = Journal(NO_HISTORY, Budgets(NO_HISTORY))
     client = Client(journal)
     before = _core.live()
     for number in range(10):
@@ -320,7 +327,7 @@ def test_who_is_live_costs_a_message_nothing_when_it_has_it() -> None:
 
 
 def test_a_message_that_was_begun_comes_again_as_a_whole() -> None:
-    journal = Journal(Limits(), Budgets(Limits()))
+    journal = Journal(NO_HISTORY, Budgets(NO_HISTORY))
     client = Client(journal)
     client.hears(journal.append(batch_of(line(0), line(1), line(2))), [0, 1, 2])
     client.received = client.messages[0][0]
@@ -331,7 +338,7 @@ def test_a_message_that_was_begun_comes_again_as_a_whole() -> None:
 
 
 def test_what_was_not_acknowledged_comes_again_and_is_counted() -> None:
-    journal = Journal(Limits(), Budgets(Limits()))
+    journal = Journal(NO_HISTORY, Budgets(NO_HISTORY))
     client = Client(journal)
     client.hears(journal.append(batch_of(*map(line, range(10)))), [*range(10)])
     ends = [end for end, _ in client.messages]
@@ -440,7 +447,7 @@ def test_many_clients_that_are_behind_cost_what_one_costs(limits: Limits) -> Non
 
 
 def test_what_comes_after_the_end_is_not_kept() -> None:
-    journal, client = log_of(Limits())
+    journal, client = log_of(Limits(history_limit=0))
     say(journal, batch_of(line(1)))
     journal.close()
     assert (client.cursor.kept, journal.memory) == (0, 0)

@@ -46,6 +46,8 @@ ROOMS = (
     "testing",
     "downlink",
     "relay",
+    "executor",
+    "runs",
     "metrics",
     "session",
     "status",
@@ -54,6 +56,7 @@ ROOMS = (
     "sockets",
     "restarter",
     "kernels",
+    "runs_api",
     "other_websockets",
     "jupyter",
     "serve",
@@ -81,6 +84,8 @@ STRANGERS = {
     "zmtp": {"jupyter_client", "jupyter_server", "tornado", "zmq"},
     "channels": {"jupyter_client", "jupyter_server"},
     "relay": {"jupyter_server"},
+    "executor": {"jupyter_client", "jupyter_server", "tornado", "zmq"},
+    "runs": {"jupyter_server", "nbformat", "tornado", "zmq"},
 }
 
 EXISTING = sorted({path.stem for path in PACKAGE.glob("*.py*")} & set(ROOMS) | {"_core"}, key=ROOMS.index)

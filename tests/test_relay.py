@@ -1,6 +1,7 @@
 """Messages both ways between a kernel and clients that are there, and what whoever runs the server is told."""
 
 import json
+import logging
 import re
 
 import pytest
@@ -16,6 +17,38 @@ from fastwire.notices import local_batch
 from fastwire.relay import open_relays
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
+
+
+# -- who listens -----------------------------------------------------------------------------------
+
+
+def test_who_listens_hears_the_messages_of_his_types(
+    stage: Stage, kernel: Kernel, transport: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where no client is, and after somebody who fails."""
+    caplog.set_level(logging.CRITICAL)
+    relay = stage.start(kernel)
+    heard: list[list[str]] = []
+    every: list[int] = []
+
+    def hear(batch: _core.Batch, indices: list[int]) -> None:
+        heard.append([batch.msg_type(index) for index in indices])
+        raise ValueError("a listener that fails")
+
+    end = stage.run(relay.listen, hear, ["error", "display_data"])
+    end_all = stage.run(relay.listen, lambda batch, indices: every.extend(indices))
+    kernel.publish(*stream(1), message("error", "2"), message("display_data", "3"))
+    until(lambda: len(every) == 3, "all are heard")
+    assert [name for names in heard for name in names] == ["error", "display_data"]
+    stage.run(end)
+    client = stage.connect("ann")
+    kernel.publish(message("error", "4"))
+    until(lambda: len(every) == 4, "the other hears on")
+    assert client.ids(1) == ["4"]
+    stage.run(end_all)
+    stage.run(end_all)
+    assert sum(map(len, heard)) == 2
+    assert relay.listeners == {}
 
 
 # -- what is refused -------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def ann_away(stage: Stage, kernel: Kernel, **limits: Any) -> Journal:
 
 def test_what_is_too_much_for_memory_waits_on_the_disk(stage: Stage, kernel: Kernel, tmp_path: Path) -> None:
     """Displays between the lines keep them apart: they would be joined."""
-    limits = {"client_memory_limit": 4 * MIB, "spill_dir": str(tmp_path), "spill_keep_free": 0}
+    limits = {"client_memory_limit": 4 * MIB, "spill_dir": str(tmp_path), "spill_keep_free": 0, "history_limit": 0}
     journal = ann_away(stage, kernel, **limits)
     count = 6000
     for number in range(0, count, 40):

@@ -203,6 +203,7 @@ cdef struct Judged:
 
 
 @cython.final
+@cython.no_gc   # a history keeps thousands, each collection would look at all of them, and nothing of one leads back
 @cython.freelist(64)
 cdef class Batch:
     cdef readonly str channel

@@ -23,11 +23,13 @@ cdef class Budget:
     cdef public Py_ssize_t freed        # in all, since somebody set it to 0
     cdef public Budget whole
     cdef readonly set logs
+    cdef readonly set histories         # the logs that keep what everybody has
 
     def __init__(self, Py_ssize_t limit, Budget whole=None):
         self.limit = limit
         self.whole = whole
         self.logs = set()
+        self.histories = set()
 
     def take(self, Py_ssize_t nbytes):
         self.add(nbytes)
@@ -48,6 +50,7 @@ cdef class Budget:
         return self.fair_share()
 
 
+@cython.no_gc   # thousands are kept: each collection would look at all of them, and nothing of one leads back
 @cython.freelist(64)
 cdef class LogEntry:
     cdef public long long first
@@ -107,6 +110,7 @@ cdef class LogSegment:
     cdef public list waiters
     cdef public bint is_joined
     cdef public Py_ssize_t version      # changes when its entries do
+    cdef public Py_ssize_t weight       # what it counts as history
 
     @property
     def counts(self):
@@ -326,7 +330,11 @@ cdef class LogCursor:
 cdef class Log:
     cdef readonly dict cursors
     cdef public LogSegment front
+    cdef public LogSegment needed       # where begins what somebody may need; what is before is history
     cdef public LogSegment open
+    cdef public Py_ssize_t history_limit
+    cdef readonly Ledger ledger         # what became of what clients asked; told of a segment when that is whole
+    cdef public bint was_offered        # budgets know that there is something nobody needs
     cdef public long long end           # the number of what comes next
     cdef readonly Budget budget
     cdef public Budget user_budget      # of the hindmost cursor's user
@@ -346,10 +354,11 @@ cdef class Log:
         self.cursors = {}
         self.outlets = {}
         self.listeners = ()
+        self.ledger = Ledger()
         self.budget = budget
         self.user_budget = budget.whole
         self.total = total
-        self.front = self.open = first
+        self.front = self.needed = self.open = first
         self.most_segment, self.live_segment, self.crowded_segment, self.least_segment, self.least_window = sizes
         self.window_part, self.crowded_at, self.join_at, self.spill_at = parts
 
@@ -435,7 +444,7 @@ cdef class Log:
         cdef LogEntry newest = self.newest
         cdef Budget budget = self.budget
         self.newest = None
-        if segment is self.front and not segment.standers:
+        if segment is self.needed and not segment.standers and not self.history_limit:
             self.leave(segment)
             return 0
         if newest is not None:
@@ -529,13 +538,13 @@ cdef class Log:
 
     cdef int arrive(self, LogSegment segment) except -1:
         """A cursor stands there now."""
-        if segment is self.front and len(segment.standers) == 1:
+        if segment is self.needed and len(segment.standers) == 1:
             self.charge()
         return 0
 
     cdef int charge(self) except -1:
         """The user of the hindmost cursor."""
-        cdef LogCursor hindmost = next(iter(self.front.standers))
+        cdef LogCursor hindmost = next(iter(self.needed.standers))
         if hindmost.budget is not self.user_budget:
             self.python_ran = True
             self.charge_to(hindmost.budget)
@@ -545,20 +554,49 @@ cdef class Log:
         raise NotImplementedError
 
     cpdef int leave(self, LogSegment segment) except -1:
-        """A cursor stands there no more: what nobody stands in at the front of the log can go."""
-        if segment is not self.front or segment.standers:
+        """A cursor stands there no more: what nobody needs is history, or can go."""
+        if segment is not self.needed or segment.standers:
             return 0
-        while not self.front.standers:
-            if self.front is self.open:
-                self.empty()
-                break
+        while not self.needed.standers and self.needed is not self.open:
             self.python_ran = True
-            self.free_front()
-        if self.front.standers:
+            self.has_passed()
+        if self.needed.standers:
             self.charge()
+        elif not self.history_limit:
+            self.empty()
+        elif self.open.entries and not self.was_offered:
+            self.python_ran = True
+            self.offer()
+        if self.was_sealed and not self.needed.standers:
+            self.was_sealed = False
+            self.python_ran = True
+            self.is_empty()
         return 0
 
-    cdef int empty(self) except -1:
+    def learn(self):
+        """Let the ledger read what it has not."""
+        if self.open.entries:
+            self.ledger.learn(self.open.entries)
+
+    cdef Py_ssize_t without_frames(self, LogSegment segment) except -1:
+        """What was encoded for sockets goes. Returns how many of the messages are lines of output."""
+        cdef Py_ssize_t freed = 0, lines = 0, before
+        for entry in segment.entries:
+            if type(entry) is LogEntry:
+                (<LogEntry>entry).batch.forget_frames()
+                before = (<LogEntry>entry).memory
+                (<LogEntry>entry).memory = (<LogEntry>entry).batch.memory_size() + ENTRY_SIZE
+                freed += before - (<LogEntry>entry).memory
+                lines += (<LogEntry>entry).batch.by_class[STREAM]
+        if freed:
+            self.hold(segment, -freed)
+        return lines
+
+    def make_small(self, LogSegment segment not None):
+        """What everybody has. Returns whether it is output for the most part, of which lines can be joined."""
+        return self.without_frames(segment) * 2 > segment.end - segment.first
+
+    cpdef int empty(self) except -1:
         """The segment that is open is all there is, and nobody needs it."""
         cdef LogSegment segment = self.open
         if segment.entries:
@@ -567,13 +605,12 @@ cdef class Log:
             segment.empty_counts()
             segment.first = self.end
             segment.version += 1
-        if self.was_sealed:
-            self.was_sealed = False
-            self.python_ran = True
-            self.is_empty()
         return 0
 
-    def free_front(self):
+    def has_passed(self):
+        raise NotImplementedError
+
+    def offer(self):
         raise NotImplementedError
 
     def is_empty(self):

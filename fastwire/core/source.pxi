@@ -21,6 +21,7 @@ cdef class KernelSide(Part):
     cdef public Source iopub_source     # where we speak it ourselves
     cdef public bint needs_a_word       # what is said may change whether the kernel is heard
     cdef public list observers
+    cdef readonly dict listeners        # to all that is said
     cdef public Poller poller
     cdef public Marks budgets
     cdef bint unseen_activity
@@ -30,6 +31,7 @@ cdef class KernelSide(Part):
 
     def __cinit__(self, *args, **options):
         self.observers = []
+        self.listeners = {}
         self.traffic = KernelTraffic()
 
     def __dealloc__(self):
@@ -50,9 +52,18 @@ cdef class KernelSide(Part):
         active = self.activity.look(batch, &said)
         if self.observers and (active or said):
             self.note(active, self.activity.state if said else None)
-        if len(self.journal.outlets):
+        if len(self.journal.outlets) or self.journal.history_limit:
             self.journal.say_all(batch, False)
+        return self.let_listen(batch)
+
+    cdef int let_listen(self, Batch batch) except -1:
+        if self.listeners:
+            self.poller.python_ran = True
+            self.tell_listeners(batch)
         return 0
+
+    def tell_listeners(self, batch):
+        raise NotImplementedError
 
     def on_word(self):
         raise NotImplementedError
@@ -239,7 +250,8 @@ cdef class Source(Part):
         self.kernel.activity.note_answers(batch)
         if self.uplink is not None:
             self.uplink.note_answers(batch)
-        return self.kernel.journal.tell_one(self.outlet, batch, False, False)
+        self.kernel.journal.tell_one(self.outlet, batch, False, False)
+        return 0 if self.kernel is None else self.kernel.let_listen(batch)
 
     cdef bint is_unsettled(self) except -1:
         """The connection is to be looked at: bytes wait to be written, it is ready now, or it has ended."""

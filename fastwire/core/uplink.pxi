@@ -162,18 +162,21 @@ cdef class Uplink:
     cdef readonly bint asked            # the kernel waits for an input_reply
     cdef public bint held
     cdef object allowed
+    cdef Ledger ledger          # that is told of requests, or None
     cdef list notes
     cdef Message message        # that is being sent
     cdef bint sending
     cdef int touched            # bit per socket that was sent to since `readable` looked at it
     cdef int unwritten          # bit per socket that had bytes left to write when `readable` looked at it
 
-    def __init__(self, protocol, Signer signer not None, dict sockets not None, *, allowed_message_types=frozenset()):
+    def __init__(self, protocol, Signer signer not None, dict sockets not None, *, allowed_message_types=frozenset(),
+                 Ledger ledger=None):
         self.protocol = protocol_of(protocol)
         self.signer = signer
         self.sockets = [sockets[channel] for channel in CHANNELS[:UPLINKS]]
         self.tracked = deque()
         self.allowed = frozenset(allowed_message_types)
+        self.ledger = ledger
         self.notes = []
 
     def __cinit__(self):
@@ -269,7 +272,19 @@ cdef class Uplink:
         if self.allowed and not self.is_allowed():
             return 0
         kept = mend(&self.message) if self.protocol == LEGACY else None  # noqa: F841 - the parts lie in it
+        if self.ledger is not None and target != CONTROL:
+            self.tell(target)
         return self.dispatch(target)
+
+    cdef int tell(self, int target) except -1:
+        """What is asked, or answered. Before it goes: what fails here is tried again."""
+        cdef Header header
+        cdef fw_span *parts = self.message.parts.items
+        if target == STDIN:
+            self.ledger.answer()
+        elif scan_header(parts[0], &header) != NOT_JSON:
+            self.ledger.ask(parts, &header)
+        return 0
 
     cdef bint is_allowed(self) except -1:
         cdef Header header

@@ -1,0 +1,122 @@
+"""Runs code in a kernel for who has no WebSocket.
+
+An `Executor` has sockets of its own to one kernel, as a client's session has, and no place in the log: what the kernel
+answers is for who reads that. What is asked waits while the kernel is not heard yet.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from fastwire._core import OP_TEXT, Uplink
+from fastwire.channels import Channel
+from fastwire.errors import FastwireError
+from fastwire.relay import CLIENT_CHANNELS, KernelRelay
+
+__all__ = ["Executor", "KernelIsFull"]
+
+#: Bytes that an executor may have waiting for its kernel.
+MOST_WAITING = 16 * 1024 * 1024
+
+
+class KernelIsFull(FastwireError):
+    """It takes no more now."""
+
+
+class Executor:
+    """Of one kernel. ``held``: what is asked waits."""
+
+    def __init__(self, relay: KernelRelay) -> None:
+        self.session = uuid.uuid4().hex
+        self._relay = relay
+        self._held = False
+        self._uplink: Uplink | None = None
+        self._channels: list[Channel] = []
+
+    def open(self) -> None:
+        """Connect, where that is still to be done or the kernel is elsewhere now; what waits goes there."""
+        if self._channels and not any(channel.closed for channel in self._channels):
+            return
+        for channel in self._channels:
+            channel.close()
+        relay, waiting = self._relay, self._uplink
+        # stdin first: what a kernel asks on a socket that is not there yet, it drops.
+        opened = relay.channels(
+            CLIENT_CHANNELS[::-1],
+            self.session.encode(),
+            relay.keep,
+            before=relay.iopub_is_behind,
+            after=self._send_waiting,
+        )
+        self._channels = opened[::-1]
+        sockets = {channel.name: channel.socket for channel in self._channels}
+        self._uplink = Uplink(None, relay.signer, sockets, ledger=relay.journal.ledger)
+        self._uplink.held = self._held
+        if waiting is not None:
+            self._uplink.adopt(waiting)
+
+    def move(self) -> None:
+        """The kernel is elsewhere."""
+        if self._channels:
+            for channel in self._channels:
+                channel.catch_up()
+                channel.close()
+            self.open()
+
+    def hold(self, *, held: bool) -> None:
+        self._held = held
+        if self._uplink is not None:
+            self._uplink.held = held
+            self._send_waiting()
+
+    def can_be_asked(self) -> bool:
+        """Whether the kernel knows the socket on which it asks."""
+        return self._channels[CLIENT_CHANNELS.index("stdin")].can_be_asked()
+
+    def execute(self, content: dict[str, Any], metadata: dict[str, Any], username: str) -> str:
+        """Returns the run's id."""
+        return self._say("shell", "execute_request", content, metadata, username)
+
+    def answer(self, value: str, username: str) -> None:
+        """The question that the kernel has asked, whomever."""
+        self._say("stdin", "input_reply", {"value": value}, {}, username)
+
+    def _say(
+        self, channel: str, msg_type: str, content: dict[str, Any], metadata: dict[str, Any], username: str
+    ) -> str:
+        uplink = self._uplink
+        assert uplink is not None
+        if uplink.waiting_bytes + uplink.sending_bytes > MOST_WAITING:
+            raise KernelIsFull("the kernel takes no messages now: too many wait for it")
+        msg_id = uuid.uuid4().hex
+        header = {
+            "msg_id": msg_id,
+            "msg_type": msg_type,
+            "username": username,
+            "session": self.session,
+            "date": datetime.now(UTC).isoformat(),
+            "version": "5.3",
+        }
+        message = {"channel": channel, "header": header, "parent_header": {}, "metadata": metadata, "content": content}
+        self._settle(uplink.send(OP_TEXT, json.dumps(message | {"buffers": []})))
+        return msg_id
+
+    def _send_waiting(self) -> None:
+        if self._uplink is not None and self._uplink.waiting_messages:
+            self._settle(self._uplink.retry())
+
+    def _settle(self, readable: int) -> None:
+        """Sending took the edge of these descriptors with it."""
+        for index, channel in enumerate(self._channels):
+            if readable & (1 << index):
+                channel.come_back()
+
+    def close(self) -> None:
+        """What waits goes nowhere: its kernel has ended."""
+        for channel in self._channels:
+            channel.close()
+        self._channels.clear()
+        self._uplink = None

@@ -1,0 +1,414 @@
+"""What became of one request, read from a kernel's log: its messages, and the outputs they make.
+
+A *run* is an execute_request (`fastwire._core.Run`). `Messages` are those that answer it, with their numbers in the
+log; `Outputs` makes of them what a notebook would show, by the rules of nbclient: streams are joined, ``clear_output``
+and ``update_display_data`` applied. This room knows no jupyter_server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from fastwire._core import Run, answers_to, indices_of_types
+from fastwire.errors import FastwireError
+from fastwire.journal import Journal, end_of
+from fastwire.segments import Entry, Gap, Segment, State, Zone
+
+__all__ = [
+    "Answer", "Asked", "BadInput", "DiskIsLate", "Lost", "Message", "Messages", "Outputs", "Reader", "described",
+    "parsed", "plain", "read_body",
+]  # fmt: skip
+
+#: Seconds that what lies on the disk is waited for.
+DISK_PATIENCE = 30.0
+
+#: Seconds that a run may be given; expressions that it may come with.
+LONGEST_RUN, MOST_EXPRESSIONS = 7 * 86400, 100
+
+#: What changes a display that another run has made.
+UPDATES = [b"update_display_data"]
+
+#: What becomes an output of a cell.
+SHOWN = ("stream", "display_data", "execute_result", "error")
+
+#: That may name a display.
+DISPLAYS = ("display_data", "execute_result", "update_display_data")
+
+
+class DiskIsLate(FastwireError):
+    """What was put aside cannot be read now."""
+
+
+class Lost(NamedTuple):
+    """What is gone: the numbers from ``first`` to ``before`` another; how much that was, where that is known."""
+
+    first: int
+    before: int
+    messages: int | None = None
+    nbytes: int | None = None
+
+
+class Reader:
+    """Reads the log from a number on, and holds nothing: what is gone when it comes there is ``lost``, as numbers from
+    one to before another. ``on_ready`` is called when what it waits for has come from the disk."""
+
+    def __init__(self, journal: Journal, position: int) -> None:
+        self.position = position
+        self.lost: list[Zone] = []
+        self.on_ready: Callable[[], None] | None = self._is_there
+        self.wake: Callable[[], None] | None = None
+        self._journal = journal
+        self._segment = journal.front
+        self._caught: Sequence[Entry] | None = None
+        journal.readers.add(self)
+
+    def next(self) -> Sequence[Entry] | None:
+        """The entries of a segment from its position on; empty at the end of the log. None: they lie on the disk, and
+        ``wake`` is called when it is worth to ask again."""
+        caught, self._caught = self._caught, None
+        if caught and (rest := self._from(caught)):
+            return rest
+        while True:
+            segment = self._find()
+            if segment.entries is None:
+                self._journal.fetch(segment, self)
+                return None
+            rest = self._from(segment.entries)
+            if rest or segment.next is None:
+                return rest
+            self.position = max(self.position, segment.end)
+
+    def _from(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        return entries[bisect_right(entries, self.position, key=end_of) :]
+
+    def _find(self) -> Segment:
+        """Where its position is. Segments that are gone know the next one."""
+        segment: Segment = self._segment
+        while segment.state is State.FREED and segment.next is not None:
+            segment = segment.next
+        if segment.state is State.FREED:
+            segment = self._journal.front
+        while segment.next is not None and segment.end <= self.position:
+            segment = segment.next
+        if self.position < segment.first:
+            self.lost.append((self.position, segment.first))
+            self.position = segment.first
+        self._segment = segment
+        return segment
+
+    def pass_by(self, entry: Entry) -> None:
+        """It was read."""
+        self.position = max(self.position, entry.end)
+
+    def _is_there(self) -> None:
+        self._caught = self._segment.entries
+        if self.wake is not None:
+            self.wake()
+
+    def close(self) -> None:
+        """Somebody may go on where it stopped."""
+        self.on_ready = self.wake = None
+        self._journal.readers.discard(self)
+        self._journal.remember(self.position)
+
+
+class BadInput(FastwireError):
+    """What somebody asks for is not well-formed."""
+
+
+def read_body(body: bytes) -> dict[str, Any]:
+    """A JSON object, of text that has a spelling in UTF-8."""
+
+    def no_constant(name: str) -> None:
+        raise BadInput(f"the body is not JSON: {name} is no number there")
+
+    try:
+        value = json.loads(body.decode(), parse_constant=no_constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"the body is not JSON in UTF-8 ({type(error).__name__})") from None
+    if not isinstance(value, dict):
+        raise BadInput("the body has to be a JSON object")
+    return value
+
+
+def checked(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> Any:
+    """Of a kind; true and false are no numbers."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise BadInput(f"{name} has to be {what}")
+    return value
+
+
+class Asked:
+    """What somebody asks a kernel to run."""
+
+    names = ("code", "store_history", "allow_stdin", "user_expressions", "metadata", "timeout")
+
+    def __init__(self, **asked: Any) -> None:
+        if unknown := {*asked} - {*self.names}:
+            raise BadInput(f"unknown: {shown(unknown)}; known are {', '.join(self.names)}")
+        if "code" not in asked:
+            raise BadInput("code is missing")
+        expressions = checked("user_expressions", asked.get("user_expressions", {}), dict, "an object")
+        if len(expressions) > MOST_EXPRESSIONS or not all(isinstance(each, str) for each in expressions.values()):
+            raise BadInput(f"user_expressions has to have strings, {MOST_EXPRESSIONS} at most")
+        self.content = {
+            "code": checked("code", asked["code"], str, "a string"),
+            "silent": False,
+            "store_history": checked("store_history", asked.get("store_history", True), bool, "true or false"),
+            "user_expressions": expressions,
+            "allow_stdin": checked("allow_stdin", asked.get("allow_stdin", False), bool, "true or false"),
+            "stop_on_error": True,
+        }
+        self.metadata: dict[str, Any] = checked("metadata", asked.get("metadata", {}), dict, "an object")
+        self.timeout: float | None = None
+        if asked.get("timeout") is not None:
+            self.timeout = checked("timeout", asked["timeout"], (int, float), "a number of seconds, or null")
+            if not 0 < self.timeout <= LONGEST_RUN:
+                raise BadInput(f"timeout has to be more than 0 and at most {LONGEST_RUN} seconds")
+
+
+class Answer:
+    """To what a run asks."""
+
+    def __init__(self, **asked: Any) -> None:
+        if {*asked} != {"value"}:
+            raise BadInput("value has to be there, and nothing else")
+        self.value: str = checked("value", asked["value"], str, "a string")
+
+
+def shown(names: Iterable[str]) -> str:
+    """What somebody else has chosen, as one line of ASCII can have it."""
+    return ", ".join(ascii(name[:32]) for name in sorted(names)[:5])
+
+
+class Message(NamedTuple):
+    """One message in the log. ``through`` is the last number that it stands for: lines are joined."""
+
+    number: int
+    through: int
+    channel: str
+    msg_type: str
+    parts: list[bytes]
+
+    @property
+    def content(self) -> Any:
+        return parsed(self.parts[3])
+
+
+def parsed(text: bytes) -> Any:
+    """JSON of a kernel, which may be anything: what cannot be read is None, and so is what JSON has no word for."""
+    try:
+        return json.loads(text.decode("utf-8", "replace"), parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+
+
+def described(run: Run, journal: Journal) -> dict[str, Any]:
+    """A run, as JSON has it."""
+    header = parsed(run.header)
+    header = header if isinstance(header, dict) else {}
+    return {
+        "msg_id": run.msg_id,
+        "cell": run.cell,
+        "session": header.get("session"),
+        "username": header.get("username"),
+        "date": header.get("date"),
+        "state": run.state,
+        "failed": run.failed,
+        "execution_count": run.execution_count,
+        "begun": run.begun,
+        "ended": run.ended,
+        "asks": run.asks >= 0,
+        "messages": run.messages,
+        "first": run.first if run.messages else None,
+        "last": run.last if run.messages else None,
+        "complete": not run.messages or run.first >= journal.front.first,
+    }
+
+
+class Messages:
+    """The messages of a run from a number on, as long as somebody reads them. ``lost`` is what is gone of them."""
+
+    def __init__(self, journal: Journal, run: Run, begin: int = 0) -> None:
+        self.lost: list[Lost] = []
+        self._run = run
+        self._journal = journal
+        self._reader = Reader(journal, max(begin, run.first if run.messages else journal.end))
+        self._is_there = asyncio.Event()
+        self._reader.wake = self._is_there.set
+
+    @property
+    def position(self) -> int:
+        """What comes next has this number, or a larger one."""
+        return self._reader.position
+
+    async def read(self) -> AsyncIterator[Message]:
+        """What there is until now. May be called again when there is more."""
+        self._journal.learn()
+        async for entry in self._entries(self._run.last + 1):
+            if isinstance(entry, Gap):
+                self.lost.append(Lost(entry.first, entry.end, *entry.told[:2]))
+            for index in answers_to(entry.batch, self._run.msg_id):
+                yield message_of(entry, index)
+
+    async def updates(self) -> AsyncIterator[Message]:
+        """What others have said since about displays."""
+        async for entry in self._entries(self._journal.end):
+            for index in indices_of_types(entry.batch, UPDATES):
+                yield message_of(entry, index)
+
+    async def _entries(self, before: int) -> AsyncIterator[Entry]:
+        """Those that begin before a number."""
+        while self._reader.position < before:
+            entries = self._reader.next()
+            self._note_lost(before)
+            if entries is None:
+                await self._disk()
+                continue
+            if not entries:
+                break
+            for entry in entries:
+                if entry.first >= before:
+                    return
+                self._reader.pass_by(entry)
+                yield entry
+            await asyncio.sleep(0)  # a segment is little, a log is not
+
+    def _note_lost(self, before: int) -> None:
+        lost, self._reader.lost = self._reader.lost, []
+        self.lost += [Lost(first, min(end, before)) for first, end in lost if first < before]
+
+    async def _disk(self) -> None:
+        try:
+            async with asyncio.timeout(DISK_PATIENCE):
+                await self._is_there.wait()
+        except TimeoutError:
+            raise DiskIsLate("what was put aside on disk cannot be read now: the disk does not answer") from None
+        self._is_there.clear()
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def message_of(entry: Entry, index: int) -> Message:
+    batch = entry.batch
+    number = entry.first + index
+    through = entry.end - 1 if index + 1 == len(entry) else number
+    return Message(number, max(through, number), batch.channel, batch.msg_type(index), batch[index])
+
+
+class Outputs:
+    """What a notebook shows below a cell. ``limit`` bounds the bytes of the messages that are put together, and
+    ``is_too_much`` says that they were more."""
+
+    def __init__(self, limit: int) -> None:
+        self.question: dict[str, Any] | None = None
+        self.is_too_much = False
+        self._left = limit
+        self._shown: list[tuple[str, dict[str, Any]]] = []  # the type and the content of each
+        self._texts: list[str] = []  # of the last, a stream, what is to be joined to it
+        self._displays: dict[str, list[dict[str, Any]]] = {}
+        self._clears = False
+
+    @property
+    def has_displays(self) -> bool:
+        """Others may change them."""
+        return bool(self._displays)
+
+    def add(self, message: Message) -> None:
+        """One that answers the run."""
+        self._left -= len(message.parts[3])
+        self.is_too_much |= self._left < 0
+        content = None if self.is_too_much else message.content
+        if not isinstance(content, dict):
+            return
+        if message.msg_type == "input_request":
+            self.question = {"prompt": text_of(content.get("prompt")), "password": bool(content.get("password"))}
+        elif message.channel == "iopub":
+            self._hear(message.msg_type, content)
+
+    def _hear(self, msg_type: str, content: dict[str, Any]) -> None:
+        if msg_type == "clear_output":
+            self._clears = bool(content.get("wait"))
+            if not self._clears:
+                self._clear()
+        elif msg_type in DISPLAYS:
+            self.update(content)
+        if msg_type in SHOWN:
+            self._show(msg_type, content)
+
+    def update(self, content: dict[str, Any]) -> None:
+        """Of displays, by whichever run."""
+        for shown in self._displays.get(display_id(content) or "", ()):
+            shown["data"], shown["metadata"] = content.get("data"), content.get("metadata")
+
+    def _show(self, msg_type: str, content: dict[str, Any]) -> None:
+        if self._clears:
+            self._clear()
+        if msg_type == "stream" and self._is_joined(content):
+            return
+        self._end_stream()
+        if msg_type in DISPLAYS and (name := display_id(content)) is not None:
+            self._displays.setdefault(name, []).append(content)
+        self._shown.append((msg_type, content))
+
+    def _is_joined(self, content: dict[str, Any]) -> bool:
+        """Whether it goes on in the stream that is the last output."""
+        msg_type, last = self._shown[-1] if self._shown else ("", {})
+        if msg_type != "stream" or last.get("name") != content.get("name"):
+            return False
+        self._texts.append(text_of(content.get("text")))
+        return True
+
+    def _end_stream(self) -> None:
+        if self._texts:
+            last = self._shown[-1][1]
+            last["text"] = "".join([text_of(last.get("text")), *self._texts])
+            self._texts.clear()
+
+    def _clear(self) -> None:
+        self._clears = False
+        self._shown.clear()
+        self._texts.clear()
+        self._displays.clear()
+
+    def made(self, from_message: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+        """All outputs, each made by a function of nbformat (`nbformat.v4.output_from_msg`). What that does not take, is
+        left out."""
+        self._end_stream()
+        outputs = []
+        for msg_type, content in self._shown:
+            try:
+                outputs.append(from_message({"header": {"msg_type": msg_type}, "content": content}))
+            except Exception:  # noqa: BLE001 - whatever a kernel may have put there
+                continue
+        return outputs
+
+
+def display_id(content: dict[str, Any]) -> str | None:
+    transient = content.get("transient")
+    name = transient.get("display_id") if isinstance(transient, dict) else None
+    return name if isinstance(name, str) and name else None
+
+
+def plain(output: dict[str, Any]) -> str:
+    """An output as a terminal shows it."""
+    if output["output_type"] == "stream":
+        return text_of(output.get("text"))
+    if output["output_type"] == "error":
+        return text_of([f"{line}\n" for line in output.get("traceback") or ()])
+    data = output.get("data")
+    text = text_of(data.get("text/plain")) if isinstance(data, dict) else ""
+    return f"{text}\n" if text else ""
+
+
+def text_of(value: Any) -> str:
+    """Of a multi-line string, which may be a list."""
+    if isinstance(value, list):
+        return "".join(each for each in value if isinstance(each, str))
+    return value if isinstance(value, str) else ""

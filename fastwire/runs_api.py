@@ -1,0 +1,553 @@
+"""Runs over HTTP: what a kernel said can be asked for, and code be run without a WebSocket.
+
+Below ``/fastwire/api/kernels/<id>/runs`` of a Jupyter server; ``docs/runs.md`` has the interface. Who may read kernels,
+by the server's authorizer, reads runs; who may execute, runs code and answers what that asks. `install` adds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, NoReturn
+
+try:
+    from jupyter_core.utils import ensure_async
+    from jupyter_server.auth.decorator import authorized
+    from jupyter_server.base.handlers import APIHandler
+    from jupyter_server.utils import url_path_join
+    from nbformat.v4 import output_from_msg
+    from tornado import web
+    from tornado.iostream import StreamClosedError
+except ImportError as error:
+    raise ImportError(
+        f"fastwire.runs_api needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
+    ) from error
+
+from fastwire._core import RUN_STATES, Run
+from fastwire.errors import FastwireError
+from fastwire.executor import KernelIsFull
+from fastwire.flow import MIB
+from fastwire.journal import Journal
+from fastwire.kernels import Kernel, kernel_of
+from fastwire.runs import (
+    Answer,
+    Asked,
+    BadInput,
+    DiskIsLate,
+    Lost,
+    Message,
+    Messages,
+    Outputs,
+    described,
+    parsed,
+    plain,
+    read_body,
+)
+from fastwire.sockets import shortage
+
+__all__ = ["URL", "install"]
+
+log = logging.getLogger(__name__)
+
+#: Below the server's base URL.
+URL = "fastwire/api/kernels"
+
+#: Of a web application's settings.
+INSTALLED = "fastwire_runs_installed"
+
+#: Seconds that a request may wait for news.
+LONGEST_WAIT = 300.0
+
+#: Seconds that news are gathered, and until somebody looks who was not told (the kernel began anew, or is gone).
+GATHER, LOOK = 0.02, 1.0
+
+#: Seconds between signs of life on a stream.
+HEARTBEAT = 15.0
+
+#: Bytes of messages that are made outputs at once. What is more can be read as messages.
+MOST_OUTPUT = 32 * MIB
+
+#: Bytes of a request, and runs of a kernel that may wait.
+MOST_BODY, MOST_QUEUED = 10 * MIB, 256
+
+#: Larger than any number of a message.
+ENDLESS = 1 << 62
+
+KERNEL, RUN = r"(?P<kernel_id>\w+-\w+-\w+-\w+-\w+)", r"(?P<msg_id>[^/]+)"
+
+
+def install(app: web.Application) -> None:
+    """Add the interface to a Jupyter server's web application, once."""
+    if app.settings.get(INSTALLED):
+        return
+    app.settings[INSTALLED] = True
+    runs = url_path_join(app.settings["base_url"], URL, KERNEL, "runs")
+    one = url_path_join(runs, RUN)
+    app.add_handlers(
+        ".*$",
+        [
+            (runs, RunsHandler),
+            (one, RunHandler),
+            (url_path_join(one, "input"), InputHandler),
+            (url_path_join(one, r"buffers/(?P<number>\d{1,18})/(?P<index>\d{1,9})"), BufferHandler),
+        ],
+    )
+
+
+def refuse(status: int, reason: str) -> NoReturn:
+    raise web.HTTPError(status, reason, reason=reason)
+
+
+class Handler(APIHandler):
+    """What is common to all: kernels and runs are found, or refused in words; arguments are checked."""
+
+    auth_resource = "kernels"
+
+    #: Arguments of the query that there are.
+    arguments: tuple[str, ...] = ()
+
+    #: Called when its reader has left.
+    on_gone: Callable[[], None] | None = None
+
+    async def prepare(self) -> None:  # type: ignore[override]
+        await super().prepare()
+        unknown = {*self.request.query_arguments} - {*self.arguments, "token"}
+        if unknown:
+            known = ", ".join(self.arguments) or "none"
+            refuse(400, f"there is no argument of one of these names; known are: {known}")
+
+    def kernel(self, kernel_id: str) -> Kernel:
+        if kernel_id not in self.kernel_manager:
+            refuse(404, "there is no kernel of this id")
+        kernel = kernel_of(self.kernel_manager.get_kernel(kernel_id))
+        if not kernel.relay.limits.history_limit:
+            refuse(404, "nothing is kept of what kernels say: c.Fastwire.history_limit is 0")
+        kernel.relay.drain_iopub()
+        kernel.relay.journal.learn()
+        return kernel
+
+    def run(self, kernel: Kernel, msg_id: str) -> Run:
+        journal: Journal = kernel.relay.journal
+        run = journal.ledger.get(msg_id)
+        if run is None:
+            refuse(404, "no run of this id is known: it was never asked, or too many were since")
+        return run
+
+    def number(self, name: str, default: float | None, most: float, kind: Callable[[str], Any] = int) -> Any:
+        text = self.get_query_argument(name, None)
+        if text is None:
+            return default
+        try:
+            value = kind(text) if text.isascii() and len(text) < 20 else most + 1
+        except ValueError:
+            value = most + 1
+        if not 0 <= value <= most:
+            refuse(400, f"{name} has to be a number from 0 to {most:g}")
+        return value
+
+    def flag(self, name: str) -> bool:
+        text = self.get_query_argument(name, "0")
+        if text not in ("0", "1"):
+            refuse(400, f"{name} has to be 0 or 1")
+        return text == "1"
+
+    def document(self, kind: Callable[..., Any]) -> Any:
+        """The body of the request, checked: what is wrong reaches no kernel."""
+        try:
+            if len(self.request.body) > MOST_BODY:
+                refuse(413, f"the body has more than {MOST_BODY // MIB} MiB")
+            return kind(**read_body(self.request.body))
+        except BadInput as error:
+            refuse(400, str(error))
+
+    @property
+    def username(self) -> str:
+        return str(getattr(self.current_user, "username", ""))
+
+    async def check_that_it_runs(self, kernel: Kernel) -> None:
+        problem = shortage(kernel.manager.context)
+        if problem is None and not await ensure_async(kernel.manager.is_alive()):
+            problem = "the kernel is not running"
+        if problem is not None:
+            refuse(503, problem)
+
+    def say(self, document: object, status: int = 200) -> None:
+        self.set_status(status)
+        self.set_header("Cache-Control", "no-store")
+        self.finish(json.dumps(document))
+
+    def check_room(self, kernel: Kernel) -> None:
+        """Who reads costs something: as many may as may be connected."""
+        if len(kernel.relay.journal.readers) >= kernel.relay.limits.clients_per_kernel:
+            refuse(503, "too many read this kernel's runs now: c.Fastwire.clients_per_kernel")
+
+    def on_connection_close(self) -> None:
+        super().on_connection_close()
+        if self.on_gone is not None:
+            self.on_gone()
+
+
+class RunsHandler(Handler):
+    """All runs of a kernel that are known."""
+
+    arguments = ("state", "cell", "since")
+
+    @web.authenticated
+    @authorized
+    def get(self, kernel_id: str) -> None:
+        kernel = self.kernel(kernel_id)
+        journal = kernel.relay.journal
+        states = self.states()
+        cell, since = self.get_query_argument("cell", None), self.number("since", None, ENDLESS)
+        runs = [
+            described(run, journal)
+            for run in journal.ledger.all()
+            if run.state in states
+            and cell in (None, run.cell)
+            and (since is None or run.last >= since or not run.is_over)
+        ]
+        self.say({"runs": runs, "first": journal.front.first, "end": journal.end})
+
+    @web.authenticated
+    @authorized("execute")  # type: ignore[untyped-decorator]
+    async def post(self, kernel_id: str) -> None:
+        kernel = self.kernel(kernel_id)
+        asked = self.document(Asked)
+        await self.check_that_it_runs(kernel)
+        ledger = kernel.relay.journal.ledger
+        if sum(run.state == "queued" for run in ledger.all()) >= MOST_QUEUED:
+            refuse(429, f"{MOST_QUEUED} runs of this kernel wait already")
+        try:
+            msg_id = kernel.open_executor().execute(asked.content, asked.metadata, self.username)
+        except FastwireError as error:
+            refuse(503 if isinstance(error, KernelIsFull) else 400, str(error))
+        if asked.timeout is not None:
+            soon(interrupted_after(kernel, msg_id, asked.timeout))
+        self.set_header("Location", url_path_join(self.base_url, URL, kernel_id, "runs", msg_id))
+        self.say(described(self.run(kernel, msg_id), kernel.relay.journal), 201)
+
+    def states(self) -> tuple[str, ...]:
+        text = self.get_query_argument("state", None)
+        states = RUN_STATES if text is None else tuple(text.split(","))
+        if not {*states} <= {*RUN_STATES}:
+            refuse(400, f"state has to be one of {', '.join(RUN_STATES)}, or some of them with commas between")
+        return states
+
+
+class RunHandler(Handler):
+    """One run: as outputs, as messages, as text, as a stream of events."""
+
+    arguments = ("raw", "after", "wait", "partial")
+
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_id: str, msg_id: str) -> None:
+        kernel = self.kernel(kernel_id)
+        run = self.run(kernel, msg_id)
+        after, wait = self.number("after", None, ENDLESS), self.number("wait", 0.0, LONGEST_WAIT, float)
+        raw, partial = self.flag("raw"), self.flag("partial")
+        kind = self.kind(("application/json", "text/event-stream", "text/plain"))
+        self.check_room(kernel)
+        try:
+            if kind == "text/event-stream":
+                await Events(self, kernel, run).stream(self.last_event_id(after), partial=partial)
+                return
+            await self.until_there_is_more(kernel, run, after, wait)
+            if raw:
+                await self.say_messages(kernel, run, 0 if after is None else after + 1, partial=partial)
+            else:
+                await self.say_outputs(kernel, run, as_text=kind == "text/plain", partial=partial)
+        except DiskIsLate as error:
+            refuse(503, str(error))
+
+    def kind(self, kinds: tuple[str, ...]) -> str:
+        """What is accepted, the first of it that there is."""
+        accepted = self.request.headers.get("Accept", "*/*")
+        for each in accepted.split(","):
+            name = each.partition(";")[0].strip().lower()
+            if name in kinds:
+                return name
+            if name in ("*/*", "application/*", ""):
+                return kinds[0]
+        return kinds[0]
+
+    def last_event_id(self, after: int | None) -> int | None:
+        text = self.request.headers.get("Last-Event-ID", "")
+        if text and not (text.isascii() and text.isdigit() and len(text) < 19):
+            refuse(400, "Last-Event-ID has to be that of an event")
+        return int(text) if text else after
+
+    async def until_there_is_more(self, kernel: Kernel, run: Run, after: int | None, wait: float) -> None:
+        """Than what has the number ``after``, or until it is over; for so long at most."""
+        async with News(kernel, self) as news:
+            deadline = time.monotonic() + wait
+            while not run.is_over and (after is None or run.last <= after):
+                left = deadline - time.monotonic()
+                if left <= 0 or not await news.wait(left):
+                    break
+
+    async def say_messages(self, kernel: Kernel, run: Run, begin: int, *, partial: bool) -> None:
+        messages = Messages(kernel.relay.journal, run, begin)
+        found, size = [], 0
+        try:
+            async for message in messages.read():
+                if message.through < begin:
+                    continue
+                found.append(self.told(message))
+                size += sum(map(len, message.parts[:4]))
+                if size > MOST_OUTPUT:  # the rest is there for who asks again
+                    break
+        finally:
+            messages.close()
+        if self.is_gone(kernel, run, messages.lost, partial=partial):
+            return
+        last = found[-1]["through"] if found else begin - 1
+        self.say(
+            {"run": described(run, kernel.relay.journal), "messages": found, "last": last, "lost": told(messages.lost)}
+        )
+
+    def told(self, message: Message) -> dict[str, Any]:
+        """A message in JSON; its buffers have URLs."""
+        path = self.request.path.rstrip("/")
+        header, parent_header, metadata, content = map(parsed, message.parts[:4])
+        return {
+            "seq": message.number,
+            "through": message.through,
+            "channel": message.channel,
+            "header": header,
+            "parent_header": parent_header,
+            "metadata": metadata,
+            "content": content,
+            "buffers": [f"{path}/buffers/{message.number}/{index}" for index in range(len(message.parts) - 4)],
+        }
+
+    async def say_outputs(self, kernel: Kernel, run: Run, *, as_text: bool, partial: bool) -> None:
+        journal = kernel.relay.journal
+        messages, outputs = Messages(journal, run), Outputs(MOST_OUTPUT)
+        try:
+            async for message in messages.read():
+                outputs.add(message)
+            end = messages.position
+            if outputs.has_displays and run.is_over:
+                async for message in messages.updates():
+                    if isinstance(message.content, dict):
+                        outputs.update(message.content)
+        finally:
+            messages.close()
+        if outputs.is_too_much:
+            refuse(413, f"its outputs are more than {MOST_OUTPUT // MIB} MB: ask for its messages (?raw=1)")
+        if self.is_gone(kernel, run, messages.lost, partial=partial):
+            return
+        made = outputs.made(output_from_msg)
+        if as_text:
+            self.set_header("Cache-Control", "no-store")
+            text = "".join(map(plain, made)).encode("utf-8", "replace")
+            self.finish(text, set_content_type="text/plain; charset=UTF-8")
+            return
+        self.say(
+            {
+                "run": described(run, journal),
+                "outputs": made,
+                "input": outputs.question if run.asks >= 0 else None,
+                "last": max(run.last, end - 1) if run.messages else -1,
+                "lost": told(messages.lost),
+            }
+        )
+
+    def is_gone(self, kernel: Kernel, run: Run, lost: list[Lost], *, partial: bool) -> bool:
+        """And that was said."""
+        if not lost or partial:
+            return False
+        reason = "some of what was asked for is not kept any more; ?partial=1 has the rest"
+        found = described(run, kernel.relay.journal)
+        document = {"message": reason, "reason": reason, "run": found, "lost": told(lost)}
+        self.say(document, 410)
+        return True
+
+
+def told(lost: list[Lost]) -> list[dict[str, int | None]]:
+    return [each._asdict() for each in lost]
+
+
+class News:
+    """Waits until a kernel says something, while its reader is there, if there is one."""
+
+    def __init__(self, kernel: Kernel, handler: Handler | None = None) -> None:
+        self._handler = handler
+        self._kernel = kernel
+        self._event = asyncio.Event()
+        self.is_left = False
+
+    async def __aenter__(self) -> News:
+        self._end = self._kernel.relay.listen(lambda _, __: self._event.set())
+        if self._handler is not None:
+            self._handler.on_gone = self._leave
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._end()
+        if self._handler is not None:
+            self._handler.on_gone = None
+
+    def _leave(self) -> None:
+        self.is_left = True
+        self._event.set()
+
+    async def wait(self, seconds: float) -> bool:
+        """For so long at most. False: nobody reads any more, or the kernel is gone."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(seconds, LOOK)):
+                await self._event.wait()
+                await asyncio.sleep(GATHER)
+        self._event.clear()
+        self._kernel.relay.journal.learn()
+        return not self.is_left and not self._kernel.relay.is_closed
+
+
+class Events:
+    """A run's messages as server-sent events (HTML, section 9.2): ``message``, each with its number as its id; ``lost``
+    where something is missing; ``done`` with the run when it is over."""
+
+    def __init__(self, handler: RunHandler, kernel: Kernel, run: Run) -> None:
+        self._handler = handler
+        self._kernel = kernel
+        self._run = run
+
+    async def stream(self, after: int | None, *, partial: bool) -> None:
+        handler, run, journal = self._handler, self._run, self._kernel.relay.journal
+        if after is not None and run.is_over and run.last <= after:
+            handler.set_status(204)  # which tells a browser not to come back
+            handler.finish()
+            return
+        begin = 0 if after is None else after + 1
+        gone = Lost(max(begin, run.first), journal.front.first)
+        if run.messages and gone.first < gone.before and handler.is_gone(self._kernel, run, [gone], partial=partial):
+            return
+        handler.set_header("Content-Type", "text/event-stream")
+        handler.set_header("Cache-Control", "no-store")
+        handler.set_header("X-Accel-Buffering", "no")  # nginx would gather them
+        with suppress(StreamClosedError):
+            async with News(self._kernel, handler) as news:
+                await self._follow(news, begin)
+
+    async def _follow(self, news: News, begin: int) -> None:
+        messages = Messages(self._kernel.relay.journal, self._run, begin)
+        spoke = time.monotonic()
+        try:
+            while True:
+                is_over = self._run.is_over
+                async for text in self._events(messages, begin):
+                    self._handler.write(text)
+                    await self._handler.flush()
+                    spoke = time.monotonic()
+                if is_over:
+                    break
+                if time.monotonic() - spoke > HEARTBEAT:
+                    self._handler.write(": nothing new\n\n")
+                    await self._handler.flush()
+                    spoke = time.monotonic()
+                if not await news.wait(HEARTBEAT):
+                    return
+        finally:
+            messages.close()
+        self._handler.write(event("done", described(self._run, self._kernel.relay.journal)))
+        await self._handler.flush()
+
+    async def _events(self, messages: Messages, begin: int) -> AsyncIterator[str]:
+        async for message in messages.read():
+            for text in self._lost(messages):
+                yield text
+            if message.through >= begin:
+                yield event("message", self._handler.told(message), message.through)
+        for text in self._lost(messages):
+            yield text
+
+    def _lost(self, messages: Messages) -> list[str]:
+        lost, messages.lost = messages.lost, []
+        return [event("lost", each._asdict(), each.before - 1) for each in lost]
+
+
+def event(kind: str, data: object, number: int | None = None) -> str:
+    name = f"id: {number}\n" if number is not None else ""
+    return f"{name}event: {kind}\ndata: {json.dumps(data)}\n\n"
+
+
+class InputHandler(Handler):
+    """Answers what a run asks, whoever asked for that."""
+
+    @web.authenticated
+    @authorized("execute")  # type: ignore[untyped-decorator]
+    async def post(self, kernel_id: str, msg_id: str) -> None:
+        kernel = self.kernel(kernel_id)
+        run = self.run(kernel, msg_id)
+        answer = self.document(Answer)
+        await self.check_that_it_runs(kernel)
+        if run.asks < 0:
+            refuse(409, "the run asks nothing now")
+        try:
+            kernel.open_executor().answer(answer.value, self.username)
+        except FastwireError as error:
+            refuse(503, str(error))
+        self.set_status(204)
+        self.finish()
+
+
+def soon(work: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.get_running_loop().create_task(work)
+    under_way.add(task)
+    task.add_done_callback(under_way.discard)
+
+
+#: A loop knows its tasks weakly.
+under_way: set[asyncio.Task[None]] = set()
+
+
+async def interrupted_after(kernel: Kernel, msg_id: str, seconds: float) -> None:
+    """A run that takes longer than so many seconds, from its beginning: before, another would be interrupted."""
+    ledger, deadline = kernel.relay.journal.ledger, math.inf
+    async with News(kernel) as news:
+        while (run := ledger.get(msg_id)) is not None and not run.is_over:
+            if deadline == math.inf and run.state == "running":
+                deadline = time.monotonic() + seconds
+            if time.monotonic() >= deadline:
+                log.info("kernel %s is interrupted: a run took more than %g s", kernel.relay.name, seconds)
+                await ensure_async(kernel.manager.interrupt_kernel())
+                return
+            if not await news.wait(deadline - time.monotonic()):
+                return
+
+
+class BufferHandler(Handler):
+    """A binary buffer of a message."""
+
+    @web.authenticated
+    @authorized
+    async def get(self, kernel_id: str, msg_id: str, number: str, index: str) -> None:
+        kernel = self.kernel(kernel_id)
+        run = self.run(kernel, msg_id)
+        self.check_room(kernel)
+        buffer = await self.find(kernel.relay.journal, run, int(number), int(index))
+        self.set_header("Content-Disposition", "attachment")
+        self.set_header("Cache-Control", "no-store")
+        self.finish(buffer, set_content_type="application/octet-stream")
+
+    async def find(self, journal: Journal, run: Run, number: int, index: int) -> bytes:
+        messages = Messages(journal, run, number)
+        try:
+            async for message in messages.read():
+                if message.number <= number <= message.through and index + 4 < len(message.parts):
+                    return message.parts[4 + index]
+                if message.number > number:
+                    break
+        except DiskIsLate as error:
+            refuse(503, str(error))
+        finally:
+            messages.close()
+        if messages.lost:
+            refuse(410, "this message is not kept any more")
+        refuse(404, "there is no such buffer")

@@ -1,0 +1,164 @@
+"""The ledger of runs: what is learned of requests, from clients and from kernels."""
+
+import json
+
+import builders
+import pytest
+import zmq
+
+from fastwire import _core
+from fastwire._core import PROTOCOL_V1, Batch, Ledger, LogEntry, Run, Uplink, answers_to, indices_of_types
+
+SIGNER = _core.Signer(b"")
+
+
+def request(name: str, msg_type: str = "execute_request", session: str = "s") -> dict:
+    return {"msg_id": name, "msg_type": msg_type, "session": session, "date": "2026-01-01T00:00:00Z"}
+
+
+def said(msg_type: str, parent: object, **content: object) -> list[bytes]:
+    parts = builders.message(msg_type, "a", content)
+    return [parts[0], json.dumps(parent).encode(), *parts[2:]]
+
+
+def batch_of(*messages: list[bytes], channel: str = "iopub") -> Batch:
+    return _core.batch_of(channel, [builders.wire(SIGNER, parts) for parts in messages], SIGNER)
+
+
+def entry(batch: Batch, first: int, *, ours: bool = False) -> LogEntry:
+    return LogEntry(first, first + len(batch), batch, ours=ours)
+
+
+def learned(ledger: Ledger, *batches: Batch) -> Ledger:
+    for batch in batches:
+        ledger.learn([entry(batch, ledger.position)])
+    return ledger
+
+
+def uplink_of(context: zmq.Context, protocol: str | None, ledger: Ledger) -> Uplink:
+    sockets = {name: builders.zmq_pair(context)[1] for name in ("shell", "control", "stdin")}
+    return Uplink(protocol, SIGNER, sockets, ledger=ledger)
+
+
+def a_run(name: str, *, count: int = 1) -> list[list[bytes]]:
+    parent = request(name)
+    return [
+        said("status", parent, execution_state="busy"),
+        said("execute_input", parent, code="1", execution_count=count),
+        said("stream", parent, name="stdout", text="1"),
+        said("status", parent, execution_state="idle"),
+    ]
+
+
+def facts(run: Run | None) -> tuple:
+    assert run is not None
+    return run.state, run.messages, run.first, run.last, run.execution_count, run.failed
+
+
+def test_a_run_from_busy_to_idle() -> None:
+    ledger = Ledger()
+    states = []
+    for parts in a_run("a", count=7):
+        learned(ledger, batch_of(parts))
+        states.append(ledger.get("a").state)
+    assert states == ["running"] * 3 + ["done"]
+    assert facts(ledger.get("a")) == ("done", 4, 0, 3, 7, False)
+    assert json.loads(ledger.get("a").header) == request("a")
+
+
+def test_a_batch_or_many_are_the_same() -> None:
+    parts = [*a_run("a"), *a_run("b"), said("error", request("b"), ename="E")]
+    one, many = learned(Ledger(), batch_of(*parts)), learned(Ledger(), *map(batch_of, parts))
+    assert list(map(facts, one.all())) == list(map(facts, many.all()))
+    assert facts(one.get("b")) == ("done", 5, 4, 8, 1, True)
+    assert one.position == many.position == 9
+
+
+def test_what_was_learned_is_passed_by() -> None:
+    ledger, batch = Ledger(), batch_of(*a_run("a"))
+    for _ in range(2):
+        ledger.learn([entry(batch, 5)])
+        assert facts(ledger.get("a")) == ("done", 4, 5, 8, 1, False)
+    ledger.learn([entry(batch, 7)])  # of which half is new
+    assert facts(ledger.get("a"))[1:4] == (6, 5, 10)
+
+
+def test_other_requests_are_no_runs() -> None:
+    parents = [request("a", "kernel_info_request"), {}, None, [], {"msg_id": 1, "msg_type": "execute_request"}, 7,
+               {"msg_type": "execute_request"}, request("b" * 10_000)]  # fmt: skip
+    ledger = learned(Ledger(), batch_of(*(said("status", parent, execution_state="busy") for parent in parents)))
+    assert ledger.all() == []
+
+
+def test_a_reply_says_that_it_was_aborted() -> None:
+    ledger = learned(Ledger(), batch_of(said("status", request("a"), execution_state="busy")))
+    learned(ledger, batch_of(said("execute_reply", request("a"), status="aborted"), channel="shell"))
+    learned(ledger, batch_of(said("status", request("a"), execution_state="idle")))
+    assert ledger.get("a").state == "aborted"
+
+
+def test_an_idle_that_was_lost_is_seen_by_the_next_run() -> None:
+    ledger = learned(Ledger(), batch_of(*a_run("a")[:3]))
+    learned(ledger, batch_of(said("execute_reply", request("a"), status="ok", execution_count=1), channel="shell"))
+    assert ledger.get("a").state == "running"
+    learned(ledger, batch_of(*a_run("b")))
+    assert ledger.get("a").state == "done"
+
+
+def test_a_kernel_that_begins_anew_loses_what_was_not_over() -> None:
+    ledger = learned(Ledger(), batch_of(*a_run("a")), batch_of(*a_run("b")[:2]))
+    ledger.begin_anew()
+    assert [run.state for run in ledger.all()] == ["done", "lost"]
+    learned(ledger, batch_of(*a_run("b")))
+    assert ledger.get("b").state == "done", "it went to the new process"
+
+
+def test_questions_are_open_until_somebody_answers(context: zmq.Context) -> None:
+    ledger = learned(Ledger(), batch_of(*a_run("a")[:2]))
+    learned(ledger, batch_of(said("input_request", request("a"), prompt="?"), channel="stdin"))
+    assert ledger.get("a").asks == 2
+    uplink = uplink_of(context, None, ledger)
+    uplink.send(1, builders.client_message(builders.message("input_reply", "x", {"value": "1"}), "stdin", None))
+    assert ledger.get("a").asks == -1
+
+
+@pytest.mark.parametrize("protocol", [None, PROTOCOL_V1])
+def test_what_a_client_asks_is_queued(context: zmq.Context, protocol: str | None) -> None:
+    ledger = Ledger()
+    uplink = uplink_of(context, protocol, ledger)
+    uplink.held = True
+    for name, cell in (("a", "c\u00e4"), ("b", 7), ("c", "x" * 600)):
+        parts = [json.dumps(request(name)).encode(), b"{}", json.dumps({"cellId": cell}).encode(), b"{}"]
+        uplink.send(2 if protocol else 1, builders.client_message(parts, "shell", protocol))
+    parts = builders.message("kernel_info_request", "d", {})
+    uplink.send(2 if protocol else 1, builders.client_message(parts, "shell", protocol))
+    assert [(run.msg_id, run.cell, run.state) for run in ledger.all()] == [
+        ("a", "c\u00e4", "queued"),
+        ("b", None, "queued"),
+        ("c", None, "queued"),
+    ]
+    learned(ledger, batch_of(*a_run("a")))
+    assert (ledger.get("a").cell, ledger.get("a").state) == ("c\u00e4", "done")
+
+
+def test_the_oldest_are_forgotten_first() -> None:
+    ledger = Ledger(3)
+    learned(ledger, batch_of(*a_run("a")[:1], *a_run("b")[:1], *a_run("c")[:1], *a_run("a")[1:], *a_run("d")))
+    assert [run.msg_id for run in ledger.all()] == ["b", "c", "d"]
+    with pytest.raises(ValueError, match="at least 1"):
+        Ledger(0)
+    with pytest.raises(TypeError, match="in a Ledger"):
+        Run()
+
+
+def test_answers_and_types() -> None:
+    batch = batch_of(*a_run("a"), *a_run("b"), said("stream", request("a"), text="2"), said("stream", {}, text="3"))
+    assert answers_to(batch, "a") == [0, 1, 2, 3, 8]
+    assert answers_to(batch, "c") == []
+    assert indices_of_types(batch, [b"stream", b"execute_input"]) == [1, 2, 5, 6, 8, 9]
+
+
+def test_what_the_server_says_itself_is_no_kernels_word() -> None:
+    ledger = Ledger()
+    ledger.learn([entry(batch_of(*a_run("a")), 0, ours=True)])
+    assert ledger.all() == []

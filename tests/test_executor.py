@@ -1,0 +1,83 @@
+"""Code for who has no WebSocket, as its kernel gets it, and what becomes of the answers."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from builders import message
+from relay_stage import Kernel, Stage, until
+
+from fastwire.executor import MOST_WAITING, Executor, KernelIsFull
+
+pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
+
+
+@pytest.fixture
+def executor(stage: Stage, kernel: Kernel) -> Iterator[Executor]:
+    stage.start(kernel, history_limit=1 << 20)
+    executor = stage.run(Executor, stage.relay)
+    stage.run(executor.open)
+    yield executor
+    stage.run(executor.close)
+
+
+def execute(stage: Stage, executor: Executor, code: str) -> str:
+    return stage.run(executor.execute, {"code": code}, {"cellId": "c"}, "ann")
+
+
+def test_a_request_as_a_client_would_send_it(stage: Stage, kernel: Kernel, executor: Executor) -> None:
+    msg_id = execute(stage, executor, "1")
+    identity, parts = kernel.receive()
+    header, parent, metadata, content = map(json.loads, parts)
+    assert (header["msg_id"], header["msg_type"], header["username"]) == (msg_id, "execute_request", "ann")
+    assert identity == header["session"] == executor.session
+    assert (parent, metadata, content) == ({}, {"cellId": "c"}, {"code": "1"})
+    run = stage.relay.journal.ledger.get(msg_id)
+    assert run is not None
+    assert (run.state, run.cell) == ("queued", "c")
+
+
+def test_what_is_answered_is_in_the_log_and_no_clients(stage: Stage, kernel: Kernel, executor: Executor) -> None:
+    client = stage.connect("ann")
+    execute(stage, executor, "1")
+    identity, _ = kernel.receive()
+    before = stage.relay.journal.end
+    kernel.reply(identity, message("execute_reply", "a", {"status": "ok"}))
+    until(lambda: stage.relay.journal.end > before, "the log has it")
+    kernel.publish(message("stream", "b"))
+    assert client.ids(1) == ["b"]
+
+
+def test_what_is_asked_while_it_is_held_waits(stage: Stage, kernel: Kernel, executor: Executor) -> None:
+    stage.run(lambda: executor.hold(held=True))
+    asked = [execute(stage, executor, str(number)) for number in range(3)]
+    stage.turns()
+    assert kernel.silent()
+    stage.run(lambda: executor.hold(held=False))
+    assert kernel.ids(3) == asked
+
+
+def test_an_answer_goes_to_stdin(stage: Stage, kernel: Kernel, executor: Executor) -> None:
+    until(lambda: stage.run(executor.can_be_asked), "the kernel knows it")
+    stage.run(executor.answer, "yes", "ann")
+    _, parts = kernel.receive("stdin")
+    assert json.loads(parts[0])["msg_type"] == "input_reply"
+    assert json.loads(parts[3]) == {"value": "yes"}
+
+
+def test_what_waits_follows_the_kernel(stage: Stage, kernel: Kernel, executor: Executor) -> None:
+    """To sockets made anew."""
+    stage.run(lambda: executor.hold(held=True))
+    asked = execute(stage, executor, "1")
+    stage.run(executor.move)
+    stage.run(lambda: executor.hold(held=False))
+    assert kernel.ids(1) == [asked]
+
+
+def test_no_more_waits_than_may(stage: Stage, kernel: Kernel, executor: Executor) -> None:
+    stage.run(lambda: executor.hold(held=True))
+    for _ in range(2):
+        execute(stage, executor, "x" * (MOST_WAITING * 2 // 3))
+    with pytest.raises(KernelIsFull, match="takes no messages"):
+        execute(stage, executor, "1")
+    assert kernel.silent()

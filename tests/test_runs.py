@@ -1,0 +1,328 @@
+"""What is read of runs from a log: against nbclient, and against lists that keep everything."""
+
+import asyncio
+import json
+from typing import Any
+
+import builders
+import nbformat
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from journal_stage import KIB, PLENTY, Client, Disk, batch_of, line, log_of, numbers
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
+
+from fastwire.budgets import Budgets
+from fastwire.flow import Limits
+from fastwire.journal import Journal
+from fastwire.runs import Message, Messages, Outputs, Reader, described, parsed, plain
+from fastwire.segments import Gap
+
+pytest_plugins = "journal_stage"  # that its fixture counts anew
+
+PARENTS = {name: {"msg_id": name, "msg_type": "execute_request", "session": "s"} for name in "ab"}
+
+
+def said(msg_type: str, content: object, run: str = "a") -> list[bytes]:
+    parts = builders.message(msg_type, "x", {})
+    return [parts[0], json.dumps(PARENTS[run]).encode(), b"{}", json.dumps(content).encode()]
+
+
+# -- outputs, as nbclient makes them ---------------------------------------------------------------
+
+displays = st.sampled_from([None, "d", "e"])
+
+
+@st.composite
+def shown(draw: st.DrawFn) -> tuple[str, dict]:
+    kind = draw(st.sampled_from(["stream"] * 4 + ["display_data", "execute_result", "update_display_data", "error",
+                                                  "clear_output", "comm_msg", "execute_input"]))  # fmt: skip
+    text = draw(st.text(max_size=5))
+    if kind == "stream":
+        return kind, {"name": draw(st.sampled_from(["stdout", "stderr"])), "text": text}
+    if kind == "error":
+        return kind, {"ename": "E", "evalue": text, "traceback": [text]}
+    if kind == "clear_output":
+        return kind, {"wait": draw(st.booleans())}
+    if kind in ("comm_msg", "execute_input"):
+        return kind, {"comm_id": "c", "data": {}, "code": text, "execution_count": 1}
+    content: dict[str, Any] = {"data": {"text/plain": text}, "metadata": {}}
+    if kind == "execute_result":
+        content["execution_count"] = 1
+    name = draw(displays)
+    if name is not None or kind == "update_display_data":
+        content["transient"] = {"display_id": name or "d"}
+    return kind, content
+
+
+def as_nbclient_has_it(messages: list[tuple[str, dict]]) -> list[dict]:
+    """With adjacent streams of one name joined."""
+    cell = new_code_cell()
+    client = NotebookClient(new_notebook(cells=[cell]), record_timing=False)
+    client.reset_execution_trackers()
+    client.clear_before_next_output = False
+    for msg_type, content in messages:
+        message = {
+            "msg_type": msg_type,
+            "header": {"msg_type": msg_type},
+            "parent_header": PARENTS["a"],
+            "content": json.loads(json.dumps(content)),
+            "buffers": [],
+        }
+        client.process_message(message, cell, 0)
+    outputs: list[dict] = []
+    for output in cell.outputs:
+        last = outputs[-1] if outputs else {}
+        if output["output_type"] == last.get("output_type") == "stream" and output["name"] == last["name"]:
+            last["text"] += output["text"]
+        else:
+            outputs.append(output)
+    return outputs
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(shown(), st.booleans()), max_size=30), st.data())
+def test_outputs_are_those_of_nbclient_however_they_came(messages: list, data: st.DataObject) -> None:
+    """In batches of any size, among those of another run, in segments that are joined as soon as they are whole."""
+    limits = Limits(client_memory_limit=64 * KIB, history_limit=PLENTY, spill=False)
+    journal = Journal(limits, Budgets(limits))
+    waiting = []
+    for message, is_its in messages:
+        waiting.append(said(*message, "a" if is_its else "b"))
+        if data.draw(st.booleans()):
+            journal.append(batch_of(*waiting))
+            journal.settle()
+            waiting = []
+    if waiting:
+        journal.append(batch_of(*waiting))
+        journal.settle()
+    mine = [message for message, is_its in messages if is_its]
+    journal.learn()
+    run = journal.ledger.get("a")
+    assert (run is not None) == bool(mine)
+    if run is not None:
+        outputs = Outputs(PLENTY)
+        for message in all_of(Messages(journal, run)):
+            outputs.add(message)
+        assert outputs.made(output_from_msg) == as_nbclient_has_it(mine)
+        assert run.messages == len(mine)
+
+
+def all_of(messages: Messages) -> list[Message]:
+    async def read() -> list[Message]:
+        try:
+            return [message async for message in messages.read()]
+        finally:
+            messages.close()
+
+    return asyncio.run(read())
+
+
+def message(msg_type: str, content: object, channel: str = "iopub") -> Message:
+    return Message(0, 0, channel, msg_type, said(msg_type, content))
+
+
+def test_the_outputs_of_another_program_are_valid() -> None:
+    """What a kernel puts there wrongly is left out, the rest is there."""
+    outputs = Outputs(PLENTY)
+    for wrong in (None, [], {"name": 7, "text": "x"}, {"name": "stdout"}, {"name": "stdout", "text": {}}):
+        outputs.add(message("stream", wrong))
+        outputs.add(message("display_data", wrong))
+        outputs.add(message("execute_result", wrong))
+        outputs.add(message("error", wrong))
+    outputs.add(message("stream", {"name": "stderr", "text": "y"}))
+    made = outputs.made(output_from_msg)
+    assert made[-1] == {"output_type": "stream", "name": "stderr", "text": "y"}
+    nbformat.validate(new_notebook(cells=[new_code_cell(outputs=made)]))
+
+
+def test_outputs_have_a_bound() -> None:
+    outputs = Outputs(100)
+    for _ in range(20):
+        outputs.add(message("stream", {"name": "stdout", "text": "x" * 10}))
+    assert outputs.is_too_much
+
+
+def test_as_a_terminal_shows_it() -> None:
+    outputs = Outputs(PLENTY)
+    outputs.add(message("stream", {"name": "stdout", "text": "a\n"}))
+    outputs.add(message("execute_result", {"data": {"text/plain": "b"}, "metadata": {}, "execution_count": 1}))
+    outputs.add(message("error", {"ename": "E", "evalue": "v", "traceback": ["c", "d"]}))
+    outputs.add(message("display_data", {"data": {"image/png": "e"}, "metadata": {}}))
+    assert "".join(map(plain, outputs.made(output_from_msg))) == "a\nb\nc\nd\n"
+
+
+def test_a_question_is_there() -> None:
+    outputs = Outputs(PLENTY)
+    outputs.add(message("input_request", {"prompt": "who?", "password": True}, "stdin"))
+    assert outputs.question == {"prompt": "who?", "password": True}
+    assert outputs.made(output_from_msg) == []
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 100_000, b"1" * 10_000])
+def test_what_is_no_json_is_nothing(text: bytes) -> None:
+    assert parsed(text) is None
+
+
+def test_what_json_has_no_word_for_is_nothing() -> None:
+    assert parsed(b"[NaN, Infinity, 1]") == [None, None, 1]
+
+
+# -- the history of a log --------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=60),
+    cuts=st.lists(st.integers(1, 5), min_size=1, max_size=20),
+    history=st.sampled_from([1, 8 * KIB, 30 * KIB, PLENTY]),
+    merge=st.booleans(),
+    spill=st.booleans(),
+    behind=st.booleans(),
+    starts=st.lists(st.integers(0, 60), min_size=1, max_size=4),
+    steps=st.lists(st.booleans(), min_size=1, max_size=10),
+)
+def test_who_reads_the_log_gets_what_is_there_and_is_told_of_the_rest(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    cuts: list[int],
+    history: int,
+    merge: bool,
+    spill: bool,
+    behind: bool,
+    starts: list[int],
+    steps: list[bool],
+) -> None:
+    """Every number is read once, or lost; readers that stop and go on elsewhere are no different."""
+    directory = tmp_path_factory.getbasetemp()
+    limits = Limits(
+        client_memory_limit=64 * KIB,
+        history_limit=history,
+        merge=merge,
+        spill=spill,
+        spill_dir=str(directory),
+        spill_keep_free=0,
+    )
+    disk = Disk()
+    journal, client = log_of(limits, disk)
+    if not behind:
+        client.cursor.end()
+    readers = [Read(journal) for _ in starts]
+    count = 0
+    for turn, size in enumerate(sizes):
+        cut = cuts[turn % len(cuts)]
+        journal.append(batch_of(*(line(number, size) for number in range(count, count + cut))))
+        count += cut
+        journal.settle()
+        if steps[turn % len(steps)]:
+            disk.work()
+        for read in readers[: sum(start <= turn for start in starts)]:
+            read.step()
+            if steps[(turn + len(read.found)) % len(steps)]:
+                read.go_on_elsewhere()
+    assert journal.history <= history
+    for read in readers:
+        read.to_the_end(count, disk)
+        told = {number for first, before in read.lost for number in range(first, before)}
+        assert read.found == sorted(read.found)
+        assert {*read.found} | told >= {*range(count)}
+        if not spill or history == PLENTY:
+            assert not {*read.found} & told
+        if history == PLENTY and (spill or not behind) and count * 6000 < 64 * KIB:
+            assert read.lost == []
+    assert not journal.readers
+    journal.close()
+    while disk.work():
+        pass
+    assert journal.memory == journal.shelf.nbytes == journal.history == 0
+
+
+class Read:
+    """What a reader has found in a log, and what it was told is lost."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.reader = Reader(journal, 0)
+        self.found: list[int] = []
+        self.lost: list[tuple[int, int]] = []
+
+    def step(self) -> bool:
+        """Whether there was anything at hand."""
+        before, entries = self.reader.position, self.reader.next()
+        self.lost += self.reader.lost
+        self.reader.lost = []
+        for entry in entries or ():
+            if isinstance(entry, Gap):
+                self.lost.append((entry.first, entry.end))
+            else:
+                for index in range(len(entry)):
+                    self.found += numbers(entry.batch[index])
+            self.reader.pass_by(entry)
+        return self.reader.position > before
+
+    def go_on_elsewhere(self) -> None:
+        before, self.reader = self.reader, Reader(self.journal, self.reader.position)
+        before.close()
+
+    def to_the_end(self, count: int, disk: Disk) -> None:
+        while self.reader.position < count:
+            assert self.step() or disk.work(), "it waits for the disk"
+        self.reader.close()
+
+
+def test_history_gives_way_before_anybody_loses_anything() -> None:
+    limits = Limits(client_memory_limit=256 * KIB, history_limit=PLENTY, spill=False, merge=False)
+    journal, client = log_of(limits)
+    client.cursor.end()
+    for number in range(100):
+        journal.append(batch_of(line(number, 1000)))
+        journal.settle()
+    assert journal.history > 90_000
+    away = Client(journal)
+    away.lose_socket()
+    for number in range(100, 180):
+        journal.append(batch_of(line(number, 1000)))
+        away.said.append(number)
+        journal.settle()
+    assert 0 < journal.history < 90_000, "the oldest is gone"
+    assert away.cursor.kept == 80
+    journal.close()
+    assert journal.memory == journal.history == 0
+
+
+def test_a_history_in_a_budget_that_others_need_gives_way() -> None:
+    """That of a kernel that is idle, too."""
+    limits = Limits(
+        client_memory_limit=256 * KIB, user_memory_limit=300 * KIB, history_limit=PLENTY, spill=False, merge=False
+    )
+    budgets = Budgets(limits)
+    idle, busy = (Journal(limits, budgets) for _ in range(2))
+    for number in range(150):
+        idle.append(batch_of(line(number, 1000)))
+        idle.settle()
+    assert idle.history > 100_000
+    away = busy.cursor()
+    for number in range(100):
+        entry = busy.append(batch_of(line(number, 1000)))
+        if away.is_live:
+            away.fall_behind(entry)
+        busy.settle()
+    assert idle.history < 100_000
+    assert away.kept == 100
+    for journal in (idle, busy):
+        journal.close()
+    assert budgets.total.used == 0
+    assert not budgets.total.histories
+
+
+def test_runs_are_described() -> None:
+    limits = Limits(history_limit=PLENTY)
+    journal = Journal(limits, Budgets(limits))
+    journal.append(batch_of(said("status", {"execution_state": "busy"})))
+    journal.learn()
+    run = journal.ledger.get("a")
+    assert run is not None
+    found = described(run, journal)
+    assert (found["msg_id"], found["state"], found["first"], found["last"]) == ("a", "running", 0, 0)
+    assert json.loads(json.dumps(found)) == found

@@ -1,0 +1,401 @@
+"""Runs over HTTP, on a real server with real kernels."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from chromium import launched
+from server import PATIENCE, ROOT, TOKEN, Client, Server, serving, until
+
+OPTIONS = ("--Fastwire.resume_timeout_closed=0", f"--Fastwire.history_limit={2 << 20}")
+
+pytestmark = pytest.mark.timeout(5 * PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Who has said goodbye is not waited for: what nobody needs is history."""
+    with serving(tmp_path_factory.mktemp("server"), *OPTIONS) as server:
+        yield server
+        assert server.logged("[E ") == []
+
+
+@pytest.fixture(scope="module")
+def kernel(server: Server) -> Iterator[str]:
+    with server.kernel() as kernel:
+        yield kernel
+
+
+def runs_of(kernel: str) -> str:
+    return f"/fastwire/api/kernels/{kernel}/runs"
+
+
+CODE = """
+import sys
+for number in range(3): print("line", number)
+print("oh", file=sys.stderr)
+from IPython.display import display, HTML, update_display
+display(HTML("<b>1</b>"), display_id="d")
+update_display(HTML("<b>2</b>"), display_id="d")
+6 * 7
+"""
+
+
+@contextmanager
+def asked(server: Server, path: str, method: str = "GET", body: bytes = b"", **headers: str) -> Iterator[HTTPResponse]:
+    """An answer, as it comes. Names of headers have ``_`` for ``-``."""
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    try:
+        fields = {"Authorization": f"token {TOKEN}"} | {name.replace("_", "-"): text for name, text in headers.items()}
+        connection.request(method, path, body, fields)
+        yield connection.getresponse()
+    finally:
+        connection.close()
+
+
+def executed(server: Server, kernel: str, code: str, **content: object) -> str:
+    """A run, asked by a client that leaves at once."""
+    with Client(server, kernel) as client:
+        msg_id = client.execute(code, **content)
+        client.expect("execute_input")
+    return msg_id
+
+
+def got(server: Server, kernel: str, msg_id: str, query: str = "?wait=30") -> dict:
+    status, answer = server.rest("GET", f"{runs_of(kernel)}/{msg_id}{query}")
+    assert status == 200, answer
+    return answer
+
+
+def text(answer: dict) -> str:
+    return "".join(output["text"] for output in answer["outputs"] if output["output_type"] == "stream")
+
+
+def events(response: HTTPResponse) -> Iterator[tuple[str | None, str, dict]]:
+    """The server-sent events that come: id, kind, data."""
+    fields: dict[str, str] = {}
+    while line := response.readline().decode().rstrip("\n"):
+        while line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+            line = response.readline().decode().rstrip("\n")
+        if "event" in fields:
+            yield fields.get("id"), fields["event"], json.loads(fields["data"])
+        fields = {}
+
+
+# -- what can be asked for -------------------------------------------------------------------------
+
+
+def test_what_a_client_ran_while_nobody_was_there(server: Server, kernel: str) -> None:
+    msg_id = executed(server, kernel, CODE)
+    answer = got(server, kernel, msg_id)
+    run = answer["run"]
+    assert (run["state"], run["complete"], run["failed"], run["asks"]) == ("done", True, False, False)
+    lines, oh, html, result = answer["outputs"]
+    assert lines == {"output_type": "stream", "name": "stdout", "text": "line 0\nline 1\nline 2\n"}
+    assert oh["text"] == "oh\n"
+    assert html["data"]["text/html"] == "<b>2</b>"
+    assert (result["data"]["text/plain"], result["execution_count"]) == ("42", run["execution_count"])
+    assert (answer["input"], answer["lost"]) == (None, [])
+    status, found = server.rest("GET", runs_of(kernel))
+    assert status == 200
+    assert run in found["runs"]
+    assert found["first"] <= run["first"] < run["last"] < found["end"]
+
+
+def test_runs_know_their_cells_and_who_asked(server: Server, kernel: str) -> None:
+    with Client(server, kernel) as client:
+        content = {"code": "1 / 0", "silent": False, "store_history": True, "user_expressions": {}}
+        msg_id = client.send("execute_request", content, metadata={"cellId": "cell \u00e4"})
+        client.collect(msg_id)
+        session = client.session_id
+    status, found = server.rest("GET", f"{runs_of(kernel)}?cell=cell%20%C3%A4&state=done,running")
+    assert status == 200
+    (run,) = found["runs"]
+    assert (run["msg_id"], run["cell"], run["session"], run["failed"]) == (msg_id, "cell \u00e4", session, True)
+    assert run["begun"] < run["ended"]
+    assert server.rest("GET", f"{runs_of(kernel)}?cell=cell")[1]["runs"] == []
+    assert server.rest("GET", f"{runs_of(kernel)}?since={found['end']}")[1]["runs"] == []
+    (error,) = got(server, kernel, msg_id)["outputs"]
+    assert error["ename"] == "ZeroDivisionError"
+
+
+def test_a_run_is_followed_while_it_goes_on(server: Server, kernel: str) -> None:
+    """By who waits for its end, for more than it has, and for each event."""
+    code = "import time\nfor n in range(5): print(n, flush=True); time.sleep(0.2)"
+    msg_id = executed(server, kernel, code)
+    path = f"{runs_of(kernel)}/{msg_id}"
+    after, found, states = -1, [], []
+    while not states or states[-1] != "done":
+        answer = got(server, kernel, msg_id, f"?raw=1&after={max(after, 0)}&wait=30")
+        after = answer["last"]
+        found += answer["messages"]
+        states.append(answer["run"]["state"])
+    assert "running" in states
+    assert [m["header"]["msg_type"] for m in found[:2]] == ["status", "execute_input"]
+    with asked(server, path, Accept="text/event-stream", Last_Event_ID=str(found[1]["seq"])) as response:
+        assert response.headers["Content-Type"] == "text/event-stream"
+        *messages, (_, kind, run) = events(response)
+    assert (kind, run["state"]) == ("done", "done")
+    assert {kind for _, kind, _ in messages} == {"message"}
+    streamed = "".join(m["content"]["text"] for _, _, m in messages if m["header"]["msg_type"] == "stream")
+    assert streamed == "".join(f"{n}\n" for n in range(5))
+    with asked(server, path, Accept="text/event-stream", Last_Event_ID=str(run["last"])) as response:
+        assert response.status == 204
+    with asked(server, f"{path}?wait=30", Accept="text/plain") as response:
+        assert response.headers["Content-Type"] == "text/plain; charset=UTF-8"
+        assert response.read().decode() == streamed
+
+
+def test_who_comes_in_the_middle_gets_the_beginning(server: Server, kernel: str) -> None:
+    msg_id = executed(server, kernel, "print(1, flush=True)\nimport time; time.sleep(1)\nprint(2)")
+    with asked(server, f"{runs_of(kernel)}/{msg_id}", Accept="text/event-stream") as response:
+        found = list(events(response))
+    texts = [m["content"]["text"] for _, kind, m in found if kind == "message" and m["header"]["msg_type"] == "stream"]
+    assert "".join(texts) == "1\n2\n"
+    assert found[-1][1] == "done"
+
+
+def test_many_lines_are_joined_and_nothing_is_missing(server: Server, kernel: str) -> None:
+    msg_id = executed(server, kernel, "for n in range(30_000): print(n)")
+    answer = got(server, kernel, msg_id)
+    assert text(answer) == "".join(f"{n}\n" for n in range(30_000))
+    assert answer["lost"] == []
+
+
+def test_what_is_gone_is_said(server: Server, kernel: str) -> None:
+    msg_id = posted(server, kernel, code="for n in range(300): print(str(n) + 'x' * 20_000, flush=True)")["msg_id"]
+    path = f"{runs_of(kernel)}/{msg_id}"
+    until(lambda: server.rest("GET", runs_of(kernel))[1]["runs"][-1]["state"] == "done", "the run is over")
+    status, answer = server.rest("GET", path)
+    assert status == 410
+    (lost,) = answer["lost"]
+    assert lost["first"] == answer["run"]["first"] < lost["before"] < answer["run"]["last"]
+    assert not answer["run"]["complete"]
+    with asked(server, path, Accept="text/event-stream") as response:
+        assert response.status == 410
+    rest = got(server, kernel, msg_id, "?partial=1")
+    assert rest["lost"] == answer["lost"]
+    assert text(rest).endswith("299" + "x" * 20_000 + "\n")
+    assert got(server, kernel, msg_id, f"?raw=1&after={lost['before']}")["lost"] == []
+    with asked(server, f"{path}?partial=1", Accept="text/event-stream") as response:
+        kinds = [kind for _, kind, _ in events(response)]
+    assert (kinds[0], kinds[-1]) == ("lost", "done")
+
+
+def test_buffers_have_urls(server: Server, kernel: str) -> None:
+    code = "from ipykernel.comm import Comm\nComm(target_name='t', data={}, buffers=[b'a', bytes(range(256)) * 999])"
+    msg_id = executed(server, kernel, code)
+    messages = got(server, kernel, msg_id)  # which has no place for them
+    messages = got(server, kernel, msg_id, "?raw=1")["messages"]
+    (comm,) = [m for m in messages if m["header"]["msg_type"] == "comm_open"]
+    bodies = []
+    for url in comm["buffers"]:
+        with asked(server, url) as response:
+            assert response.status == 200, response.read()
+            assert response.headers["Content-Type"] == "application/octet-stream"
+            bodies.append(response.read())
+    assert bodies == [b"a", bytes(range(256)) * 999]
+    assert server.rest("GET", comm["buffers"][0][:-1] + "7")[0] == 404
+
+
+# -- what cannot be --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "word"),
+    [
+        ("/nothing", 404, "no run"),
+        ("?state=odd", 400, "state has to be"),
+        ("?since=x", 400, "since has to be"),
+        ("?since=-1", 400, "since has to be"),
+        ("?sinse=1", 400, "known are: state, cell, since"),
+        ("/nothing?wait=nan", 404, "no run"),
+    ],
+)
+def test_what_is_wrong_is_said_in_json(server: Server, kernel: str, path: str, status: int, word: str) -> None:
+    code, answer = server.rest("GET", runs_of(kernel) + path)
+    assert (code, word in answer["reason"]) == (status, True), answer
+
+
+@pytest.mark.parametrize("query", ["wait=nan", "wait=inf", "wait=-1", "wait=301", "after=1.5", "raw=yes", "after=²"])
+def test_arguments_of_a_run_are_checked(server: Server, kernel: str, query: str) -> None:
+    msg_id = executed(server, kernel, "1")
+    status, answer = server.rest("GET", f"{runs_of(kernel)}/{msg_id}?{quote(query, safe='=')}")
+    assert (status, query.partition("=")[0] in answer["reason"]) == (400, True), answer
+
+
+def test_without_the_token(server: Server, kernel: str) -> None:
+    msg_id = executed(server, kernel, "1")
+    for path in (runs_of(kernel), f"{runs_of(kernel)}/{msg_id}", f"{runs_of(kernel)}/{msg_id}/buffers/0/0"):
+        assert server.get(path, None)[0] == 403
+        assert server.get(path, "wrong")[0] == 403
+    assert server.rest("GET", runs_of("0-0-0-0-0"))[0] == 404
+
+
+def test_a_kernel_that_dies_loses_what_was_under_way(server: Server, tmp_path: Path) -> None:
+    sign = tmp_path / "die"
+    code = f"import os, time\nwhile not os.path.exists({str(sign)!r}): time.sleep(0.01)\nos._exit(1)"
+    with server.kernel() as kernel:
+        msg_id = executed(server, kernel, code)
+        until(lambda: got(server, kernel, msg_id, "")["run"]["state"] == "running", "it runs")
+        sign.touch()
+        assert got(server, kernel, msg_id)["run"]["state"] == "lost"
+
+
+# -- code for who has no WebSocket -----------------------------------------------------------------
+
+
+def posted(server: Server, kernel: str, **body: object) -> dict:
+    status, run = server.rest("POST", runs_of(kernel), body)
+    assert status == 201, run
+    return run
+
+
+def test_code_runs_though_nobody_is_connected(server: Server) -> None:
+    """The kernel has only begun to start: what is asked waits until its answer is heard."""
+    with server.kernel() as kernel:
+        body = json.dumps({"code": "print(1); 2", "metadata": {"cellId": "c"}}).encode()
+        with asked(server, runs_of(kernel), "POST", body) as response:
+            assert response.status == 201
+            run, location = json.loads(response.read()), response.headers["Location"]
+        assert (run["cell"], location) == ("c", f"{runs_of(kernel)}/{run['msg_id']}")
+        status, answer = server.rest("GET", f"{location}?wait=30")
+        assert status == 200
+        assert answer["run"]["state"] == "done"
+        assert [output["output_type"] for output in answer["outputs"]] == ["stream", "execute_result"]
+        replies = [
+            m["content"] for m in got(server, kernel, run["msg_id"], "?raw=1")["messages"] if m["channel"] == "shell"
+        ]
+        assert [reply["status"] for reply in replies] == ["ok"]
+
+
+def test_a_question_is_asked_and_answered(server: Server, kernel: str) -> None:
+    run = posted(server, kernel, code="print('hello', input('who? '))", allow_stdin=True)
+    path = f"{runs_of(kernel)}/{run['msg_id']}"
+    until(lambda: server.rest("GET", path)[1]["run"]["asks"], "it asks")
+    assert server.rest("GET", path)[1]["input"] == {"prompt": "who? ", "password": False}
+    assert server.rest("POST", f"{path}/input", {"value": 7})[0] == 400
+    assert server.rest("POST", f"{path}/input", {"value": "you", "more": 1})[0] == 400
+    assert server.rest("POST", f"{path}/input", {"value": "you"})[0] == 204
+    assert text(got(server, kernel, run["msg_id"])).endswith("hello you\n")
+    assert server.rest("POST", f"{path}/input", {"value": "you"})[0] == 409
+
+
+def test_a_page_that_is_gone_is_answered_for(server: Server, kernel: str) -> None:
+    """Its question was asked on a socket of a session that has ended."""
+    with Client(server, kernel) as client:
+        msg_id = client.execute("print(input('?'))", allow_stdin=True)
+        client.expect("input_request")
+    path = f"{runs_of(kernel)}/{msg_id}"
+    assert server.rest("GET", path)[1]["input"] == {"prompt": "?", "password": False}
+    assert server.rest("POST", f"{path}/input", {"value": "here"})[0] == 204
+    assert text(got(server, kernel, msg_id)).endswith("here\n")
+
+
+def test_a_run_may_take_so_long(server: Server, kernel: str) -> None:
+    """From its beginning: what is before it is not interrupted."""
+    before = posted(server, kernel, code="import time; time.sleep(0.8); print('slept')")
+    run = posted(server, kernel, code="time.sleep(60)", timeout=0.3)
+    assert text(got(server, kernel, before["msg_id"])) == "slept\n"
+    (error,) = got(server, kernel, run["msg_id"])["outputs"]
+    assert error["ename"] == "KeyboardInterrupt"
+
+
+def test_what_waits_behind_an_error_is_aborted(server: Server, kernel: str) -> None:
+    first = posted(server, kernel, code="import time; time.sleep(0.5); 1/0")
+    second = posted(server, kernel, code="print('never')")
+    assert got(server, kernel, first["msg_id"])["run"]["failed"]
+    assert got(server, kernel, second["msg_id"])["run"]["state"] == "aborted"
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        (b"", "JSON"),
+        (b"[]", "object"),
+        (b"{}", "code is missing"),
+        (b'{"code": 1}', "code has to be a string"),
+        (b'{"code": "1", "cod\\u00e9\\n": 1}', "unknown: 'cod\\xe9\\n'"),
+        (b'{"code": "\\ud800"}', "UTF-8"),
+        (b'{"code": "\xff"}', "UTF-8"),
+        (b'{"code": "1", "metadata": {"a": NaN}}', "NaN"),
+        (b'{"code": "1", "metadata": []}', "metadata"),
+        (b'{"code": "1", "store_history": 1}', "store_history"),
+        (b'{"code": "1", "timeout": true}', "timeout"),
+        (b'{"code": "1", "timeout": 0}', "timeout"),
+        (b'{"code": "1", "timeout": 1e99}', "timeout"),
+        (b'{"code": "1", "user_expressions": {"a": 1}}', "user_expressions"),
+        (b'{"code": "1", "metadata": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", "JSON"),
+        (b'{"code": "1", "metadata": {"a": ' + b"1" * 10_000 + b"}}", "JSON"),
+    ],
+)
+def test_what_is_wrong_reaches_no_kernel(server: Server, kernel: str, body: bytes, word: str) -> None:
+    before = server.rest("GET", runs_of(kernel))[1]["runs"]
+    with asked(server, runs_of(kernel), "POST", body) as response:
+        assert response.status == 400
+        assert word in json.loads(response.read())["reason"]
+    assert server.rest("GET", runs_of(kernel))[1]["runs"] == before
+
+
+def test_no_more_wait_than_may(server: Server) -> None:
+    with server.kernel() as kernel:
+        posted(server, kernel, code="import time; time.sleep(100)")
+        statuses = [server.rest("POST", runs_of(kernel), {"code": "1"})[0] for _ in range(260)]
+        assert 255 <= statuses.count(201) <= 257
+        assert statuses[-1] == 429
+
+
+# -- docs/runs.md ----------------------------------------------------------------------------------
+
+RUNS = ROOT / "docs" / "runs.md"
+
+
+def example(containing: str) -> str:
+    (found,) = [text for text in re.findall(r"```\w+\n(.*?)```", RUNS.read_text(), re.DOTALL) if containing in text]
+    return found
+
+
+def environment_of(server: Server, kernel: str) -> dict[str, str]:
+    return {**os.environ, "SERVER": server.root, "KERNEL": kernel, "TOKEN": TOKEN}
+
+
+@pytest.mark.parametrize(
+    ("command", "marker", "said"),
+    [(["bash", "-eu", "-c"], "curl -s", "42\n"), ([sys.executable, "-c"], "def ask", "done 0\n1\n2\n\n")],
+)
+def test_examples(server: Server, kernel: str, tmp_path: Path, command: list[str], marker: str, said: str) -> None:
+    result = subprocess.run(
+        [*command, example(marker)],
+        env=environment_of(server, kernel),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE,
+    )
+    assert result.stdout == said
+
+
+@pytest.mark.browser
+def test_an_example_in_a_page(server: Server, kernel: str) -> None:
+    run = posted(server, kernel, code="import time\nfor n in range(3): print(n, flush=True); time.sleep(0.1)")
+    script = f"""async ([runs, run]) => {{
+        {example("new EventSource")}
+        const texts = [];
+        const end = await follow(runs, run, (message) => texts.push(message.content.text ?? ""));
+        return [end.state, texts.join("")];
+    }}"""
+    with launched("docs/runs.md") as browser:
+        page = browser.new_page()
+        page.goto(f"{server.root}/fastwire?token={TOKEN}")
+        assert page.evaluate(script, [runs_of(kernel), run["msg_id"]]) == ["done", "0\n1\n2\n"]
