@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ from fastwire._core import (
     Asking,
     Batch,
     FrameParser,
+    Ledger,
+    LogEntry,
     Poller,
     Signer,
     Uplink,
@@ -52,6 +55,9 @@ context = zmq.Context()
 PARTS = message("stream", "one", {"text": "x" * 3000}, b"a" * LARGE, b"b")
 STATUS = message("status", "two", {"execution_state": "busy"})
 MANY = [message("stream", f"n{i}", {"name": "stdout", "text": f"line {i}\n"}) for i in range(40)]
+ASKED = json.dumps({"msg_id": "r", "msg_type": "execute_request", "session": "s"}).encode()
+SAID = [*[message("status", f"r{state}", {"execution_state": state}) for state in ("busy", "idle")], MANY[0]]
+RUN = [[parts[0], ASKED, *parts[2:]] for parts in SAID]
 FOREIGN = [PARTS[0], b'{"a": "\xff"}', *PARTS[2:]]
 
 
@@ -736,6 +742,24 @@ def put_aside() -> tuple[Any, Any]:
     return lambda: _core.batch_of_frames("iopub", data), listed
 
 
+def runs_of(call: Callable[[Ledger, list[LogEntry]], object], *, is_known: bool = True) -> Case:
+    """What a kernel said of a request, and what is known of that then."""
+
+    def case() -> tuple[Any, Any]:
+        ledger, said = Ledger(2), batch(*RUN)
+        entries = [LogEntry(0, len(said), said)]
+        if is_known:
+            ledger.learn(entries)
+
+        def outcome(_: object) -> object:
+            known = [(run.msg_id, run.state, run.messages, run.first, run.last) for run in ledger.all()]
+            return known, ledger.position
+
+        return lambda: call(ledger, entries), outcome
+
+    return case
+
+
 def frames_of(protocol: str | None) -> Case:
     def case() -> tuple[Any, Any]:
         each = batch(PARTS, STATUS, FOREIGN)
@@ -833,6 +857,14 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Activity.answered": activity(lambda it: it.answered(idle())),
     "Activity.forget": activity(lambda it: it.forget()),
     "Activity.begin_anew": activity(lambda it: it.begin_anew()),
+    "Run": pure(lambda: _core.Run, lambda _: None),
+    "Ledger": pure(Ledger, len),
+    "Ledger.get": runs_of(lambda it, _: it.get("r")),
+    "Ledger.all": runs_of(lambda it, _: it.all()),
+    "Ledger.learn": runs_of(lambda it, entries: it.learn(entries), is_known=False),
+    "Ledger.begin_anew": runs_of(lambda it, _: it.begin_anew()),
+    "answers_to": pure(lambda: _core.answers_to(batch(*RUN), "r")),
+    "indices_of_types": pure(lambda: _core.indices_of_types(two(), [b"stream"])),
     "ZmtpStream": pure(lambda: ZmtpStream("DEALER", b"me"), lambda it: it.take(1000)),
     "ZmtpStream.feed": zmtp_feed,
     "ZmtpStream.drain": zmtp_drain,

@@ -73,7 +73,7 @@ cdef class Ledger:
         return self.runs.get(msg_id)
 
     def all(self):
-        return sorted(self.runs.values(), key=order_of)
+        return sorted(self.runs.values(), key=_order_of)
 
     # -- what clients ask --
 
@@ -134,8 +134,10 @@ cdef class Ledger:
                 if before.ptr == NULL or not same_bytes(before, batch.messages[i].text[1]):
                     before = batch.messages[i].text[1]
                     run = self.run_of(before)
-                if run is not None and number + i >= self.position:
-                    self.follow(run, &batch.messages[i], number + i)
+                if number + i >= self.position:
+                    if run is not None:
+                        self.follow(run, &batch.messages[i], number + i)
+                    self.position = number + i + 1  # memory may run out at the next
             self.position = max(self.position, entry.end)
         return 0
 
@@ -154,10 +156,6 @@ cdef class Ledger:
         return self.new(msg_id, span_bytes(parent_header)) if run is None else run
 
     cdef int follow(self, Run run, const Indexed *m, long long number) except -1:
-        run.messages += 1
-        run.last = number
-        if run.first < 0:
-            run.first = number
         if m.kind == STATUS:
             self.hear(run, m)
         elif m.kind == REPLY:
@@ -169,6 +167,10 @@ cdef class Ledger:
         elif m.kind == OTHER and spells(inside(m.header.msg_type), b"execute_input", 13):
             run.execution_count = count_in(m.text[3])
             self.begin(run, m)
+        run.messages += 1
+        run.last = number
+        if run.first < 0:
+            run.first = number
         return 0
 
     cdef int hear(self, Run run, const Indexed *m) except -1:
@@ -218,7 +220,7 @@ cdef class Ledger:
                 run.state = LOST_RUN
 
 
-def order_of(Run run not None):
+def _order_of(Run run not None):
     return run.order
 
 
