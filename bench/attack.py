@@ -42,9 +42,9 @@ def _frames(kind: str) -> tuple[bytes, bytes]:
 class Attacker:
     """Connects, sends until it is thrown out, connects again."""
 
-    def __init__(self, url: str, kernel_id: str, kind: str) -> None:
+    def __init__(self, url: str, channels: str, kind: str) -> None:
         self._url = url
-        self._kernel_id = kernel_id
+        self._channels = channels
         self._first, self._block = _frames(kind)
         self.connections = 0
         self.bytes = 0
@@ -60,7 +60,7 @@ class Attacker:
     def _attack(self) -> None:
         parts = urlsplit(self._url)
         with socket.create_connection((parts.hostname or "", parts.port or 80), 10) as sock:
-            request, _ = upgrade(self._url, os.environ[AUTHORIZATION], self._kernel_id, "attacker", LEGACY)
+            request, _ = upgrade(self._url, os.environ[AUTHORIZATION], self._channels, "attacker", LEGACY)
             sock.sendall(request)
             if b" 101 " not in sock.recv(4096):
                 return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import time
 from typing import TYPE_CHECKING
@@ -78,7 +77,7 @@ class Client:
         self._server = server
         self._kernel_id = kernel_id
         self._protocol = cell.protocol
-        self._session = f"bench-{os.urandom(12).hex()}"
+        self._session = server.session_id(kernel_id)
         workload = cell.make_workload()
         self._make = RequestMaker(cell.protocol, workload.code, self._session)
         self._make_trial = RequestMaker(cell.protocol, TRIAL, self._session, self._make.prefix)
@@ -94,7 +93,11 @@ class Client:
 
     def _new_socket(self) -> LoadSocket:
         request, accept = upgrade(
-            self._server.url, self._server.authorization, self._kernel_id, self._session, self._protocol
+            self._server.url,
+            self._server.authorization,
+            self._server.channels(self._kernel_id),
+            self._session,
+            self._protocol,
         )
         return LoadSocket(self._protocol, request, accept, self.tally, self.notices)
 

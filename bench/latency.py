@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import random
 import sys
 import time
@@ -67,10 +66,10 @@ class LatencySocket(KernelSocket):
 
 async def open_socket(server: Server, options: argparse.Namespace, protocol: str) -> LatencySocket:
     """A kernel of its own, a socket to it, and a few requests that are not counted."""
-    kernel_id = await asyncio.to_thread(server.start_kernel, options.kernel)
-    session = f"latency-{os.urandom(8).hex()}"
+    kernel_id = await asyncio.to_thread(server.open_session, options.kernel)
+    session = server.session_id(kernel_id)
     maker = RequestMaker(protocol, options.code, session)
-    request, accept = upgrade(server.url, server.authorization, kernel_id, session, protocol)
+    request, accept = upgrade(server.url, server.authorization, server.channels(kernel_id), session, protocol)
     socket = LatencySocket(protocol, request, accept, maker)
     await connect(socket, server.url)
     for _ in range(WARM_UP_REQUESTS):

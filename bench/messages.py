@@ -18,6 +18,9 @@ BUSY, INPUT, RESULT, REPLY, IDLE = range(5)
 MARKERS = (b'"busy"', b'"execute_input"', b'"execute_result"', b'"execute_reply"', b'"idle"')
 MESSAGES_PER_REQUEST = len(MARKERS)
 
+#: JupyterLab names the cell in each request, and so does the benchmark of the notes.
+CELL_ID = "5d0fb8a6-2f0f-4b39-9a04-0c1f4d2a7e11"
+
 PREFIX_LENGTH = 24
 DIGITS = 12
 # Every byte of the mask key is the same, so masking does not depend on the position.
@@ -76,17 +79,18 @@ def _request(protocol: str, msg_id: str, code: str, session: str) -> bytes:
         "stop_on_error": True,
         "code": code,
     }
+    metadata = {"deletedCells": [], "recordTiming": False, "cellId": CELL_ID, "trusted": True}
     if protocol == LEGACY:
         message = {
             "buffers": [],
             "channel": "shell",
             "content": content,
             "header": header,
-            "metadata": {},
+            "metadata": metadata,
             "parent_header": {},
         }
         return _dump(message)
-    return _v1([b"shell", _dump(header), b"{}", b"{}", _dump(content)])
+    return _v1([b"shell", _dump(header), b"{}", _dump(metadata), _dump(content)])
 
 
 def _dump(value: Any) -> bytes:

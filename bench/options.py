@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import report
+from bench import peers, report
 from bench.kernelspec import DEFAULT_HWM
 from bench.messages import LEGACY, PROTOCOLS
 from bench.server import Server
-from bench.targets import FLOORS, TARGETS, VARIANTS, launch, running
+from bench.targets import FLOORS, PEERS, TARGETS, VARIANTS, launch, running, use
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
@@ -29,7 +30,16 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "--target",
         action="append",
         help=f"a server to start, or several by commas: {', '.join(TARGETS)} "
-        "(default: all but the floors, or the one of --url)",
+        "(default: Jupyter's own and fastwire, or the one of --url)",
+    )
+    add("--install", action="store_true", help="make the environments that jupyverse and jupygate need, in build/peers")
+    add(
+        "--python",
+        action="append",
+        default=[],
+        type=_python,
+        metavar="NAME=PATH",
+        help="or run NAME of them by this Python",
     )
     add("--protocol", choices=[*PROTOCOLS, "both"], help="WebSocket protocol (default: both)")
     add("--repeat", type=int, default=3, help="runs per target, interleaved A B A B (default 3)")
@@ -38,9 +48,18 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--server-option", action="append", default=[], help="one more argument for every server")
     add("--log", type=Path, help="keep each run's server log in this directory")
     add("--url", help="measure a server that runs already (for light kernels it needs the kernelspec, see the README)")
+    add("--like", choices=["fastwire", *PEERS], default="fastwire", help="what it is, where that is no Jupyter Server")
     add("--token", default="", help="its token")
     add("--pid", type=int, help="its process id, for CPU and memory")
     add("--smoke", action="store_true", help="a few seconds; checks what arrives, never how fast")
+
+
+def _python(value: str) -> tuple[str, Path]:
+    """An argparse type: NAME=PATH."""
+    name, _, path = value.partition("=")
+    if name not in peers.REQUIREMENTS or not path:
+        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=PATH with one of {', '.join(peers.REQUIREMENTS)}")
+    return name, Path(path).absolute()
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, **smoke: object) -> argparse.Namespace:
@@ -61,9 +80,13 @@ def targets(options: argparse.Namespace) -> list[str]:
     """The names to run. Exits where one cannot be started here."""
     chosen = options.target or _default_targets(options)
     names = [name for each in chosen for name in each.split(",")]
+    for name, python in options.python:
+        use(name, python)
     for name in names:
         if name not in TARGETS:
             sys.exit(f"unknown target {name!r}; there are {', '.join(TARGETS)}")
+        if options.install and name in peers.REQUIREMENTS:
+            _install(name)
         if problem := TARGETS[name].problem:
             sys.exit(f"target {name!r} cannot be started: {problem}")
     if options.url:
@@ -71,11 +94,20 @@ def targets(options: argparse.Namespace) -> list[str]:
     return names
 
 
+def _install(name: str) -> None:
+    """Exits where that fails: pip has said why."""
+    report.progress(f"{name}: its environment in {peers.environment(name).parent.parent}")
+    try:
+        peers.install(name)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"target {name!r} cannot be installed: {error}")
+
+
 def _default_targets(options: argparse.Namespace) -> list[str]:
     """Where none is named."""
     if options.url:
         return []
-    return ["fastwire"] if options.smoke else [name for name in TARGETS if name not in {**FLOORS, **VARIANTS}]
+    return ["fastwire"] if options.smoke else [name for name in TARGETS if name not in {**FLOORS, **VARIANTS, **PEERS}]
 
 
 def protocols(options: argparse.Namespace) -> list[str]:
@@ -96,7 +128,7 @@ def finish(faults: list[str]) -> int:
 def open_target(options: argparse.Namespace, name: str, label: str, hwm: int) -> AbstractContextManager[Server]:
     """Start target *name*, or look at the running one; *label* names the kept log."""
     if name == RUNNING:
-        return running(options.url, options.token, options.pid)
+        return running(options.url, options.token, options.pid, options.like)
     keep = None
     if options.log is not None:
         options.log.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ async def open_clients(server: Server, cell: Cell, say: Say) -> list[Client]:
 
 async def _open_kernel(server: Server, cell: Cell) -> list[Client]:
     """One kernel and its clients, of which the first asks and the last are the slow ones."""
-    kernel_id = await asyncio.to_thread(server.start_kernel, cell.kernel)
+    kernel_id = await asyncio.to_thread(server.open_session, cell.kernel)
     asker = Client(server, kernel_id, cell)
     clients = [asker] + [Client(server, kernel_id, cell, asker.requests) for _ in range(cell.clients - 1)]
     for client in clients[cell.clients - cell.slow :]:
@@ -215,7 +215,7 @@ async def _is_answering(client: Client, over: asyncio.Event) -> bool:
 @contextlib.asynccontextmanager
 async def attacked(server: Server, kind: str, done: dict[str, int]) -> AsyncIterator[None]:
     """Run `bench.attack` against the first kernel; what it did goes to *done*."""
-    command = [sys.executable, "-m", "bench.attack", server.url, server.kernels[0], kind]
+    command = [sys.executable, "-m", "bench.attack", server.url, server.channels(server.kernels[0]), kind]
     environment = os.environ | {attack.AUTHORIZATION: server.authorization}
     process = await asyncio.create_subprocess_exec(
         *command, cwd=ROOT, env=environment, stdout=asyncio.subprocess.PIPE, start_new_session=True

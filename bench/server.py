@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
 
 import psutil
@@ -91,7 +92,10 @@ def _peak_mb(pid: int, fallback: float) -> float:
 
 @dataclass
 class Server:
-    """A running server: its REST API and its process."""
+    """A running server: its REST API and its process. Servers that differ are subclasses in `bench.peers`."""
+
+    #: What it answers once it is ready; a gateway too.
+    probe: ClassVar[str] = "/api/kernelspecs"
 
     name: str
     url: str
@@ -133,6 +137,26 @@ class Server:
         kernel_id = str(self.request("POST", "/api/kernels", {"name": name})["id"])
         self.kernels.append(kernel_id)
         return kernel_id
+
+    def open_session(self, name: str) -> str:
+        """Do what a page does that opens a notebook, with a kernel of kernelspec *name*; the kernel's id."""
+        return str(self._post_session(name)["kernel"]["id"])
+
+    def _post_session(self, name: str) -> dict[str, Any]:
+        """The session, as the server describes it."""
+        path = f"bench-{len(self.kernels)}-{os.urandom(4).hex()}.ipynb"
+        body = {"kernel": {"name": name}, "name": path, "path": path, "type": "notebook"}
+        session: dict[str, Any] = self.request("POST", "/api/sessions", body)
+        self.kernels.append(str(session["kernel"]["id"]))
+        return session
+
+    def session_id(self, _kernel_id: str) -> str:
+        """Under which the next client of this kernel connects."""
+        return f"bench-{os.urandom(12).hex()}"
+
+    def channels(self, kernel_id: str) -> str:
+        """The path of a kernel's WebSockets."""
+        return f"/api/kernels/{quote(kernel_id)}/channels"
 
     def delete_kernels(self) -> None:
         """Shut down every kernel that we started, best effort."""

@@ -9,7 +9,6 @@ put it into `TARGETS`. A server that runs already is a `Server` too (`running`).
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import socket
@@ -18,12 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, ClassVar
 
 import psutil
 
+from bench import peers
 from bench.floors import BuildError, FloorServer, build
 from bench.kernelspec import write_kernelspec
 from bench.server import Server, count_errors
@@ -31,8 +31,6 @@ from bench.server import Server, count_errors
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT = 60.0
 STOP_TIMEOUT = 15.0
-#: What every server that speaks the API answers, a gateway too.
-PROBE = "/api/kernelspecs"
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of server that can be started."""
+    """A kind of server that can be started: a module of Python."""
 
     module: str  # that must be installed
     arguments: Callable[[Launch], list[str]]
@@ -56,14 +54,58 @@ class Target:
     @property
     def problem(self) -> str:
         """Why it cannot be started here, or nothing."""
-        with contextlib.suppress(ImportError):
-            if importlib.util.find_spec(self.module) is not None:
-                return ""
+        if peers.has_module(Path(sys.executable), self.module):
+            return ""
         return f"its module is not installed in {sys.executable}"
 
     def command(self, launch: Launch) -> list[str]:
         """The process to start."""
         return [sys.executable, "-m", self.module, *self.arguments(launch), *launch.options]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server in an environment of its own (`bench.peers`), started by what its *arguments* say."""
+
+    module: str
+    arguments: Callable[[Launch], list[str]]
+    server: type[Server]
+    chosen: Path | None = None  # the Python of --python
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.chosen or peers.environment(self.module)
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be started here, or nothing."""
+        if peers.has_module(self.python, self.module):
+            return ""
+        wanted = " ".join(peers.REQUIREMENTS[self.module])
+        return f"{self.python} has no {self.module}: --install makes an environment with {wanted}, --python takes yours"
+
+    def command(self, launch: Launch) -> list[str]:
+        """The process to start."""
+        return [str(self.python), *self.arguments(launch), *launch.options]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A server that is a program on the PATH."""
+
+    name: str
+    arguments: Callable[[Launch], list[str]]
+    server: type[Server]
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be started here, or nothing."""
+        return "" if shutil.which(self.name) else f"there is no {self.name} on the PATH"
+
+    def command(self, launch: Launch) -> list[str]:
+        """The process to start."""
+        return [self.name, *self.arguments(launch), *launch.options]
 
 
 @dataclass(frozen=True)
@@ -114,7 +156,7 @@ def _kernel_gateway(launch: Launch) -> list[str]:
 
 
 #: Every server with its own defaults, rate limits included. The last one is compared with the others.
-TARGETS: dict[str, Target | FloorTarget] = {
+_STANDARD = {
     "jupyter_server": Target("jupyter_server", _server_app),
     "kernel_gateway": Target("kernel_gateway", _kernel_gateway),
     "fastwire": Target("fastwire.serve", _server_app),
@@ -126,14 +168,26 @@ def _without_zmtp(launch: Launch) -> list[str]:
     return [*_server_app(launch), "--Fastwire.zmtp=False"]
 
 
-#: Started only when they are asked for by name, as are the next.
+#: Started only when they are asked for by name, as are the floors and the peers.
 VARIANTS = {"fastwire-libzmq": Target("fastwire.serve", _without_zmtp)}
 FLOORS = {
     "floor": FloorTarget("floor"),
     "floor-noverify": FloorTarget("floor", ("--no-verify",)),
     "floor-libzmq": FloorTarget("floor-libzmq"),
 }
-TARGETS = {**FLOORS, **VARIANTS, **TARGETS}
+PEERS = {
+    "jupyverse": Peer("jupyverse", peers.jupyverse, peers.JupyverseServer),
+    "jupygate": Peer("jupygate", peers.jupygate, peers.JupygateServer),
+    "zasper": Program("zasper", peers.zasper, peers.ZasperServer),
+}
+TARGETS: dict[str, Target | Peer | Program | FloorTarget] = {**FLOORS, **VARIANTS, **PEERS, **_STANDARD}
+
+
+def use(name: str, python: Path) -> None:
+    """From now on run that peer by this Python."""
+    peer = TARGETS[name]
+    assert isinstance(peer, Peer)
+    TARGETS[name] = replace(peer, chosen=python)
 
 
 def free_port() -> int:
@@ -157,17 +211,19 @@ def _environment(home: Path, iopub_hwm: int) -> dict[str, str]:
         "JUPYTER_PATH": str(home / "share"),
         "IPYTHONDIR": str(home / "data" / "ipython"),
         "TMPDIR": str(home / "tmp"),
+        # Zasper asks the command `jupyter` where kernelspecs are.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         "PYTHONUNBUFFERED": "1",
     }
 
 
 def _wait_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
-    """Poll `PROBE`; raises RuntimeError with the log's end when it never answers."""
+    """Poll its `probe`; raises RuntimeError with the log's end when it never answers."""
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError, ValueError):
-            server.request("GET", PROBE)
+            server.request("GET", server.probe)
             return
         time.sleep(0.05)
     tail = server.log.read_text(errors="replace")[-3000:] if server.log else ""
@@ -238,14 +294,15 @@ def launch(
 
 
 @contextlib.contextmanager
-def running(url: str, token: str, pid: int | None = None) -> Iterator[Server]:
-    """A server that runs already; CPU and memory need its *pid*, the log is not read."""
-    server = Server("running", url.rstrip("/"), token, pid)
+def running(url: str, token: str, pid: int | None = None, like: str = "fastwire") -> Iterator[Server]:
+    """A server that runs already, spoken to as to the target *like*; CPU and memory need its *pid*, the log is not
+    read."""
+    server = TARGETS[like].server("running", url.rstrip("/"), token, pid)
     try:
-        server.request("GET", PROBE)
+        server.request("GET", server.probe)
     except OSError:
-        server.scheme = "Bearer"  # Zasper takes only this one, Jupyter Server both
-        server.request("GET", PROBE)
+        server.scheme = "Bearer"  # some take only this one, Jupyter Server both
+        server.request("GET", server.probe)
     try:
         yield server
     finally:

@@ -87,7 +87,7 @@ class Prober(KernelSocket):
 @contextlib.asynccontextmanager
 async def probing(server: Server, kernel_id: str) -> AsyncIterator[Prober]:
     """Its ``worst`` is the longest time (s) for which the loop let a ping wait while the block ran."""
-    request, accept = upgrade(server.url, server.authorization, kernel_id, "prober", LEGACY)
+    request, accept = upgrade(server.url, server.authorization, server.channels(kernel_id), "prober", LEGACY)
     prober = Prober(LEGACY, request, accept)
     await connect(prober, server.url)
     task = asyncio.create_task(prober.run())

@@ -211,12 +211,12 @@ def _close_reason(payload: bytes) -> str:
     return f"{code} {payload[2:].decode(errors='replace')}".strip()
 
 
-def upgrade(url: str, authorization: str, kernel_id: str, session: str, protocol: str) -> tuple[bytes, bytes]:
-    """The upgrade request for a kernel's channels and the accept value it must bring."""
+def upgrade(url: str, authorization: str, channels: str, session: str, protocol: str) -> tuple[bytes, bytes]:
+    """The upgrade request for a kernel's *channels* (a path) and the accept value it must bring."""
     parts = urlsplit(url)
     key = base64.b64encode(os.urandom(16))
     accept = base64.b64encode(hashlib.sha1(key + _GUID, usedforsecurity=False).digest())
-    path = f"{parts.path.rstrip('/')}/api/kernels/{kernel_id}/channels?session_id={quote(session)}"
+    path = f"{parts.path.rstrip('/')}{channels}?session_id={quote(session)}"
     lines = [
         f"GET {path} HTTP/1.1",
         f"Host: {parts.netloc}",

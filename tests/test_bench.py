@@ -13,15 +13,15 @@ from typing import Any
 import matplotlib.image as mpimg
 import pytest
 
-from bench import cells, compare, figures, floors, load, options, plot, ratios, report, syscalls
+from bench import cells, compare, figures, floors, load, options, peers, plot, ratios, report, syscalls, targets
 from bench.cells import Cell
 from bench.client import LoadSocket
 from bench.floors import BuildError
-from bench.messages import BUSY, IDLE, INPUT, REPLY
+from bench.messages import BUSY, IDLE, INPUT, REPLY, RequestMaker
 from bench.meter import MAX_CPU, Pace
 from bench.server import count_errors, usage
 from bench.tally import Requests, Tally
-from bench.targets import FLOORS, TARGETS
+from bench.targets import FLOORS, PEERS, TARGETS
 from bench.workloads import OUTPUT, Workload, flood, result
 
 PREFIX = b"01234567-89ab-cdef-0123-"
@@ -518,6 +518,52 @@ def test_who_runs_beside_the_floor_is_measured_by_it(capsys: pytest.CaptureFixtu
     lines = {line.split()[4]: line.split()[5] for line in above.splitlines() if line.startswith("1 x 50/s")}
     assert lines == {"fastwire": "2.5", "floor-libzmq": "2"}
     assert "times less" not in printed, "a floor is no peer"
+
+
+# -- peers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", "jupyverse", "--python", "jupyverse=/no/python"], r"/no/python has no jupyverse: --install"),
+        (["--target", "jupygate", "--python", f"jupygate={sys.executable}"], r"has no jupygate: .* jupygate=="),
+        (["--target", "zasper"], "there is no zasper on the PATH"),
+    ],
+)
+def test_what_a_peer_needs_is_said(arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "TARGETS", dict(TARGETS))
+    monkeypatch.setattr(options, "TARGETS", targets.TARGETS)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit, match=said):
+        options.targets(load.parse(arguments))
+
+
+@pytest.mark.parametrize("value", ["jupyverse", "fastwire=/usr/bin/python3", "jupygate="])
+def test_only_a_peer_can_have_a_python_of_its_own(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load.parse(["--python", value])
+    assert "is not NAME=PATH with one of jupyverse, jupygate" in capsys.readouterr().err
+
+
+def test_requests_are_those_of_the_notes() -> None:
+    """A page names its cell in the metadata, and some servers look there."""
+    maker = RequestMaker("legacy", "2+2", "session")
+    payload = bytes(byte ^ 0x5A for byte in maker(3)[8:])
+    assert json.loads(payload)["metadata"]["cellId"]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_the_peers_deliver_everything() -> None:
+    """In environments that are made here; of Zasper's, whose program pip does not bring, only when it is there."""
+    names = [name for name, target in PEERS.items() if name in peers.REQUIREMENTS or not target.problem]
+    arguments = ["--smoke", "--scenario", "load", "--protocol", "legacy", "--install", "--target", ",".join(names)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load", *arguments], capture_output=True, check=False, text=True, timeout=580
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(f"{name} 1: 250 of 250" in done.stderr for name in names), done.stderr
 
 
 def test_the_loads_of_users_have_a_name() -> None:
