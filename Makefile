@@ -100,12 +100,12 @@ load: install ## many kernels and clients against a server: make load ARGS="--he
 sanitize: install ## the tests on a core built with ASan and UBSan, in build/sanitize
 	$(COPY) \
 	&& FASTWIRE_SANITIZE=$(SANITIZERS) $(RUN) setup.py --quiet build_ext --inplace \
-	&& tools/sanitized.sh $(RUN) -m pytest --capture=sys --timeout=300 -m "not memory" $(ARGS)
+	&& tools/sanitized.sh tools/twice.sh $(RUN) -m pytest --capture=sys -m "not memory" $(ARGS)
 
 tsan: install ## the tests of what has threads, on a core built with ThreadSanitizer, in build/tsan
 	$(COPY) \
 	&& CC=gcc FASTWIRE_SANITIZE=thread $(RUN) setup.py --quiet build_ext --inplace \
-	&& CC=gcc tools/sanitized.sh $(RUN) -m pytest --capture=sys --timeout=600 -m "not memory" $(or $(ARGS),-q $(THREADED))
+	&& FASTWIRE_SLOW=10 CC=gcc tools/sanitized.sh $(RUN) -m pytest --capture=sys -m "not memory" $(or $(ARGS),-q $(THREADED))
 
 coverage: install ## which lines of the core the tests reach, in build/coverage
 	$(COPY) \

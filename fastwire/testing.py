@@ -291,16 +291,17 @@ class Client:
             tls=tls,
             receive_buffer=receive_buffer,
         )
-        self.sock = self._connected(address, receive_buffer)
-        if tls is not None:
-            self.sock = tls.wrap_socket(self.sock, server_hostname="127.0.0.1")
         self._buffer = bytearray()
         self._fragments: list[bytes] = []
         self._deflating = zlib.compressobj(wbits=-15) if deflate else None
         self._inflating = zlib.decompressobj(wbits=-15) if deflate else None
         offer: dict[str, str | None] = {"Sec-WebSocket-Extensions": "permessage-deflate"} if deflate else {}
         self.handshake = Handshake(path, offer | (headers or {}))
+        self.sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
         try:
+            self._connect(address, receive_buffer)
+            if tls is not None:
+                self.sock = tls.wrap_socket(self.sock, server_hostname="127.0.0.1")
             self.send(self.handshake.request + b"".join(self.frames_of(message) for message in early))
             if then_half_close:
                 self.half_close()
@@ -311,9 +312,8 @@ class Client:
             self.drop()
             raise
 
-    @staticmethod
-    def _connected(address: tuple[str, int] | str, receive_buffer: int | None) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET)
+    def _connect(self, address: tuple[str, int] | str, receive_buffer: int | None) -> None:
+        sock = self.sock
         sock.settimeout(PATIENCE)
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -323,7 +323,6 @@ class Client:
         sock.connect(address)
         if sock.family == socket.AF_INET:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
 
     def __enter__(self) -> Client:
         return self

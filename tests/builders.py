@@ -10,6 +10,7 @@ from itertools import pairwise
 import oracle
 import zmq
 from hypothesis import strategies as st
+from patience import SLOW
 
 from fastwire import _core
 from fastwire.testing import KEY as KEY
@@ -19,7 +20,7 @@ from fastwire.testing import length_octets as length_octets
 from fastwire.testing import mask_with as mask_with
 from fastwire.testing import message as message
 
-PATIENCE_MS = 20_000  # how long to wait for what must come; never part of a test's result
+PATIENCE_MS = int(20_000 * SLOW)  # how long to wait for what must come; never part of a test's result
 
 
 # -- Jupyter messages ------------------------------------------------------------------------------

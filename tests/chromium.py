@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+from patience import SLOW
 from playwright.sync_api import Browser, expect, sync_playwright
 from server import ROOT
 
@@ -22,7 +23,7 @@ SWITCHES = (
 SCREENSHOTS = ROOT / "build" / "screenshots"
 
 #: Seconds for one thing to appear, on a machine that is slow and busy.
-PATIENCE = 60.0
+PATIENCE = 60.0 * SLOW
 
 expect.set_options(timeout=1000 * PATIENCE)
 

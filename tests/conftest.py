@@ -8,8 +8,12 @@ import builders
 import pytest
 import zmq
 from hypothesis import HealthCheck, settings
+from patience import SLOW
 
-from fastwire import _core
+from fastwire import _core, testing
+
+#: Before anybody imports it.
+testing.PATIENCE *= SLOW
 
 FINE = [
     HealthCheck.too_slow,
@@ -28,6 +32,14 @@ pytest.register_assert_rewrite("journal_stage", "relay_stage", "websocket_site")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("nightly") and os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
         pytest.skip("takes long: make nightly")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test's own deadline is as patient as those within it."""
+    usual = config.getoption("timeout") or config.getini("timeout")
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        item.add_marker(pytest.mark.timeout(SLOW * float(mark.args[0] if mark else usual)), append=False)
 
 
 FAILED = pytest.StashKey[bool]()

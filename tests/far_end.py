@@ -11,10 +11,11 @@ from pathlib import Path
 
 import oracle
 from builders import client_frame, server_frame
+from patience import SLOW
 
 from fastwire._core import OP_BINARY, OP_CLOSE
 
-PATIENCE = 30
+PATIENCE = 30 * SLOW
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 

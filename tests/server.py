@@ -28,6 +28,7 @@ import oracle
 import psutil
 import websockets.sync.client
 import wsclient
+from patience import SLOW
 from websockets.exceptions import ConnectionClosed
 
 import fastwire
@@ -36,7 +37,7 @@ from fastwire.testing import free_port as free_port
 
 ROOT = Path(fastwire.__file__).parents[1]
 TOKEN = "a-token-of-the-tests"
-PATIENCE = 30.0
+PATIENCE = 30.0 * SLOW
 PROTOCOLS = {"legacy": None, "v1": PROTOCOL_V1}
 
 FASTWIRE = ("-m", "fastwire.serve")

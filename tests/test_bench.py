@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.image as mpimg
 import pytest
+from patience import SLOW
 
 from bench import cells, compare, figures, floors, load, options, peers, plot, ratios, report, syscalls, targets
 from bench.cells import Cell
@@ -502,7 +503,11 @@ def test_the_floor_delivers_everything() -> None:
         pytest.skip(f"THE FLOOR IS NOT TESTED: {TARGETS['floor'].problem}")
     arguments = ["--smoke", "--scenario", "load", "--protocol", "legacy", "--target", ",".join(names)]
     done = subprocess.run(
-        [sys.executable, "-m", "bench.load", *arguments], capture_output=True, check=False, text=True, timeout=100
+        [sys.executable, "-m", "bench.load", *arguments],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=100 * SLOW,
     )
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in names)

@@ -21,7 +21,7 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 from playwright.sync_api import Error as PlaywrightError
 from server import TOKEN, Server, serving, until
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(5 * PATIENCE)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

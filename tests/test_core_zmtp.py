@@ -15,6 +15,7 @@ import zmtp_oracle as peer
 from builders import KEY, chop, message, signers, wire
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import SLOW
 from zmtp_oracle import COMMAND, MORE, command, frame, greeting, multipart, ping, ready
 
 from fastwire import _core
@@ -699,7 +700,7 @@ def test_without_memory_nothing_is_lost() -> None:
     """
     if sys.platform != "linux":
         pytest.skip("needs /proc")
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120 * SLOW)
 
 
 def test_what_a_message_of_very_many_frames_needed_is_counted_and_not_kept() -> None:

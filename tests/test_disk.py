@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from patience import SLOW
 
 from fastwire.budgets import Budget
 from fastwire.disk import Disk, Record, SpillFile, is_in_memory
@@ -181,7 +182,7 @@ asyncio.run(main())
 
 
 def test_a_disk_that_hangs_does_not_keep_the_process_from_ending() -> None:
-    ended = subprocess.run([sys.executable, "-c", HANGS], timeout=60, capture_output=True, check=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", HANGS], timeout=60 * SLOW, capture_output=True, check=True, text=True)
     assert (ended.stdout, ended.stderr) == ("", "")
 
 

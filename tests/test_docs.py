@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import websockets.sync.client
+from patience import SLOW
 from server import PATIENCE, WITHOUT_EXTENSIONS, Client, ending, environment, serving, until
 from test_readme import ROOT, example, examples
 
@@ -91,7 +92,12 @@ def test_a_session_of_jupyter_client(tmp_path: Path) -> None:
     source = tmp_path / "example.py"
     source.write_text(example("from fastwire.session import Session", USE))
     result = subprocess.run(
-        [sys.executable, source], env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, source],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60 * SLOW,
+        check=True,
     )
     assert result.stdout == "42\n"
 
@@ -99,7 +105,7 @@ def test_a_session_of_jupyter_client(tmp_path: Path) -> None:
 def test_the_states_are_those_of_the_tables(tmp_path: Path) -> None:
     """`make docs` writes them."""
     page = tmp_path / "states.md"
-    subprocess.run([sys.executable, ROOT / "tools" / "states.py", page], check=True, cwd=ROOT, timeout=60)
+    subprocess.run([sys.executable, ROOT / "tools" / "states.py", page], check=True, cwd=ROOT, timeout=60 * SLOW)
     assert page.read_text() == (ROOT / "docs" / "states.md").read_text(), "run `make docs`"
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-from chromium import PATIENCE
 from server import TOKEN, Server, serving
 from test_browser import (
     browser,
@@ -31,7 +30,7 @@ __all__ = [
     "windows",
 ]
 
-pytestmark = [pytest.mark.browser, pytest.mark.nightly, pytest.mark.timeout(5 * PATIENCE)]
+pytestmark = [pytest.mark.browser, pytest.mark.nightly, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import SLOW
 from server import (
     PROTOCOLS,
     TOKEN,
@@ -155,7 +156,7 @@ def run(home: Path, program: str, *arguments: str) -> dict:
     """Run a program, in an environment without configuration; what it prints last, as JSON."""
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=120, env=environment(home), cwd=home
+        command, check=False, capture_output=True, text=True, timeout=120 * SLOW, env=environment(home), cwd=home
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -178,7 +179,7 @@ NBCLIENT = (
     NOTEBOOK
     + """
 from nbclient import NotebookClient
-NotebookClient(notebook, kernel_name="python3", kernel_manager_class=GatewayKernelManager, timeout=40).execute()
+NotebookClient(notebook, kernel_name="python3", kernel_manager_class=GatewayKernelManager, timeout=300).execute()
 print(json.dumps(notebook))
 """
 )
@@ -243,7 +244,7 @@ from jupyter_kernel_client import JupyterKernelClient
 url, token, echo = sys.argv[1:]
 with JupyterKernelClient(server_url=url, token=token) as kernel:
     kernel.execute(echo)
-    found = {"flood": kernel.execute("for i in range(2000): print(i, flush=True)", timeout=40)}
+    found = {"flood": kernel.execute("for i in range(2000): print(i, flush=True)", timeout=300)}
     kernel.set_variable("given", [1, "ü", None])
     found["variable"] = kernel.execute("given")
     found["error"] = kernel.execute("1 / 0")
@@ -255,7 +256,7 @@ with JupyterKernelClient(server_url=url, token=token) as kernel:
     content = {"comm_id": "c", "target_name": "echo", "data": {}}
     client.shell_channel.send(client.session.msg("comm_open", content))
     client.shell_channel.send(client.session.msg("comm_msg", content) | {"buffers": buffers})
-    while (message := client.get_iopub_msg(timeout=40))["msg_type"] != "comm_msg":
+    while (message := client.get_iopub_msg(timeout=300))["msg_type"] != "comm_msg":
         pass
     found["buffers"] = [bytes(buffer) for buffer in message["buffers"]] == [each[::-1] for each in buffers]
 print(json.dumps(found))

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from patience import SLOW
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastwire"
@@ -221,7 +222,7 @@ def test_the_core_names_only_errors(path: Path) -> None:
 
 def test_importing_fastwire_brings_neither_server_nor_loop() -> None:
     code = "import sys, fastwire; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60 * SLOW)
     modules = set(result.stdout.split())
     assert "fastwire" in modules
     assert not modules & {"jupyter_client", "jupyter_core", "jupyter_server", "tornado"}

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import SLOW
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +20,7 @@ def preflight(python: str = sys.executable, **environment: str) -> subprocess.Co
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=30 * SLOW,
     )
 
 
@@ -96,7 +97,7 @@ def test_make_says_it_and_makes_nothing(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=30 * SLOW,
     )
     assert result.returncode != 0
     assert "fastwire needs Python 3.11 or newer: no no-such-python on PATH" in result.stdout
@@ -111,7 +112,7 @@ def test_each_command_installs_what_it_needs(tmp_path: Path, target: str, extras
         capture_output=True,
         text=True,
         check=True,
-        timeout=30,
+        timeout=30 * SLOW,
     ).stdout
     (line,) = [line for line in said.splitlines() if "pip install" in line]
     assert line.endswith(f"--editable '.[{extras}]'")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import SLOW
 
 from fastwire import errors
 from fastwire.flow import Acknowledgements
@@ -53,7 +54,7 @@ def test_in_a_tornado_application(tmp_path: Path) -> None:
     )
     path = tmp_path / "example.py"
     path.write_text(source)
-    result = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=60 * SLOW, check=True)
     assert result.stdout == "hello\n"
 
 

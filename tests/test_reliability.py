@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from patience import SLOW
 from server import PROTOCOLS, TOKEN, Client, Message, Raw, Server, serving, until
 from wsclient import close_frame
 
@@ -121,7 +122,7 @@ def test_a_client_process_that_is_stopped(server: Server, light: str) -> None:
             cell = other.execute(f"flood {count} 1000")
             assert numbers(other.collect(cell).messages) == [*range(count)]
         reader.send_signal(signal.SIGCONT)
-        assert json.loads(reader.communicate(timeout=60)[0]) == [*range(count)]
+        assert json.loads(reader.communicate(timeout=60 * SLOW)[0]) == [*range(count)]
     finally:
         reader.kill()
         reader.wait()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import SLOW
 from server import ROOT
 
 TOOL = ROOT / "tools" / "sanitized.sh"
@@ -113,12 +114,12 @@ def test_the_standby_reader_races_with_nobody(tmp_path: Path) -> None:
     compiler = os.environ.get("CC", "cc")
     include = ROOT / "fastwire"
     command = [compiler, "-O1", "-g", "-fsanitize=thread", f"-I{include}", str(source), "-o", str(program), "-lpthread"]
-    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60 * SLOW)
     if built.returncode and "tsan" in built.stderr:
         pytest.skip(f"{compiler} has no ThreadSanitizer here")
     assert built.returncode == 0, built.stderr
     # The other sanitizer, which this test may run under, must not be loaded into it.
     alone = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    result = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120, env=alone)
+    result = subprocess.run([program], capture_output=True, text=True, check=False, timeout=120 * SLOW, env=alone)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.endswith(" 0 are held\n")

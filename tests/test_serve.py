@@ -24,6 +24,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
+from patience import SLOW
 from traitlets.config import Config
 from websockets.sync.client import connect
 
@@ -33,9 +34,9 @@ from fastwire.jupyter import FastwireMappingKernelManager, FastwireWebsocketConn
 
 READY = "fastwire is ready: "
 TOKEN = "a-token-of-the-tests"
-DEADLINE = 60.0
+DEADLINE = 60.0 * SLOW
 
-pytestmark = pytest.mark.timeout(3 * DEADLINE)
+pytestmark = pytest.mark.timeout(180)
 
 #: Written once into the runtime directory and kept, so that sign-ins survive a restart.
 KEPT = {"jupyter_cookie_secret"}
@@ -176,6 +177,7 @@ def serving(
             process.wait(timeout=DEADLINE)
         finally:
             process.kill()
+            process.wait()
 
 
 def refused(home: Home, *options: str, how: tuple[str, ...] = MODULE, **environment: str) -> str:

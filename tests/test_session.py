@@ -17,6 +17,7 @@ import jupyter_client.session
 import pytest
 import zmq
 from builders import KEY, zmq_pair
+from patience import SLOW
 
 from fastwire._core import Signer
 from fastwire.session import Session
@@ -251,7 +252,9 @@ def test_a_clone_has_a_history_of_its_own_and_the_core(session: Session, stock: 
 @pytest.mark.parametrize("missing", ["jupyter_client", "traitlets"])
 def test_without_jupyter_client_it_says_what_to_install(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; import fastwire.session"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60 * SLOW
+    )
     assert result.returncode == 1
     said = rf"ImportError: fastwire\.session needs jupyter_client \({missing}\S* is missing\): (.*)"
     found = re.fullmatch(said, result.stderr.splitlines()[-1])
@@ -331,7 +334,7 @@ def outcomes(directory: Path, whose: str) -> dict[str, str]:
     ]
     environment = os.environ | {"SESSION": whose, "PYTEST_ADDOPTS": ""}
     result = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, check=False, timeout=200
+        command, cwd=directory, env=environment, capture_output=True, text=True, check=False, timeout=200 * SLOW
     )
     assert report.exists(), result.stdout + result.stderr
     cases = ElementTree.parse(report).iter("testcase")

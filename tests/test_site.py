@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from patience import SLOW
 from server import ROOT
 
 LINKS = ("*.md", "*.yml", "LICENSE", "docs", "bench", "fuzz", "etc", "tools", "fastwire")
@@ -34,7 +35,7 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
         complaint = "the site was NOT built: no mkdocs here (make site)"
         pytest.fail(complaint) if os.environ.get("CI") == "true" else pytest.skip(complaint)
     return subprocess.run(
-        [sys.executable, "tools/site.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "tools/site.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=120 * SLOW
     )
 
 

@@ -22,7 +22,7 @@ from fastwire._core import PROTOCOL_V1
 PAGE, STATUS = "/fastwire", "/fastwire/api/status"
 ROUTES = (PAGE, "/fastwire/page.css", "/fastwire/page.js", STATUS, "/metrics")
 
-pytestmark = pytest.mark.timeout(5 * PATIENCE)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(scope="module")

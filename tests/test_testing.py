@@ -10,6 +10,7 @@ import tornado.web
 import tornado.websocket
 import zmq
 from jupyter_client import BlockingKernelClient
+from patience import SLOW
 from test_readme import example
 
 from fastwire import OP_CLOSE, OP_TEXT, _core
@@ -110,6 +111,18 @@ def test_a_kernel_speaks_with_jupyter_client(context: zmq.Context) -> None:
         kernel.close()
 
 
+# -- the client ------------------------------------------------------------------------------------
+
+
+def test_a_client_that_finds_nobody_leaves_no_socket() -> None:
+    """Not even until Python collects its garbage, which would warn of it in the middle of another test."""
+    address = "127.0.0.1", free_port()
+    with pytest.raises(ConnectionRefusedError) as refused:
+        Client(address)
+    frame = refused.traceback[-1].frame
+    assert frame.f_locals["sock"].fileno() == -1
+
+
 # -- the system ------------------------------------------------------------------------------------
 
 
@@ -128,7 +141,7 @@ def test_scripted_system_calls() -> None:
 
 def test_import_fastwire_does_not_load_it() -> None:
     code = "import sys, fastwire; assert 'fastwire.testing' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60 * SLOW)
 
 
 def test_the_example_of_its_page() -> None:

@@ -18,6 +18,7 @@ import pytest
 import zmq
 import zmtp_oracle as peer
 from builders import KEY, client_message, message, wire
+from patience import SLOW
 from relay_stage import Client, Kernel, Stage, until
 
 from fastwire import _core, zmtp
@@ -28,7 +29,7 @@ from fastwire.zmtp import Address, Link
 
 pytest_plugins = "relay_stage"  # the fixture `stage`
 
-PATIENCE = 20.0
+PATIENCE = 20.0 * SLOW
 HANDSHAKE = peer.greeting() + peer.ready(b"ROUTER", Identity=b"")
 READY_SIZE = 64 + 45  # of ours, with an identity of two octets
 

@@ -30,12 +30,14 @@ path=log_path=$reports/report
 # CPython leaks at exit, and its own allocator would hide overruns.
 # A test may ask for more memory than there is: that is a MemoryError, no bug.
 # A race does not end the process that has it, so that a run shows them all.
+# FASTWIRE_SLOW: how patient the tests are (`tests/patience.py`).
 code=0
 env \
     LD_PRELOAD="$sanitizer $cxx" \
     ASAN_OPTIONS="$path:handle_abort=1:detect_leaks=0:allocator_may_return_null=1${ASAN_OPTIONS:+:$ASAN_OPTIONS}" \
     TSAN_OPTIONS="$path:exitcode=0:suppressions=$suppressions:allocator_may_return_null=1${TSAN_OPTIONS:+:$TSAN_OPTIONS}" \
     UBSAN_OPTIONS="$path:abort_on_error=1:halt_on_error=1:print_stacktrace=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}" \
+    FASTWIRE_SLOW="${FASTWIRE_SLOW:-5}" \
     PYTHONMALLOC=malloc \
     PYTHONPATH="$PWD" \
     "$@" || code=$?

@@ -20,9 +20,10 @@ from conftest import COUNTED
 from handshakes import Knock
 from judge import EARLY, OK, Tally, paces_of, runs
 from oracles import DIFFERENCES
+from patience import SLOW
 from targets import Running, serving
 
-PATIENCE = 20.0
+PATIENCE = 20.0 * SLOW
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 TABLE = cases.table(200 if NIGHTLY else 10)
 
