@@ -26,6 +26,8 @@ COUNT = 4000
 class Now:
     """A disk whose jobs are done at once, and timed."""
 
+    is_writing = False
+
     def __init__(self) -> None:
         self.seconds = 0.0
 

@@ -1183,6 +1183,10 @@ class Source(Part):
     def end(self) -> None:
         """The channel is closed."""
 
+def memory_beside_logs() -> int:
+    """Bytes of memory that messages take which are in no log: in the queues of sockets, on their way from kernels,
+    taken aside while the loop was blocked; and what is kept for the next."""
+
 def trim_memory() -> None:
     """Give memory that was freed back to the system, also where the C library would keep it: milliseconds."""
 

@@ -16,8 +16,9 @@ from fastwire.flow import KIB, MIB, Limits
 
 __all__ = ["Budget", "Budgets"]
 
-#: The part of a memory limit that bytes in the queues of clients' sockets may take: the rest is that of the logs.
-QUEUES = 8
+#: The part of a memory limit that bytes in the queues of clients' sockets may take: the rest is that of the logs. Where
+#: these and others take more, so many that each has the least, logs have less; but this part at least.
+QUEUES, LEAST_LOGS = 8, 4
 
 #: By this part of a limit what is left of it has changed before somebody is told.
 TELL = 32
@@ -26,11 +27,9 @@ TELL = 32
 #: given back.
 MUCH, TRIM = 4, 8
 
-#: However many clients there are, each socket's queue may have so much: less would be all system calls.
-LEAST_MARK = 16 * KIB
-
-#: However many there are, a kernel is heard so many bytes at a time: less would be all wake-ups; and at most.
-LEAST_TURN, MOST_TURN = 64 * KIB, 1 * MIB
+#: However many clients there are, each socket's queue may have so much, and each kernel is heard so many bytes at a
+#: time: less would be all system calls and wake-ups. A kernel is heard so much at most.
+LEAST_MARK, MOST_TURN = 16 * KIB, 1 * MIB
 
 #: However much is taken, what one client sends may take so much.
 FLOOR = 2 * MIB
@@ -41,6 +40,11 @@ class Budget(_core.Budget):
     of it and have somebody who is behind; ``share`` is what each of them may have where all have the same."""
 
     whole: Budget | None
+
+    @property
+    def most(self) -> int:
+        """What may be taken while the disk is about to make room."""
+        return self.limit
 
     def move(self, whole: Budget) -> None:
         """Be a part of another from now on."""
@@ -61,29 +65,36 @@ class Budget(_core.Budget):
 
 
 class Total(Budget):
-    """All logs together.
+    """All logs together: what is left of the whole ``limit`` by messages that are in no log. ``beside`` says how much
+    memory those take, which is much for moments only.
 
-    Of what they leave of the whole ``limit`` others may take half (the standby reader, while the loop is blocked):
+    Others may take what they leave of half of it (the standby reader, while the loop is blocked: logs get it next):
     ``tell`` hears how much, when that has changed by a part of it. What logs free the C library keeps, between what
     they keep: where they have much, it is told to give it back whenever a part of the limit was freed.
     """
 
-    def __init__(self, limit: int, tell: Callable[[int], None]) -> None:
+    def __init__(self, limit: int, tell: Callable[[int], None], beside: Callable[[], int]) -> None:
         super().__init__(logs_part(limit))
         self._whole = limit
+        self._beside = beside
         self._told = 0
         self._tell = tell
         tell(limit // 2)
 
+    @property
+    def most(self) -> int:
+        return logs_part(self._whole)
+
     def look(self) -> None:
-        """It has changed: a log gave way, or let go of a segment."""
-        used = self.used
+        """It has changed: a log is to give way, or let go of a segment."""
+        used, whole = self.used, self._whole
+        self.limit = max(min(self.most, whole - self._beside()), whole // LEAST_LOGS)
         if used > self.limit // MUCH and self.freed > max(self.limit // TRIM, FLOOR):
             self.freed = 0
             trim_memory()
-        if abs(used - self._told) > self._whole // TELL:
+        if abs(used - self._told) > whole // TELL:
             self._told = used
-            self._tell(max((self.limit - used) // 2, self._whole // TELL))
+            self._tell(max(self.limit // 2 - used, whole // TELL))
 
 
 class User(Budget):
@@ -95,10 +106,12 @@ class User(Budget):
 
 
 class Budgets(_core.Marks):
-    """Of all users together, and of each. ``tell`` is that of `Total`."""
+    """Of all users together, and of each. ``tell`` and ``beside`` are those of `Total`."""
 
-    def __init__(self, limits: Limits, tell: Callable[[int], None] = lambda left: None) -> None:
-        self.total = Total(limits.total_memory_limit, tell)
+    def __init__(
+        self, limits: Limits, tell: Callable[[int], None] = lambda left: None, beside: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.total = Total(limits.total_memory_limit, tell, beside)
         self.disk = Budget(limits.total_spill_limit)
         #: What may wait in a socket's queue before it is given more.
         self.high_water = limits.high_water
@@ -120,7 +133,7 @@ class Budgets(_core.Marks):
         limits = self._limits
         fair = min(limits.total_memory_limit, limits.user_memory_limit) // QUEUES // max(self._sockets, 1)
         self.high_water = min(limits.high_water, max(fair, LEAST_MARK))
-        self.turn = min(max(self.high_water, LEAST_TURN), MOST_TURN)
+        self.turn = min(max(self.high_water, LEAST_MARK), MOST_TURN)
 
 
 def logs_part(limit: int) -> int:

@@ -41,6 +41,10 @@ Done = Callable[[Any], None]
 class Runner(Protocol):
     """Something that does jobs elsewhere: a `Disk`, or what a test has in its place."""
 
+    @property
+    def is_writing(self) -> bool:
+        """Jobs to write are under way, or wait."""
+
     def write(self, prepare: Callable[[], Job | None], done: Done) -> None:
         """``prepare`` makes the job when its turn has come, so that no bytes wait in memory for a slow disk."""
 
@@ -61,6 +65,10 @@ class Worker:
         self._jobs: SimpleQueue[tuple[Job, Done]] = SimpleQueue()
         self._busy = False
         self._started = False
+
+    @property
+    def is_busy(self) -> bool:
+        return self._busy or bool(self._waiting)
 
     def add(self, prepare: Callable[[], Job | None], done: Done) -> None:
         self._waiting.append((prepare, done))
@@ -112,6 +120,10 @@ class Disk:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._writer = Worker("fastwire-write", loop)
         self._reader = Worker("fastwire-read", loop)
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writer.is_busy
 
     def write(self, prepare: Callable[[], Job | None], done: Done) -> None:
         self._writer.add(prepare, done)

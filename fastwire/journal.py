@@ -84,7 +84,7 @@ JOIN_AT = 4
 PRESSED_AT = 3, 4
 
 #: Of what a log may have, the part that may be on its way to those who are behind; and at least so much to each.
-WINDOW, LEAST_WINDOW = 4, 64 * KIB
+WINDOW, LEAST_WINDOW = 4, 16 * KIB
 
 #: At least this part of a limit is dropped at once, so that dropping is rare.
 DROP = 64
@@ -570,10 +570,12 @@ class Journal(Log):
     # -- making room --
 
     def is_pressed(self) -> bool:
-        """Little room is left, and the disk is at work: what comes next may wait a few turns of the loop for that."""
-        budget: Budget | None = self.budget if self.shelf.is_writing else None
+        """Little room is left, and the disk is at work: what comes next may wait a few turns of the loop for that. A
+        log that has little itself does not wait because others have much."""
+        budget: Budget | None = self.budget if self.shelf.disk_is_writing else None
         while budget is not None:
-            if budget.used > budget.limit // PRESSED_AT[1] * PRESSED_AT[0]:
+            is_full = budget.used > budget.limit // PRESSED_AT[1] * PRESSED_AT[0]
+            if is_full and (self.shelf.is_writing or self.memory > budget.share // 2):
                 return True
             budget = budget.whole
         return False
@@ -602,14 +604,19 @@ class Journal(Log):
             self.shelf.relieve(budget)
         else:
             self._is_dropping = False
+        # Nothing is lost for what takes the others' room for a moment, as long as the disk makes some.
+        most = budget.most
+        if self.shelf.disk_is_writing:
+            limit = most
         if budget.used > limit and self._huge is not None and self._huge.memory > limit // JOIN_AT:
             # A message that is larger than there may be passes, one at a time.
             limit += self._huge.memory
+            most += self._huge.memory
         if budget.used > limit:
             self._end_closed()
         while budget.used > limit and self._drop(max(budget.used - limit, limit // DROP)):
             pass
-        while budget.used > limit and self._end_hindmost():
+        while budget.used > most and self._end_hindmost():
             pass
 
     def _end_closed(self) -> None:

@@ -24,7 +24,7 @@ from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelMana
 from tornado.web import HTTPError
 from traitlets import default
 
-from fastwire._core import Activity, Batch, Signer, limit_standby
+from fastwire._core import Activity, Batch, Signer, limit_standby, memory_beside_logs
 from fastwire.budgets import Budgets
 from fastwire.errors import MessageError, SignatureError
 from fastwire.events import note
@@ -578,7 +578,7 @@ class Kernels:
     def __init__(self, config: Any) -> None:
         settings = Fastwire(config=config)
         self.limits = usable(settings.limits())
-        self.budgets = Budgets(self.limits, limit_standby)
+        self.budgets = Budgets(self.limits, limit_standby, memory_beside_logs)
         self.permissive = settings.accept_invalid_signatures
         self.zmtp = settings.zmtp
         self._kernels: dict[Any, Kernel] = {}

@@ -19,8 +19,8 @@ __all__ = ["ENDLESS", "SPILL_AT", "Log", "Shelf", "totals"]
 
 log = logging.getLogger(__name__)
 
-#: What is put aside in one go.
-JOB = 8 * MIB
+#: What is put aside in one go, and the part of all memory that it may be: it is there twice until it is written.
+JOB, JOB_AT = 8 * MIB, 32
 
 #: Segments are put aside from this part of a limit on: there is to be room left while the disk is at work.
 SPILL_AT = 2
@@ -68,6 +68,7 @@ class Shelf:
     def __init__(self, journal: Log, limits: Limits, budgets: Budgets, runner: Runner | None) -> None:
         self._journal = journal
         self._directory = limits.spill_dir
+        self._most = min(JOB, limits.client_memory_limit // 4, limits.total_memory_limit // JOB_AT)
         self._runner = runner
         self._file: SpillFile | None = None
         if runner is not None:
@@ -120,7 +121,13 @@ class Shelf:
 
     @property
     def is_writing(self) -> bool:
+        """What is this log's."""
         return self._writes
+
+    @property
+    def disk_is_writing(self) -> bool:
+        """For this log or for another."""
+        return self._runner is not None and self._runner.is_writing
 
     def is_empty(self) -> None:
         """The log is: a disk that was full may have room now."""
@@ -193,7 +200,7 @@ class Shelf:
         assert self._file is not None
         places: list[tuple[Segment, Record, bytes]] = []
         size = 0
-        while segments and size < min(JOB, self._journal.budget.limit // 4) and not self._full:
+        while segments and size < self._most and not self._full:
             segment = segments.popleft()
             if segment.state is State.SEALED:
                 data = packed(segment)

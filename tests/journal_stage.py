@@ -60,6 +60,10 @@ class Disk:
         self.fault: int | None = None
         self.begun: list[Callable[[], None]] = []
 
+    @property
+    def is_writing(self) -> bool:
+        return bool(self.jobs or self.begun)
+
     def write(self, prepare: Callable[[], Any], done: Callable[[Any], None]) -> None:
         self.jobs.append((prepare, done))
 

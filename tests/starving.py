@@ -906,6 +906,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "LogCursor.release": released,
     "KernelSide.on_iopub": hear,
     "trim_memory": pure(_core.trim_memory),
+    "memory_beside_logs": pure(lambda: _core.memory_beside_logs() >= 0),
     "limit_standby": pure(lambda: _core.limit_standby(512 << 20)),
 }
 

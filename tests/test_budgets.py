@@ -2,7 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from journal_stage import MIB, Client, all_of, batch_of, changed, line, other, say
+from journal_stage import MIB, Client, Disk, all_of, batch_of, changed, line, other, say
 
 from fastwire.budgets import LEAST_MARK, QUEUES, Budget, Budgets
 from fastwire.flow import KIB, Limits
@@ -81,7 +81,7 @@ def test_what_waits_in_sockets_is_a_part_of_the_limit() -> None:
     assert LEAST_MARK >= 8 * KIB
 
 
-def test_others_have_half_of_what_logs_leave() -> None:
+def test_others_have_what_logs_leave_of_half() -> None:
     """They are told when it has changed by a part, and always have something."""
     told: list[int] = []
     limit = 64 * MIB
@@ -95,11 +95,65 @@ def test_others_have_half_of_what_logs_leave() -> None:
     take(KIB)
     assert len(told) == 1
     take(8 * MIB)
-    assert told[-1] == (total.limit - total.used) // 2
+    assert told[-1] == total.limit // 2 - total.used
     take(2 * limit)
     assert told[-1] == limit // 32
     take(-total.used)
     assert told[-1] == total.limit // 2
+
+
+def test_logs_have_what_others_leave() -> None:
+    """Messages that are in no log take memory as well: at most, logs have what queues may not."""
+    beside = 0
+    total = Budgets(Limits(total_memory_limit=64 * MIB), beside=lambda: beside).total
+    for others, limit in ((8, 56), (9, 55), (32, 32), (47, 17), (48, 16), (200, 16), (0, 56)):
+        beside = others * MIB
+        total.look()
+        assert (total.limit, total.most) == (limit * MIB, 56 * MIB)
+
+
+def test_nothing_is_lost_for_what_others_take_while_the_disk_makes_room(limits: Limits) -> None:
+    limits = changed(limits, total_memory_limit=2 * MIB, client_memory_limit=2 * MIB)
+    beside = 0
+    budgets, disk = Budgets(limits, beside=lambda: beside), Disk()
+    journal = Journal(limits, budgets, disk)
+    client = Client(journal)
+    client.lose_socket()
+    for number in range(80):
+        say(journal, batch_of(line(number, 5000)))
+    beside = 2 * MIB
+    for number in range(80, 120):
+        say(journal, batch_of(line(number, 5000)))
+    assert budgets.total.limit < journal.memory < budgets.total.most
+    assert journal.is_pressed()
+    while disk.work():
+        pass
+    assert journal.memory <= budgets.total.limit
+    assert all_of(client, disk) == [*range(120)]
+    journal.close()
+
+
+def test_a_log_that_has_much_waits_for_the_disk_that_writes_for_another(limits: Limits) -> None:
+    """And one that has little does not."""
+    limits = changed(limits, total_memory_limit=2 * MIB, client_memory_limit=2 * MIB)
+    budgets, disk = Budgets(limits), Disk()
+    logs = [Journal(limits, budgets, disk) for _ in range(3)]
+    for journal in logs:
+        Client(journal).lose_socket()
+    large, much, little = logs
+    say(little, batch_of(line(0)))
+    say(much, batch_of(line(0, 500_000)))  # one message, which is not put aside before another comes
+    while budgets.total.used < budgets.total.limit * 4 // 5:
+        say(large, batch_of(line(0, 5000)))
+    assert [journal.shelf.is_writing for journal in logs] == [True, False, False]
+    assert [journal.is_pressed() for journal in logs] == [True, True, False]
+    while disk.work():
+        pass
+    assert not any(journal.is_pressed() for journal in logs)
+    for journal in logs:
+        journal.close()
+    while disk.work():
+        pass
 
 
 def test_many_of_whom_nobody_is_behind_keep_little() -> None:

@@ -23,6 +23,8 @@ from fastwire.disk import Disk, Record, SpillFile, is_in_memory
 class Now:
     """Does what is to be done at once."""
 
+    is_writing = False
+
     def write(self, prepare: Callable[[], Any], done: Callable[[Any], None]) -> None:
         done(prepare()())
 

@@ -34,6 +34,7 @@ cdef extern from "core/standby.h" nogil:
     size_t fw_aside_held(fw_aside *a)
     void fw_standby_set_limit(size_t limit)
     uint64_t fw_standby_taken()
+    size_t fw_standby_held()
 
 cdef extern from "core/sha256.h" nogil:
     ctypedef struct fw_hmac_key:
@@ -178,6 +179,8 @@ cdef struct Spare:
 
 cdef Spare *spare_blocks[BLOCK_SIZES]
 cdef size_t spare_bytes = 0
+cdef size_t block_bytes = 0     # of those that are in use
+cdef Py_ssize_t log_bytes = 0   # what logs count as theirs, most of it blocks
 memset(spare_blocks, 0, sizeof(spare_blocks))
 
 
@@ -191,7 +194,7 @@ cdef inline int block_size_of(size_t size) noexcept nogil:
 
 cdef void *block_get(size_t *size) noexcept:
     """At least ``size`` bytes, how many is written there; NULL without memory."""
-    global spare_bytes
+    global spare_bytes, block_bytes
     cdef int which = block_size_of(size[0])
     cdef Spare *block
     if which < BLOCK_SIZES:
@@ -200,18 +203,21 @@ cdef void *block_get(size_t *size) noexcept:
         if block != NULL:
             spare_blocks[which] = block.next
             spare_bytes -= size[0]
+            block_bytes += size[0]
             alive.blocks += 1
             return block
     block = <Spare *>malloc(size[0])
     if block != NULL:
+        block_bytes += size[0]
         alive.blocks += 1
     return block
 
 
 cdef void block_put(void *block, size_t size) noexcept:
     """``size`` is what `block_get` said."""
-    global spare_bytes
+    global spare_bytes, block_bytes
     cdef int which = block_size_of(size)
+    block_bytes -= size
     alive.blocks -= 1
     if which == BLOCK_SIZES or spare_bytes + size > FW_SPARE_BYTES:
         free(block)
@@ -219,6 +225,11 @@ cdef void block_put(void *block, size_t size) noexcept:
     (<Spare *>block).next = spare_blocks[which]
     spare_blocks[which] = <Spare *>block
     spare_bytes += size
+
+
+def memory_beside_logs():
+    cdef Py_ssize_t used = <Py_ssize_t>(block_bytes + spare_bytes + fw_standby_held())
+    return max(used - log_bytes, <Py_ssize_t>0)
 
 
 # -- counters, since the process began --

@@ -463,7 +463,7 @@ cdef class Log:
         """Encoding it for a socket has made it larger."""
         cdef Py_ssize_t before
         if type(entry) is LogEntry and segment.entries is not None:
-            if self.budget.used > self.budget.limit // self.spill_at:
+            if self.is_short():
                 entry.batch.forget_frames()
             before = entry.memory
             entry.memory = entry.batch.memory_size() + ENTRY_SIZE
@@ -471,10 +471,21 @@ cdef class Log:
                 self.add_memory(segment, entry.memory - before)
         return 0
 
+    cdef bint is_short(self) noexcept:
+        """Of memory: what waits is to be put aside."""
+        cdef Budget budget = self.budget
+        while budget is not None:
+            if budget.used > budget.limit // self.spill_at:
+                return True
+            budget = budget.whole
+        return False
+
     def hold(self, LogSegment segment not None, Py_ssize_t nbytes):
         self.add_memory(segment, nbytes)
 
     cdef void add_memory(self, LogSegment segment, Py_ssize_t nbytes) noexcept:
+        global log_bytes
+        log_bytes += nbytes
         segment.memory += nbytes
         self.budget.add(nbytes)
 

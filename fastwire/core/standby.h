@@ -216,6 +216,8 @@ static void fw_standby_wake(void) {
 
 static void fw_standby_set_limit(size_t limit) { __atomic_store_n(&fw_standby.limit, limit, __ATOMIC_RELAXED); }
 
+static size_t fw_standby_held(void) { return __atomic_load_n(&fw_standby.held, __ATOMIC_RELAXED); }
+
 static uint64_t fw_standby_taken(void) { return __atomic_load_n(&fw_standby.taken, __ATOMIC_RELAXED); }
 
 /* Takes care of a connection from now on; 0, or an errno. */
