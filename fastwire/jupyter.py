@@ -18,6 +18,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary, proxy
 
@@ -596,6 +597,9 @@ def parts_of(session: Any, message: dict[str, Any]) -> list[bytes]:
 
 # -- the server extension --------------------------------------------------------------------------
 
+#: Where JupyterLab's extension is (docs/reload.md).
+LAB = str(Path(__file__).with_name("lab"))
+
 #: For each trait of ``ServerApp`` that chooses a class: what jupyter_server takes, and what fastwire has instead.
 CLASSES: dict[str, dict[type, type]] = {
     "kernel_websocket_connection_class": {
@@ -634,6 +638,8 @@ def _load_jupyter_server_extension(app: Any) -> None:
             raise_limits(app.kernel_manager.context)  # of whichever class: its first kernel is still to come
         status.install(app.web_app)
         runs_api.install(app.web_app)
+        offer_lab_extension(app)
+        tell_pages(app)
         carry_other_websockets(app)
         for handler in getattr(app.log, "logger", app.log).handlers:  # `log` may be an adapter
             handler.addFilter(logs.is_meant)
@@ -641,6 +647,22 @@ def _load_jupyter_server_extension(app: Any) -> None:
         gateway = app.gateway_config
         whose = f"kernels to and from the gateway {gateway.url}" if gateway.gateway_enabled else "kernels"
         app.log.info("fastwire %s carries the messages of %s", __version__, whose)
+
+
+def offer_lab_extension(app: Any) -> None:
+    """JupyterLab and what is made of it finds our extension also where it is not installed below ``sys.prefix``. They
+    look when they are loaded, which is after us: Jupyter Server goes by the alphabet."""
+    for apps in app.extension_manager.extension_apps.values():
+        for lab in apps:
+            if lab.has_trait("extra_labextensions_path") and LAB not in lab.extra_labextensions_path:
+                lab.extra_labextensions_path = [*lab.extra_labextensions_path, LAB]
+
+
+def tell_pages(app: Any) -> None:
+    """JupyterLab's extension does nothing where this is not said, and asks only where there is an answer: a browser
+    notes each 404 as an error of the page."""
+    keeps = Fastwire(config=app.config).history_limit > 0 and not app.gateway_config.gateway_enabled
+    app.web_app.settings.setdefault("page_config_data", {})["fastwireHistory"] = keeps
 
 
 def carry_other_websockets(app: Any) -> None:

@@ -70,6 +70,7 @@ try:
         carry_other_websockets,
         counterpart,
         leaves_gateway,
+        offer_lab_extension,
         takes_fastwire,
     )
 except ModuleNotFoundError as error:
@@ -191,9 +192,11 @@ class FastwireServer(ServerApp):
         super().init_server_extensions()
 
     def init_configurables(self) -> None:
-        """Extends ``ServerApp.init_configurables``: there must be a kernel to start."""
+        """Extends ``ServerApp.init_configurables``: there must be a kernel to start. No extension is loaded yet."""
         super().init_configurables()
         check_kernels(self)
+        if takes_fastwire(self):
+            offer_lab_extension(self)
 
     def init_signal(self) -> None:
         """Extends ``ServerApp.init_signal``, which asks at Ctrl-C, or ends without cleaning up."""

@@ -1,0 +1,319 @@
+/* JupyterLab and Notebook 7: outputs of runs that a page does not have are restored from the server's log (docs/reload.md).
+
+A federated module as webpack would build it, written by hand: it needs nothing that JupyterLab does not share. */
+"use strict";
+
+(() => {
+  const NAME = "jupyter-fastwire";
+
+  /* Milliseconds between two looks at the log: when the kernel said something, and when it is silent (a question is
+     heard by the page that ran the cell, not by this one). */
+  const SOON = 200, SILENT = 1000;
+
+  /* Of a run's messages, so many ids are remembered at least, and twice as many at most. */
+  const REMEMBERED = 8192;
+
+  /* What was cleared by hand stays so: cells and times, in the browser's storage. */
+  const CLEARED = `${NAME}:cleared`, MOST_CLEARED = 1000;
+
+  /* -- the server's interface (docs/runs.md) -- */
+
+  class Runs {
+    constructor(services, kernel) {
+      this.services = services;
+      this.settings = kernel.serverSettings;
+      this.url = `${this.settings.baseUrl}fastwire/api/kernels/${kernel.id}/runs`;
+    }
+
+    async ask(path, body) {
+      const init = { cache: "default" }; // else the time is made an argument; the server says that nothing is stored
+      if (body !== undefined) Object.assign(init, { method: "POST", body: JSON.stringify(body) });
+      const response = await this.services.ServerConnection.makeRequest(this.url + path, init, this.settings);
+      if (response.status === 204) return null;
+      if (!response.ok) throw new this.services.ServerConnection.ResponseError(response);
+      return response.json();
+    }
+
+    /* The last run of each cell. */
+    async ofCells() {
+      const { runs } = await this.ask("");
+      return new Map(runs.filter((run) => run.cell).map((run) => [run.cell, run]));
+    }
+
+    messages(run, after) {
+      const from = after < 0 ? "" : `&after=${after}`;
+      return this.ask(`/${encodeURIComponent(run.msg_id)}?raw=1&partial=1${from}`);
+    }
+
+    outputs(run) {
+      return this.ask(`/${encodeURIComponent(run.msg_id)}?partial=1`);
+    }
+
+    answer(run, value) {
+      return this.ask(`/${encodeURIComponent(run.msg_id)}/input`, { value });
+    }
+  }
+
+  /* -- one run in one cell -- */
+
+  /* What an output area takes for the future of a request: here the log tells what came of it. */
+  class RunFuture {
+    constructor(runs, run) {
+      this.runs = runs;
+      this.msg = { header: { msg_id: run.msg_id, session: run.session, msg_type: "execute_request" } };
+      this.run = run;
+      this.isDisposed = false;
+      this.onIOPub = this.onReply = this.onStdin = () => {};
+      this.done = new Promise((resolve) => { this.finish = resolve; });
+      this.hooks = [];
+    }
+
+    registerMessageHook(hook) { this.hooks.push(hook); }
+    removeMessageHook(hook) { this.hooks = this.hooks.filter((each) => each !== hook); }
+
+    sendInputReply(content) {
+      this.runs.answer(this.run, content.value).catch((error) => console.error(`${NAME}:`, error));
+    }
+
+    dispose() { this.isDisposed = true; this.finish(); }
+
+    async hear(message) {
+      for (const hook of [...this.hooks].reverse()) if (!(await hook(message))) return;
+      if (message.channel === "iopub") await this.onIOPub(message);
+      else if (message.channel === "shell") await this.onReply(message);
+    }
+  }
+
+  class Restored {
+    constructor(runs, run, cell, kernel) {
+      Object.assign(this, { runs, run, cell, kernel, after: -1, hasAll: false, waits: false });
+      this.question = this.asked = this.future = null;
+      this.found = cell.outputArea.future;
+    }
+
+    /* The page has run it anew meanwhile, or it is gone. */
+    get isLeft() {
+      const { cell, kernel, future, found } = this;
+      return cell.isDisposed || kernel.isDisposed || cell.outputArea.future !== (future ?? found);
+    }
+
+    get isOver() { return !["queued", "running"].includes(this.run.state); }
+
+    /* Follow the run until it is over; what the log says is all that is shown, and the socket is the bell. */
+    async follow() {
+      if (await this.isThere()) return;
+      let rang = false, ring = () => {};
+      const hear = (_, message) => {
+        if (message.parent_header.msg_id === this.run.msg_id) { rang = true; ring(); }
+      };
+      this.kernel.iopubMessage.connect(hear);
+      try {
+        while (!this.isLeft) {
+          rang = false;
+          if (!(await this.look()) || (this.isOver && this.hasAll)) break;
+          if (!this.hasAll) continue;
+          if (!rang) await new Promise((resolve) => { ring = resolve; setTimeout(resolve, SILENT); });
+          if (rang) await new Promise((resolve) => { setTimeout(resolve, SOON); });
+        }
+      } finally {
+        this.kernel.iopubMessage.disconnect(hear);
+        if (!this.isLeft) this.end();
+      }
+    }
+
+    /* Whether the page has it, all of it. */
+    async isThere() {
+      const { model } = this.cell;
+      if (!this.isOver || model.executionCount !== this.run.execution_count) return false;
+      const { outputs } = await this.runs.outputs(this.run);
+      return same(outputs, model.outputs.toJSON());
+    }
+
+    /* Read on in the log. False: it does not fit, or is left. */
+    async look() {
+      const { messages, lost, last, run } = await this.runs.messages(this.run, this.after);
+      if (this.isLeft) return false;
+      this.run = run;
+      this.after = last;
+      this.hasAll = !messages.length || last >= run.last;
+      if (!this.future && !this.begin(messages)) return false;
+      if (!this.future) return true;
+      for (const message of messages) {
+        while (lost.length && lost[0].first <= message.seq) await this.tell(lost.shift());
+        await this.hear(message);
+        if (this.isLeft) return false;
+      }
+      for (const each of lost) await this.tell(each);
+      if (run.asks && this.hasAll) this.ask();
+      return true;
+    }
+
+    /* The cell has to be as it was run, where that is known, and nothing else of it under way. */
+    begin(messages) {
+      const { cell, run } = this, input = messages.find((each) => each.header.msg_type === "execute_input");
+      if (input && input.content.code !== cell.model.sharedModel.getSource()) return false;
+      if (cell.model.executionState === "running" && !this.waits) return false;
+      if (!this.isOver) this.mark();
+      if (run.state === "queued") return true; // it is shown when it begins
+      this.future = new RunFuture(this.runs, run);
+      cell.outputArea.future = this.future;
+      return true;
+    }
+
+    /* [*] */
+    mark() {
+      const { model } = this.cell;
+      if (!this.waits) this.before = model.executionCount;
+      this.waits = true;
+      model.executionCount = null;
+      if ("executionState" in model) model.executionState = "running";
+      else this.cell.setPrompt("*");
+    }
+
+    async hear(message) {
+      if (message.header.msg_type === "input_request") this.question = message;
+      else await this.future.hear(message);
+    }
+
+    /* What it asks now is asked once. */
+    ask() {
+      if (!this.question || this.asked === this.question.header.msg_id) return;
+      this.asked = this.question.header.msg_id;
+      this.future.onStdin(this.question);
+    }
+
+    async tell({ messages }) {
+      const what = messages ? `${messages} messages of this run are` : "a part of what this run said is";
+      const text = `[fastwire: ${what} not kept any more (c.Fastwire.history_limit)]\n`;
+      await this.future.hear({
+        channel: "iopub", header: { msg_type: "stream" }, parent_header: this.future.msg.header, metadata: {},
+        content: { name: "stderr", text }, buffers: [],
+      });
+    }
+
+    end() {
+      const { cell, run, future } = this;
+      if (!future && !this.waits) return;
+      if (future && run.state === "lost") {
+        const text = "[fastwire: the kernel ended before this run did]\n";
+        cell.model.outputs.add({ output_type: "stream", name: "stderr", text });
+      }
+      if ("executionState" in cell.model) cell.model.executionState = "idle";
+      cell.model.executionCount = future ? (run.execution_count ?? null) : this.before;
+      if (future) future.finish();
+    }
+  }
+
+  const same = (one, other) => JSON.stringify(sorted(one)) === JSON.stringify(sorted(other));
+
+  /* As JSON has it, its keys in order, texts joined. */
+  function sorted(value) {
+    if (Array.isArray(value)) {
+      return value.length && value.every((each) => typeof each === "string") ? value.join("") : value.map(sorted);
+    }
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(Object.keys(value).sort().map((key) => [key, sorted(value[key])]));
+  }
+
+  /* -- what was cleared by hand -- */
+
+  const cleared = {
+    read() {
+      try { return JSON.parse(localStorage.getItem(CLEARED)) ?? {}; } catch { return {}; }
+    },
+    note(cell) {
+      const all = Object.entries({ ...this.read(), [cell]: Date.now() });
+      all.sort(([, one], [, other]) => other - one);
+      try { localStorage.setItem(CLEARED, JSON.stringify(Object.fromEntries(all.slice(0, MOST_CLEARED)))); } catch { /* full */ }
+    },
+    isSince(run) { return this.read()[run.cell] >= Date.parse(run.date); },
+  };
+
+  /* -- a notebook's page -- */
+
+  async function restore(services, panel) {
+    await panel.context.ready;
+    await panel.sessionContext.ready;
+    const kernel = panel.sessionContext.session?.kernel;
+    if (!kernel) return;
+    const runs = new Runs(services, kernel);
+    const known = await runs.ofCells();
+    const found = panel.content.widgets
+      .filter((cell) => cell.model.type === "code" && known.has(cell.model.id))
+      .map((cell) => new Restored(runs, known.get(cell.model.id), cell, kernel))
+      .filter(({ run, cell }) => !cleared.isSince(run) && cell.model.executionState !== "running");
+    // One after the other, as the kernel runs them: a browser has few connections to a server.
+    found.sort((one, other) => Date.parse(one.run.date) - Date.parse(other.run.date));
+    for (const each of found) if (each.run.state === "queued") each.mark();
+    for (const each of found) {
+      await each.follow().catch((error) => console.error(`${NAME}: a run is not restored:`, error));
+    }
+  }
+
+  /* -- once, what the server says twice after a connection broke -- */
+
+  function showOnce(kernel) {
+    kernel.anyMessage.connect((_, { msg, direction }) => {
+      if (direction !== "send" || msg.header.msg_type !== "execute_request") return;
+      let young = new Set(), old = new Set();
+      const isNew = ({ header: { msg_id } }) => {
+        if (young.has(msg_id) || old.has(msg_id)) return false;
+        if (young.size >= REMEMBERED) [young, old] = [new Set(), young];
+        young.add(msg_id);
+        return true;
+      };
+      // The future, which has the hooks, is made behind this signal.
+      Promise.resolve().then(() => kernel.registerMessageHook(msg.header.msg_id, isNew)).catch(() => {});
+    });
+  }
+
+  async function watch(services, panel, keepsHistory) {
+    let known = null;
+    const look = () => {
+      const kernel = panel.sessionContext.session?.kernel;
+      if (kernel && kernel !== known) showOnce((known = kernel));
+    };
+    panel.sessionContext.kernelChanged.connect(look);
+    look();
+    if (keepsHistory) await restore(services, panel);
+  }
+
+  /* -- the contract of a federated module -- */
+
+  let scope = null;
+
+  /* Of a module that JupyterLab shares, the version that is there. */
+  async function shared(name) {
+    const [version] = Object.values(scope[name]);
+    return (await version.get())();
+  }
+
+  async function plugin() {
+    const names = ["coreutils", "notebook", "services"].map((name) => `@jupyterlab/${name}`);
+    const [{ PageConfig }, notebook, services] = await Promise.all(names.map(shared));
+    const history = PageConfig.getOption("fastwireHistory"); // "" where fastwire is off
+    return {
+      id: `${NAME}:plugin`,
+      description: "Restores the outputs of runs that a page does not have.",
+      autoStart: true,
+      requires: [notebook.INotebookTracker],
+      activate: (_, tracker) => {
+        if (!history) return;
+        const begin = (panel) => watch(services, panel, history === "true").catch((error) => console.debug(`${NAME}:`, error));
+        notebook.NotebookActions.outputCleared.connect((_, { cell }) => cleared.note(cell.model.id));
+        tracker.widgetAdded.connect((_, panel) => { begin(panel); });
+        tracker.forEach(begin);
+      },
+    };
+  }
+
+  window._JUPYTERLAB = window._JUPYTERLAB ?? {};
+  window._JUPYTERLAB[NAME] = {
+    init: (given) => { scope = given; },
+    get: async (module) => {
+      if (module !== "./extension") throw new Error(`${NAME} has no module ${module}`);
+      const made = await plugin();
+      return () => ({ __esModule: true, default: made });
+    },
+  };
+})();

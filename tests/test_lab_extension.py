@@ -1,0 +1,37 @@
+"""JupyterLab finds fastwire's extension while fastwire is on, however it was started. What it does: `test_reload`."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from server import ROOT, WITHOUT_EXTENSIONS, Server, serving
+
+import fastwire
+
+NAME = "jupyter-fastwire"
+LAB = ROOT / "fastwire" / "lab" / NAME
+
+
+@pytest.mark.parametrize("is_on", [True, False], ids=["with-fastwire", "without"])
+def test_jupyterlab_finds_it_while_fastwire_is_on(tmp_path: Path, is_on: bool) -> None:
+    """`fastwire.serve` offers it, too: `test_browser` and `test_reload`."""
+    extensions = WITHOUT_EXTENSIONS | {"jupyterlab": True, "fastwire": is_on}
+    with serving(tmp_path, how=("-m", "jupyterlab"), extensions=extensions) as server:
+        config = page_config(server)
+        assert (NAME in {each["name"] for each in config["federated_extensions"]}) is is_on
+        assert config.get("fastwireHistory") == (False if is_on else None), "nothing is kept unless that is wanted"
+        status, _, script = server.get(f"/lab/extensions/{NAME}/static/remoteEntry.js")
+        assert (status == 200) is is_on
+        assert (script == (LAB / "static" / "remoteEntry.js").read_text()) is is_on
+
+
+def page_config(server: Server) -> dict:
+    _, _, page = server.get("/lab")
+    found = re.search(r'<script id="jupyter-config-data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert found is not None, page
+    return json.loads(found[1])
+
+
+def test_it_has_the_version_of_the_package() -> None:
+    assert json.loads((LAB / "package.json").read_text())["version"] == fastwire.__version__
