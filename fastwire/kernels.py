@@ -120,7 +120,7 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
             kernel.execution_state = state
 
     def _look_at(self, kernel_id: str) -> None:
-        """Before anyone is shown what the kernel does: `_record` hears of it a few times a second."""
+        """Before anyone is shown what the kernel does: `_record` hears of it every two seconds."""
         kernel = self._kernels.get(kernel_id)
         if kernel is not None:
             kernel_of(kernel).relay.tell_observers()

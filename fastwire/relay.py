@@ -82,8 +82,8 @@ NO_CLIENT = 0
 class KernelRelay(KernelSide):
     """One kernel: its iopub subscription and its clients' sessions.
 
-    ``observers`` are called with what `activity` says of what came on iopub, a few times a second while something
-    comes; `tell_observers` calls them now.
+    ``observers`` are called with what `activity` says of what came on iopub, after half a second and then every two
+    while something comes; `tell_observers` calls them now.
     ``on_rejected(channel, error)`` hears once of each kind of error for which messages were refused. ``on_doubt`` is
     called when iopub may not be heard any more, and requests wait until whoever it is has told `hearing` otherwise;
     without it they never do. ``name`` is what people call the kernel.

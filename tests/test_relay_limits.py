@@ -85,6 +85,17 @@ def test_an_observer_that_raises_takes_no_message_from_a_client(
     until(lambda: told == [True], "it was told")
 
 
+def test_observers_hear_again_without_asking(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+    told: list[bool] = []
+    stage.run(lambda: stage.relay.observers.append(lambda active, state: told.append(active)))
+    stage.introduce(stage.connect("ann"))
+    for times in (1, 2):
+        kernel.publish(*stream(times))
+        until(lambda: len(told) >= times, f"they were told {times} times")  # noqa: B023 - called in this turn only
+    assert set(told) == {True}
+
+
 def ann_away(stage: Stage, kernel: Kernel, **limits: Any) -> Journal:
     """She has been there, and left."""
     stage.start(kernel, **limits)

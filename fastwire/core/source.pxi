@@ -2,7 +2,8 @@
 
 cdef enum:
     LONGEST_NEIGHBOUR = 65536       # bytes of a header that is kept to stand beside
-    TELL_AFTER = 500000000          # ns
+    TELL_AFTER = 500000000          # ns, and a multiple of them: what many kernels do is told in one wake-up
+    TELL_AGAIN = 2000000000         # ns between two tellings of one kernel
 
 
 cdef class KernelTraffic:
@@ -26,6 +27,7 @@ cdef class KernelSide(Part):
     cdef public Marks budgets
     cdef bint unseen_activity
     cdef str unseen_state
+    cdef uint64_t told_at               # ns; when observers heard last
     cdef char *neighbour                # the last message on iopub: its header and, behind that, its parent
     cdef size_t header_size, neighbour_size
 
@@ -76,7 +78,7 @@ cdef class KernelSide(Part):
         if state is not None:
             self.unseen_state = state
         if not self.look_at:
-            self.poller.call_at(self, nanoseconds() + TELL_AFTER)
+            self.poller.call_at(self, time_to_tell(nanoseconds(), self.told_at))
         return 0
 
     cdef int on_time(self, uint64_t now) except -1:
@@ -91,6 +93,7 @@ cdef class KernelSide(Part):
         self.unseen_activity = False
         self.unseen_state = None
         self.look_at = 0
+        self.told_at = nanoseconds()
         return active, state
 
     def tell_observers(self):
@@ -126,6 +129,11 @@ cdef class KernelSide(Part):
         if self.neighbour == NULL:
             return None
         return self.neighbour[: self.header_size], self.neighbour[self.header_size : self.neighbour_size]
+
+
+cdef uint64_t time_to_tell(uint64_t now, uint64_t told_at) noexcept nogil:
+    cdef uint64_t at_least = max(now + TELL_AFTER, told_at + TELL_AGAIN)
+    return (at_least + TELL_AFTER - 1) // TELL_AFTER * TELL_AFTER
 
 
 @cython.final

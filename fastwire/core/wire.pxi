@@ -12,7 +12,7 @@ cdef enum:
     FOR_STREAM
 
 cdef enum:
-    SIGN_OF_LIFE = 250000000    # ns between those that are told
+    SIGN_OF_LIFE = 1000000000   # ns between those that are told: keepalives count in tens of seconds
 
 
 cdef class Asking:
