@@ -622,6 +622,7 @@ def _link_jupyter_server_extension(app: Any) -> None:
     """
     for trait in CLASSES:
         setattr(app, f"_{trait}_default", partial(default_class, trait, app._get_trait_default_generator(trait)))
+    take_over(app)
 
 
 def _load_jupyter_server_extension(app: Any) -> None:
@@ -631,16 +632,14 @@ def _load_jupyter_server_extension(app: Any) -> None:
         app.log.warning("%s", trouble)
     if not takes_fastwire(app):
         taken = app.kernel_websocket_connection_class
-        reason = obstacle(app) or f"messages of kernels go through {taken.__module__}.{taken.__qualname__}"
+        chosen = f"messages of kernels go through {named(taken)} (c.Fastwire.take_over = True replaces that)"
+        reason = obstacle(app) or chosen
         app.log.info("fastwire steps aside: %s", reason)
     else:
         if hasattr(app, "kernel_manager"):
             raise_limits(app.kernel_manager.context)  # of whichever class: its first kernel is still to come
-        status.install(app.web_app)
-        runs_api.install(app.web_app)
         offer_lab_extension(app)
-        tell_pages(app)
-        carry_other_websockets(app)
+        add_pages(app)
         for handler in getattr(app.log, "logger", app.log).handlers:  # `log` may be an adapter
             handler.addFilter(logs.is_meant)
             handler.addFilter(logs.without_tokens_of_requests)
@@ -658,6 +657,14 @@ def offer_lab_extension(app: Any) -> None:
                 lab.extra_labextensions_path = [*lab.extra_labextensions_path, LAB]
 
 
+def add_pages(app: Any) -> None:
+    """What a server has beside kernels' messages where fastwire carries them; once."""
+    status.install(app.web_app)
+    runs_api.install(app.web_app)
+    tell_pages(app)
+    carry_other_websockets(app)
+
+
 def tell_pages(app: Any) -> None:
     """JupyterLab's extension does nothing where this is not said, and asks only where there is an answer: a browser
     notes each 404 as an error of the page."""
@@ -670,6 +677,28 @@ def carry_other_websockets(app: Any) -> None:
     settings = Fastwire(config=app.config)
     if settings.all_websockets:
         other_websockets.carry(app.web_app, settings.limits())
+
+
+def take_over(app: Any) -> None:
+    """Where the user wants that, a connection class that a configuration or an extension has chosen, or will, is
+    forgotten: `default_class` has fastwire's, once it is known whether there is a gateway."""
+    trait, told = "kernel_websocket_connection_class", set()
+
+    def forget(_: object = None) -> None:
+        if not app.trait_has_value(trait) or takes_fastwire(app):
+            return
+        theirs = named(app._trait_values.pop(trait))
+        if theirs not in told:  # each update of the configuration sets it again
+            app.log.info("fastwire takes over from %s", theirs)
+            told.add(theirs)
+
+    if Fastwire(config=app.config).take_over:
+        app.observe(forget, names=trait)
+        forget()
+
+
+def named(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def default_class(trait: str, theirs: Callable[[Any], Any], app: Any) -> Any:

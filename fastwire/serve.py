@@ -62,15 +62,16 @@ try:
     from traitlets.config import Config, Configurable
     from traitlets.config.loader import KVArgParseConfigLoader
 
-    from fastwire import logs, runs_api, status
+    from fastwire import logs, status
     from fastwire.jupyter import (
         Fastwire,
         FastwireMappingKernelManager,
         FastwireWebsocketConnection,
-        carry_other_websockets,
+        add_pages,
         counterpart,
         leaves_gateway,
         offer_lab_extension,
+        take_over,
         takes_fastwire,
     )
 except ModuleNotFoundError as error:
@@ -189,6 +190,7 @@ class FastwireServer(ServerApp):
                 if enabled:
                     get_metadata(name)  # type: ignore[no-untyped-call]
         check_dotted_options(self.argv)
+        take_over(self)
         super().init_server_extensions()
 
     def init_configurables(self) -> None:
@@ -209,9 +211,7 @@ class FastwireServer(ServerApp):
         """Extends ``ServerApp.init_httpserver``: the last step, every class with options is imported."""
         check_dotted_options(self.argv, complete=True)
         if takes_fastwire(self):
-            status.install(self.web_app)
-            runs_api.install(self.web_app)
-            carry_other_websockets(self)
+            add_pages(self)
         super().init_httpserver()
         limit_requests(self.http_server, Fastwire(config=self.config).handshake_timeout)
 

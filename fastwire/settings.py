@@ -110,6 +110,12 @@ class Fastwire(Configurable):
         "none, as a message costs 12 to 40 % more where they are kept. They are part of what the limits of memory and "
         "of the disk allow, and the first to go there.",
     )
+    take_over = Bool(
+        False,
+        config=True,
+        help="Whether fastwire takes the place of a kernel_websocket_connection_class that a configuration or an "
+        "extension has chosen, as jupyter-server-documents does. Otherwise it steps aside.",
+    )
     write_deadline = Float(
         Limits.write_deadline,
         min=0,

@@ -6,9 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
 import threading
-import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jupyterhub
+import prefixes
 import pytest
 import tornado.web
 import wsclient
@@ -50,6 +49,7 @@ pytestmark = pytest.mark.timeout(180)
 SERVE = ("-m", "fastwire.serve")
 STOCK = ("-m", "jupyter_server")
 STOCK_CONNECTION = "jupyter_server.services.kernels.connection.channels.ZMQChannelsWebsocketConnection"
+ASIDE = "fastwire steps aside: messages of kernels go through {} (c.Fastwire.take_over = True replaces that)"
 ACTIVE = f"fastwire {fastwire.__version__} carries the messages of kernels"
 
 #: Subscriptions of a server to a kernel that three clients watch.
@@ -113,12 +113,8 @@ def test_another_projects_files_among_ours_are_told_in_one_line(tmp_path: Path) 
 @pytest.fixture
 def python(tmp_path: Path) -> str:
     """An interpreter with this one's packages and a prefix of its own, where fastwire's file is as pip puts it."""
-    prefix = tmp_path / "prefix"
-    venv.create(prefix, symlinks=True)
-    (site,) = prefix.glob("lib/python*/site-packages")
-    (site / "packages.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    shutil.copytree(ROOT / "etc", prefix / "etc")
-    return str(prefix / "bin" / "python")
+    shutil.copytree(ROOT / "etc", tmp_path / "prefix" / "etc")
+    return prefixes.make(tmp_path / "prefix")
 
 
 def test_it_is_listed_and_can_be_disabled(tmp_path: Path, python: str) -> None:
@@ -194,7 +190,7 @@ def test_another_connection_class(tmp_path: Path) -> None:
     with serving(tmp_path, chosen, how=STOCK, extensions=WITHOUT_OTHERS) as server:
         assert subscriptions(server) == ALL_STOCK, "the kernel manager is jupyter_server's again too"
         assert server.get("/fastwire/api/status")[0] == 404
-        assert said(server) == f"fastwire steps aside: messages of kernels go through {STOCK_CONNECTION}"
+        assert said(server) == ASIDE.format(STOCK_CONNECTION)
 
 
 #: As jupyter-server-documents does it.
@@ -221,7 +217,17 @@ def test_another_extension_that_claims_the_connections(tmp_path: Path) -> None:
     with serving(tmp_path, how=STOCK, extensions=WITHOUT_OTHERS | {name: True}) as server:
         assert server.logged(f"{name} | extension was successfully loaded")
         assert subscriptions(server) == ALL_STOCK
-        assert said(server) == f"fastwire steps aside: messages of kernels go through {STOCK_CONNECTION}"
+        assert said(server) == ASIDE.format(STOCK_CONNECTION)
+
+
+@pytest.mark.parametrize("how", [SERVE, STOCK], ids=["serve", "extension"])
+def test_it_takes_over_where_that_is_wanted(tmp_path: Path, how: tuple[str, ...]) -> None:
+    (tmp_path / "z_claims.py").write_text(CLAIMS % STOCK_CONNECTION)
+    extensions = WITHOUT_OTHERS | {"z_claims": True}
+    with serving(tmp_path, "--Fastwire.take_over=True", how=how, extensions=extensions) as server:
+        assert subscriptions(server) == FASTWIRE
+        assert server.get("/fastwire/api/status")[0] == 200
+        assert len(server.logged(f"fastwire takes over from {STOCK_CONNECTION}")) == (how is STOCK)
 
 
 # -- where it cannot work --------------------------------------------------------------------------
@@ -232,6 +238,7 @@ def linked(app: ServerApp) -> ServerApp:
     app.gateway_config = SimpleNamespace(gateway_enabled=False)
     app.io_loop = SimpleNamespace(asyncio_loop=asyncio.new_event_loop())
     app.web_app = tornado.web.Application(base_url="/")
+    app.extension_manager = SimpleNamespace(extension_apps={})
     jupyter._link_jupyter_server_extension(app)
     return app
 
@@ -240,7 +247,11 @@ def linked(app: ServerApp) -> ServerApp:
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the extension logs."""
     lines: list[str] = []
-    log = SimpleNamespace(info=lambda text, *values: lines.append(text % values), handlers=[])
+
+    def info(text: str, *values: object) -> None:
+        lines.append(text % values)
+
+    log = SimpleNamespace(info=info, debug=lambda *_: None, handlers=[])
     monkeypatch.setattr(ServerApp, "log", log)
     return lines
 
@@ -334,8 +345,24 @@ def test_a_value_is_a_choice_whenever_it_is_set(messages: list[str], when: str, 
         else:
             assert classes(app) == (OtherConnection, AsyncMappingKernelManager)
         jupyter._load_jupyter_server_extension(app)
-    theirs = f"fastwire steps aside: messages of kernels go through {__name__}.OtherConnection"
+    theirs = ASIDE.format(f"{__name__}.OtherConnection")
     assert messages == [ACTIVE if trait == "kernel_manager_class" else theirs]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_who_wants_that_has_fastwire_in_place_of_a_class_that_was_chosen(messages: list[str], when: str) -> None:
+    app = ServerApp(config=Config({"Fastwire": {"take_over": True}}))
+    claim = Config({"ServerApp": {"kernel_websocket_connection_class": OtherConnection}})
+    if when == "before":
+        app.update_config(claim)
+    with closing(linked(app)):
+        if when == "after":
+            app.update_config(claim)
+        app.update_config(Config({"ServerApp": {"port": 1}}))  # each update sets all values anew
+        assert classes(app) == (FastwireWebsocketConnection, FastwireMappingKernelManager)
+        jupyter._load_jupyter_server_extension(app)
+    assert {*messages[:-1]} == {f"fastwire takes over from {__name__}.OtherConnection"}
+    assert messages[-1] == ACTIVE
 
 
 # -- JupyterHub ------------------------------------------------------------------------------------
