@@ -28,7 +28,7 @@ THREADED := $(addprefix tests/test_,$(addsuffix .py,core_threads core_zmtp zmtp 
 TREE := $(wildcard *.md *.in *.toml *.yml *.py LICENSE Makefile bench docs etc fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@
 
-.PHONY: help install serve test portable arm conformance lint format bench bench-core bench-check load sanitize tsan coverage soak fuzz upstream nightly docs site dist clean
+.PHONY: help install serve test portable pythons arm conformance lint format bench figures bench-core bench-check load sanitize tsan coverage soak fuzz upstream nightly docs site dist clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -62,6 +62,9 @@ portable: install ## the core's tests on a core without SSE2 and SHA instruction
 	&& FASTWIRE_PORTABLE=1 $(RUN) setup.py --quiet build_ext --inplace \
 	&& PYTHONPATH=. $(RUN) -m pytest --timeout=300 $(or $(ARGS),-q tests/test_core*.py)
 
+pythons: install ## each Python at hand: its wheel built, installed, tried, in build/pythons: make pythons ARGS="3.13"
+	$(RUN) tools/pythons.py $(ARGS)
+
 arm: install ## the core's tests on ARM, by qemu in a Debian root that is made once, in build/arm-root; needs root
 	$(COPY) && tools/arm.sh $(RUN) $(or $(ARGS),-q tests/test_core*.py)
 
@@ -84,6 +87,9 @@ bench: bench-core ## everything against the stock code, in ten minutes: results 
 	$(RUN) -m bench.load --target jupyter_server,fastwire --protocol legacy --repeat 2 --seconds 5 \
 	    --cells 1x50,16x100,64x100 --json $(RESULTS)/load.json
 	$(RUN) -m bench.ratios $(RESULTS)/core.json $(RESULTS)/latency.json $(RESULTS)/load.json $(RESULTS)/echo.json
+
+figures: install ## README's tables and pictures, measured anew where ARGS=--anew: ten quiet minutes
+	$(RUN) -m bench.readme $(ARGS)
 
 bench-core: install ## time the core's functions: make bench-core ARGS="-k sign"
 	mkdir -p $(RESULTS)
@@ -130,6 +136,8 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	$(MAKE) sanitize
 	$(MAKE) tsan
 	$(MAKE) arm
+	tools/more_pythons.sh 3.14 3.13t
+	$(MAKE) pythons
 	$(MAKE) upstream
 	$(MAKE) soak
 	$(MAKE) fuzz SECONDS=7200
