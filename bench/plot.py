@@ -35,6 +35,9 @@ LOOKS = {
     "jupyter_server": ("#D55E00", "s"),
     "kernel_gateway": ("#009E73", "^"),
     "running": ("#CC79A7", "D"),
+    "jupyverse": ("#E69F00", "v"),
+    "jupygate": ("#56B4E9", "P"),
+    "zasper": ("#000000", "X"),
 }
 ASKED = "#666666"
 STYLE = {
@@ -81,13 +84,15 @@ CHARTS = (
     Chart("memory", "Peak memory of the server", "MB", (("peak_mb", "peak", "-"),), log=False),
     Chart(
         "loss",
-        "Messages that had not arrived 10 s after the last request",
+        "Messages that had not arrived when waiting was over",
         "% lost",
         (("lost_percent", "lost", "-"),),
         log=False,
     ),
 )
 
+
+EVERY = tuple(chart.name for chart in CHARTS)
 
 OTHERS = "Other loads: what was lost, and how long the clients that read waited"
 
@@ -257,13 +262,13 @@ def caption(document: dict[str, Any], results: Results) -> str:
     return "\n".join(lines)
 
 
-def save(figure: Figure, path: Path, title: str, words: str, inches: float) -> None:
-    """Write a PNG: title and legends in the upper *inches*, a caption below."""
+def save(figure: Figure, path: Path, title: str, words: str, inches: float, digest: str = "") -> None:
+    """Write a PNG: title and legends in the upper *inches*, a caption below; the *digest* of the results inside."""
     height = figure.get_size_inches()[1]
     figure.text(0.5, 1 - 0.2 / height, title, fontsize=14, fontweight="bold", ha="center", va="center")
     figure.text(0.01, 0.08 / height, words, fontsize=9, color="#555555", va="bottom")
     figure.tight_layout(rect=(0, (0.02 + 0.16 * (1 + words.count("\n"))) / height, 1, 1 - inches / height))
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=DPI, metadata={"Description": digest})
     plt.close(figure)
     print(path)
 
@@ -280,26 +285,28 @@ def of_scenarios(results: Results, *, load: bool) -> Results:
     }
 
 
-def draw(document: dict[str, Any], folder: Path) -> None:
-    """All pictures of one file of results; those of further protocols have its name in theirs."""
+def draw(document: dict[str, Any], folder: Path, charts: Sequence[str] = EVERY, digest: str = "") -> None:
+    """All pictures of one file of results, or some; those of further protocols have its name in theirs."""
     everything = collect(document["runs"])
     with plt.rc_context(STYLE):
         for number, protocol in enumerate(dict.fromkeys(protocol for _, protocol in everything)):
             results = of_protocol(everything, protocol)
-            _draw_all(document, results, folder, f"-{protocol}" if number else "")
+            _draw_all(document, results, folder, f"-{protocol}" if number else "", charts, digest)
 
 
-def _draw_all(document: dict[str, Any], results: Results, folder: Path, suffix: str) -> None:
+def _draw_all(
+    document: dict[str, Any], results: Results, folder: Path, suffix: str, charts: Sequence[str], digest: str
+) -> None:
     names = [name for name in targets(results) if name in LOOKS]
     matrix, others = of_scenarios(results, load=True), of_scenarios(results, load=False)
     hollow = any(result.median("lost") > 0 for by_target in matrix.values() for result in by_target.values())
-    for chart in CHARTS if matrix else ():
+    for chart in [chart for chart in CHARTS if chart.name in charts] if matrix else ():
         figure = draw_chart(chart, matrix, names)
         _legends(figure, chart, names, hollow)
-        save(figure, folder / f"load-{chart.name}{suffix}.png", chart.title, caption(document, matrix), 0.9)
+        save(figure, folder / f"load-{chart.name}{suffix}.png", chart.title, caption(document, matrix), 0.9, digest)
     if others:
         figure = draw_scenarios(others, names)
-        save(figure, folder / f"load-scenarios{suffix}.png", OTHERS, caption(document, others), 0.65)
+        save(figure, folder / f"load-scenarios{suffix}.png", OTHERS, caption(document, others), 0.65, digest)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

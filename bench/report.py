@@ -7,16 +7,17 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fastwire
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
 _PACKAGES = ("jupyter_server", "jupyter_client", "ipykernel", "tornado", "pyzmq")
 
@@ -38,6 +39,7 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return {
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -45,6 +47,17 @@ def environment() -> dict[str, Any]:
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "packages": versions,
     }
+
+
+def commit() -> str:
+    """The last one that touched what is measured, with ``-dirty`` where that was changed since; empty without git."""
+    git = ["git", "-C", str(Path(fastwire.__file__).parent)]
+    try:
+        last = subprocess.run([*git, "log", "-1", "--format=%h", "."], capture_output=True, check=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "."], check=False, capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return last.stdout.strip() + "-dirty" * bool(changed)
 
 
 def median(values: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ import matplotlib.image as mpimg
 import pytest
 from patience import SLOW
 
-from bench import cells, compare, figures, floors, load, options, peers, plot, ratios, report, syscalls, targets
+from bench import cells, compare, figures, floors, load, options, peers, plot, ratios, readme, report, syscalls, targets
 from bench.cells import Cell
 from bench.client import LoadSocket
 from bench.floors import BuildError
@@ -395,6 +395,30 @@ def test_the_caption_says_what_is_not_shown() -> None:
 )
 def test_a_median_and_what_it_may_be_off(values: list[float], text: str) -> None:
     assert report.give_or_take(values) == text
+
+
+# -- the README's figures ----------------------------------------------------------------------------
+
+
+def test_the_pages_are_filled_from_results() -> None:
+    """A figure that is missing is a dash, one that never ended is said; the rest of the page stays."""
+    never = {"idle_p50_ms": 3800.0, "idle_p99_ms": float("nan"), "lost": 5, "lost_percent": 22.0}
+    runs = [run_of(readme.BUSY, "jupyter_server", **never), run_of(readme.BUSY, "fastwire", peak_mb=87.0)]
+    tables = readme.Tables({"runs": runs, "environment": report.environment()})
+    page = readme.fill("before\n<!-- figures: numbers -->\nold\n<!-- end -->\nafter\n", tables)
+    assert page.startswith("before\n<!-- figures: numbers -->\n| load |")
+    assert page.endswith("\n<!-- end -->\nafter\n")
+    assert "old" not in page
+    assert "| 16 x 100 | messages lost | 22 % | none |" in page
+    assert "| p50, p99 | 3.80 s, never | " in page
+    assert "| 2 kernels x 10 requests/s | p50, p99 | - | - |" in page
+    assert readme.fill(page, tables) == page
+
+
+def test_pictures_show_both_servers_at_light_kernels_only() -> None:
+    runs = [run_of(readme.BUSY, name) for name in ("jupyter_server", "fastwire", "jupygate")]
+    runs += [run_of(readme.ALONE, "fastwire"), run_of(readme.EAGER, "fastwire"), run_of(readme.CROWD, "fastwire")]
+    assert readme.of_pictures({"runs": runs})["runs"] == runs[:2]
 
 
 # -- small things ----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -194,3 +195,30 @@ def test_every_link_leads_somewhere() -> None:
             if not target.exists() or (anchor and anchor not in anchors(target)):
                 dead.append(f"{page.name}: {link}")
     assert dead == []
+
+
+# -- the figures -----------------------------------------------------------------------------------
+
+
+def test_tables_and_pictures_are_those_of_the_results() -> None:
+    """`make figures` wrote them: no number in the README is typed by hand, and no picture is older than its table."""
+    readme = pytest.importorskip("bench.readme", reason="THE README'S TABLES ARE NOT CHECKED: needs .[bench]")
+    image = pytest.importorskip("PIL.Image")
+    document = json.loads(readme.FIGURES.read_text())
+    tables = readme.Tables(document)
+    for name in readme.PAGES:
+        page = (ROOT / name).read_text()
+        assert readme.fill(page, tables) == page, f"{name} is not what docs/figures.json says: make figures ARGS=--draw"
+    for chart in readme.PICTURES:
+        with image.open(ROOT / "docs" / f"load-{chart}.png") as picture:
+            assert picture.info["Description"] == readme.digest(document), f"{chart}: make figures ARGS=--draw"
+
+
+def test_the_figures_are_complete_and_fastwire_lost_nothing() -> None:
+    readme = pytest.importorskip("bench.readme", reason="THE README'S FIGURES ARE NOT CHECKED: needs .[bench]")
+    tables = readme.Tables(json.loads(readme.FIGURES.read_text()))
+    for table in (tables.numbers(), tables.gains()):
+        assert "| - |" not in table, "a cell was not measured: make figures"
+    ours = [run for run in tables.document["runs"] if run["target"] == "fastwire"]
+    # A request on its way to a connection that is reset is lost by nobody's fault.
+    assert not [run["cell"] for run in ours if run["lost"] and not run["cell"]["reconnect"]]
