@@ -177,6 +177,11 @@ def clients_by_state() -> Samples:
     return [((state,), number) for state, number in states.items()]
 
 
+def clients_behind() -> Samples:
+    """Clients whose cursor stands before the end of their kernel's log; those that are away too."""
+    return [((), sum(messages > 0 for relay in open_relays for messages, _ in relay.journal.behind().values()))]
+
+
 # -- counters of the core and the log of events ----------------------------------------------------
 
 
@@ -310,6 +315,12 @@ METRICS = (
         "Clients by state; those that are away are kept for the time they have to come back.",
         clients_by_state,
         ("state",),
+    ),
+    Metric(
+        "fastwire_clients_behind",
+        "gauge",
+        "Clients whose cursor in their kernel's log has messages before it that they do not have yet.",
+        clients_behind,
     ),
     Metric(
         "fastwire_pending_bytes",

@@ -153,6 +153,22 @@ def test_a_client_that_goes_and_comes_back(server: Server, light: str) -> None:
     assert (event["kind"], event["client"], event["times"]) == ("resume", client.session_id[:8], 1)
 
 
+def test_who_is_behind_is_counted(server: Server, light: str) -> None:
+    def behind() -> float:
+        families = {family.name: family for family in text_string_to_metric_families(server.get("/metrics")[2])}
+        return families["fastwire_clients_behind"].samples[0].value
+
+    with Client(server, light) as client:
+        client.run("1")
+        until(lambda: behind() == 0, "everybody has everything")
+    until(lambda: kernel_of(server, light)["clients"][0]["state"] == "away", "it is away")
+    with Client(server, light) as other:
+        other.run("2")
+        until(lambda: behind() == 1, "what was said meanwhile waits for the one that is away")
+        with Client(server, light, session_id=client.session_id):
+            until(lambda: behind() == 0, "it has that, too")
+
+
 def test_prometheus_reads_it_with_jupyter_servers_own(server: Server, light: str) -> None:
     with Client(server, light) as client:
         client.run("1")
@@ -228,6 +244,7 @@ def test_the_page_is_live(server: Server, light: str, browser: Browser) -> None:
             row = f'tr.kernel[data-id="{light}"]'
             shows(page, f"{row} .state", re.compile("1 client"))
             shows(page, f"{row} .rate .value", re.compile("[1-9]"))
+            expect(page.locator(row)).to_contain_text(f"{light[:8]} \u00b7 zmtp")
             shows(page, f"{row} .latency .value", re.compile("s$"))
             shows(page, "tr.client .state", "fine")
             shows(page, "#rate", re.compile("[1-9]"))
@@ -274,7 +291,7 @@ class Crowd:
     def client(self, label: str) -> dict:
         state = self.rng.choice(STATES)
         kept = self.rng.randrange(10**8) if state != "fine" else 0
-        numbers = {"behind_bytes": kept, "uplink_bytes": kept, "flush_seconds": 0.0}
+        numbers = {"behind_messages": kept // 1000, "behind_bytes": kept, "uplink_bytes": kept, "flush_seconds": 0.0}
         return {"client": label, "state": state, "protocol": "v1", "sent_messages": 0, **numbers}
 
     def status(self) -> dict:
@@ -325,11 +342,15 @@ LOOKS = [(1440, 900, "light"), (1440, 900, "dark"), (390, 844, "light"), (390, 8
 @pytest.mark.parametrize(("width", "height", "scheme"), LOOKS)
 def test_a_hundred_kernels_are_readable(server: Server, browser: Browser, width: int, height: int, scheme: str) -> None:
     with window(browser, width, height, scheme) as context:
-        context.route(f"**{STATUS}", answered_by(Crowd(100).status))
+        crowd = Crowd(100)
+        context.route(f"**{STATUS}", answered_by(crowd.status))
         page = opened(context, server)
         shows(page, "tr.kernel .rate .value", re.compile("[0-9]"))
         assert page.locator("tr.kernel").count() == 100
         assert page.locator("tr.client").count() == 0, "clients are shown when asked for"
+        clients = [client for kernel in crowd.kernels for client in kernel["clients"]]
+        behind = sum(client["behind_messages"] > 0 for client in clients)
+        shows(page, "#kept-note", re.compile(f"on disk, for {behind} of {len(clients)}$"))
         assert not is_too_wide(page)
         tallest = max(page.locator("tr.kernel").nth(i).bounding_box()["height"] for i in (0, 50, 99))
         assert tallest < (35 if width > 760 else 75)

@@ -291,7 +291,9 @@ function drawTiles(status, seconds) {
   tile("rate", rateText(rate), `${rateText(asked)} /s from clients`);
   tile("bytes", bytesText(bytes), `${bytesText(said)} /s from kernels`);
   tile("latency", secondsText(quantile(bounds, gain, 0.5)), p99 === null ? "no messages" : `99 % within ${secondsText(p99)}`);
-  tile("kept", bytesText(kept + spilled), spilled ? `${bytesText(spilled)} of it on disk` : "nothing on disk");
+  const behind = clients.filter((client) => client.behind_messages).length;
+  const where = spilled ? `${bytesText(spilled)} of it on disk` : "nothing on disk";
+  tile("kept", bytesText(kept + spilled), behind ? `${where}, for ${behind} of ${count.format(clients.length)}` : where);
   const states = status.kernels.map((kernel) => (EXECUTION.includes(kernel.execution_state) ? kernel.execution_state : "other"));
   tile("kernels", count.format(states.length), notesOf(states, EXECUTION, "idle") || "none running");
   tile("clients", count.format(clients.length), notesOf(clients.map((client) => client.state), STATES, "fine"));
