@@ -11,10 +11,9 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +25,10 @@ from bench import figures, report, scenarios
 from bench.cells import Cell
 from bench.client import Client
 from bench.hosted import HOSTED, hosting
-from bench.messages import LEGACY, frame
 from bench.meter import Meter
+from bench.prober import probing
 from bench.server import cpu_seconds
 from bench.targets import launch
-from bench.wsclient import KernelSocket, connect, upgrade
 from fastwire.sockets import raise_descriptors
 
 if TYPE_CHECKING:
@@ -57,46 +55,6 @@ class Findings:
     def check(self, holds: bool, fault: str) -> None:
         if not holds:
             self.faults.append(fault)
-
-
-# -- the server's loop, from outside -----------------------------------------------------------------
-
-
-class Prober(KernelSocket):
-    """A WebSocket that pings every few milliseconds: what a pong is late by, the server's loop was busy with others."""
-
-    INTERVAL = 0.002
-    worst = 0.0
-
-    def on_message(self, buffer: bytearray, start: int, end: int, opcode: int) -> None:
-        """Whatever its kernel says."""
-
-    def _other(self, first: int, start: int, end: int) -> None:
-        if first & 15 == 10:
-            (asked,) = struct.unpack("d", bytes(self._buffer[start:end]))
-            self.worst = max(self.worst, time.monotonic() - asked)
-        else:
-            super()._other(first, start, end)
-
-    async def run(self) -> None:
-        while True:
-            self.write(frame(9, struct.pack("d", time.monotonic())))
-            await asyncio.sleep(self.INTERVAL)
-
-
-@contextlib.asynccontextmanager
-async def probing(server: Server, kernel_id: str) -> AsyncIterator[Prober]:
-    """Its ``worst`` is the longest time (s) for which the loop let a ping wait while the block ran."""
-    request, accept = upgrade(server.url, server.authorization, server.channels(kernel_id), "prober", LEGACY)
-    prober = Prober(LEGACY, request, accept)
-    await connect(prober, server.url)
-    task = asyncio.create_task(prober.run())
-    try:
-        yield prober
-        await asyncio.sleep(0.05)  # pongs that are on their way
-    finally:
-        task.cancel()
-        prober.close()
 
 
 # -- what is measured --------------------------------------------------------------------------------
@@ -179,12 +137,12 @@ class Thousand:
     async def _look_at_pages(self) -> None:
         for name, path in PAGES.items():
             times, worst = [], []
-            for _ in range(LOOKS):
-                async with probing(self.server, self.server.kernels[0]) as prober:
+            async with probing(self.server, self.server.kernels[0]) as prober:
+                for _ in range(LOOKS):
                     start = time.monotonic()
                     await self._raw(path)
                     times.append(time.monotonic() - start)
-                worst.append(prober.worst)
+                    worst.append(await prober.worst())
             found = f"the loop blocked for {max(worst) * 1e3:.0f} ms at most, answered in {max(times) * 1e3:.0f}"
             self.findings.add(name, found, "50 ms")
 
@@ -299,10 +257,11 @@ async def _cull(thousand: Thousand, count: int) -> float:
 
     async with probing(thousand.server, thousand.server.kernels[0]) as prober:
         await until(begun)
-        prober.worst = 0.0
+        await prober.worst()
         thousand.findings.add(f"{count} kernels culled at once", f"{await until(done):.1f} s")
+        worst = await prober.worst()
     client.close()
-    return prober.worst
+    return worst
 
 
 def run_watchers(options: argparse.Namespace, findings: Findings) -> None:
@@ -314,8 +273,8 @@ def run_watchers(options: argparse.Namespace, findings: Findings) -> None:
 
 async def _watch(thousand: Thousand, count: int) -> None:
     server, findings = thousand.server, thousand.findings
-    await thousand.start(1)
-    (kernel_id,) = server.kernels
+    await thousand.start(2)
+    kernel_id, other = server.kernels
     asker = await answered(Client(server, kernel_id, thousand.cell))
     gate, begin, half = asyncio.Semaphore(CONNECTING), time.monotonic(), []
 
@@ -337,20 +296,24 @@ async def _watch(thousand: Thousand, count: int) -> None:
         await asyncio.sleep(1.0)
         for client in thousand.clients:
             client.restart()
-        await _ask_and_wait(thousand, asker, watchers)
+        await _ask_and_wait(thousand, asker, watchers, other)
 
 
-async def _ask_and_wait(thousand: Thousand, asker: Client, watchers: Iterable[Client]) -> None:
-    before, start = cpu_seconds(thousand.process.pid), time.monotonic()
-    async with probing(thousand.server, thousand.server.kernels[0]) as prober:
+async def _ask_and_wait(thousand: Thousand, asker: Client, watchers: Iterable[Client], other: str) -> None:
+    """A client of the ``other`` kernel is to notice nothing."""
+    async with probing(thousand.server, other) as prober:
+        await prober.worst()
+        before, start = cpu_seconds(thousand.process.pid), time.monotonic()
         asker.ask()
         await scenarios.drain(thousand.clients, PATIENCE)
-    used = cpu_seconds(thousand.process.pid) - before
+        used = cpu_seconds(thousand.process.pid) - before
+        worst = await prober.worst()
     last = max(watcher.tally.last_at for watcher in watchers) - start
     lost = sum(client.tally.lost for client in thousand.clients)
     delivered = sum(client.tally.delivered for client in thousand.clients)
-    found = f"{last * 1e3:.0f} ms, {used / delivered * 1e6:.1f} us a message, loop blocked {prober.worst * 1e3:.0f} ms"
+    found = f"{last * 1e3:.0f} ms; {delivered:,} messages, {used / delivered * 1e6:.1f} us of the server each"
     thousand.findings.add("until the last has all of an answer", found)
+    thousand.findings.add("another kernel's client waits at most", f"{worst * 1e3:.0f} ms", "50 ms")
     thousand.findings.check(not lost, f"{lost} messages are lost")
 
 

@@ -749,7 +749,8 @@ class Part:
 class Poller:
     """The turns of one loop: which descriptors are ready, who writes at the end, whose time has come (`fastwire.turns`
     says how the loop is asked for them). ``report(who, error)`` is called when one raises, and ``later(callback)`` when
-    the loop is to call soon; ``later(None)`` when it is to call `tick` after 20 ms."""
+    the loop is to call soon; ``later(None)`` when it is to call `tick` after 20 ms. Of very many who have the same to
+    write 256 do so at a turn's end, behind all others."""
 
     def __init__(
         self, report: Callable[[object, Exception], None], later: Callable[[Callable[[], None] | None], None]

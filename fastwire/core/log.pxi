@@ -4,6 +4,7 @@
 
 cdef enum:
     ENTRY_SIZE = 128        # bytes, about what an entry takes beside its batch
+    CROWD = 64              # clients of a log, above which they are flushed some at a time
 
 ENTRY = ENTRY_SIZE
 
@@ -407,7 +408,10 @@ cdef class Log:
         cdef LogEntry entry = self.add(batch, None, False, ours)
         cdef Outlet outlet
         cdef object failure = None
+        cdef bint is_crowd = len(self.listeners) > CROWD
         for outlet in self.listeners:
+            if outlet.wire is not None:
+                outlet.wire.is_of_crowd = is_crowd
             try:
                 self.hand_on(outlet, entry)
             except Exception as error:  # the others have theirs

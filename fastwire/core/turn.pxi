@@ -18,12 +18,14 @@ cdef extern from "Python.h":
 
 cdef enum:
     SWEEP = 20000000        # ns between looks at those who wait for a time, at least
+    CROWD_A_TURN = 256      # of a crowd, flushed at one turn's end: 2 ms
 
 
 cdef class Part:
     """What a turn calls without Python: a descriptor that is ready, bytes that are to be written, a time that came."""
 
     cdef bint at_end                # it is to be flushed at this turn's end
+    cdef bint is_of_crowd           # or later: very many have the same to write, and others do not wait for all of them
     cdef bint awaits                # it stands among those that `look` is called of
     cdef uint64_t look_at           # ns; when
 
@@ -48,6 +50,7 @@ cdef class Poller:
     cdef PyObject **by_fd           # the same, at their numbers
     cdef int fd_room
     cdef list parts                 # that are flushed at this turn's end; who left meanwhile has no `at_end`
+    cdef list crowd                 # that are flushed then, or at the end of the next turns, in this order
     cdef dict callbacks             # that are called then, once each
     cdef dict waiting               # parts that wait for a time; as keys, so that one can leave
     cdef uint64_t sweep_at          # the next look at them
@@ -67,6 +70,7 @@ cdef class Poller:
         self.loop_fd = -1
         self.watched = {}
         self.parts = []
+        self.crowd = []
         self.callbacks = {}
         self.waiting = {}
         self.report = report
@@ -257,12 +261,12 @@ cdef class Poller:
 
     cdef inline bint ends_soon(self) noexcept:
         """Something is to be done at this turn's end, or at the next one's."""
-        return len(self.parts) > 0 or len(self.callbacks) > 0
+        return len(self.parts) > 0 or len(self.callbacks) > 0 or len(self.crowd) > 0
 
     cdef int flush_later(self, Part part) except -1:
         if not part.at_end:
             self.see_to_the_end()
-            self.parts.append(part)
+            (self.crowd if part.is_of_crowd else self.parts).append(part)
             part.at_end = True
         return 0
 
@@ -282,18 +286,14 @@ cdef class Poller:
         self.end()
 
     cdef int end(self) except -1:
-        cdef Part part
         if len(self.parts):
             parts = self.parts
             self.parts = []
-            for part in parts:
-                if not part.at_end:
-                    continue
-                part.at_end = False
-                try:
-                    part.on_end()
-                except Exception as error:
-                    self.tell(part, error)
+            self.flush(parts)
+        if len(self.crowd):
+            parts = self.crowd[:CROWD_A_TURN]
+            del self.crowd[:CROWD_A_TURN]
+            self.flush(parts)
         if len(self.callbacks):
             callbacks = self.callbacks
             self.callbacks = {}
@@ -303,6 +303,20 @@ cdef class Poller:
                     callback()
                 except Exception as error:
                     self.tell(callback, error)
+        if len(self.crowd):
+            self.see_to_the_end()
+        return 0
+
+    cdef int flush(self, list parts) except -1:
+        cdef Part part
+        for part in parts:
+            if not part.at_end:  # it left meanwhile
+                continue
+            part.at_end = False
+            try:
+                part.on_end()
+            except Exception as error:
+                self.tell(part, error)
         return 0
 
     cdef int forget(self, Part part) except -1:
