@@ -32,6 +32,7 @@ COLUMNS = (
     ("delivered_per_s", "messages/s"),
     ("cpu_us_per_message", "CPU, us/message"),
     ("syscalls_per_request", "system calls/request"),
+    ("rss_before_mb", "idle, MB"),
     ("peak_mb", "peak, MB"),
     ("connections_lost", "conn. lost"),
     ("error_lines", "log errors"),
