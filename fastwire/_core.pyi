@@ -360,6 +360,9 @@ class Batch:
     def more(self) -> bool:
         """The budget ended the drain: more may be waiting, come back next turn."""
     @property
+    def logged(self) -> bool:
+        """It was appended to a `Log`."""
+    @property
     def rejected(self) -> list[MessageError]:
         """Why messages were refused, at most 16 kept; `rejected_count` counts all. With ``permissive`` also what was
         wrong with the signatures of messages that passed all the same; those are not counted."""
@@ -1170,6 +1173,7 @@ class Source(Part):
     uplink: Uplink | None
     was_ready: bool
     comes_back: bool
+    kept: Batch | None
 
     def __init__(self, stream: ZmtpStream, poller: Poller, owner: Any) -> None:
         """``owner.wake`` is called when there is something to receive."""

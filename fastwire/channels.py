@@ -31,6 +31,10 @@ LONGEST_WAIT = 32
 LAST_WORDS = 8
 
 
+#: Seconds until what there was no memory for is tried again.
+NO_MEMORY_PAUSE = 0.05
+
+
 def take_socket(stream_or_socket: ZMQStream | zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     """The ZMQ socket of what a kernel manager's ``connect_*`` returned, off Tornado's loop.
 
@@ -68,6 +72,7 @@ class Channel:
         self.name = name
         self.traffic = KernelTraffic()
         self._comes_back = False
+        self._kept: Batch | None = None
         #: Turns of the loop that it waits for what has to come first.
         self.patience = LONGEST_WAIT
         #: Seconds between them; 0: each turn.
@@ -103,13 +108,13 @@ class Channel:
         """Look again in the next turn of the loop, or after so many seconds: others are to have theirs."""
         if self._comes_back:
             return
-        self._mark(comes_back=True)
         loop = asyncio.get_running_loop()
         if pause:
-            self._rest(rests=True)
             loop.call_later(pause, self._is_back)
         else:
             loop.call_soon(self._is_back)
+        self._mark(comes_back=True)
+        self._rest(rests=bool(pause))
 
     def _is_back(self) -> None:
         self._rest(rests=False)
@@ -119,26 +124,39 @@ class Channel:
     def _mark(self, *, comes_back: bool) -> None:
         self._comes_back = comes_back
 
+    def keep(self, batch: Batch | None) -> None:
+        """There was no memory to pass it on: unless it is in the log it comes again, before all that is received."""
+        self._mark_kept(None if batch is None or batch.logged else batch)
+        self.come_back(NO_MEMORY_PAUSE)
+
+    def _mark_kept(self, batch: Batch | None) -> None:
+        self._kept = batch
+
     def drain(self) -> bool:
         """Receive everything that is there, up to the budget of one turn. Returns whether more is waiting."""
         if self.closed:
             return False
+        batch, more = self._kept, True
         try:
-            batch, more = self._receive()
+            if batch is None:
+                batch, more = self._receive()
+            if more:
+                self.come_back()
+            if batch is not None:
+                self._pass_on(batch)
         except MemoryError:  # nothing was lost for it, but the descriptor's edge may be
-            self.come_back()
+            self.keep(batch)
             raise
-        if more:
-            self.come_back()
-        if batch is None:
-            return more
-        if batch.faulty and self._on_faulty is not None:
+        self._mark_kept(None)
+        return more
+
+    def _pass_on(self, batch: Batch) -> None:
+        if batch.faulty and batch is not self._kept and self._on_faulty is not None:
             self._on_faulty(batch)
         if len(batch):
+            self._on_batch(batch)
             self.traffic.messages += len(batch)
             self.traffic.nbytes += batch.nbytes
-            self._on_batch(batch)
-        return more
 
     def has_more(self) -> bool:
         """Whether more is waiting than one turn of the loop receives, and has received then, however many ask."""
@@ -244,6 +262,10 @@ class ZmtpChannel(Channel):
     def _mark(self, *, comes_back: bool) -> None:
         super()._mark(comes_back=comes_back)
         self._link.source.comes_back = comes_back
+
+    def _mark_kept(self, batch: Batch | None) -> None:
+        super()._mark_kept(batch)
+        self._link.source.kept = batch
 
     def could_not_receive(self, error: Exception) -> None:
         if isinstance(error, ZmtpError):

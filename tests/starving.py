@@ -6,13 +6,15 @@ Of each function a case makes what it needs and returns ``(call, outcome)``: ``c
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import builders
@@ -34,14 +36,17 @@ from fastwire._core import (
     FrameParser,
     Ledger,
     LogEntry,
+    Outlet,
     Poller,
     Signer,
+    Source,
     Uplink,
     Wire,
     WriteQueue,
     ZmtpStream,
 )
 from fastwire.budgets import Budgets
+from fastwire.channels import Channel, ZmtpChannel
 from fastwire.errors import OutOfMemory
 from fastwire.flow import Limits
 from fastwire.journal import Journal
@@ -478,15 +483,41 @@ class Turn:
         self.asked: list[Callable[[], None] | None] = []
         self.poller = Poller(self.tell, self.asked.append)
         self.poller.open()
-        self.sockets = [builders.socket.socketpair() for _ in range(2)]
-        for ours, theirs in self.sockets:
-            ours.setblocking(False)
-            theirs.setblocking(False)
+        self.others: list[builders.socket.socket] = []
+        self.sockets = [self.pair() for _ in range(2)]
         self.owners = [Owner(), Owner()]
         self.wires = [self.wire(owner, ours) for owner, (ours, _) in zip(self.owners, self.sockets, strict=True)]
 
+    @staticmethod
+    def pair() -> tuple[builders.socket.socket, builders.socket.socket]:
+        ours, theirs = builders.socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        return ours, theirs
+
+    def more_sockets(self) -> tuple[builders.socket.socket, builders.socket.socket]:
+        """Of a kernel; and this is the loop that runs."""
+        asyncio._set_running_loop(self)
+        pair = self.pair()
+        self.others += pair
+        return pair
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.asked.append(callback)
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        self.asked.append(callback)
+
     def tell(self, who: object, error: Exception) -> None:
+        self.starved = isinstance(error, MemoryError)
         self.told.append(error)
+
+    def telling(self, call: Callable[[], object]) -> None:
+        """Raises what it was told of: the turn goes on, and whoever starves it is to know that something failed."""
+        self.starved = False
+        call()
+        if self.starved:
+            raise MemoryError
 
     def wire(self, owner: Owner, ours: builders.socket.socket) -> Wire:
         return Wire(ours.fileno(), self.Stream(ours), FrameParser(), WriteQueue(acknowledge=True), self.poller, owner)
@@ -511,6 +542,9 @@ class Turn:
         """What each peer has got; all is closed."""
         self.go_on()
         self.poller.close()
+        asyncio._set_running_loop(None)
+        for each in self.others:
+            each.close()
         data = []
         for ours, theirs in self.sockets:
             ours.close()
@@ -529,7 +563,11 @@ def turning(
     def case() -> tuple[Any, Any]:
         turn = Turn()
         before(turn)
-        return lambda: call(turn), lambda _: (outcome(turn), turn.written(), [owner.ends for owner in turn.owners])
+        return lambda: turn.telling(lambda: call(turn)), lambda _: (
+            outcome(turn),
+            turn.written(),
+            [owner.ends for owner in turn.owners],
+        )
 
     return case
 
@@ -737,6 +775,75 @@ def hear() -> tuple[Any, Any]:
     return said.once(lambda: side.on_iopub(one())), outcome
 
 
+class Heard(ZmtpChannel):
+    """A channel whose connection is there, and whose loop is a `Turn`."""
+
+    def __init__(
+        self, name: str, said: Said, side: Side, outlet: Outlet | None, before: Callable[[], object] | None = None
+    ) -> None:
+        ours, theirs = said.turn.more_sockets()
+        stream = shaken("SUB" if name == "iopub" else "DEALER")
+        stream.attach(ours.fileno())
+        source = Source(stream, said.turn.poller, self)
+        source.was_ready = True
+
+        def receive(signer: Signer, most_bytes: int, *, permissive: bool) -> Batch | None:
+            return stream.drain(stream.fd, name, signer, max_bytes=most_bytes, permissive=permissive)
+
+        self._link: Any = SimpleNamespace(
+            source=source, stream=stream, closed=False, settle=lambda: None, drain=receive, rest=lambda **_: None
+        )
+        on_batch = side.on_iopub if outlet is None else partial(said.journal.tell, outlet)
+        Channel.__init__(self, name, Signer(KEY), on_batch, before=before)
+        self.peer, self.source = theirs, source
+        self.pass_to(side, outlet)
+        said.turn.poller.watch(ours.fileno(), source)
+
+
+def in_order(data: bytes, pieces: Sequence[bytes]) -> bool:
+    places = [data.find(piece) for piece in pieces]
+    return places == sorted(places) and -1 not in places
+
+
+def passing(*replies: Sequence[bytes]) -> Case:
+    """What a kernel says on iopub, and its replies to the first of two clients, on their way through a turn."""
+
+    def case() -> tuple[Any, Any]:
+        said = Said()
+        kernel = Side(said)
+        iopub = Heard("iopub", said, kernel, None)
+        channels = [iopub]
+        if replies:
+            channels.append(Heard("shell", said, kernel, said.outlets[0], iopub.has_more))
+        for each in PARTS, STATUS, *MANY[:2]:
+            iopub.peer.send(peer.multipart(signed(each)))
+        for each in replies:
+            channels[1].peer.send(peer.multipart(signed(each)))
+
+        def outcome(_: object) -> object:
+            for channel in channels[::-1]:  # whatever was kept is passed on when something comes, at the latest
+                channel.peer.send(peer.multipart(signed(MANY[2])))
+            said.turn.poller.turn()
+            said.turn.go_on()
+            for channel in channels:
+                channel.source.end()
+                channel.source.stream.close()
+            output = [bytes(batch(each).frames(None)) for each in (PARTS, STATUS, *MANY[:3])]
+            answers = [bytes(batch(each, channel="shell").frames(None)) for each in (*replies, MANY[2])]
+            for outlet, data, more in zip(
+                said.outlets, said.turn.written(), (answers * bool(replies), []), strict=True
+            ):
+                if not outlet.missed:
+                    assert in_order(data, output)
+                    assert in_order(data, output[:4] + more), "a reply is behind its output"
+                    assert len(data) == len(b"".join(output + more)), "each once"
+            return said.journal.end
+
+        return lambda: said.turn.telling(said.turn.poller.turn), outcome
+
+    return case
+
+
 def put_aside() -> tuple[Any, Any]:
     data = bytes(batch(*MANY).frames(PROTOCOL_V1))
     return lambda: _core.batch_of_frames("iopub", data), listed
@@ -905,6 +1012,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Log.tell": [tell, tell_another],
     "LogCursor.release": released,
     "KernelSide.on_iopub": hear,
+    "Source.pass_to": [passing(), passing(message("execute_reply", "answer"), message("inspect_reply", "another"))],
     "trim_memory": pure(_core.trim_memory),
     "memory_beside_logs": pure(lambda: _core.memory_beside_logs() >= 0),
     "limit_standby": pure(lambda: _core.limit_standby(512 << 20)),
@@ -924,7 +1032,7 @@ SWITCHES = {
 #: Types of the core that `_core.pyi` does not name.
 INSIDE = {"Received", "Store", "Views", "Walk"}
 #: Bases of classes in Python's rooms, of which they were a part until they were compiled, and those they work with.
-#: What is called on a message's way has a case, by its own name or, as `Outlet`, beneath one; `Source` has none yet.
+#: What is called on a message's way has a case, by its own name or, as `Outlet`, beneath one.
 #: The rest is called from Python, and tests of `fastwire.journal`, `downlink`, `turns`, `probe` and `writing` drive it.
 BASES = {
     *("Asking", "Budget", "Flight", "Given", "KernelSide", "KernelTraffic", "Log", "LogCursor", "LogEntry"),

@@ -216,6 +216,7 @@ cdef class Batch:
     cdef size_t refused_bytes       # of messages that were rejected: they cost their digests
     cdef Py_ssize_t by_class[CLASSES]
     cdef readonly bint more
+    cdef readonly bint logged       # it is in a `Log`
     cdef uint64_t received          # when, in ns
     cdef list reasons
     cdef readonly Py_ssize_t rejected_count

@@ -384,6 +384,7 @@ cdef class Log:
         segment.entries.append(entry)
         segment.count(audience, count)
         self.end = segment.end = entry.end
+        batch.logged = True
         self.add_memory(segment, entry.memory)
         self.newest = entry
         return entry

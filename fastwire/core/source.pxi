@@ -151,6 +151,7 @@ cdef class Source(Part):
     cdef public Uplink uplink       # what waits for room on it
     cdef public bint was_ready      # its `Link` knows that it is
     cdef public bint comes_back     # in the next turn of the loop: there is more
+    cdef public Batch kept          # what there was no memory to pass on: it goes before all that comes
     cdef uint64_t drained_in        # the last turn in which everything was taken
 
     def __init__(self, ZmtpStream stream not None, Poller poller not None, owner):
@@ -180,7 +181,7 @@ cdef class Source(Part):
 
     cdef int on_ready(self) except -1:
         cdef KernelSide kernel = self.kernel
-        if kernel is None or self.comes_back or self.stream.fd < 0:
+        if kernel is None or self.is_held_back() or self.stream.fd < 0:
             return self.wake()
         if self.outlet is None:
             if kernel.journal.may_be_pressed():
@@ -190,7 +191,7 @@ cdef class Source(Part):
             return 0
         # What the kernel printed first must come first, also where iopub was emptied in this turn: of the replies that
         # have come since the output is there as well.
-        if kernel.iopub_source is None or kernel.iopub_source.comes_back or kernel.journal.may_be_pressed():
+        if kernel.iopub_source is None or kernel.iopub_source.is_held_back() or kernel.journal.may_be_pressed():
             return self.wake()
         if not kernel.iopub_source.receive():
             return self.wake()
@@ -206,6 +207,10 @@ cdef class Source(Part):
         self.poller.python_ran = True
         self.channel.wake()
         return 0
+
+    cdef bint is_held_back(self) noexcept:
+        """Something is to be passed on before anything more is received."""
+        return self.comes_back or self.kept is not None
 
     cdef bint is_drained(self) noexcept:
         """Everything was taken in this turn: what has come since makes the next one."""
@@ -227,28 +232,37 @@ cdef class Source(Part):
             self.channel.could_not_receive(error)
             return not self.comes_back
         more = stream.more
-        if more:
-            self.poller.python_ran = True
-            self.channel.come_back()
-        else:
-            self.drained_in = self.poller.turns
-        if batch is not None:
-            self.take(batch)
-            if self.kernel is not None:
-                self.kernel.journal.tell_of_python(self.poller)
+        try:
+            if more:
+                self.poller.python_ran = True
+                self.channel.come_back()
+            else:
+                self.drained_in = self.poller.turns
+            if batch is not None:
+                self.take(batch)
+        except MemoryError:
+            self.channel.keep(batch)
+            raise
+        if self.kernel is not None:
+            self.kernel.journal.tell_of_python(self.poller)
         if stream.fd >= 0 and self.is_unsettled():
             self.poller.python_ran = True
             self.channel.settle()
         return not more
 
     cdef int take(self, Batch batch) except -1:
+        cdef KernelSide kernel = self.kernel
         if batch.reasons is not None:
             self.poller.python_ran = True
             self.channel.on_faulty(batch)
         if not batch.count or self.kernel is None:
             return 0
-        self.kernel.traffic.messages += batch.count
-        self.kernel.traffic.nbytes += batch.nbytes
+        self.pass_on(batch)
+        kernel.traffic.messages += batch.count
+        kernel.traffic.nbytes += batch.nbytes
+        return 0
+
+    cdef int pass_on(self, Batch batch) except -1:
         if self.outlet is None:
             return self.kernel.hear(batch)
         if self.outlet.wire is None:  # its client is away, and may have been waited for
