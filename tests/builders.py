@@ -157,7 +157,9 @@ def headers(draw: st.DrawFn) -> bytes:
 @st.composite
 def good_headers(draw: st.DrawFn, *, others: st.SearchStrategy = json_values) -> bytes:
     """A header that is one, in any spelling."""
-    items = [(key, draw(others)) for key in draw(st.lists(st.text(max_size=6), max_size=3))]
+    # hypothesis draws the constants of our own modules, too, and the last of two counts.
+    strange = st.text(max_size=6).filter(lambda key: key not in {"msg_id", "msg_type", "version", "date"})
+    items = [(key, draw(others)) for key in draw(st.lists(strange, max_size=3))]
     items += [("msg_id", draw(st.text())), ("msg_type", draw(st.sampled_from(["stream", "status", "é"])))]
     items += [("version", "5.3"), ("date", "2024-05-06T07:08:09.120000+00:00")]
     speller = Speller(draw(seeds))
