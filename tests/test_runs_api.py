@@ -219,12 +219,20 @@ def test_buffers_have_urls(server: Server, kernel: str) -> None:
         ("?since=x", 400, "since has to be"),
         ("?since=-1", 400, "since has to be"),
         ("?sinse=1", 400, "known are: state, cell, since"),
+        ("?1700000000000=1", 400, "known are: state, cell, since"),
+        ("?\u0661", 400, "known are: state, cell, since"),
         ("/nothing?wait=nan", 404, "no run"),
     ],
 )
 def test_what_is_wrong_is_said_in_json(server: Server, kernel: str, path: str, status: int, word: str) -> None:
-    code, answer = server.rest("GET", runs_of(kernel) + path)
+    code, answer = server.rest("GET", runs_of(kernel) + quote(path, safe="/?=&"))
     assert (code, word in answer["reason"]) == (status, True), answer
+
+
+@pytest.mark.parametrize("query", ["?1700000000000", "?state=done&1700000000000"])
+def test_what_jupyterlab_adds_against_caches_is_passed_over(server: Server, kernel: str, query: str) -> None:
+    """By its `ServerConnection.makeRequest`, to whatever is asked."""
+    assert server.rest("GET", runs_of(kernel) + query)[0] == 200
 
 
 @pytest.mark.parametrize("query", ["wait=nan", "wait=inf", "wait=-1", "wait=301", "after=1.5", "raw=yes", "after=²"])
