@@ -363,6 +363,70 @@ def test_no_more_wait_than_may(server: Server) -> None:
         assert statuses[-1] == 429
 
 
+# -- who may ---------------------------------------------------------------------------------------
+
+PERMISSIONS = """
+from jupyter_server.auth import Authorizer, IdentityProvider, User
+
+#: What each may do with kernels.
+MAY = {"reader": ("read",), "runner": ("execute",), "outsider": ()}
+
+
+class Named(IdentityProvider):
+    def get_user(self, handler):
+        name = handler.request.headers.get("X-User")
+        return User(name) if name else super().get_user(handler)
+
+
+class ByTable(Authorizer):
+    def is_authorized(self, handler, user, action, resource):
+        return resource != "kernels" or action in MAY.get(user.username, (action,))
+
+
+c = get_config()
+c.ServerApp.identity_provider_class = Named
+c.ServerApp.authorizer_class = ByTable
+"""
+
+#: Who says who somebody is, as a hub does, and which a cross-site page could not set.
+AS = {"Cookie": "_xsrf=ab12", "X_XSRFToken": "ab12"}
+
+
+def test_who_may_read_and_who_may_execute(tmp_path: Path) -> None:
+    """Each without the other; who may do neither sees no run, and no kernel gets what is refused."""
+    (tmp_path / "permissions.py").write_text(PERMISSIONS)
+    with serving(tmp_path, *OPTIONS, f"--config={tmp_path / 'permissions.py'}") as server, server.kernel() as kernel:
+        run = posted(server, kernel, code="print(input())", allow_stdin=True)["msg_id"]
+        one = f"{runs_of(kernel)}/{run}"
+        until(lambda: got(server, kernel, run, "")["run"]["asks"], "it asks")
+        reads = [runs_of(kernel), one, f"{one}?raw=1", f"{one}?wait=1", f"{one}/buffers/0/0"]
+
+        def status(user: str, method: str, path: str, body: object = None, **headers: str) -> int:
+            data = b"" if body is None else json.dumps(body).encode()
+            with asked(server, path, method, data, X_User=user, **AS, **headers) as response:
+                told = response.read().decode()
+                assert response.status != 403 or run not in told
+                return response.status
+
+        def statuses(user: str) -> tuple[list[int], list[int]]:
+            """Of all that is read, and of what is executed."""
+            read = [status(user, "GET", path) for path in reads]
+            read.append(status(user, "GET", one, Accept="text/plain"))
+            done = [status(user, "POST", f"{one}/input", {"value": 7}), status(user, "POST", runs_of(kernel), {})]
+            return read, done
+
+        assert statuses("reader") == ([200, 200, 200, 200, 404, 200], [403, 403])
+        assert statuses("runner") == ([403] * 6, [400, 400])
+        assert statuses("outsider") == ([403] * 6, [403, 403])
+        assert status("reader", "POST", f"{one}/input", {"value": "no"}) == 403
+        assert status("reader", "POST", runs_of(kernel), {"code": "1"}) == 403
+        assert status("outsider", "GET", one, Accept="text/event-stream") == 403
+        (only,) = server.rest("GET", runs_of(kernel))[1]["runs"]
+        assert (only["msg_id"], only["asks"]) == (run, True)
+        assert status("runner", "POST", f"{one}/input", {"value": "yes"}) == 204
+        assert text(got(server, kernel, run)).endswith("yes\n")
+
+
 # -- docs/runs.md ----------------------------------------------------------------------------------
 
 RUNS = ROOT / "docs" / "runs.md"
