@@ -347,6 +347,18 @@ METRICS = (
         lambda: [((), sum(relay.journal.shelf.nbytes for relay in open_relays))],
     ),
     Metric(
+        "fastwire_history_bytes",
+        "gauge",
+        "Bytes, of those that are kept, of what all clients have: it can be asked for, and goes first.",
+        lambda: [((), sum(relay.journal.history for relay in open_relays))],
+    ),
+    Metric(
+        "fastwire_runs",
+        "gauge",
+        "Runs that are known and can be asked for.",
+        lambda: [((), sum(len(relay.journal.ledger) for relay in open_relays))],
+    ),
+    Metric(
         "fastwire_uplink_waiting_bytes",
         "gauge",
         "Bytes of clients' messages that their kernels have not taken, libzmq's queues included.",

@@ -208,6 +208,20 @@ def test_buffers_have_urls(server: Server, kernel: str) -> None:
     assert server.rest("GET", comm["buffers"][0][:-1] + "7")[0] == 404
 
 
+def test_metrics_know_of_runs_and_of_what_is_kept_of_them(server: Server) -> None:
+    def number(name: str) -> float:
+        (found,) = re.findall(rf"^fastwire_{name} (\S+)$", server.get("/metrics")[2], re.MULTILINE)
+        return float(found)
+
+    before = number("runs")
+    with server.kernel() as kernel:
+        msg_id = posted(server, kernel, code="for n in range(100): print(str(n) + 'x' * 10_000, flush=True)")["msg_id"]
+        assert got(server, kernel, msg_id)["run"]["state"] == "done"
+        until(lambda: number("runs") == before + 1, "it is counted")
+        until(lambda: number("history_bytes") > 500_000, "what all have is counted")
+        assert number("history_bytes") <= number("kept_bytes") + number("spilled_bytes")
+
+
 # -- what cannot be --------------------------------------------------------------------------------
 
 
