@@ -151,14 +151,13 @@ def test_a_reply_that_comes_in_the_middle_of_a_turn(stage: Stage, kernel: Kernel
         kernel.reply("ann", message("execute_reply", "second"))
         until(lambda: unread(iopub) and unread(shell) > before, "the second output and reply are there")
 
-    stage.run(stage.relay.poller.watch, ours.fileno(), say_more)
-    with stage.frozen():  # so that one turn finds all three, in this order
-        kernel.publish(*stream(1))
-        until(lambda: unread(iopub), "the output is there")
-        theirs.send(b"!")
-        kernel.reply("ann", message("execute_reply", "first"))
-        until(lambda: unread(shell), "the first reply is there")
-    assert client.ids(4) == ["1", "2", "first", "second"]
-    stage.run(stage.relay.poller.unwatch, ours.fileno(), say_more)
-    ours.close()
-    theirs.close()
+    with ours, theirs:
+        stage.run(stage.relay.poller.watch, ours.fileno(), say_more)
+        with stage.frozen():  # so that one turn finds all three, in this order
+            kernel.publish(*stream(1))
+            until(lambda: unread(iopub), "the output is there")
+            theirs.send(b"!")
+            kernel.reply("ann", message("execute_reply", "first"))
+            until(lambda: unread(shell), "the first reply is there")
+        assert client.ids(4) == ["1", "2", "first", "second"]
+        stage.run(stage.relay.poller.unwatch, ours.fileno(), say_more)
