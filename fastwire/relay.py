@@ -427,7 +427,10 @@ class KernelRelay(KernelSide):
         open_relays.discard(self)
         for session in list(self.sessions.values()):
             connection, unsent = session.connection, session.unsent_messages
-            self.end_session(session, logging.WARNING)
+            try:
+                self.end_session(session, logging.WARNING)
+            except Exception as error:  # the others are to end as well, and the kernel's own
+                log.error("session %s could not be ended: %s", session.session_id, error, exc_info=error)
             if connection is not None:
                 lost = f"; {unsent} messages did not reach it" if unsent else ""
                 connection.close(1011, f"the kernel was shut down{lost}")

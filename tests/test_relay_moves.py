@@ -16,6 +16,7 @@ from wsclient import PATIENCE, close_frame
 from fastwire import _core, events
 from fastwire._core import PROTOCOL_V1
 from fastwire.hearing import Event, State
+from fastwire.relay import Session
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
@@ -415,6 +416,30 @@ def test_messages_that_have_not_reached_a_kernel_are_told_of(stage: Stage, kerne
         stage.run(relay.end_session, stage.session("ann"))
     assert [line for line in stage.take_logs() if "3 of its messages had not reached the kernel" in line]
     assert [event for event in events.recent() if event.kind == "unsent" and event.client == "ann"]
+
+
+def test_a_session_that_cannot_be_ended_is_one_clients_problem(
+    stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's others end, and so do its own sockets and its log."""
+    relay = stage.start(kernel)
+    clients = {name: stage.connect(name) for name in ("ann", "bob")}
+    ends = Session.close
+
+    def close(session: Session, level: int) -> None:
+        ends(session, level)
+        if session.session_id == "ann":
+            raise OSError("as a provisioner's socket may")
+
+    monkeypatch.setattr(Session, "close", close)
+    stage.run(relay.close)
+    assert clients["bob"].close_frame() == (1011, "the kernel was shut down")
+    assert clients["ann"].close_frame() == (1011, "the kernel was shut down")
+    assert not relay.sessions
+    assert relay.iopub is None
+    assert [
+        line for line in stage.take_logs() if "session ann could not be ended: as a provisioner's socket may" in line
+    ]
 
 
 def test_nothing_of_an_ended_session_is_kept_for_later(stage: Stage, kernel: Kernel) -> None:
