@@ -128,7 +128,7 @@ def read_body(body: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(body.decode(), parse_constant=no_constant)
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise BadInput(f"the body is not JSON in UTF-8 ({type(error).__name__})") from None
     if not isinstance(value, dict):

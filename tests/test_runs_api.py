@@ -352,6 +352,7 @@ def test_what_waits_behind_an_error_is_aborted(server: Server, kernel: str) -> N
         (b'{"code": "\xff"}', "UTF-8"),
         (b'{"code": "1", "metadata": {"a": NaN}}', "NaN"),
         (b'{"code": "1", "metadata": []}', "metadata"),
+        (b'{"code": "1", "metadata": {"a": 1e999}}', "JSON"),
         (b'{"code": "1", "store_history": 1}', "store_history"),
         (b'{"code": "1", "timeout": true}', "timeout"),
         (b'{"code": "1", "timeout": 0}', "timeout"),
