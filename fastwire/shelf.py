@@ -82,6 +82,7 @@ class Shelf:
         self._writes = False
         self._strips: Segment | None = None  # read to be stripped
         self._full = False
+        self._told = False  # that it is, since the log was empty
         self._failed = False  # for writing, for good; what lies there can be read
         self._closed = False
 
@@ -131,7 +132,7 @@ class Shelf:
 
     def is_empty(self) -> None:
         """The log is: a disk that was full may have room now."""
-        self._full = False
+        self._full = self._told = False
 
     def _forget(self, segment: Segment) -> None:
         assert self._file is not None
@@ -216,6 +217,9 @@ class Shelf:
 
     def _is_full(self, why: str) -> None:
         self._full = True
+        if self._told:  # each time that what is dropped makes room it is full again
+            return
+        self._told = True
         log.warning("messages cannot be put aside in %s: %s", self._directory, why)
 
     def _written(self, result: tuple[list[tuple[Segment, Record]], int, OSError | None]) -> None:

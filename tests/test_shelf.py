@@ -5,11 +5,12 @@ import json
 from itertools import chain
 
 import pytest
-from journal_stage import KIB, LIMIT, Client, Disk, all_of, batch_of, changed, line, log_of, numbers, other, say
+from journal_stage import KIB, LIMIT, LOGS, Client, Disk, all_of, batch_of, changed, line, log_of, numbers, other, say
 
 from fastwire._core import PROTOCOL_V1
+from fastwire.budgets import Budgets
 from fastwire.flow import Limits
-from fastwire.journal import totals
+from fastwire.journal import Journal, totals
 
 pytest_plugins = "journal_stage"  # the fixture `limits`
 
@@ -74,6 +75,39 @@ def test_a_full_disk_loses_its_oldest_output(limits: Limits) -> None:
     output = [number for number in got if number % 100]
     assert output == [number for number in range(output[0], count) if number % 100]
     assert count - output[0] > 150
+
+
+@pytest.mark.parametrize(
+    ("limit", "users", "most"),
+    [
+        ("client_spill_limit", ["ann", "ann", "bob"], [[0], [1], [2]]),
+        ("user_spill_limit", ["ann", "ann", "bob"], [[0, 1], [2]]),
+        ("total_spill_limit", ["ann", "ann", "bob"], [[0, 1, 2]]),
+    ],
+)
+def test_what_lies_on_the_disk_has_a_limit(
+    limits: Limits, limit: str, users: list[str], most: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a kernel's clients, of one user's kernels, and of all: at it the oldest output is dropped, and told."""
+    limits = changed(limits, **{limit: 100 * KIB})
+    disk, budgets = Disk(), Budgets(limits)
+    clients = [Client(Journal(limits, budgets, disk), user) for user in users]
+    LOGS.extend((client.journal, disk) for client in clients)
+    for client in clients:
+        client.lose_socket()
+    for number in range(1000):
+        for client in clients:
+            say(client.journal, batch_of(line(number, 500)))
+            while disk.work():
+                pass
+        on_disk = [client.journal.shelf.nbytes for client in clients]
+        assert all(sum(on_disk[each] for each in together) <= 100 * KIB for together in most), (number, on_disk)
+    assert sum(on_disk) > 80 * KIB * len(most), "it is used"
+    assert totals["dropped"] > 0
+    assert caplog.text.count("the limit of what may be put aside is reached") <= len(clients), "not each time"
+    for client in clients:
+        got = all_of(client, disk)
+        assert got == [*range(got[0], 1000)], "the oldest went"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE, errno.EIO])
