@@ -16,7 +16,19 @@ from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 from fastwire.budgets import Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal
-from fastwire.runs import Message, Messages, Outputs, Reader, described, parsed, plain
+from fastwire.runs import (
+    Answer,
+    Asked,
+    BadInput,
+    Message,
+    Messages,
+    Outputs,
+    Reader,
+    described,
+    parsed,
+    plain,
+    read_body,
+)
 from fastwire.segments import Gap
 
 pytest_plugins = "journal_stage"  # that its fixture counts anew
@@ -167,6 +179,58 @@ def test_what_is_no_json_is_nothing(text: bytes) -> None:
 
 def test_what_json_has_no_word_for_is_nothing() -> None:
     assert parsed(b"[NaN, Infinity, 1]") == [None, None, 1]
+
+
+# -- what is asked ---------------------------------------------------------------------------------
+
+#: Stands for a number that no float can have, of which `json.dumps` makes no text.
+HUGE = "1e999"
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(HUGE),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def written(asked: dict) -> bytes:
+    return json.dumps(asked).replace(f'"{HUGE}"', HUGE).encode()
+
+
+fields = st.sampled_from([*Asked.names, "value", "other"])
+
+
+def outcome(kind: type[Asked] | type[Answer], body: bytes) -> tuple[Asked | Answer | None, str]:
+    """What became of a body, or why it was refused."""
+    try:
+        return kind(**read_body(body)), ""
+    except BadInput as error:
+        return None, str(error)
+
+
+anything = st.dictionaries(fields, values)
+well_formed = st.fixed_dictionaries(
+    {"code": st.text(max_size=5)}, optional={"metadata": st.dictionaries(st.text(max_size=3), values, max_size=2)}
+)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=30) | st.one_of(anything, well_formed).map(written))
+def test_whatever_is_asked_is_refused_or_can_be_sent(body: bytes) -> None:
+    """What gets through is text that a kernel can read; what is wrong is told in one line of it."""
+    for kind in (Asked, Answer):
+        asked, refusal = outcome(kind, body)
+        if asked is None:
+            assert refusal.isprintable()
+            assert refusal.isascii()
+            continue
+        wanted = json.loads(body)
+        assert {*wanted} <= {*Asked.names} if kind is Asked else {*wanted} == {"value"}
+        if isinstance(asked, Asked):
+            assert asked.content["code"] == wanted["code"]
+            assert asked.metadata == wanted.get("metadata", {})
+            assert asked.timeout is None or asked.timeout == wanted["timeout"] > 0
+            json.dumps([asked.content, asked.metadata], ensure_ascii=False, allow_nan=False).encode()
 
 
 # -- the history of a log --------------------------------------------------------------------------
