@@ -9,7 +9,7 @@ import pytest
 from chromium import SCREENSHOTS, launched
 from hub import Hub, UsersServer
 from server import PROTOCOLS, Client, Message, Raw, until
-from test_browser import LINES, Notebook, assert_counts_on, write_notebook
+from test_browser import LINES, Notebook, assert_counts, write_notebook
 from websockets.exceptions import InvalidStatus
 
 pytestmark = pytest.mark.timeout(300)
@@ -92,7 +92,7 @@ def test_a_flood_while_the_proxy_is_restarted_is_complete(hub: Hub, ada: UsersSe
 
 
 @pytest.mark.browser
-def test_a_cell_in_jupyterlab_goes_on_through_a_new_proxy(hub: Hub, ada: UsersServer) -> None:
+def test_a_cell_in_jupyterlab_goes_on_in_a_reloaded_page_and_through_a_new_proxy(hub: Hub, ada: UsersServer) -> None:
     home = hub.home / "users" / "ada"
     stop, count = home / "stop", home / "count"
     path = home / "notebook.ipynb"
@@ -107,6 +107,10 @@ def test_a_cell_in_jupyterlab_goes_on_through_a_new_proxy(hub: Hub, ada: UsersSe
         notebook = Notebook(page, path).ready()
         notebook.run(0)
         notebook.expect_output(0, "line 50")
+        page.keyboard.press("Control+s")
+        page.reload()
+        notebook.expect_output(0, "line 100")
+        notebook.expect_prompt(0, "[*]:")
         hub.stop_proxy()
         printed = int(count.read_text())
         until(lambda: int(count.read_text() or 0) > printed + 100, "lines that nobody sees")
@@ -115,7 +119,8 @@ def test_a_cell_in_jupyterlab_goes_on_through_a_new_proxy(hub: Hub, ada: UsersSe
         notebook.expect_output(0, f"line {printed + 150}")
         stop.touch()
         notebook.expect_output(0, re.compile(r"end \d+"))
-        assert_counts_on(notebook.saved(0, r"end \d+"))
+        notebook.expect_ran(0, 1)
+        assert_counts(notebook.saved(0, r"end \d+"))
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SCREENSHOTS / "hub.png")
 

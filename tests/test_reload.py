@@ -3,12 +3,28 @@
 One server and one browser for all; a test waits for what the page shows. One that is quick is in `test_browser`.
 """
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
+import prefixes
 import pytest
-from chromium import SCREENSHOTS
-from playwright.sync_api import expect
-from test_browser import Lab, Notebook, assert_counts, browser, lab, server, windows  # noqa: F401 - fixtures
+from chromium import PATIENCE, SCREENSHOTS
+from playwright.sync_api import Browser, Page, expect
+from server import TOKEN, WITHOUT_EXTENSIONS, serving
+from test_browser import (  # noqa: F401 - fixtures
+    SLIDER,
+    Lab,
+    Notebook,
+    assert_counts,
+    browser,
+    lab,
+    server,
+    windows,
+)
+
+from fastwire.flow import MIB
 
 pytestmark = [pytest.mark.nightly, pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -34,6 +50,7 @@ def enough(lab: Lab) -> Iterator["Enough"]:  # noqa: F811
 
 class Enough:
     def __init__(self, lab: Lab) -> None:  # noqa: F811
+        self.lab = lab
         self.path = lab.server.home / f"{lab.name}-enough"
 
     @property
@@ -134,3 +151,209 @@ def reopened(notebook: Notebook, workspace: str = "again") -> Notebook:
     other = Notebook(page, notebook.path)
     expect(other.panel).to_be_visible()
     return other
+
+
+# -- ten thousand lines ----------------------------------------------------------------------------
+
+
+def test_ten_thousand_lines_reloaded_twice_and_opened_after_the_end(lab: Lab, enough: Enough) -> None:  # noqa: F811
+    """Over twenty seconds, at least. In two tabs; one is reloaded in the middle, twice, and closed; a third is opened
+    after the end."""
+    first = lab.open(enough.cell)
+    first.run(0)
+    first.expect_output(0, "line 500")
+    second = reopened(first, workspace="second")
+    second.expect_output(0, "line 1000")
+    for lines in (2000, 4000):
+        reloaded(first)
+        first.expect_output(0, f"line {lines}")
+        first.expect_prompt(0, "[*]:")
+    photographed(first, "10000-middle")
+    first.page.close()
+    enough.say(10_000)
+    second.expect_output(0, "end ")
+    second.expect_prompt(0, "[1]:")
+    third = reopened(second, workspace="third")
+    third.expect_output(0, "end ")
+    third.expect_prompt(0, "[1]:")
+    photographed(third, "10000-after-the-end")
+    for notebook in (second, third):
+        assert_counts(shown(notebook, 0))
+
+
+def shown(notebook: Notebook, number: int) -> str:
+    """The text of a cell's output as the page has it."""
+    return "\n".join(notebook.output(number).locator("pre").all_text_contents()).strip("\n")
+
+
+# -- what does not fit, or is not there ------------------------------------------------------------
+
+
+def test_a_notebook_that_was_changed_meanwhile_is_left_alone_where_it_does_not_fit(lab: Lab, enough: Enough) -> None:  # noqa: F811
+    """A cell is gone, one is edited while it runs, one waits and is edited; those that follow have their own."""
+    notebook = lab.open("'gone'", "'waits, and is edited'", "'waits'", enough.cell)
+    notebook.run(0)
+    notebook.expect_ran(0, 1)
+    notebook.run(3)
+    notebook.expect_output(3, "line 50")
+    for number in (1, 2):
+        notebook.run(number)
+        notebook.expect_prompt(number, "[*]:")
+    notebook.page.close()
+    document = json.loads(notebook.path.read_text())
+    del document["cells"][0]
+    document["cells"][0]["source"], document["cells"][2]["source"] = "'edited'", "'edited, too'"
+    notebook.path.write_text(json.dumps(document))
+    again = reopened(notebook)
+    again.expect_prompt(1, "[*]:")
+    enough.say(300)
+    again.expect_output(1, "'waits'")
+    again.expect_prompt(1, "[4]:")
+    for number in (0, 2):
+        again.expect_prompt(number, "[ ]:")
+        expect(again.output(number)).to_have_count(0)
+    photographed(again, "changed")
+
+
+def test_a_run_whose_beginning_is_gone_has_the_rest_and_a_line_that_says_so(lab: Lab) -> None:  # noqa: F811
+    unseen = "display({'application/x-unseen': 'x' * 100_000}, raw=True)"
+    notebook = lab.open(f"print('first')\nfor _ in range(40):\n    {unseen}\nprint('end')")
+    notebook.run(0)
+    notebook.expect_output(0, "end")
+    notebook.expect_ran(0, 1)
+    notebook.page.close()
+    again = reopened(notebook)
+    again.expect_output(0, "end")
+    again.expect_prompt(0, "[1]:")
+    again.expect_output(0, re.compile(r"\[fastwire: (\d+ messages|a part) .* not kept any more"))
+    photographed(again, "beginning-gone")
+    assert "first" not in shown(again, 0)
+
+
+@pytest.mark.parametrize("off", ["history", "extension"])
+def test_a_page_where_it_is_off_is_as_it_was(tmp_path: Path, browser: Browser, off: str) -> None:  # noqa: F811
+    """An empty cell; nothing is asked for, and nothing is wrong in the console."""
+    if off == "extension":
+        write_page_config(tmp_path)
+    limit = 2 * MIB if off == "extension" else 0
+    options = ("--ServerApp.jpserver_extensions=jupyterlab=True", f"--Fastwire.history_limit={limit}")
+    with serving(tmp_path, *options) as other, browser.new_context() as tabs:
+        tabs.set_default_timeout(1000 * PATIENCE)
+        notebook = Lab(other, tabs, "off").open("input('Who? ')", "1 + 1")
+        errors, asked = watched(notebook.page)
+        notebook.run(0)
+        expect(notebook.cell(0).locator("input.jp-Stdin-input")).to_be_visible()
+        reloaded(notebook)
+        notebook.expect_kernel("Busy")
+        notebook.expect_prompt(0, "[ ]:")
+        photographed(notebook, f"without-{off}")
+        other.interrupt(other.rest("GET", "/api/kernels")[1][0]["id"])
+        notebook.run(1)
+        notebook.expect_output(1, "2")
+        assert (errors, asked) == ([], [])
+
+
+def write_page_config(home: Path) -> None:
+    """As ``jupyter labextension disable jupyter-fastwire`` does."""
+    folder = home / "config" / "labconfig"
+    folder.mkdir(parents=True)
+    (folder / "page_config.json").write_text(json.dumps({"disabledExtensions": {"jupyter-fastwire": True}}))
+
+
+def watched(page: Page) -> tuple[list[str], list[str]]:
+    """What becomes of a page: errors in its console, requests for runs."""
+    errors: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url) if "/runs" in request.url else None)
+    return errors, asked
+
+
+# -- widgets ---------------------------------------------------------------------------------------
+
+
+def test_a_page_with_widgets_is_not_made_worse(lab: Lab) -> None:  # noqa: F811
+    """A slider of an idle kernel works in a page that is reloaded, and its picture is drawn once."""
+    notebook = lab.open(SLIDER, "slider.value")
+    notebook.run(0)
+    expect(notebook.output(0).get_by_role("slider")).to_be_visible()
+    errors, asked = watched(notebook.page)
+    reloaded(notebook)
+    handle = notebook.output(0).get_by_role("slider")
+    expect(handle).to_have_count(1)
+    handle.press("ArrowRight")
+    expect(notebook.output(0).locator("img")).to_have_js_property("naturalWidth", 20)
+    notebook.run(1)
+    notebook.expect_output(1, "20")
+    photographed(notebook, "widgets")
+    assert errors == []
+    assert asked
+
+
+# -- elsewhere -------------------------------------------------------------------------------------
+
+
+def test_in_notebook_7(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+    options = ("--ServerApp.jpserver_extensions=notebook=True", f"--Fastwire.history_limit={2 * MIB}")
+    python = prefixes.make_with("notebook==7.6.*")
+    with (
+        serving(tmp_path, *options, python=python, variables=prefixes.VARIABLES) as other,
+        browser.new_context(viewport={"width": 1100, "height": 800}) as tabs,
+    ):
+        tabs.set_default_timeout(1000 * PATIENCE)
+        enough = Enough(Lab(other, tabs, "notebook7"))
+        path = enough.lab.write("notebook", enough.cell, "input('Who? ')")
+        page = tabs.new_page()
+        page.goto(f"{other.root}/notebooks/{path.name}?token={TOKEN}")
+        notebook = Notebook(page, path)
+        expect(page.locator(".jp-NotebookKernelStatus, .jp-Notebook-ExecutionIndicator").first).to_be_visible()
+        notebook.run(0)
+        notebook.expect_output(0, "line 50")
+        reloaded(notebook)
+        notebook.expect_output(0, "line 300")
+        notebook.expect_prompt(0, "[*]:")
+        photographed(notebook, "notebook7-middle")
+        page.close()
+        enough.say(600)
+        other.until_model(other.rest("GET", "/api/kernels")[1][0]["id"], execution_state="idle")
+        page = tabs.new_page()
+        page.goto(f"{other.root}/notebooks/{path.name}")
+        notebook = Notebook(page, path)
+        notebook.expect_output(0, "end ")
+        notebook.expect_prompt(0, "[1]:")
+        photographed(notebook, "notebook7-end")
+        assert_counts(shown(notebook, 0))
+
+
+def test_beside_jupyter_server_documents(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+    """Its own execution, by a client of its own, in two tabs of one document; fastwire carries pages' messages."""
+    python = prefixes.make_with("jupyter-server-documents==0.3.*")
+    extensions = WITHOUT_EXTENSIONS | {"jupyterlab": True}
+    options = ("--Fastwire.take_over=True", f"--Fastwire.history_limit={2 * MIB}")
+    settings = {"python": python, "variables": prefixes.VARIABLES, "extensions": extensions}
+    with (
+        serving(tmp_path, *options, **settings) as other,
+        browser.new_context(viewport={"width": 1100, "height": 800}) as tabs,
+    ):
+        tabs.set_default_timeout(1000 * PATIENCE)
+        enough = Enough(Lab(other, tabs, "documents"))
+        notebook = enough.lab.open(enough.cell, "6 * 7")
+        errors, _ = watched(notebook.page)
+        notebook.run(0)
+        notebook.expect_output(0, "line 50")
+        reloaded(notebook)
+        second = reopened(notebook)
+        enough.say(200)
+        for each in (notebook, second):
+            each.expect_output(0, "end ")
+            assert_counts(shown(each, 0))
+        photographed(second, "documents")
+        second.run(1)
+        for each in (notebook, second):
+            each.expect_output(1, "42")
+        _, status = other.rest("GET", "/fastwire/api/status")
+        (kernel,) = status["kernels"]
+        assert len(kernel["clients"]) == 3, "two pages, and the session of the one that was reloaded"
+        assert other.logged("[E ") == []
+        assert [error for error in errors if "fastwire" in error] == []

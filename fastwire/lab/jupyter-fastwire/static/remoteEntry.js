@@ -10,17 +10,23 @@ A federated module as webpack would build it, written by hand: it needs nothing 
      heard by the page that ran the cell, not by this one). */
   const SOON = 200, SILENT = 1000;
 
+  /* Milliseconds until a server that was not there is asked again, at most; answers that are its own, and final. */
+  const AWAY = 10_000, FINAL = [400, 403, 404, 410, 413];
+
   /* Of a run's messages, so many ids are remembered at least, and twice as many at most. */
   const REMEMBERED = 8192;
 
   /* What was cleared by hand stays so: cells and times, in the browser's storage. */
   const CLEARED = `${NAME}:cleared`, MOST_CLEARED = 1000;
 
+  const sleep = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, milliseconds); });
+
   /* -- the server's interface (docs/runs.md) -- */
 
   class Runs {
     constructor(services, kernel) {
       this.services = services;
+      this.kernel = kernel;
       this.settings = kernel.serverSettings;
       this.url = `${this.settings.baseUrl}fastwire/api/kernels/${kernel.id}/runs`;
     }
@@ -40,9 +46,17 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       return new Map(runs.filter((run) => run.cell).map((run) => [run.cell, run]));
     }
 
-    messages(run, after) {
+    /* A run is followed for long: a network that is cut, or a proxy that begins anew, passes. */
+    async messages(run, after) {
       const from = after < 0 ? "" : `&after=${after}`;
-      return this.ask(`/${encodeURIComponent(run.msg_id)}?raw=1&partial=1${from}`);
+      for (let pause = SILENT; ; pause = Math.min(2 * pause, AWAY)) {
+        try {
+          return await this.ask(`/${encodeURIComponent(run.msg_id)}?raw=1&partial=1${from}`);
+        } catch (error) {
+          if (this.kernel.isDisposed || FINAL.includes(error.response?.status)) throw error;
+          await sleep(pause);
+        }
+      }
     }
 
     outputs(run) {
@@ -113,7 +127,7 @@ A federated module as webpack would build it, written by hand: it needs nothing 
           if (!(await this.look()) || (this.isOver && this.hasAll)) break;
           if (!this.hasAll) continue;
           if (!rang) await new Promise((resolve) => { ring = resolve; setTimeout(resolve, SILENT); });
-          if (rang) await new Promise((resolve) => { setTimeout(resolve, SOON); });
+          if (rang) await sleep(SOON);
         }
       } finally {
         this.kernel.iopubMessage.disconnect(hear);
