@@ -12,7 +12,7 @@ import prefixes
 import pytest
 from chromium import PATIENCE, SCREENSHOTS
 from playwright.sync_api import Browser, Page, expect
-from server import TOKEN, WITHOUT_EXTENSIONS, serving
+from server import TOKEN, WITHOUT_EXTENSIONS, serving, until
 from test_browser import (  # noqa: F401 - fixtures
     SLIDER,
     Lab,
@@ -273,22 +273,29 @@ def watched(page: Page) -> tuple[list[str], list[str]]:
 # -- widgets ---------------------------------------------------------------------------------------
 
 
-def test_a_page_with_widgets_is_not_made_worse(lab: Lab) -> None:  # noqa: F811
-    """A slider of an idle kernel works in a page that is reloaded, and its picture is drawn once."""
+@pytest.mark.parametrize("is_saved", [True, False], ids=["saved", "not-saved"])
+def test_a_page_with_widgets_is_not_made_worse(lab: Lab, is_saved: bool) -> None:  # noqa: F811
+    """A slider of an idle kernel works in a page that is opened anew, and is there once; where it was not saved, from
+    the log."""
     notebook = lab.open(SLIDER, "slider.value")
     notebook.run(0)
     expect(notebook.output(0).get_by_role("slider")).to_be_visible()
-    errors, asked = watched(notebook.page)
-    reloaded(notebook)
+    notebook.expect_ran(0, 1)
+    if is_saved:
+        notebook.page.keyboard.press("Control+s")
+        until(lambda: "widget-view" in notebook.path.read_text(), "the slider in the notebook's file")
+    notebook.page.close()
+    notebook = reopened(notebook)
+    errors, _ = watched(notebook.page)
     handle = notebook.output(0).get_by_role("slider")
     expect(handle).to_have_count(1)
     handle.press("ArrowRight")
     expect(notebook.output(0).locator("img")).to_have_js_property("naturalWidth", 20)
     notebook.run(1)
     notebook.expect_output(1, "20")
-    photographed(notebook, "widgets")
+    expect(handle).to_have_count(1)
+    photographed(notebook, f"widgets-{'saved' if is_saved else 'not-saved'}")
     assert errors == []
-    assert asked
 
 
 # -- elsewhere -------------------------------------------------------------------------------------

@@ -169,6 +169,7 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       if (cell.model.executionState === "running" && !this.waits) return false;
       if (!this.isOver) this.mark();
       if (run.state === "queued") return true; // it is shown when it begins
+      if (input) cell.model.trusted = true; // as of a cell that the page runs itself: else widgets and scripts are text
       this.future = new RunFuture(this.runs, run);
       cell.outputArea.future = this.future;
       return true;
