@@ -117,10 +117,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_json(path: Path | None, name: str, settings: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-    """Write settings (but no token), environment and every run to *path*, if there is one."""
+    """Write settings (no token, nor where it is written), environment and every run to *path*, if there is one."""
     if path is None:
         return
-    shown = {key: value for key, value in settings.items() if key != "token"}
+    shown = {key: value for key, value in settings.items() if key not in ("token", "json")}
     document = {"benchmark": name, "settings": shown, "environment": environment(), "runs": runs}
     path.parent.mkdir(parents=True, exist_ok=True)
     # In one step, so that an interrupt leaves the last complete file.

@@ -337,7 +337,7 @@ METRICS = (
     Metric(
         "fastwire_kept_bytes",
         "gauge",
-        "Bytes of memory in which messages are kept until their clients have them.",
+        "Bytes of memory in which messages are kept: until their clients have them, and as history.",
         lambda: [((), sum(relay.journal.memory for relay in open_relays))],
     ),
     Metric(
