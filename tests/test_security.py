@@ -73,6 +73,9 @@ EXAMPLES = {
     "kernel_name": ["light"],
     "section_name": ["section"],
     "format": ["script"],
+    "msg_id": ["request"],
+    "number": ["1"],
+    "index": ["0"],
 }
 
 #: For patterns that say more than that.
