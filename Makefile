@@ -55,7 +55,7 @@ serve: $(SERVING) ## a Jupyter server on fastwire: make serve ARGS="--port 9999"
 	$(RUN) -m fastwire.serve $(ARGS)
 
 test: install ## all tests, or some: make test ARGS="tests/test_core_signer.py -k sha"
-	$(RUN) -m pytest $(ARGS)
+	$(if $(CI),tools/twice.sh) $(RUN) -m pytest $(ARGS)
 
 portable: install ## the core's tests on a core without SSE2 and SHA instructions, in build/portable
 	$(COPY) \

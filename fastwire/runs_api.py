@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 try:
     from jupyter_core.utils import ensure_async
@@ -78,6 +78,8 @@ MOST_BODY, MOST_QUEUED = 10 * MIB, 256
 #: Larger than any number of a message.
 ENDLESS = 1 << 62
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
 KERNEL, RUN = r"(?P<kernel_id>\w+-\w+-\w+-\w+-\w+)", r"(?P<msg_id>[^/]+)"
 
 
@@ -103,6 +105,12 @@ def refuse(status: int, reason: str) -> NoReturn:
     raise web.HTTPError(status, reason, reason=reason)
 
 
+def may_execute(method: Method) -> Method:
+    """Of a handler: for who may execute, by the server's authorizer."""
+    authorize: Callable[[Method], Method] = authorized("execute")
+    return authorize(method)
+
+
 class Handler(APIHandler):
     """What is common to all: kernels and runs are found, or refused in words; arguments are checked."""
 
@@ -114,8 +122,7 @@ class Handler(APIHandler):
     #: Called when its reader has left.
     on_gone: Callable[[], None] | None = None
 
-    async def prepare(self) -> None:  # type: ignore[override]
-        await super().prepare()
+    def check_arguments(self) -> None:
         unknown = {*self.request.query_arguments} - {*self.arguments, "token"}
         if not all(map(self.is_a_time, unknown)):
             known = ", ".join(self.arguments) or "none"
@@ -126,6 +133,8 @@ class Handler(APIHandler):
         return name.isascii() and name.isdigit() and self.request.query_arguments[name] == [b""]
 
     def kernel(self, kernel_id: str) -> Kernel:
+        """That is asked of, in a way that there is."""
+        self.check_arguments()
         if kernel_id not in self.kernel_manager:
             refuse(404, "there is no kernel of this id")
         kernel = kernel_of(self.kernel_manager.get_kernel(kernel_id))
@@ -218,7 +227,7 @@ class RunsHandler(Handler):
         self.say({"runs": runs, "first": journal.front.first, "end": journal.end})
 
     @web.authenticated
-    @authorized("execute")  # type: ignore[untyped-decorator]
+    @may_execute
     async def post(self, kernel_id: str) -> None:
         kernel = self.kernel(kernel_id)
         asked = self.document(Asked)
@@ -485,7 +494,7 @@ class InputHandler(Handler):
     """Answers what a run asks, whoever asked for that."""
 
     @web.authenticated
-    @authorized("execute")  # type: ignore[untyped-decorator]
+    @may_execute
     async def post(self, kernel_id: str, msg_id: str) -> None:
         kernel = self.kernel(kernel_id)
         run = self.run(kernel, msg_id)

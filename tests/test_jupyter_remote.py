@@ -12,15 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from absent import not_tested
 from server import ROOT, Client, Raw, Server, serving, until
 from test_jupyter import UNLIMITED, complete, flushed, knows_x, numbers
 
 from fastwire._core import PROTOCOL_V1
 
 if not (shutil.which("ip") and os.geteuid() == 0):
-    if os.environ.get("CI"):
-        pytest.fail("the tests of kernels on other machines need root and iproute2", pytrace=False)
-    pytest.skip("NOT TESTED: kernels on other machines; needs root and iproute2", allow_module_level=True)
+    not_tested("NOT TESTED: kernels on other machines; needs root and iproute2", whole_file=True)
 
 # Each test starts a server of its own, or several kernels.
 pytestmark = pytest.mark.timeout(180)

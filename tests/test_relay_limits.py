@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import random
 import re
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import zmq
+from absent import not_tested
 from builders import message
 from relay_stage import BUDGET, KIB, MIB, Kernel, Stage, both_protocols, leave, settle, stream, until
 
@@ -128,9 +128,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        if os.environ.get("CI"):
-            pytest.fail("CI must be able to mount a file system")
-        pytest.skip("only root can mount a file system that is soon full")
+        not_tested("A FULL DISK IS NOT TESTED: only root can mount a file system that is soon full")
     yield tmp_path
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 

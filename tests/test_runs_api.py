@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import pytest
 from chromium import launched
+from people import permissions
 from server import PATIENCE, ROOT, TOKEN, Client, Server, serving, until
 
 OPTIONS = ("--Fastwire.resume_timeout_closed=0", f"--Fastwire.history_limit={2 << 20}")
@@ -380,28 +381,8 @@ def test_no_more_wait_than_may(server: Server) -> None:
 
 # -- who may ---------------------------------------------------------------------------------------
 
-PERMISSIONS = """
-from jupyter_server.auth import Authorizer, IdentityProvider, User
-
-#: What each may do with kernels.
+#: Of kernels.
 MAY = {"reader": ("read",), "runner": ("execute",), "outsider": ()}
-
-
-class Named(IdentityProvider):
-    def get_user(self, handler):
-        name = handler.request.headers.get("X-User")
-        return User(name) if name else super().get_user(handler)
-
-
-class ByTable(Authorizer):
-    def is_authorized(self, handler, user, action, resource):
-        return resource != "kernels" or action in MAY.get(user.username, (action,))
-
-
-c = get_config()
-c.ServerApp.identity_provider_class = Named
-c.ServerApp.authorizer_class = ByTable
-"""
 
 #: Who says who somebody is, as a hub does, and which a cross-site page could not set.
 AS = {"Cookie": "_xsrf=ab12", "X_XSRFToken": "ab12"}
@@ -409,7 +390,7 @@ AS = {"Cookie": "_xsrf=ab12", "X_XSRFToken": "ab12"}
 
 def test_who_may_read_and_who_may_execute(tmp_path: Path) -> None:
     """Each without the other; who may do neither sees no run, and no kernel gets what is refused."""
-    (tmp_path / "permissions.py").write_text(PERMISSIONS)
+    (tmp_path / "permissions.py").write_text(permissions(MAY, guarded="kernels"))
     with serving(tmp_path, *OPTIONS, f"--config={tmp_path / 'permissions.py'}") as server, server.kernel() as kernel:
         run = posted(server, kernel, code="print(input())", allow_stdin=True)["msg_id"]
         one = f"{runs_of(kernel)}/{run}"

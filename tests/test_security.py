@@ -20,29 +20,13 @@ import websockets.exceptions
 import wsclient
 from builders import client_frame
 from jupyter_server.auth import passwd
+from people import permissions
 from server import PATIENCE, ROOT, TOKEN, Client, Raw, Server, environment, serving, until
 
 from fastwire._core import OP_PING, OP_TEXT, PROTOCOL_V1
 
 #: A hub in front of the server: it says who somebody is. One of them may only look.
 CONFIG = """
-from jupyter_server.auth import Authorizer, IdentityProvider, User
-
-
-class Named(IdentityProvider):
-    def get_user(self, handler):
-        name = handler.request.headers.get("X-User")
-        return User(name) if name else super().get_user(handler)
-
-
-class ReadOnly(Authorizer):
-    def is_authorized(self, handler, user, action, resource):
-        return action in {"reader": ("read",), "outsider": ()}.get(user.username, (action,))
-
-
-c = get_config()
-c.ServerApp.identity_provider_class = Named
-c.ServerApp.authorizer_class = ReadOnly
 c.ServerApp.log_level = "INFO"
 c.Fastwire.clients_per_kernel = 4
 c.Fastwire.clients_per_user = 5
@@ -105,7 +89,7 @@ XSRF = {"Cookie": "_xsrf=ab12", "X-XSRFToken": "ab12"}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("security")
     config = home / "hub_config.py"
-    config.write_text(CONFIG)
+    config.write_text(permissions({"reader": ("read",), "outsider": ()}) + CONFIG)
     with serving(home, f"--config={config}") as server:
         yield server
 

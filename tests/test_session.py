@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import jupyter_client.session
 import pytest
 import zmq
+from absent import not_tested
 from builders import KEY, zmq_pair
 from patience import SLOW
 
@@ -306,8 +307,7 @@ def their_tests(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFa
     name = f"jupyter_client-{version}"
     problem = "" if (cache / f"{name}.tar.gz").exists() else download(version, cache)
     if problem:
-        complaint = f"jupyter_client's own tests did NOT run, its sdist is not here: {problem}"
-        pytest.fail(complaint) if os.environ.get("CI") == "true" else pytest.skip(complaint)
+        not_tested(f"jupyter_client's own tests did NOT run, its sdist is not here: {problem}")
     directory = tmp_path_factory.mktemp("jupyter_client")
     with tarfile.open(cache / f"{name}.tar.gz") as archive:
         source = archive.extractfile(f"{name}/tests/test_session.py")

@@ -1,6 +1,5 @@
 """The documentation as a site: built from the pages as they are, and refused when something in it leads nowhere."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from absent import not_tested
 from patience import SLOW
 from server import ROOT
 
@@ -32,8 +32,7 @@ def tree(folder: Path) -> Path:
 
 def build(folder: Path) -> subprocess.CompletedProcess[str]:
     if find_spec("mkdocs") is None:
-        complaint = "the site was NOT built: no mkdocs here (make site)"
-        pytest.fail(complaint) if os.environ.get("CI") == "true" else pytest.skip(complaint)
+        not_tested("the site was NOT built: no mkdocs here (make site)")
     return subprocess.run(
         [sys.executable, "tools/site.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=120 * SLOW
     )

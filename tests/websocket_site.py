@@ -29,6 +29,7 @@ import tornado.tcpserver
 import tornado.web
 import tornado.websocket
 import websockets.asyncio.client
+from absent import not_tested
 from conftest import FAILED
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
@@ -339,9 +340,8 @@ def frozen_heap() -> Iterator[None]:
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A key and its self-signed certificate in one file."""
     openssl = shutil.which("openssl")
-    if openssl is None and os.environ.get("CI") != "true":
-        pytest.skip("TLS IS NOT TESTED: there is no openssl command to make a certificate with")
-    assert openssl, "CI has to have an openssl command"
+    if openssl is None:
+        not_tested("TLS IS NOT TESTED: there is no openssl command to make a certificate with")
     path = tmp_path_factory.mktemp("tls") / "server.pem"
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
