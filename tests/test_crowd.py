@@ -8,7 +8,7 @@ import zmq
 from builders import client_message, message
 from journal_stage import Disk, batch_of, line
 from relay_stage import KIB, Kernel, Stage, both_protocols, stream
-from starving import Listener, Owner
+from starving_turn import Listener, Owner
 from test_compiled_turn import SpokenKernel
 
 from fastwire._core import FrameParser, Poller, Wire, WriteQueue

@@ -1,0 +1,447 @@
+"""Cases of `starving` in which several objects work together: a loop's turns, a kernel's log, its channels."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import builders
+import zmtp_oracle as peer
+from builders import KEY, client_frame
+from journal_stage import Disk
+from starving_messages import (
+    MANY,
+    PARTS,
+    STATUS,
+    Case,
+    Kernel,
+    batch,
+    events,
+    idle,
+    one,
+    same,
+    shaken,
+    signed,
+)
+
+from fastwire import _core
+from fastwire._core import (
+    OP_PONG,
+    OP_TEXT,
+    PROTOCOL_V1,
+    Activity,
+    Asking,
+    Batch,
+    FrameParser,
+    Outlet,
+    Poller,
+    Signer,
+    Source,
+    Uplink,
+    Wire,
+    WriteQueue,
+)
+from fastwire.budgets import Budgets
+from fastwire.channels import Channel, ZmtpChannel
+from fastwire.errors import OutOfMemory
+from fastwire.flow import Limits
+from fastwire.journal import Journal
+
+# -- turn --
+
+
+class Owner:
+    """Whoever a `Wire` tells."""
+
+    def __init__(self) -> None:
+        self.silences: list[None] = []
+        self.ends: list[object] = []
+        self.on_lost = self.ends.append
+
+    def on_silence(self) -> None:
+        self.silences.append(None)
+
+    def on_written(self) -> None: ...
+    def on_sign_of_life(self) -> None: ...
+
+
+class Turn:
+    """A poller whose loop does what it is asked for when it is told to, and two of its connections."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+        self.asked: list[Callable[[], None] | None] = []
+        self.poller = Poller(self.tell, self.asked.append)
+        self.poller.open()
+        self.others: list[builders.socket.socket] = []
+        self.sockets = [self.pair() for _ in range(2)]
+        self.owners = [Owner(), Owner()]
+        self.wires = [self.wire(owner, ours) for owner, (ours, _) in zip(self.owners, self.sockets, strict=True)]
+
+    @staticmethod
+    def pair() -> tuple[builders.socket.socket, builders.socket.socket]:
+        ours, theirs = builders.socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        return ours, theirs
+
+    def more_sockets(self) -> tuple[builders.socket.socket, builders.socket.socket]:
+        """Of a kernel; and this is the loop that runs."""
+        asyncio._set_running_loop(self)
+        pair = self.pair()
+        self.others += pair
+        return pair
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.asked.append(callback)
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        self.asked.append(callback)
+
+    def tell(self, who: object, error: Exception) -> None:
+        self.starved = isinstance(error, MemoryError)
+        self.told.append(error)
+
+    def telling(self, call: Callable[[], object]) -> None:
+        """Raises what it was told of: the turn goes on, and whoever starves it is to know that something failed."""
+        self.starved = False
+        call()
+        if self.starved:
+            raise MemoryError
+
+    def wire(self, owner: Owner, ours: builders.socket.socket) -> Wire:
+        return Wire(ours.fileno(), self.Stream(ours), FrameParser(), WriteQueue(acknowledge=True), self.poller, owner)
+
+    class Stream:
+        def __init__(self, ours: builders.socket.socket) -> None:
+            self.socket = ours
+
+    def go_on(self) -> None:
+        """The loop calls what it was asked to."""
+        while self.asked:
+            (self.asked.pop(0) or self.poller.tick)()
+
+    def look(self, count: int = 2) -> bool:
+        """Until so many connections were looked at; or their owner could not be told, and that was."""
+        while (looks := sum(len(owner.silences) for owner in self.owners) + len(self.told)) < count:
+            assert self.asked, "nobody will look at them any more"
+            self.go_on()
+        return looks == count
+
+    def written(self) -> list[bytes]:
+        """What each peer has got; all is closed."""
+        self.go_on()
+        self.poller.close()
+        asyncio._set_running_loop(None)
+        for each in self.others:
+            each.close()
+        data = []
+        for ours, theirs in self.sockets:
+            ours.close()
+            with suppress(ConnectionResetError), theirs.makefile("rb") as end:  # what the peer has said was not read
+                data.append(end.read())
+            theirs.close()
+        return data
+
+
+def turning(
+    call: Callable[[Turn], object],
+    outcome: Callable[[Turn], object] = lambda _: None,
+    *,
+    before: Callable[[Turn], object] = same,
+) -> Case:
+    def case() -> tuple[Any, Any]:
+        turn = Turn()
+        before(turn)
+        return lambda: turn.telling(lambda: call(turn)), lambda _: (
+            outcome(turn),
+            turn.written(),
+            [owner.ends for owner in turn.owners],
+        )
+
+    return case
+
+
+def reading() -> tuple[Any, Any]:
+    """A descriptor is watched, and heard of."""
+    turn, heard = Turn(), []
+    ours, theirs = turn.sockets[0]
+    theirs.send(b"x")
+
+    def callback() -> None:
+        heard.append(ours.recv(10))
+
+    def outcome(_: object) -> object:
+        turn.poller.turn()
+        before = len(turn.poller), turn.poller.unwatch(ours.fileno(), callback)
+        theirs.send(b"y")
+        turn.poller.turn()
+        return before, heard, turn.written()
+
+    return lambda: turn.poller.watch(ours.fileno(), callback), outcome
+
+
+EVENTS = [(OP_PONG, b"nobody's"), (OP_TEXT, "text")]
+
+
+def ready(turn: Turn) -> None:
+    """Both connections have something to read."""
+    for wire, (ours, theirs) in zip(turn.wires, turn.sockets, strict=True):
+        wire.hands_out = True
+        wire.uplink = Uplink(None, Signer(KEY), Kernel.sockets_of_nobody)
+        theirs.send(client_frame(OP_PONG, b"nobody's") + client_frame(OP_TEXT, "text"))
+        turn.poller.watch(ours.fileno(), wire)
+
+
+def received(turn: Turn) -> bool:
+    """It is there now; or its connection ends for want of memory."""
+    turn.poller.turn()
+    return all(events(wire.parser) in (EVENTS, [OutOfMemory]) for wire in turn.wires)
+
+
+def asking(turn: Turn) -> None:
+    for wire in turn.wires:
+        wire.asks = Asking(b"12345678", 0.0, 0.0, 1 << 20)
+
+
+def silent(turn: Turn) -> None:
+    asking(turn)
+    for wire in turn.wires:
+        assert wire.asks is not None
+        wire.asks.ask(0, 0.0)
+
+
+def looked_after(turn: Turn) -> None:
+    silent(turn)
+    for wire in turn.wires:
+        wire.look_after(0.0)
+
+
+def full(turn: Turn) -> None:
+    for wire in turn.wires:
+        wire.extend(one().frames(PROTOCOL_V1))
+
+
+def asking_and_full(turn: Turn) -> None:
+    asking(turn)
+    full(turn)
+
+
+def at_end() -> tuple[Any, Any]:
+    turn, heard = Turn(), []
+
+    def callback() -> None:
+        heard.append("end")
+
+    return lambda: turn.poller.at_end(callback), lambda _: (turn.written(), heard)
+
+
+def ride(turn: Turn) -> None:
+    for wire in turn.wires:
+        wire.ride()
+
+
+# -- log --
+
+
+def log_append() -> tuple[Any, Any]:
+    limits = Limits(spill=False)
+    journal = Journal(limits, Budgets(limits), Disk())
+    cursor = journal.cursor("")
+    cursor.fall_behind(journal.append(idle()))
+    new = one()
+    return lambda: journal.append(new), lambda entry: (entry.first, entry.end, journal.end, len(journal.open.entries))
+
+
+class Listener(_core.Outlet):
+    """A client that gets what everybody gets."""
+
+    def __init__(self, cursor: Any, wire: Wire, limits: Budgets) -> None:
+        self.wire, self.budgets = wire, limits
+        self.missed: list[object] = []
+        wire.outlet = self
+
+    def could_not_give(self, entry: object, error: Exception) -> None:
+        self.missed.append(error)
+
+    def fall_behind(self, entry: Any) -> None:
+        self.cursor.fall_behind(entry)
+
+    def pump(self) -> None:
+        self.missed.append("behind")
+
+
+class Said:
+    """A log, and two who hear what is said."""
+
+    def __init__(self) -> None:
+        limits = Limits(spill=False)
+        budgets = Budgets(limits)
+        self.turn = Turn()
+        self.journal = Journal(limits, budgets, Disk())
+        self.cursors = [self.journal.cursor(user) for user in "ab"]
+        both = zip(self.cursors, self.turn.wires, strict=True)
+        self.outlets = [Listener(cursor, wire, budgets) for cursor, wire in both]
+        for outlet in self.outlets:
+            self.journal.listen(outlet)
+
+    def once(self, call: Callable[[], object]) -> Callable[[], object]:
+        """What was appended is not said again."""
+        end = self.journal.end
+
+        def called() -> None:
+            try:
+                call()
+            except MemoryError:
+                if self.journal.end == end:
+                    raise
+
+        return called
+
+    def heard(self, *hears: bool) -> object:
+        """Each got it once, and it is kept until that is known; or it was told."""
+        frames = bytes(one().frames(None))
+        assert self.journal.end == len(one())
+        flights = [len(cursor.flight) for cursor in self.cursors]
+        for outlet, flight, data, hear in zip(self.outlets, flights, self.turn.written(), hears, strict=True):
+            got = data.startswith(frames)
+            assert got + len(outlet.missed) == hear, (data, outlet.missed)
+            assert flight == got
+        return True
+
+
+def say() -> tuple[Any, Any]:
+    said, new = Said(), one()
+    return said.once(lambda: said.journal.say(new)), lambda _: said.heard(True, True)
+
+
+def tell() -> tuple[Any, Any]:
+    said, new = Said(), one()
+    return said.once(lambda: said.journal.tell(said.outlets[0], new)), lambda _: said.heard(True, False)
+
+
+def tell_another() -> tuple[Any, Any]:
+    """Who is told differs each time: the segment counts what it has for each."""
+    said = Said()
+    first, second = said.outlets
+    said.journal.tell(first, idle())
+    said.journal.say(idle())
+    call = said.once(lambda: said.journal.tell(second, idle()))
+
+    def outcome(_: object) -> object:
+        entries = said.journal.open.entries
+        assert entries is not None
+        said.turn.written()
+        return [(entry.first, entry.end) for entry in entries], said.journal.open.counts, said.journal.budget.used > 0
+
+    return call, outcome
+
+
+def released() -> tuple[Any, Any]:
+    said = Said()
+    said.journal.say(one())
+    cursor = said.cursors[0]
+    end = said.turn.wires[0].queue.queued
+
+    def outcome(_: object) -> object:
+        said.turn.written()
+        said.journal.settle()  # the next message does: what could not be let go goes then
+        return len(cursor.flight), len(said.cursors[1].flight), said.journal.open.memory
+
+    return lambda: cursor.release(end), outcome
+
+
+class Side(_core.KernelSide):
+    def __init__(self, said: Said) -> None:
+        self.journal, self.poller = said.journal, said.turn.poller
+        self.activity = Activity([])
+        self.budgets = said.outlets[0].budgets
+
+
+def hear() -> tuple[Any, Any]:
+    said = Said()
+    side = Side(said)
+    side.on_iopub(idle())
+
+    def outcome(_: object) -> object:
+        headers, new = side.last_headers, one().headers(len(one()) - 1)
+        assert headers in (idle().headers(0), new)
+        frames = bytes(one().frames(None))
+        written = said.turn.written()
+        got = [frames in data or bool(each.missed) for data, each in zip(written, said.outlets, strict=True)]
+        return got, said.journal.end
+
+    return said.once(lambda: side.on_iopub(one())), outcome
+
+
+class Heard(ZmtpChannel):
+    """A channel whose connection is there, and whose loop is a `Turn`."""
+
+    def __init__(
+        self, name: str, said: Said, side: Side, outlet: Outlet | None, before: Callable[[], object] | None = None
+    ) -> None:
+        ours, theirs = said.turn.more_sockets()
+        stream = shaken("SUB" if name == "iopub" else "DEALER")
+        stream.attach(ours.fileno())
+        source = Source(stream, said.turn.poller, self)
+        source.was_ready = True
+
+        def receive(signer: Signer, most_bytes: int, *, permissive: bool) -> Batch | None:
+            return stream.drain(stream.fd, name, signer, max_bytes=most_bytes, permissive=permissive)
+
+        self._link: Any = SimpleNamespace(
+            source=source, stream=stream, closed=False, settle=lambda: None, drain=receive, rest=lambda **_: None
+        )
+        on_batch = side.on_iopub if outlet is None else partial(said.journal.tell, outlet)
+        Channel.__init__(self, name, Signer(KEY), on_batch, before=before)
+        self.peer, self.source = theirs, source
+        self.pass_to(side, outlet)
+        said.turn.poller.watch(ours.fileno(), source)
+
+
+def in_order(data: bytes, pieces: Sequence[bytes]) -> bool:
+    places = [data.find(piece) for piece in pieces]
+    return places == sorted(places) and -1 not in places
+
+
+def passing(*replies: Sequence[bytes]) -> Case:
+    """What a kernel says on iopub, and its replies to the first of two clients, on their way through a turn."""
+
+    def case() -> tuple[Any, Any]:
+        said = Said()
+        kernel = Side(said)
+        iopub = Heard("iopub", said, kernel, None)
+        channels = [iopub]
+        if replies:
+            channels.append(Heard("shell", said, kernel, said.outlets[0], iopub.has_more))
+        for each in PARTS, STATUS, *MANY[:2]:
+            iopub.peer.send(peer.multipart(signed(each)))
+        for each in replies:
+            channels[1].peer.send(peer.multipart(signed(each)))
+
+        def outcome(_: object) -> object:
+            for channel in channels[::-1]:  # whatever was kept is passed on when something comes, at the latest
+                channel.peer.send(peer.multipart(signed(MANY[2])))
+            said.turn.poller.turn()
+            said.turn.go_on()
+            for channel in channels:
+                channel.source.end()
+                channel.source.stream.close()
+            output = [bytes(batch(each).frames(None)) for each in (PARTS, STATUS, *MANY[:3])]
+            answers = [bytes(batch(each, channel="shell").frames(None)) for each in (*replies, MANY[2])]
+            for outlet, data, more in zip(
+                said.outlets, said.turn.written(), (answers * bool(replies), []), strict=True
+            ):
+                if not outlet.missed:
+                    assert in_order(data, output)
+                    assert in_order(data, output[:4] + more), "a reply is behind its output"
+                    assert len(data) == len(b"".join(output + more)), "each once"
+            return said.journal.end
+
+        return lambda: said.turn.telling(said.turn.poller.turn), outcome
+
+    return case
