@@ -421,7 +421,8 @@ class Journal(Log):
         """Nobody needs the first segment that somebody might have needed."""
         segment = self.needed
         self.needed = segment.next
-        self._keep(segment)
+        if self.history_limit:
+            self._keep(segment)
         self._trim(self.history_limit)
 
     # -- what everybody has --
@@ -429,7 +430,7 @@ class Journal(Log):
     def _keep(self, segment: Segment) -> None:
         """Lines are joined: little of them will be asked for, and one by one hardly ever. Anything else stays as it is,
         as to look at it here would be Python for each message."""
-        if self.history_limit and segment.entries is not None:
+        if segment.entries is not None:
             is_output = self.make_small(segment)
             if is_output and segment.memory <= LARGEST_JOINED:
                 self._join(segment)
@@ -459,7 +460,7 @@ class Journal(Log):
         while self.front is not self.needed and (self.history > limit or not self.front.weight):
             first = self.front
             assert first.next is not None
-            if self._shorten(first, self.history - limit):
+            if limit and self._shorten(first, self.history - limit):
                 break
             self.front = first.next
             self.front.previous = None
@@ -485,15 +486,16 @@ class Journal(Log):
         return True
 
     def give_history(self, budget: Budget) -> None:
-        """The largest first, whosever that is: its room is needed for what somebody has not got."""
-        while budget.used > budget.limit and budget.histories:
-            cast("Journal", max(budget.histories, key=spare_of)).forget_history()
+        """The largest first, whosever that is: its room is needed for what somebody has not got. Not only what the next
+        message takes, so that it is rare."""
+        while (excess := budget.used - budget.limit) > 0 and budget.histories:
+            cast("Journal", max(budget.histories, key=spare_of)).forget_history(max(excess, budget.limit // DROP))
 
-    def forget_history(self) -> bool:
-        """The oldest. False: there is none."""
+    def forget_history(self, nbytes: int) -> bool:
+        """So much of it, the oldest. False: there is none."""
         is_there = True
         if self.front is not self.needed:
-            self._trim(self.history - 1)
+            self._trim(max(self.history - nbytes, 0))
         elif self.open.entries and not self.needed.standers:
             self.learn()
             self.empty()

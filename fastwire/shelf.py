@@ -55,7 +55,7 @@ class Log(Protocol):
     def strip(self, segment: Segment, excess: int) -> bool: ...
     def make_room(self) -> None: ...
     def give_history(self, budget: Budget) -> None: ...
-    def forget_history(self) -> bool: ...
+    def forget_history(self, nbytes: int) -> bool: ...
 
 
 class Shelf:
@@ -150,7 +150,7 @@ class Shelf:
             pass
         if budget.used > budget.limit // SPILL_AT and self._file is not None and not self._failed:
             if self._full:
-                if not self._journal.forget_history():
+                if not self._journal.forget_history(budget.used - budget.limit // SPILL_AT):
                     self._strip_oldest()
             elif not self._writes and (self._unwritten or self._small):
                 self._writes = True

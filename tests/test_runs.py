@@ -380,6 +380,36 @@ def test_a_history_in_a_budget_that_others_need_gives_way() -> None:
     assert not budgets.total.histories
 
 
+def test_a_history_gives_way_at_once_and_not_message_by_message() -> None:
+    """However little each of its messages is: of 200 kernels' histories the largest is looked for each time."""
+    limits = Limits(
+        client_memory_limit=256 * KIB, user_memory_limit=300 * KIB, history_limit=PLENTY, spill=False, merge=False
+    )
+    budgets = Budgets(limits)
+    idle, busy = (Journal(limits, budgets) for _ in range(2))
+    for number in range(150):
+        idle.append(batch_of(line(number, 1000)))
+        idle.settle()
+    forgotten = []
+
+    def forget(*how: int) -> bool:
+        forgotten.append(how)
+        return Journal.forget_history(idle, *how)
+
+    idle.forget_history = forget
+    away = busy.cursor()
+    away.fall_behind(busy.append(batch_of(line(0, 120_000))))
+    busy.settle()
+    assert len(forgotten) == 1
+    for number in range(40):
+        busy.append(batch_of(line(number, 1000)))
+        busy.settle()
+    assert 1 < len(forgotten) < 20, "some at a time"
+    assert away.kept == 41
+    for journal in (idle, busy):
+        journal.close()
+
+
 def test_runs_are_described() -> None:
     limits = Limits(history_limit=PLENTY)
     journal = Journal(limits, Budgets(limits))
