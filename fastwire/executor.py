@@ -13,13 +13,11 @@ from typing import Any
 
 from fastwire._core import OP_TEXT, Uplink
 from fastwire.channels import Channel
+from fastwire.charge import Charge
 from fastwire.errors import FastwireError
 from fastwire.relay import CLIENT_CHANNELS, KernelRelay
 
 __all__ = ["Executor", "KernelIsFull"]
-
-#: Bytes that an executor may have waiting for its kernel.
-MOST_WAITING = 16 * 1024 * 1024
 
 
 class KernelIsFull(FastwireError):
@@ -35,6 +33,7 @@ class Executor:
         self._held = False
         self._uplink: Uplink | None = None
         self._channels: list[Channel] = []
+        self._charge = Charge(relay.budgets.total, relay.limits.uplink_limit, self._count)
 
     def open(self) -> None:
         """Connect, where that is still to be done or the kernel is elsewhere now; what waits goes there."""
@@ -89,7 +88,7 @@ class Executor:
     ) -> str:
         uplink = self._uplink
         assert uplink is not None
-        if uplink.waiting_bytes + uplink.sending_bytes > MOST_WAITING:
+        if self._waiting_bytes > self._charge.most:
             raise KernelIsFull("the kernel takes no messages now: too many wait for it")
         msg_id = uuid.uuid4().hex
         header = {
@@ -102,11 +101,20 @@ class Executor:
         }
         message = {"channel": channel, "header": header, "parent_header": {}, "metadata": metadata, "content": content}
         self._settle(uplink.send(OP_TEXT, json.dumps(message | {"buffers": []})))
+        self._count()
         return msg_id
 
     def _send_waiting(self) -> None:
         if self._uplink is not None and self._uplink.waiting_messages:
             self._settle(self._uplink.retry())
+            self._count()
+
+    @property
+    def _waiting_bytes(self) -> int:
+        return 0 if self._uplink is None else self._uplink.waiting_bytes + self._uplink.sending_bytes
+
+    def _count(self) -> None:
+        self._charge.set(self._waiting_bytes)
 
     def _settle(self, readable: int) -> None:
         """Sending took the edge of these descriptors with it."""
@@ -120,3 +128,4 @@ class Executor:
             channel.close()
         self._channels.clear()
         self._uplink = None
+        self._charge.end()

@@ -31,11 +31,12 @@ from fastwire._core import (
 )
 from fastwire.budgets import Budgets
 from fastwire.channels import Channel, ZmqChannel, ZmtpChannel
+from fastwire.charge import Charge
 from fastwire.disk import Disk
 from fastwire.downlink import Downlink
 from fastwire.errors import MessageError, SocketClosed
 from fastwire.events import note
-from fastwire.flow import KIB, Limits, resume_time
+from fastwire.flow import Limits, resume_time
 from fastwire.hearing import Event, Hearing
 from fastwire.journal import Journal
 from fastwire.notices import NOBODY, Neighbour, local_batch, notice
@@ -56,15 +57,9 @@ LONGEST_NAME = 16
 #: Seconds that a kernel has to connect a stdin socket.
 STDIN_PATIENCE = 5.0
 
-#: Bytes on their way to a kernel that nobody counts: those of a request are gone in a moment.
-UPLINK_FREE = 64 * KIB
-
 #: Times that a kernel is not read while memory is almost full and the disk is at work, and seconds between them. What
 #: it says meanwhile is taken aside, or waits in its sockets.
 DISK_PATIENCE, DISK_PAUSE = 100, 0.001
-
-#: Seconds until somebody looks how many are left of those that are counted, and at most, when nothing moves.
-UPLINK_LOOK, UPLINK_LOOK_SELDOM = 0.01, 0.32
 
 #: Seconds that a client is away before its sockets are closed, if nothing is to come on them: pages reload.
 REST_AFTER = 1.0
@@ -459,7 +454,6 @@ class Session:
         self.identity = identity
         #: Whose session it is: nobody else may continue it.
         self.user = user
-        self._budget = relay.budgets.of(user)
         self.downlink = Downlink(
             relay.journal.cursor(user),
             relay.limits,
@@ -476,10 +470,7 @@ class Session:
         self._deadline: asyncio.TimerHandle | None = None
         self._allowed: frozenset[str] = frozenset()
         self._expiry: asyncio.TimerHandle | None = None
-        self._charged = 0
-        self._uplink_free = min(UPLINK_FREE, relay.limits.uplink_limit)
-        self._look: asyncio.TimerHandle | None = None
-        self._look_again_after = UPLINK_LOOK
+        self._charge = Charge(relay.budgets.of(user), relay.limits.uplink_limit, self._hold_back)
         self._loop = asyncio.get_running_loop()
         self._paused = False
         self._closed = False
@@ -670,7 +661,7 @@ class Session:
             self._uplink = self._new_uplink(protocol)
             self._uplink.adopt(waiting)
         connection.consumer = self._consume
-        connection.wire.settle, connection.wire.free_bytes = self._settle, self._uplink_free
+        connection.wire.settle, connection.wire.free_bytes = self._settle, self._charge.free
         connection.receiver = self.send
         connection.label = (self.relay.name, self.label)
         connection.on_stalled = self._on_stalled
@@ -687,7 +678,7 @@ class Session:
         if self.connection is not None:
             wire = self.connection.wire
             wire.uplink = self._uplink
-            wire.watched = self._paused or self._charged > 0
+            wire.watched = self._paused or self._charge.nbytes > 0
 
     def detach(self, connection: Connection, *, replaced: bool = False) -> None:
         """The socket is gone. Nothing when another one has taken its place already. ``replaced``: the next is attached
@@ -841,11 +832,11 @@ class Session:
     def _hold_back(self) -> None:
         """At the bound of what may wait for the kernel, leave the client's bytes in its TCP."""
         uplink_bytes = self.uplink_bytes
-        if uplink_bytes <= self._uplink_free and not self._charged and not self._paused:
+        if uplink_bytes <= self._charge.free and not self._charge.nbytes and not self._paused:
             return
-        self._charge(uplink_bytes)
+        self._charge.set(uplink_bytes)
         self._lend_uplink()
-        over = uplink_bytes > self._uplink_limit
+        over = uplink_bytes > self._charge.most
         if over != self._paused and self.connection is not None:
             self._paused = over
             if over:
@@ -857,28 +848,6 @@ class Session:
                 self._stop_deadline()
                 self.connection.resume_reading()
             self._lend_uplink()
-
-    @property
-    def _uplink_limit(self) -> int:
-        """Also the client's part of what all may have waiting."""
-        left: int = self._budget.left_for(self._charged)
-        return min(self.relay.limits.uplink_limit, left)
-
-    def _charge(self, nbytes: int) -> None:
-        """Count what waits for the kernel with what waits for clients. Nobody tells when libzmq has passed some on;
-        so large amounts are looked at again, and small ones, which are gone in a moment, are not counted."""
-        nbytes = nbytes if nbytes > self._uplink_free and not self._closed else 0
-        if nbytes != self._charged:
-            self._budget.take(nbytes - self._charged)
-            self._look_again_after = UPLINK_LOOK if nbytes < self._charged else self._look_again_after
-            self._charged = nbytes
-        if nbytes and self._look is None:
-            self._look = self._loop.call_later(self._look_again_after, self._look_again)
-            self._look_again_after = min(2 * self._look_again_after, UPLINK_LOOK_SELDOM)
-
-    def _look_again(self) -> None:
-        self._look = None
-        self._hold_back()
 
     def _start_deadline(self) -> None:
         self._deadline = self._loop.call_later(
@@ -933,9 +902,7 @@ class Session:
             self.connection.wire.uplink = None
         self._can_be_asked.set()
         self._stop_deadline()
-        self._charge(0)
-        if self._look is not None:
-            self._look.cancel()
+        self._charge.end()
         for timer in (self._expiry, self._rest):
             if timer is not None:
                 timer.cancel()

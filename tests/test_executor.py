@@ -7,7 +7,8 @@ import pytest
 from builders import message
 from relay_stage import Kernel, Stage, until
 
-from fastwire.executor import MOST_WAITING, Executor, KernelIsFull
+from fastwire.executor import Executor, KernelIsFull
+from fastwire.flow import KIB, MIB
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
@@ -75,9 +76,25 @@ def test_what_waits_follows_the_kernel(stage: Stage, kernel: Kernel, executor: E
 
 
 def test_no_more_waits_than_may(stage: Stage, kernel: Kernel, executor: Executor) -> None:
+    """As of a client's messages, and all of it counts in what all may have."""
     stage.run(lambda: executor.hold(held=True))
+    part = stage.relay.limits.uplink_limit * 2 // 3
     for _ in range(2):
-        execute(stage, executor, "x" * (MOST_WAITING * 2 // 3))
+        execute(stage, executor, "x" * part)
+    assert stage.relay.budgets.total.used >= 2 * part
     with pytest.raises(KernelIsFull, match="takes no messages"):
         execute(stage, executor, "1")
     assert kernel.silent()
+    stage.run(lambda: executor.hold(held=False))
+    kernel.ids(2)
+    until(lambda: stage.relay.budgets.total.used < 64 * KIB, "nothing is counted any more")
+
+
+def test_less_waits_where_others_have_used_up_the_memory(stage: Stage, executor: Executor) -> None:
+    stage.run(lambda: executor.hold(held=True))
+    stage.run(stage.relay.budgets.total.take, stage.relay.limits.total_memory_limit)
+    execute(stage, executor, "x" * 3 * MIB)
+    with pytest.raises(KernelIsFull, match="takes no messages"):
+        execute(stage, executor, "1")
+    stage.run(executor.close)
+    assert stage.relay.budgets.total.used == stage.relay.limits.total_memory_limit
