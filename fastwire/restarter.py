@@ -14,6 +14,7 @@ import subprocess
 from contextvars import Context
 from typing import Any
 
+from jupyter_client.connect import LocalPortCache
 from jupyter_client.ioloop.restarter import AsyncIOLoopKernelRestarter
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
@@ -48,6 +49,25 @@ class Restarter(AsyncIOLoopKernelRestarter):
         """Whether there is nothing to do. While a start is not stable yet, that is for `poll` to find out."""
         process = None if self.debug or self._initial_startup or self._restarting else process_of(self.kernel_manager)
         return process is not None and process.returncode is None and not has_ended(process.pid)
+
+    def _fire_callbacks(self, event: Any) -> None:
+        """Where a restart did not last: while the kernel was down, somebody may have taken one of its ports, and it
+        would end at each start until it is given up."""
+        super()._fire_callbacks(event)
+        if event == "restart" and self.random_ports_until_alive and self._restarting:
+            give_up_ports(self.kernel_manager)
+
+
+def give_up_ports(manager: Any) -> None:
+    """Its next start is given others. jupyter_client's `cleanup_random_ports` is for that, and knows nothing of those
+    that the provisioner has chosen, as it does for each kernel of a server."""
+    provisioner = manager.provisioner
+    if not getattr(provisioner, "ports_cached", False):
+        return
+    for port in manager.ports:
+        LocalPortCache.instance().return_port(port)
+    provisioner.ports_cached = False
+    manager.cleanup_connection_file()
 
 
 def process_of(manager: Any) -> subprocess.Popen[bytes] | None:

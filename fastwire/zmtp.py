@@ -6,6 +6,9 @@ What the bytes mean is `fastwire._core.ZmtpStream`'s; this room connects, waits 
   old connection is closed before the next is opened.
 - A kernel binds when it has started, and ends whenever it likes: a refused connection is no error, and is tried again
   after 100 to 200 ms, as libzmq does.
+- While nobody listens at a port, the system may give that very port to the socket that connects to it: the two ends are
+  one then, what is asked comes back as if the kernel had said it, and the kernel cannot listen. Linux does so once in
+  fourteen thousand attempts, where the port is even.
 - What the kernel has said before its connection ended is its last word. It is read to the end before the end is told,
   also when it was writing that failed.
 """
@@ -19,6 +22,7 @@ import logging
 import os
 import random
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +70,17 @@ class Address:
         if transport != "tcp" or not 0 < number < 1 << 16 or ip.is_unspecified:
             return None
         return cls(socket.AF_INET if ip.version == 4 else socket.AF_INET6, (str(ip), number))
+
+
+def is_its_own_peer(sock: socket.socket) -> bool:
+    """Or has lost its peer again. It does not linger: in TIME_WAIT it would still keep the kernel from listening."""
+    try:
+        its_own = bool(sock.getsockname() == sock.getpeername())
+        if its_own:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except OSError:
+        return True
+    return its_own
 
 
 class Standby:
@@ -162,10 +177,10 @@ class Link:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         problem = sock.connect_ex(self._address.place)
         self._timer = self._loop.call_later(HANDSHAKE_TIMEOUT, self._lose)
-        if problem == 0:
-            self._begin()
-        elif problem == errno.EINPROGRESS:
+        if problem == errno.EINPROGRESS:
             self._await_writable()
+        elif problem == 0 and not is_its_own_peer(sock):
+            self._begin()
         else:
             self._lose()
 
@@ -178,7 +193,7 @@ class Link:
 
     def _on_connected(self) -> None:
         assert self._socket is not None
-        if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or is_its_own_peer(self._socket):
             self._lose()
         else:
             self._begin()

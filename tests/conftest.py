@@ -75,7 +75,17 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     if report.when == "call":
         item.stash[FAILED] = report.failed
+    if report.failed:
+        report.sections += logs_of(item)
     return report
+
+
+def logs_of(item: pytest.Item) -> list[tuple[str, str]]:
+    """The ends of what the servers of a test have logged: of what fails once in ten thousand they are all there is."""
+    fixtures = getattr(item, "funcargs", {})
+    logs = {name: getattr(value, "log", None) for name, value in fixtures.items()}
+    ends = {name: "\n".join(log.splitlines()[-100:]) for name, log in logs.items() if isinstance(log, str)}
+    return [(f"log of {name}", end) for name, end in ends.items()]
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,14 @@ servers, and Jupyter Server itself at moments that no client can choose."""
 
 import asyncio
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from builders import client_message, message
 from inside import execute, result, run, serving, until
+from jupyter_client.connect import LocalPortCache
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from server import PATIENCE, PROTOCOLS, ROOT
 from websockets.asyncio.client import ClientConnection, connect
@@ -242,6 +244,29 @@ def test_a_kernel_that_is_started_again_is_asked_again(tmp_path: Path, monkeypat
             for client in await asyncio.gather(*clients):
                 assert await run(client, "1") == "4"
                 await client.close()
+
+    asyncio.run(use())
+
+
+def test_a_kernel_whose_port_somebody_took_while_it_was_down_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes its client with it. Each start where it was would fail, and after five of them it would be dead."""
+
+    async def use() -> None:
+        config = {"KernelRestarter": {"time_to_dead": 0.05}}
+        async with serving(tmp_path, monkeypatch, **config) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager: Any = inside.manager.get_kernel(kernel)
+            async with inside.client(kernel) as client:
+                assert await run(client, "1") == "4"
+                before, process = manager.ports, manager.provisioner.process
+                process.kill()
+                process.wait()  # while the loop stands, nobody starts another
+                with socket.create_server(("127.0.0.1", manager.stdin_port)):
+                    await until(lambda: manager.ports != before, "it is told to listen elsewhere")
+                    assert await run(client, "2") == "4"
+                assert not LocalPortCache.instance().currently_used_ports.intersection(before)
 
     asyncio.run(use())
 

@@ -201,6 +201,47 @@ def test_messages_go_both_ways() -> None:
     run(play)
 
 
+class ItsOwnPeer(socket.socket):
+    """The system may give a socket the very port that it connects to, where nobody listens there: one in fourteen
+    thousand, if that port is even. It is connected with itself then, and nobody else can listen there."""
+
+    def connect_ex(self, place: Any) -> int:
+        with contextlib.suppress(OSError):  # somebody listens there
+            self.bind(place)
+        return super().connect_ex(place)
+
+
+@pytest.mark.parametrize("name", ["shell", "iopub"])
+def test_a_connection_with_itself_is_none(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What is asked would come back as if the kernel had said it, and the kernel could not listen."""
+
+    async def main() -> None:
+        port = free_port()
+        ours = Ours(Address.of(f"tcp://127.0.0.1:{port}"), name)
+        script = Peer()
+        server: list[asyncio.Server] = []
+
+        async def listens() -> bool:
+            assert not ours.channel.connected
+            with contextlib.suppress(OSError):
+                server.append(await asyncio.start_server(script, "127.0.0.1", port))
+            return bool(server)
+
+        async with asyncio.timeout(PATIENCE):
+            while not await listens():  # noqa: ASYNC110 - nobody is told that a port is free
+                await asyncio.sleep(0.005)
+        _, writer = await script.next()
+        writer.write(peer.greeting() + peer.ready(b"PUB" if name == "iopub" else b"ROUTER"))
+        await eventually(lambda: ours.channel.connected)
+        ours.channel.close()
+        server[0].close()
+        for each in script.writers:
+            each.close()
+
+    monkeypatch.setattr(zmtp.socket, "socket", ItsOwnPeer)
+    asyncio.run(main())
+
+
 def test_a_kernel_that_binds_late() -> None:
     async def main() -> None:
         port = free_port()
