@@ -103,9 +103,7 @@ class Client:
 
     async def open(self) -> None:
         """Connect."""
-        await connect(self.socket, self._server.url)
-        if self.is_slow:
-            self.socket.set_receive_buffer(SLOW_BUFFER)
+        await connect(self.socket, self._server.url, receive_buffer=SLOW_BUFFER if self.is_slow else None)
 
     def ask(self) -> None:
         """Send the next request; away it is held, on a lost connection it counts as unsent."""

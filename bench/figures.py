@@ -142,6 +142,8 @@ class Result:
                 lines[kind] += count
         counted = ", ".join(f"{kind} x {count:,}" for kind, count in lines.items() if count)
         notes += [f"log: {counted}"] if counted else []
+        if self.cell.slow and self.runs:
+            notes.append(f"{report.spread(self.values('rest_s'))} s after the last request the last message came")
         notes += [f"said: {notice}" for notice in sorted({text for run in self.runs for text in run["notices"]})]
         notes += [f"connection: {why}" for why in sorted({why for run in self.runs for why in run["why_lost"]})]
         return notes

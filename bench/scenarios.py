@@ -55,8 +55,9 @@ async def measure(server: Server, cell: Cell, patience: float, say: Say) -> dict
     finally:
         gc.enable()
         ticker.cancel()
-    found = figures.summarise(clients, pace, meter.read(), time_of(clients, start, cell.seconds))
-    found |= {"disturbance": done, "errors_under_load": server.errors_so_far()}
+    seconds = time_of(clients, start, cell.seconds)
+    found = figures.summarise(clients, pace, meter.read(), seconds)
+    found |= {"rest_s": seconds - cell.seconds, "disturbance": done, "errors_under_load": server.errors_so_far()}
     for client in clients:
         client.close()
     await asyncio.sleep(0.1)

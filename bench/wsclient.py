@@ -188,12 +188,6 @@ class KernelSocket(asyncio.BufferedProtocol):
         self.is_open = False
         self._abort()
 
-    def set_receive_buffer(self, nbytes: int) -> None:
-        """How much the system takes for us while we do not read, about."""
-        if self._transport is not None:
-            sock = self._transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, nbytes)
-
     def pause(self) -> None:
         """Read nothing until `resume`."""
         if self._transport is not None and not self._transport.is_closing():
@@ -231,13 +225,29 @@ def upgrade(url: str, authorization: str, channels: str, session: str, protocol:
     return ("\r\n".join(lines) + "\r\n\r\n").encode(), accept
 
 
-async def connect(client: KernelSocket, url: str, patience: float = 60.0) -> None:
-    """Connect *client* to the host of *url* and wait up to *patience* seconds for the upgrade."""
+async def connect(client: KernelSocket, url: str, patience: float = 60.0, receive_buffer: int | None = None) -> None:
+    """Connect *client* to the host of *url* and wait up to *patience* seconds for the upgrade.
+
+    *receive_buffer* is about how much the system takes for us while we do not read. It is set before there is a
+    connection: a sender whose peer's buffer shrank to less than half of what it had seen waits for the timer of TCP's
+    window probes before each part of it, five seconds for 400 kB, whatever the server does.
+    """
     parts = urlsplit(url)
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     loop = asyncio.get_running_loop()
-    await loop.create_connection(lambda: client, parts.hostname or "", port, ssl=secure or None)
+    family, kind, number, _, address = (await loop.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM))[0]
+    sock = socket.socket(family, kind, number)
+    try:
+        sock.setblocking(False)
+        if receive_buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        await loop.sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    name = parts.hostname if secure else None
+    await loop.create_connection(lambda: client, sock=sock, ssl=secure or None, server_hostname=name)
     try:
         await asyncio.wait_for(client.opened, patience)
     except BaseException:

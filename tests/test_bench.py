@@ -1,7 +1,9 @@
 """The parts of the benchmark that judge: what counts as lost, doubled or out of order, and what is refused."""
 
+import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,11 +18,11 @@ from patience import SLOW
 
 from bench import cells, compare, figures, floors, load, options, peers, plot, ratios, readme, report, syscalls, targets
 from bench.cells import Cell
-from bench.client import LoadSocket
+from bench.client import SLOW_BUFFER, Client, LoadSocket
 from bench.floors import BuildError
 from bench.messages import BUSY, IDLE, INPUT, REPLY, RequestMaker
 from bench.meter import MAX_CPU, Pace
-from bench.server import count_errors, usage
+from bench.server import Server, count_errors, usage
 from bench.tally import Requests, Tally
 from bench.targets import FLOORS, PEERS, TARGETS
 from bench.workloads import OUTPUT, Workload, flood, result
@@ -288,6 +290,38 @@ def test_a_resumed_measurement_does_only_what_is_missing(
     assert load.main([*arguments, "--resume"]) == 0
     assert [(step.cell.kernels, step.turn) for step in ran] == [(2, 1)]
     assert len(json.loads(path.read_text())["runs"]) == 4
+
+
+# -- who reads slowly -------------------------------------------------------------------------------
+
+
+def test_a_slow_clients_buffer_is_small_before_it_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made smaller afterwards, TCP's timers decide how soon it catches up, and no server does."""
+    sizes: list[int] = []
+
+    async def refuse(loop: object, sock: socket.socket, address: object) -> None:
+        sizes.append(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
+        raise ConnectionRefusedError
+
+    async def opened(slow: bool) -> None:
+        client = Client(Server("fastwire", "http://127.0.0.1:1", "token"), "kernel", LOAD)
+        client.is_slow = slow
+        with pytest.raises(ConnectionRefusedError):
+            await client.open()
+
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "sock_connect", refuse)
+    for slow in (True, False):
+        asyncio.run(opened(slow))
+    slow, usual = sizes
+    assert slow <= 2 * SLOW_BUFFER < usual  # Linux doubles what it is asked for
+
+
+def test_when_the_slow_had_all_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [run_of(cells.SCENARIOS["stalled"], "fastwire", turn, rest_s=rest) for turn, rest in enumerate((0.2, 0.4))]
+    figures.print_tables([*runs, run_of(cells.SCENARIOS["crowd"], "fastwire", rest_s=9.0)])
+    said = capsys.readouterr().out
+    assert "fastwire: 0.30 [0.20 .. 0.40] s after the last request the last message came" in said
+    assert "9 s after" not in said
 
 
 # -- ratios ----------------------------------------------------------------------------------------
