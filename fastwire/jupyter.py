@@ -40,7 +40,7 @@ except ImportError as error:
         f"fastwire.jupyter needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
     ) from error
 
-from fastwire import __version__, installed, logs, other_websockets, runs_api, status
+from fastwire import __version__, installed, logs, other_websockets, rest, runs_api, status
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch
 from fastwire.errors import FastwireError, TooManyClients
 from fastwire.flow import OutputRates, too_many
@@ -661,6 +661,7 @@ def add_pages(app: Any) -> None:
     """What a server has beside kernels' messages where fastwire carries them; once."""
     status.install(app.web_app)
     runs_api.install(app.web_app)
+    rest.install(app.web_app)
     tell_pages(app)
     carry_other_websockets(app)
 

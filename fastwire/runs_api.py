@@ -10,15 +10,15 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 try:
     from jupyter_core.utils import ensure_async
     from jupyter_server.auth.decorator import authorized
-    from jupyter_server.base.handlers import APIHandler
     from jupyter_server.utils import url_path_join
     from nbformat.v4 import output_from_msg
     from tornado import web
@@ -28,12 +28,14 @@ except ImportError as error:
         f"fastwire.runs_api needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
     ) from error
 
+from fastwire import rest
 from fastwire._core import RUN_STATES, Run
 from fastwire.errors import FastwireError
 from fastwire.executor import KernelIsFull
 from fastwire.flow import MIB
 from fastwire.journal import Journal
 from fastwire.kernels import Kernel, kernel_of
+from fastwire.rest import refusal, refuse
 from fastwire.runs import (
     Answer,
     Asked,
@@ -55,7 +57,7 @@ __all__ = ["URL", "install"]
 log = logging.getLogger(__name__)
 
 #: Below the server's base URL.
-URL = "fastwire/api/kernels"
+URL = f"{rest.URL}/kernels"
 
 #: Of a web application's settings.
 INSTALLED = "fastwire_runs_installed"
@@ -77,6 +79,12 @@ MOST_BODY, MOST_QUEUED = 10 * MIB, 256
 
 #: Larger than any number of a message.
 ENDLESS = 1 << 62
+
+#: What JSON may come as: what curl, ``fetch`` and urllib say where their user says nothing counts, too.
+JSON_TYPES = {"application/json", "", "application/x-www-form-urlencoded", "text/plain"}
+
+#: As JSON has them; Python reads more than that as one.
+A_NUMBER = re.compile(r"[0-9]{1,19}(\.[0-9]{1,19})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -101,36 +109,17 @@ def install(app: web.Application) -> None:
     )
 
 
-def refuse(status: int, reason: str) -> NoReturn:
-    raise web.HTTPError(status, reason, reason=reason)
-
-
 def may_execute(method: Method) -> Method:
     """Of a handler: for who may execute, by the server's authorizer."""
     authorize: Callable[[Method], Method] = authorized("execute")
     return authorize(method)
 
 
-class Handler(APIHandler):
-    """What is common to all: kernels and runs are found, or refused in words; arguments are checked."""
-
-    auth_resource = "kernels"
-
-    #: Arguments of the query that there are.
-    arguments: tuple[str, ...] = ()
+class Handler(rest.Handler):
+    """What is common to all: kernels and runs are found, or refused in words; a body is read."""
 
     #: Called when its reader has left.
     on_gone: Callable[[], None] | None = None
-
-    def check_arguments(self) -> None:
-        unknown = {*self.request.query_arguments} - {*self.arguments, "token"}
-        if not all(map(self.is_a_time, unknown)):
-            known = ", ".join(self.arguments) or "none"
-            refuse(400, f"there is no argument of one of these names; known are: {known}")
-
-    def is_a_time(self, name: str) -> bool:
-        """JupyterLab adds one to what it asks, so that no cache answers: ``?1700000000000``."""
-        return name.isascii() and name.isdigit() and self.request.query_arguments[name] == [b""]
 
     def kernel(self, kernel_id: str) -> Kernel:
         """That is asked of, in a way that there is."""
@@ -139,7 +128,7 @@ class Handler(APIHandler):
             refuse(404, "there is no kernel of this id")
         kernel = kernel_of(self.kernel_manager.get_kernel(kernel_id))
         if not kernel.relay.limits.history_limit:
-            refuse(404, "nothing is kept of what kernels say: c.Fastwire.history_limit is 0")
+            refuse(404, "nothing is kept of what kernels say: set c.Fastwire.history_limit, to 2097152 (2 MiB), say")
         kernel.relay.drain_iopub()
         kernel.relay.journal.learn()
         return kernel
@@ -156,7 +145,7 @@ class Handler(APIHandler):
         if text is None:
             return default
         try:
-            value = kind(text) if text.isascii() and len(text) < 20 else most + 1
+            value = kind(text) if A_NUMBER.fullmatch(text) else most + 1
         except ValueError:
             value = most + 1
         if not 0 <= value <= most:
@@ -171,6 +160,9 @@ class Handler(APIHandler):
 
     def document(self, kind: Callable[..., Any]) -> Any:
         """The body of the request, checked: what is wrong reaches no kernel."""
+        kind_of_body = self.request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind_of_body not in JSON_TYPES:
+            refuse(415, "the body has to be JSON: Content-Type: application/json")
         try:
             if len(self.request.body) > MOST_BODY:
                 refuse(413, f"the body has more than {MOST_BODY // MIB} MiB")
@@ -264,11 +256,11 @@ class RunHandler(Handler):
         run = self.run(kernel, msg_id)
         after, wait = self.number("after", None, ENDLESS), self.number("wait", 0.0, LONGEST_WAIT, float)
         raw, partial = self.flag("raw"), self.flag("partial")
-        kind = self.kind(("application/json", "text/event-stream", "text/plain"))
+        kind, last_event = self.kind(("application/json", "text/event-stream", "text/plain")), self.last_event_id()
         self.check_room(kernel)
         try:
             if kind == "text/event-stream":
-                await Events(self, kernel, run).stream(self.last_event_id(after), partial=partial)
+                await Events(self, kernel, run).stream(after if last_event is None else last_event, partial=partial)
                 return
             await self.until_there_is_more(kernel, run, after, wait)
             if raw:
@@ -289,11 +281,11 @@ class RunHandler(Handler):
                 return kinds[0]
         return kinds[0]
 
-    def last_event_id(self, after: int | None) -> int | None:
-        text = self.request.headers.get("Last-Event-ID", "")
-        if text and not (text.isascii() and text.isdigit() and len(text) < 19):
+    def last_event_id(self) -> int | None:
+        text = self.request.headers.get("Last-Event-ID")
+        if text is not None and not re.fullmatch("[0-9]{1,18}", text):
             refuse(400, "Last-Event-ID has to be that of an event")
-        return int(text) if text else after
+        return None if text is None else int(text)
 
     async def until_there_is_more(self, kernel: Kernel, run: Run, after: int | None, wait: float) -> None:
         """Than what has the number ``after``, or until it is over; for so long at most."""
@@ -563,4 +555,4 @@ class BufferHandler(Handler):
             messages.close()
         if messages.lost:
             refuse(410, "this message is not kept any more")
-        refuse(404, "there is no such buffer")
+        raise refusal(404, "there is no such buffer")

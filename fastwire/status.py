@@ -18,7 +18,7 @@ from typing import Any
 try:
     from jupyter_core.utils import ensure_async
     from jupyter_server.auth.decorator import authorized
-    from jupyter_server.base.handlers import APIHandler, JupyterHandler
+    from jupyter_server.base.handlers import JupyterHandler
     from jupyter_server.utils import url_path_join
     from tornado import web
 except ImportError as error:
@@ -26,7 +26,7 @@ except ImportError as error:
         f"fastwire.status needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
     ) from error
 
-from fastwire import __version__, events, metrics
+from fastwire import __version__, events, metrics, rest
 from fastwire.pair import Pair, open_pairs
 from fastwire.relay import open_relays
 
@@ -104,10 +104,9 @@ class PageHandler(JupyterHandler):
         self.finish(path.read_bytes())
 
 
-class StatusHandler(APIHandler):
+class StatusHandler(rest.Handler):
     """The page's numbers. To look is no activity: a page left open does not keep a server from being culled."""
 
-    auth_resource = "kernels"
     _track_activity = False
 
     @web.authenticated
@@ -131,6 +130,6 @@ def install(app: web.Application) -> None:
         [
             (page, PageHandler),
             (url_path_join(page, r"(page\.(?:css|js))"), PageHandler),
-            (url_path_join(page, "api/status"), StatusHandler),
+            (url_path_join(app.settings["base_url"], rest.URL, "status"), StatusHandler),
         ],
     )

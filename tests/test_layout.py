@@ -52,6 +52,7 @@ ROOMS = (
     "runs",
     "metrics",
     "session",
+    "rest",
     "status",
     "settings",
     "gateway",
