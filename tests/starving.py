@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from builders import KEY, client_frame, message
@@ -44,6 +45,7 @@ from starving_messages import (
     retry,
     runs_of,
     sending,
+    shaken,
     signed,
     take,
     take_events,
@@ -59,13 +61,22 @@ from starving_messages import (
     zmtp_send,
 )
 from starving_turn import (
+    Side,
+    Turn,
     asking_and_full,
     at_end,
+    busy,
+    done,
+    flying,
     full,
+    given,
     hear,
+    in_the_loops_place,
     log_append,
+    logged,
     looked_after,
     passing,
+    questions,
     reading,
     ready,
     received,
@@ -73,6 +84,7 @@ from starving_turn import (
     ride,
     say,
     silent,
+    taken_over,
     tell,
     tell_another,
     turning,
@@ -85,9 +97,18 @@ from fastwire._core import (
     OP_TEXT,
     PROTOCOL_V1,
     Activity,
+    Budget,
+    Flight,
     FrameParser,
+    KernelTraffic,
     Ledger,
+    LogEntry,
+    LogSegment,
+    Marks,
+    Part,
+    Poller,
     Signer,
+    Source,
     Uplink,
     WriteQueue,
     ZmtpStream,
@@ -197,21 +218,68 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Poller.close": turning(lambda it: it.poller.close()),
     "Poller.watch": reading,
     "Poller.unwatch": turning(lambda it: it.poller.unwatch(0, print)),
+    "Poller": pure(lambda: Poller(print, print), len),
+    "Poller.take_over": taken_over(lambda it, selector: it.poller.take_over(selector)),
+    "Poller.give_back": taken_over(lambda it, _: it.poller.give_back(), has_taken_over=True),
+    "Poller.select": in_the_loops_place(busy, done),
     "Poller.turn": turning(lambda it: it.poller.turn(), received, before=ready),
     "Poller.at_end": at_end,
-    "Poller.end_turn": turning(lambda it: it.poller.end_turn(), before=full),
-    "Poller.tick": turning(lambda it: it.poller.tick(), lambda it: it.look(), before=looked_after),
+    "Poller.end_turn": [
+        turning(lambda it: it.poller.end_turn(), before=full),
+        turning(Turn.go_on, Turn.forsaken, before=full, asked=deque),
+    ],
+    "Poller.tick": [
+        turning(lambda it: it.poller.tick(), Turn.look, before=looked_after),
+        turning(Turn.go_on, Turn.look, before=looked_after, asked=deque),
+    ],
     "Wire.schedule": turning(
         lambda it: it.wires[0].schedule(), before=lambda it: it.wires[0].queue.append_frame(OP_TEXT, "a")
     ),
     "Wire.extend": turning(lambda it: it.wires[0].extend(idle().frames(PROTOCOL_V1))),
     "Wire.ride": turning(ride, ride, before=asking_and_full),
     "Wire.look_after": turning(lambda it: it.wires[0].look_after(0.0), lambda it: it.look(1), before=silent),
+    "Wire.end": turning(lambda it: it.wires[0].end(), before=full),
+    "Wire.write": turning(lambda it: it.wires[0].write(), before=full),
+    "Wire.progress": turning(lambda it: it.wires[0].progress(), before=full),
+    "Wire.is_acknowledged": turning(lambda it: it.wires[0].is_acknowledged(), before=silent),
+    "Part": pure(Part, callable),
+    "Asking": pure(questions, lambda it: it.interval),
+    "Asking.wanted": pure(lambda: questions().wanted(1, 1.0)),
+    "Asking.delay": pure(lambda: questions().delay(1, 1.0)),
+    "Asking.ask": pure(lambda: questions().ask(0, 1.0)),
+    "Asking.answer": pure(lambda: questions().answer(b"12345678" * 2, 1)),
+    "Marks": pure(Marks, lambda it: it.turn),
+    "Budget": pure(lambda: Budget(10), lambda it: it.used),
+    "Budget.take": pure(lambda: Budget(10, Budget(20)).take(3)),
+    "KernelTraffic": pure(KernelTraffic, lambda it: it.messages),
+    "LogEntry": pure(lambda: LogEntry(0, 2, two()), len),
+    "LogEntry.part": pure(lambda: len(LogEntry(0, 2, two()).part(1, 2))),
+    "LogSegment": pure(LogSegment, lambda it: it.end),
+    "Given": pure(given, lambda it: it.first),
+    "Given.reached": pure(lambda: given().reached(0)),
+    "Given.longest": pure(lambda: given().longest(0, 10)),
+    "Flight": pure(Flight, len),
+    "Flight.add": flying(lambda it: it.add(given())),
+    "Flight.clear": flying(Flight.clear),
     "Log.append": log_append,
+    "Log.listen": logged(lambda it: it.journal.listen(it.outlets[0])),
+    "Log.unlisten": logged(lambda it: it.journal.unlisten(it.outlets[0])),
+    "Log.settle": logged(lambda it: it.journal.settle()),
+    "Log.recount": logged(lambda it: it.journal.recount(it.journal.open, it.entry)),
+    "Log.hold": logged(lambda it: it.journal.hold(it.journal.open, 0)),
+    "Log.learn": logged(lambda it: it.journal.learn()),
+    "Log.leave": logged(lambda it: it.journal.leave(it.journal.open)),
+    "Log.make_small": logged(lambda it: it.journal.make_small(it.journal.open)),
+    "Log.empty": logged(lambda it: it.journal.empty()),
+    "LogCursor.stand": logged(lambda it: it.cursors[0].stand()),
+    "Outlet.has_room": logged(lambda it: it.outlets[0].has_room()),
     "Log.say": say,
     "Log.tell": [tell, tell_another],
     "LogCursor.release": released,
     "KernelSide.on_iopub": hear,
+    "KernelSide.unseen": logged(lambda it: Side(it).unseen()),
+    "KernelSide.forget_times": logged(lambda it: Side(it).forget_times()),
+    "Source.end": logged(lambda it: Source(shaken("SUB"), it.turn.poller, it).end()),
     "Source.pass_to": [passing(), passing(message("execute_reply", "answer"), message("inspect_reply", "another"))],
     "trim_memory": pure(_core.trim_memory),
     "memory_beside_logs": pure(lambda: _core.memory_beside_logs() >= 0),
@@ -231,29 +299,31 @@ SWITCHES = {
 
 #: Types of the core that `_core.pyi` does not name.
 INSIDE = {"Received", "Store", "Views", "Walk"}
-#: Bases of classes in Python's rooms, of which they were a part until they were compiled, and those they work with.
-#: What is called on a message's way has a case, by its own name or, as `Outlet`, beneath one.
-#: The rest is called from Python, and tests of `fastwire.journal`, `downlink`, `turns`, `probe` and `writing` drive it.
-BASES = {
-    *("Asking", "Budget", "Flight", "Given", "KernelSide", "KernelTraffic", "Log", "LogCursor", "LogEntry"),
-    *("LogSegment", "Marks", "Outlet", "Part", "Poller", "Source", "Wire"),
+#: Made by functions that have a case, or with an object of Python's rooms in other cases.
+MADE_BY_OTHERS = {"Batch", "Ends", "Frames", "KernelSide", "Log", "LogCursor", "Outlet", "Source", "Wire"}
+#: What Python's rooms do in their subclasses: in the core they raise NotImplementedError.
+HOOKS = {
+    *("KernelSide.on_word", "KernelSide.tell_listeners", "KernelSide.tell_observers"),
+    *("Log.charge_to", "Log.has_passed", "Log.is_empty", "Log.make_room", "Log.offer", "Log.seal"),
+    *("LogCursor.pass_entry", "Outlet.could_not_give", "Outlet.fall_behind", "Outlet.pump", "Outlet.try_to_give"),
 }
-MADE_BY_OTHERS = {"Batch", "Ends", "Frames"}
+#: What begins in other cases, and there only: the bytes that it tells of, or gives, are said once.
+BENEATH = {"LogCursor.given": "LogCursor.release", "Outlet.pass_on": "Log.say"}
 CALLED = {"__next__", "__getitem__", "__bytes__"}
 
 
 def public() -> Iterator[str]:
-    """The names of what `CASES` must have."""
+    """The names of what is in `CASES`, or has its reason not to be."""
     for name, value in vars(_core).items():
         if name.startswith("_") or name in INSIDE or getattr(value, "__module__", "fastwire._core") != "fastwire._core":
             continue
         if isinstance(value, type):
-            if name not in MADE_BY_OTHERS | BASES:
+            if name not in MADE_BY_OTHERS:
                 yield name
             for method, each in vars(value).items():
                 full = f"{name}.{method}"
                 is_public = callable(each) and (not method.startswith("_") or method in CALLED)
-                if is_public and (name not in BASES or full in CASES):
+                if is_public:
                     yield full
         elif callable(value) and name not in SWITCHES:
             yield name

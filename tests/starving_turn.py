@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from selectors import EpollSelector
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +38,10 @@ from fastwire._core import (
     Activity,
     Asking,
     Batch,
+    Flight,
     FrameParser,
+    Given,
+    LogSegment,
     Outlet,
     Poller,
     Signer,
@@ -65,16 +70,21 @@ class Owner:
     def on_silence(self) -> None:
         self.silences.append(None)
 
+    def on_received(self) -> None: ...
     def on_written(self) -> None: ...
     def on_sign_of_life(self) -> None: ...
+
+
+#: What a loop is asked to call, None for the poller's tick. A list needs memory for the first, a `deque` needs none.
+Asked = list[Callable[[], None] | None] | deque[Callable[[], None] | None]
 
 
 class Turn:
     """A poller whose loop does what it is asked for when it is told to, and two of its connections."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: Asked | None = None) -> None:
         self.told: list[object] = []
-        self.asked: list[Callable[[], None] | None] = []
+        self.asked: Asked = [] if asked is None else asked
         self.poller = Poller(self.tell, self.asked.append)
         self.poller.open()
         self.others: list[builders.socket.socket] = []
@@ -122,8 +132,11 @@ class Turn:
 
     def go_on(self) -> None:
         """The loop calls what it was asked to."""
+        tick = self.poller.tick  # bound before anything is taken off: that needs memory
         while self.asked:
-            (self.asked.pop(0) or self.poller.tick)()
+            call = self.asked[0] or tick
+            del self.asked[0]
+            call()
 
     def look(self, count: int = 2) -> bool:
         """Until so many connections were looked at; or their owner could not be told, and that was."""
@@ -131,6 +144,11 @@ class Turn:
             assert self.asked, "nobody will look at them any more"
             self.go_on()
         return looks == count
+
+    def forsaken(self) -> int:
+        """How many connections have something to write, which nobody will."""
+        self.go_on()
+        return sum(wire.queue.pending_bytes > 0 for wire in self.wires)
 
     def written(self) -> list[bytes]:
         """What each peer has got; all is closed."""
@@ -153,9 +171,10 @@ def turning(
     outcome: Callable[[Turn], object] = lambda _: None,
     *,
     before: Callable[[Turn], object] = same,
+    asked: Callable[[], Asked] = list,
 ) -> Case:
     def case() -> tuple[Any, Any]:
-        turn = Turn()
+        turn = Turn(asked())
         before(turn)
         # No function is made while there is no memory: CPython 3.12 and 3.13 then let go of its code twice.
         return partial(turn.telling, partial(call, turn)), lambda _: (
@@ -163,6 +182,55 @@ def turning(
             turn.written(),
             [owner.ends for owner in turn.owners],
         )
+
+    return case
+
+
+def in_the_loops_place(before: Callable[[Turn], object], outcome: Callable[[Turn], object]) -> Case:
+    """Where asyncio waits. What is raised there ends the loop, and with it the server."""
+
+    def case() -> tuple[Any, Any]:
+        turn, selector = Turn(), EpollSelector()
+        assert turn.poller.take_over(selector)
+        before(turn)
+
+        def call() -> None:
+            try:
+                selector.select(0)
+            except MemoryError as error:
+                raise AssertionError("the loop ends") from error
+
+        def whole(_: object) -> object:
+            for _ in range(3):  # as the loop does
+                selector.select(0)
+            seen = outcome(turn), turn.written(), [owner.ends for owner in turn.owners]
+            selector.close()
+            return seen
+
+        return lambda: turn.telling(call), whole
+
+    return case
+
+
+def taken_over(call: Callable[[Turn, EpollSelector], object], *, has_taken_over: bool = False) -> Case:
+    """The loop's selector works afterwards, whoever has its place."""
+
+    def case() -> tuple[Any, Any]:
+        turn, selector = Turn(), EpollSelector()
+        if has_taken_over:
+            turn.poller.take_over(selector)
+
+        def outcome(result: object) -> object:
+            ours, theirs = turn.sockets[0]
+            theirs.send(b"x")
+            selector.register(ours, 1)
+            ready = len(selector.select(0))
+            before = turn.poller.has_taken_over
+            turn.written()
+            selector.close()
+            return result, ready, before
+
+        return lambda: call(turn, selector), outcome
 
     return case
 
@@ -227,6 +295,21 @@ def full(turn: Turn) -> None:
         wire.extend(one().frames(PROTOCOL_V1))
 
 
+def busy(turn: Turn) -> None:
+    """Something to read, to write and to look after."""
+    ready(turn)
+    full(turn)
+    looked_after(turn)
+
+
+def done(turn: Turn) -> object:
+    """Each was read, written and looked after; or an owner could not be told, and that was."""
+    unsaid = sum(isinstance(error, MemoryError) for error in turn.told)
+    silences = sum(len(owner.silences) for owner in turn.owners)
+    assert 2 - unsaid <= silences <= 2, (silences, turn.told)
+    return all(events(wire.parser) in (EVENTS, [OutOfMemory]) for wire in turn.wires)
+
+
 def asking_and_full(turn: Turn) -> None:
     asking(turn)
     full(turn)
@@ -289,6 +372,8 @@ class Said:
         self.outlets = [Listener(cursor, wire, budgets) for cursor, wire in both]
         for outlet in self.outlets:
             self.journal.listen(outlet)
+
+        self.entry: Any = None
 
     def once(self, call: Callable[[], object]) -> Callable[[], object]:
         """What was appended is not said again."""
@@ -360,6 +445,45 @@ def released() -> tuple[Any, Any]:
         return len(cursor.flight), len(said.cursors[1].flight), said.journal.open.memory
 
     return lambda: cursor.release(end), outcome
+
+
+def questions() -> Asking:
+    return Asking(b"12345678", 0.0, 0.0, 1)
+
+
+def given() -> Given:
+    return Given(10, 0, one().frames(None).ends, 0, None, LogSegment())
+
+
+def flying(call: Callable[[Flight], object]) -> Case:
+    def case() -> tuple[Any, Any]:
+        flight = Flight()
+        flight.add(given())
+        return lambda: call(flight), lambda _: len(flight)
+
+    return case
+
+
+def logged(call: Callable[[Said], object]) -> Case:
+    """Something that is done with a log of one entry, which one client has not got yet: what comes next is heard by who
+    listens, and the log has its bytes or, once nobody needs them, none."""
+
+    def case() -> tuple[Any, Any]:
+        said = Said()
+        said.cursors[1].fall_behind(said.journal.append(idle()))
+        assert said.journal.open.entries is not None
+        said.entry = said.journal.open.entries[0]
+
+        def outcome(result: object) -> object:
+            said.journal.say(one())
+            frames = bytes(one().frames(None))
+            heard = [frames in data for data in said.turn.written()]
+            entries = said.journal.open.entries or []
+            return result, heard, said.journal.end, sum(entry.memory for entry in entries) - said.journal.open.memory
+
+        return lambda: call(said), outcome
+
+    return case
 
 
 class Side(_core.KernelSide):

@@ -3,9 +3,13 @@ each client's messages come in order, and none is missing without a word."""
 
 import errno
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import strategies as st
@@ -13,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from journal_stage import (
     KIB,
     LIMIT,
+    MIB,
     PLENTY,
     Client,
     Disk,
@@ -26,12 +31,15 @@ from journal_stage import (
     say,
 )
 
+import fastwire
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.budgets import Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal, totals
 from fastwire.segments import Segment, State, size_of
+
+ROOT = Path(fastwire.__file__).parents[1]
 
 pytest_plugins = "journal_stage"  # the fixture `limits`
 
@@ -451,3 +459,44 @@ def test_what_comes_after_the_end_is_not_kept() -> None:
     say(journal, batch_of(line(1)))
     journal.close()
     assert (client.cursor.kept, journal.memory) == (0, 0)
+
+
+def test_channels_that_alternate_cost_the_same_however_much_is_kept() -> None:
+    """For a client that is away, while another asks and is answered: once each change made a group, and all were
+    searched. Counted are lines of Python; `bench.journal` has times."""
+    most = 1024 * MIB
+    limits = Limits(client_memory_limit=most, user_memory_limit=most, total_memory_limit=most, spill=False)
+    journal, _ = log_of(limits)
+    asking = Client(journal).cursor
+
+    def some() -> None:
+        for number in range(500):
+            journal.append(batch_of(line(number, 2000)))
+            journal.settle()
+            journal.append(batch_of(other("execute_reply", number, 2000), channel="shell"), asking.number)
+            journal.settle()
+
+    counts = [lines_of(some) for _ in range(8)]
+    assert journal.front.next is not journal.open, "all is kept, in many segments"
+    assert max(counts[4:]) <= 2 * max(counts[:4])
+    journal.close()
+
+
+def lines_of(work: Callable[[], None]) -> int:
+    """How many lines of fastwire's Python are executed."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(str(ROOT / "fastwire")):
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count

@@ -320,6 +320,35 @@ def test_a_kernel_that_ends_before_anybody_could_ask_whether_it_is_heard(
     asyncio.run(use())
 
 
+@pytest.mark.parametrize("how", ["shut down", "removed"])
+def test_a_kernel_that_is_taken_off_the_list_is_closed_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Not when somebody looks for those that are gone, which is for managers that tell nobody."""
+
+    async def use() -> None:
+        monkeypatch.setattr("fastwire.kernels.SWEEP_INTERVAL", 3600.0)
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            manager: Any = inside.manager.get_kernel(kernel)
+            relay = kernel_of(manager).relay
+            async with inside.client(kernel) as client:
+                assert await run(client, "1") == "4"
+                if how == "removed":
+                    inside.manager.remove_kernel(kernel)
+                else:
+                    await inside.manager.shutdown_kernel(kernel, now=True)
+                assert manager not in kernels_of(inside.manager)
+                assert relay.is_closed
+                async with asyncio.timeout(PATIENCE):
+                    await client.wait_closed()
+                assert (client.close_code, client.close_reason) == (1011, "the kernel was shut down")
+            if how == "removed":
+                await manager.shutdown_kernel(now=True)
+
+    asyncio.run(use())
+
+
 def test_a_kernel_that_has_ended_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all that knew it: its clients' connections are among its callbacks."""
 

@@ -10,8 +10,9 @@ cdef enum:
     HASHLIB
 
 cdef enum:
-    # Without SHA instructions, from so many bytes on, OpenSSL's assembly gains more than the calls of hashlib cost.
-    OPENSSL_FROM = 640
+    # Without SHA instructions: beyond five blocks OpenSSL's assembly gains more than the calls of hashlib cost, also
+    # where it has instructions that this was compiled without.
+    OPENSSL_FROM = 5 * 64 - 8
     # The table of the history has at least twice as many slots, and its indexes 32 bits.
     MAX_HISTORY = 1 << 30
 

@@ -141,11 +141,18 @@ cdef class Poller:
 
     def take_over(self, selector):
         """``selector`` is a loop's `selectors.EpollSelector`; its ``select`` is ours until `give_back`."""
-        if fw_poll_add(self.fd, selector.fileno()):
+        cdef int fd = selector.fileno()
+        theirs = selector.select
+        ours = self.select
+        if fw_poll_add(self.fd, fd):
             return False
-        self.loop_fd = selector.fileno()
-        self.loop_select = selector.select
-        selector.select = self.select
+        try:
+            selector.select = ours
+        except BaseException:
+            fw_poll_remove(self.fd, fd)
+            raise
+        self.loop_fd = fd
+        self.loop_select = theirs
         return True
 
     @property
@@ -167,28 +174,34 @@ cdef class Poller:
             self.see_to_the_time()
 
     def select(self, timeout=None):
-        """See `selectors.BaseSelector.select`."""
+        """See `selectors.BaseSelector.select`. What is raised here ends the loop: want of memory is not, and what was
+        not done for it is done in the next turn."""
         cdef int ready[FW_POLLED]
-        cdef uint64_t now, until = 0
+        cdef uint64_t until = 0
+        cdef double seconds
         cdef int count
         cdef bint forever = timeout is None
         if not forever:
             until = nanoseconds()
-            if timeout > 0:
-                until += <uint64_t>(timeout * 1e9)
+            if timeout:
+                seconds = timeout
+                until += <uint64_t>(max(seconds, 0.0) * 1e9)
         while True:
             PyErr_CheckSignals()
             count = self.wait(ready, forever, until)
             if count < 0 and errno != EINTR:
                 raise OSError(errno, os.strerror(errno))
             self.python_ran = False
-            is_loops = self.handle(ready, count)
+            try:
+                is_loops = self.handle(ready, count)
+            except MemoryError:
+                return ()
             if is_loops:
-                return self.loop_select(0) if self.loop_select is not None else []
+                return self.loop_select(0) if self.loop_select is not None else ()
             if self.python_ran or self.fd < 0 or self.loop_fd < 0:
-                return []
+                return ()
             if not forever and nanoseconds() >= until:
-                return []
+                return ()
 
     cdef int wait(self, int *ready, bint forever, uint64_t until) noexcept:
         """At most to the time, or to that of a look at those who wait."""
@@ -235,7 +248,7 @@ cdef class Poller:
                 self.sweep()
         finally:
             self.in_turn = False
-        self.end()
+            self.end()
         return is_loops
 
     cdef int call(self, int fd) except -1:
@@ -286,6 +299,14 @@ cdef class Poller:
         self.end()
 
     cdef int end(self) except -1:
+        try:
+            self.end_all()
+        finally:
+            if self.ends_soon():
+                self.see_to_the_end()
+        return 0
+
+    cdef int end_all(self) except -1:
         if len(self.parts):
             parts = self.parts
             self.parts = []
@@ -303,8 +324,6 @@ cdef class Poller:
                     callback()
                 except Exception as error:
                     self.tell(callback, error)
-        if len(self.crowd):
-            self.see_to_the_end()
         return 0
 
     cdef int flush(self, list parts) except -1:
@@ -351,9 +370,11 @@ cdef class Poller:
     def tick(self):
         """What the loop calls then."""
         self.timer_is_set = False
-        self.sweep()
-        if len(self.waiting):
-            self.see_to_the_time()
+        try:
+            self.sweep()
+        finally:
+            if len(self.waiting):
+                self.see_to_the_time()
 
     cdef int sweep(self) except -1:
         cdef Part part
