@@ -24,8 +24,9 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterable
-from contextlib import suppress
+import ssl
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ try:
     from jupyter_core.paths import jupyter_runtime_dir
     from jupyter_server.gateway.connections import GatewayWebSocketConnection
     from jupyter_server.gateway.gateway_client import GatewayClient
-    from jupyter_server.gateway.managers import GatewayMappingKernelManager
+    from jupyter_server.gateway.managers import GatewayKernelSpecManager, GatewayMappingKernelManager
     from jupyter_server.utils import url_path_join
     from tornado.escape import url_escape
     from tornado.web import HTTPError
@@ -44,19 +45,42 @@ except ImportError as error:
         f"fastwire.gateway needs Jupyter Server ({error.name} is missing): pip install 'jupyter-fastwire[serve]'"
     ) from error
 
-from fastwire.client import ANY_SIZE, Client, dial
+from fastwire.client import ANY_SIZE, Client, dial, why
 from fastwire.errors import NotConnected
 from fastwire.events import note
 from fastwire.pair import Pair, open_pairs
 from fastwire.settings import Fastwire
 from fastwire.websocket import Connection, connection_for
 
-__all__ = ["FastwireGatewayConnection", "FastwireGatewayMappingKernelManager"]
+__all__ = ["FastwireGatewayConnection", "FastwireGatewayKernelSpecManager", "FastwireGatewayMappingKernelManager"]
 
 log = logging.getLogger(__name__)
 
 #: Statuses of a gateway that its client is told as they are; another is this server's trouble, not the client's.
 TOLD = {400, 404, 502, 503, 504}
+
+#: For who reads that a certificate is not taken.
+ADVICE = "c.GatewayClient.ca_certs names the file of who is trusted, client_cert and client_key this server's own"
+
+
+def told(error: NotConnected) -> str:
+    """What went wrong, in one sentence."""
+    said = f"The gateway {GatewayClient.instance().url} {error}"
+    return f"{said}: {ADVICE}" if isinstance(error.__cause__, ssl.SSLError) else said
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """TLS that fails is an answer in words.
+
+    Source: `jupyter_server.gateway.gateway_client.gateway_request`, which has none for that.
+    """
+    try:
+        yield
+    except ssl.SSLError as error:
+        refused = why(error)
+        refused.__cause__ = error
+        raise HTTPError(refused.status, told(refused), reason="The gateway cannot be trusted") from error
 
 
 class FastwireGatewayConnection(GatewayWebSocketConnection):
@@ -100,7 +124,7 @@ class FastwireGatewayConnection(GatewayWebSocketConnection):
                 return await self._dial_once(gateway, offered)
             except NotConnected as error:
                 if not error.may_pass or attempt >= gateway.gateway_retry_max or self._client_left:
-                    raise self._refusal(gateway, error) from error
+                    raise self._refusal(error) from error
                 delay = min(gateway.gateway_retry_interval * 2**attempt, gateway.gateway_retry_interval_max)
                 self.log.info("The gateway %s %s; trying again in %g s", gateway.url, error, delay)
             attempt += 1
@@ -139,8 +163,8 @@ class FastwireGatewayConnection(GatewayWebSocketConnection):
         stream = getattr(self.websocket_handler.request.connection, "stream", None)
         return stream is None or stream.closed()
 
-    def _refusal(self, gateway: Any, error: NotConnected) -> HTTPError:
-        said = f"The gateway {gateway.url} {error}"
+    def _refusal(self, error: NotConnected) -> HTTPError:
+        said = told(error)
         self.log.error("%s; kernel %s", said, self.kernel_id)
         note("gateway", said, kernel=self.kernel_id or "")
         status = error.status if error.status in TOLD else 502
@@ -222,6 +246,30 @@ class Remembered:
             os.close(self._fd)
 
 
+class FastwireGatewayKernelSpecManager(GatewayKernelSpecManager):
+    """jupyter_server's own, which says why a gateway is not trusted. It is the first that asks it anything."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        theirs: Any = super()
+        theirs.__init__(**kwargs)
+        trust_alone(GatewayClient.instance())
+
+    async def list_kernel_specs(self) -> Any:
+        theirs: Any = super()
+        with in_words():
+            return await theirs.list_kernel_specs()
+
+
+def trust_alone(gateway: Any) -> None:
+    """``ca_certs`` says who is trusted also where no certificate of this server's own is asked for.
+
+    Source: `GatewayClient.init_connection_args`, which reads it only beside ``client_cert``.
+    """
+    if gateway.ca_certs and not gateway.client_cert:
+        gateway.init_connection_args()
+        gateway._connection_args["ca_certs"] = gateway.ca_certs  # noqa: SLF001
+
+
 class FastwireGatewayMappingKernelManager(GatewayMappingKernelManager):
     """jupyter_server's own, which knows its kernels again after a restart, and ends although its gateway is gone.
 
@@ -248,19 +296,22 @@ class FastwireGatewayMappingKernelManager(GatewayMappingKernelManager):
     async def kernel_model(self, kernel_id: str) -> Any:
         manager: Any = self.get_kernel(str(kernel_id))
         if "name" not in (manager.kernel or {}):
-            await manager.refresh_model()
+            with in_words():
+                await manager.refresh_model()
         if manager.kernel is None:
             self.remove_kernel(kernel_id)
             raise HTTPError(404, f"The gateway does not have kernel {kernel_id} any more")
         return manager.kernel
 
     async def start_kernel(self, **kwargs: Any) -> Any:  # type: ignore[override]
-        kernel_id = await super().start_kernel(**kwargs)  # type: ignore[no-untyped-call]
+        with in_words():
+            kernel_id = await super().start_kernel(**kwargs)  # type: ignore[no-untyped-call]
         self._remembered.put(self._kernels)
         return kernel_id
 
     async def list_kernels(self, **kwargs: Any) -> Any:
-        models = await super().list_kernels(**kwargs)  # type: ignore[no-untyped-call]
+        with in_words():
+            models = await super().list_kernels(**kwargs)  # type: ignore[no-untyped-call]
         self._remembered.put(self._kernels)
         return models
 
@@ -277,6 +328,7 @@ class FastwireGatewayMappingKernelManager(GatewayMappingKernelManager):
 
     async def _end(self, kernel_id: str, now: bool) -> None:
         try:
-            await self.shutdown_kernel(kernel_id, now=now)  # type: ignore[no-untyped-call]
-        except HTTPError as error:
-            self.log.warning("Kernel %s could not be ended: %s", kernel_id, error.log_message)
+            with in_words():
+                await self.shutdown_kernel(kernel_id, now=now)  # type: ignore[no-untyped-call]
+        except Exception as error:  # noqa: BLE001 - whatever a gateway may do, the others are to end and the server
+            self.log.warning("Kernel %s could not be ended: %s", kernel_id, getattr(error, "log_message", error))

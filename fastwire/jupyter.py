@@ -28,7 +28,7 @@ try:
     from jupyter_server.auth.identity import IdentityProvider, PasswordIdentityProvider
     from jupyter_server.auth.login import LoginFormHandler
     from jupyter_server.gateway.connections import GatewayWebSocketConnection
-    from jupyter_server.gateway.managers import GatewayMappingKernelManager
+    from jupyter_server.gateway.managers import GatewayKernelSpecManager, GatewayMappingKernelManager
     from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
     from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
@@ -44,7 +44,11 @@ from fastwire import __version__, installed, logs, other_websockets, rest, runs_
 from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch
 from fastwire.errors import FastwireError, TooManyClients
 from fastwire.flow import OutputRates, too_many
-from fastwire.gateway import FastwireGatewayConnection, FastwireGatewayMappingKernelManager
+from fastwire.gateway import (
+    FastwireGatewayConnection,
+    FastwireGatewayKernelSpecManager,
+    FastwireGatewayMappingKernelManager,
+)
 from fastwire.kernels import (
     Clients,
     FastwireMappingKernelManager,
@@ -610,6 +614,7 @@ CLASSES: dict[str, dict[type, type]] = {
         AsyncMappingKernelManager: FastwireMappingKernelManager,
         GatewayMappingKernelManager: FastwireGatewayMappingKernelManager,
     },
+    "kernel_spec_manager_class": {GatewayKernelSpecManager: FastwireGatewayKernelSpecManager},
 }
 
 
@@ -708,7 +713,7 @@ def default_class(trait: str, theirs: Callable[[Any], Any], app: Any) -> Any:
     ours = counterpart(trait, chosen)
     if ours is chosen or obstacle(app):
         return chosen
-    if trait == "kernel_manager_class" and not takes_fastwire(app):
+    if trait != "kernel_websocket_connection_class" and not takes_fastwire(app):
         return chosen
     return ours
 

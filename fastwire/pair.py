@@ -7,7 +7,8 @@ restarted, which loses either side, and which must not be believed to be either.
 What was believed and is wrong:
 
 - *A proxy answers pings.* Then who pings learns what the proxy has. Passed on, in order, behind what they ask about, a
-  pong says that the far end has all of it, and nothing need be kept here (``test_a_front_that_is_killed``).
+  pong says that the far end has all of it, and nothing need be kept here
+  (``test_a_front_that_is_killed_comes_back_at_its_address``).
 - *A proxy heals what breaks.* A connection that is opened again behind a client's back does not tell it that a request
   may be lost, and pongs for the one before would acknowledge what the next has only written. So both end together, and
   who comes back is a new pair of the same session (``test_a_gateway_that_is_lost``).

@@ -128,13 +128,20 @@ class FastwireServer(ServerApp):
 
     @default("kernel_websocket_connection_class")
     def _default_kernel_websocket_connection_class(self) -> Any:
-        theirs = super()._default_kernel_websocket_connection_class()
-        return theirs if leaves_gateway(self) else counterpart("kernel_websocket_connection_class", theirs)
+        return self._counterpart("kernel_websocket_connection_class")
 
     @default("kernel_manager_class")
     def _default_kernel_manager_class(self) -> Any:
-        theirs = super()._default_kernel_manager_class()
-        return theirs if leaves_gateway(self) else counterpart("kernel_manager_class", theirs)
+        return self._counterpart("kernel_manager_class")
+
+    @default("kernel_spec_manager_class")
+    def _default_kernel_spec_manager_class(self) -> Any:
+        return self._counterpart("kernel_spec_manager_class")
+
+    def _counterpart(self, trait: str) -> Any:
+        """fastwire's class for what Jupyter Server would take."""
+        theirs = getattr(super(), f"_default_{trait}")()
+        return theirs if leaves_gateway(self) else counterpart(trait, theirs)
 
     @default("default_url")
     def _default_default_url(self) -> str:

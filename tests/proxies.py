@@ -229,6 +229,23 @@ class NginxForKernels(Nginx):
         self.reload()
 
 
+class CaddyForKernels(Caddy):
+    file = "kernels-Caddyfile"
+    upstream = ("127.0.0.1:8881", "127.0.0.1:8882")
+
+    def reload(self) -> None:
+        super().reload()
+        assert self.reloading is not None
+        assert self.reloading.wait(PATIENCE) == 0
+
+    def drain_first(self) -> None:
+        """Its reload is over when all clients have read its Close frames, in force before."""
+        first, second = self.servers
+        self.changes[f"to 127.0.0.1:{first.port}  #"] = "#"
+        super().reload()
+        until(lambda: all(kernels_of(self.seen) == kernels_of(second) for _ in range(4)), "it asks only the second")
+
+
 class HaproxyForKernels(Haproxy):
     file = "kernels-haproxy.cfg"
     listens = ("bind :80",)
@@ -254,6 +271,11 @@ class HaproxyForKernels(Haproxy):
 
     def drain_first(self) -> None:
         assert self.admin("set server servers/a state drain").strip() == ""
+
+
+def kernels_of(server: Server) -> set[str]:
+    _, models = server.rest("GET", "/api/kernels")
+    return {model["id"] for model in models}
 
 
 # -- one that runs ---------------------------------------------------------------------------------

@@ -88,10 +88,12 @@ class Server:
     home: Path
     port: int = 0
     base: str = ""
+    #: Whom its clients trust, and who they are, where it speaks TLS.
+    tls: ssl.SSLContext | None = None
 
     @property
     def root(self) -> str:
-        return f"http://127.0.0.1:{self.port}{self.base}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}{self.base}"
 
     @property
     def log(self) -> str:
@@ -107,7 +109,7 @@ class Server:
         headers = {"Authorization": f"token {TOKEN}"}
         request = Request(self.root + path, data, headers, method=method)
         try:
-            with urlopen(request, timeout=PATIENCE) as response:
+            with urlopen(request, timeout=PATIENCE, context=self.tls) as response:
                 return response.status, json.loads(response.read() or b"null")
         except HTTPError as error:
             with error:
@@ -221,6 +223,8 @@ def serving(
     base: str = "",
     python: str = sys.executable,
     token: str = TOKEN,
+    port: int = 0,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[Server]:
     """Run a server on a free port of the loopback interface until the block ends. ``base`` is the path of its URL;
     extensions that are not named are on if they are installed so."""
@@ -228,13 +232,13 @@ def serving(
     settings = {"ServerApp": {"jpserver_extensions": extensions}}
     (home / "config" / "jupyter_server_config.json").write_text(json.dumps(settings))
     write_kernelspecs(home / "data")
-    command = [python, *how, "--ip=127.0.0.1", "--port=0", "--no-browser", "--allow-root"]
+    command = [python, *how, "--ip=127.0.0.1", f"--port={port}", "--no-browser", "--allow-root"]
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={home}", *options]
     with (home / "stdout").open("w") as out, (home / "stderr").open("w") as err:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment(home) | variables, cwd=home
         )
-    server = Server(process, home, base=base)
+    server = Server(process, home, base=base, tls=tls)
     with ending(process):
         until(lambda: is_up(server), "a server that answers")
         yield server
@@ -260,7 +264,7 @@ def is_up(server: Server) -> bool:
     path = server.home / "runtime" / f"jpserver-{server.process.pid}.json"
     try:
         server.port = json.loads(path.read_text())["port"] or 0
-        return server.rest("GET", "/api/status")[0] == 200
+        return server.rest("GET", "/api")[0] == 200  # which needs nobody else
     except (OSError, ValueError):
         return False
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import wsclient
 from network import Network
+from proxies import Returning
 from server import (
     PROTOCOLS,
     TOKEN,
@@ -120,29 +121,32 @@ def test_a_client_that_is_cut_off_misses_nothing(gateway: Server, front: Server,
         gateway.until_model(kernel, connections=0)
 
 
-def test_a_front_that_is_killed(gateway: Server, tmp_path: Path) -> None:
-    """While a cell runs. The next one knows its kernels, and the gateway has what the cell has said meanwhile."""
+def test_a_front_that_is_killed_comes_back_at_its_address(gateway: Server, tmp_path: Path) -> None:
+    """While a cell runs. The next one knows its kernels, and the gateway has what the cell has said meanwhile: a page
+    goes on by opening its WebSocket again where it was."""
     database = f"--SessionManager.database_filepath={tmp_path / 'sessions'}"
     with front_of(gateway, tmp_path, database) as front:
         wanted = {"path": "a.ipynb", "type": "notebook", "name": "", "kernel": {"name": "python3"}}
         session = front.rest("POST", "/api/sessions", wanted)[1]
         kernel = session["kernel"]["id"]
-        client = Client(front, kernel, how=Raw)
-        client.run(UNLIMITED)
+        page = Returning(lambda session: Client(front, kernel, None, session, how=Raw))
+        page.now.run(UNLIMITED)
         go_on = tmp_path / "go on"
         waiting = f"import os, time\nwhile not os.path.exists({str(go_on)!r}): time.sleep(.01)\n"
-        cell = client.execute(waiting + flushed(2000))
-        client.receive_until(lambda message: message.type == "status" and message.parent == cell)
+        cell = page.now.execute(waiting + flushed(2000))
+        page.now.receive_until(lambda message: message.type == "status" and message.parent == cell)
         front.process.kill()
-        client.closed()
-        client.socket.close()
+        page.closed()
     go_on.touch()
-    with front_of(gateway, tmp_path, database) as front:
-        with Client(front, kernel, None, client.session_id) as again:
-            assert numbers(again.collect(cell).messages) == [*range(2000)]
-        assert front.rest("GET", f"/api/kernels/{kernel}")[1]["name"] == "python3"
-        assert [each["kernel"]["id"] for each in front.rest("GET", "/api/sessions")[1]] == [kernel]
-        assert not front.logged("Traceback")
+    with front_of(gateway, tmp_path, database, port=front.port) as again:
+        assert again.port == front.port
+        page.come_back()
+        page.finish(cell)
+        assert numbers(page.now.log) == [*range(2000)]
+        page.close()
+        assert again.rest("GET", f"/api/kernels/{kernel}")[1]["name"] == "python3"
+        assert [each["kernel"]["id"] for each in again.rest("GET", "/api/sessions")[1]] == [kernel]
+        assert not again.logged("Traceback")
     assert gateway.rest("GET", "/api/kernels")[1] == [], "a front that ends ends its kernels"
 
 

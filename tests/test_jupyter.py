@@ -90,8 +90,8 @@ def numbers(messages: list[Message]) -> list[int]:
 
 
 def flushed(count: int) -> str:
-    """A cell that prints numbers, each in a message of its own."""
-    return f"for i in range({count}): print(i, flush=True)"
+    """A cell that prints numbers, each with its end of line in a message of its own: `print` writes that apart."""
+    return f"for i in range({count}): print(f'{{i}}\\n', end='', flush=True)"
 
 
 # -- a cell ----------------------------------------------------------------------------------------
