@@ -282,19 +282,19 @@ class Acknowledgements(Asking):
 
     A pong says that the peer's WebSocket stack has taken everything before its ping (RFC 6455 section 5.5.3). At most
     one ping is outstanding, and none is sent while nothing is unacknowledged. One that is due goes with the next
-    bytes; the last bytes of a burst have nothing to ride with and are asked about by themselves (`delay`). A peer
-    that never answers, although its TCP took a ping `PATIENCE` ago and takes more bytes or has them all, is believed
-    to have received what was written (`demoted`), until it does answer. One that has answered before is only slow: a
-    browser does not while its page's script is busy. Where more is kept back until it answers (``held``), and nothing
-    says that it ever will, it is believed after `HELD_PATIENCE`: there are clients that answer no pings, and it would
-    have to wait for nothing.
+    bytes; the last bytes of a burst have nothing to ride with and are asked about by themselves (`delay`). Who is
+    behind gets more when it has answered, and is asked again as soon as it has. A peer that never answers, although
+    its TCP took a ping `PATIENCE` ago and takes more bytes or has them all, is believed to have received what was
+    written (`demoted`), until it does answer. One that has answered before is only slow: a browser does not while its
+    page's script is busy. Where more is kept back until it answers (``held``), and nothing says that it ever will, it
+    is believed after `HELD_PATIENCE`: there are clients that answer no pings, and it would have to wait for nothing.
 
     What is asked and answered with each burst is compiled (`fastwire._core.Asking`), what silence means is here.
     """
 
     PREFIX = b"fastwire"
 
-    #: Seconds between two pings, at least.
+    #: Seconds between two pings, at least, to one that is not behind.
     INTERVAL = 0.050
 
     #: Seconds until the last bytes of a burst are asked about, unless so many bytes are unacknowledged that whoever

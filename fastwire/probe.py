@@ -10,6 +10,9 @@ What was believed and is wrong:
   most of them found that a ping with the next bytes would have done. So a ping that is due rides in the flush that
   makes it so, and what is left, the end of a burst, waits in the `Timers` that all connections share
   (``test_pings_ride``).
+- *Twenty pings a second are enough.* Of a client that is behind each makes room for what it may have unacknowledged,
+  which is little where many are behind: a window every 100 ms, 160 kB/s
+  (``test_who_is_behind_is_asked_as_often_as_it_answers``).
 - *No pong, no peer.* A browser does not answer while its page's script is busy, and a connection that we do not read
   cannot be heard. Silence counts only with what TCP took meanwhile (``test_a_client_that_answers_no_pings``).
 - *A socket without room is stalled.* One at 1 kB/s takes bytes for a minute before there is room for one of ours

@@ -11,10 +11,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -371,7 +372,6 @@ class Usual:
             )
         )
         self.send = self.socket.send
-        self.close = self.stack.close
         assert self.socket.subprotocol == protocol
 
     def receive(self) -> str | bytes:
@@ -379,6 +379,15 @@ class Usual:
             return self.socket.recv(timeout=PATIENCE)
         except ConnectionClosed as end:
             raise Closed(end.rcvd.code if end.rcvd else None) from end
+
+    def close(self) -> None:
+        """Read the rest, too: the package sees the server's Close only behind what it has queued for its reader."""
+        closing = threading.Thread(target=self.stack.close)
+        closing.start()
+        with suppress(ConnectionClosed, TimeoutError):
+            while True:
+                self.socket.recv(timeout=PATIENCE)
+        closing.join()
 
 
 class Raw:

@@ -248,6 +248,20 @@ def test_a_client_that_answers_no_pings(stage: Stage, kernel: Kernel, monkeypatc
     stage.take_logs()
 
 
+@both_protocols
+def test_who_is_behind_is_asked_as_often_as_it_answers(
+    stage: Stage, kernel: Kernel, protocol: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No timer stands between what is unacknowledged and what it keeps back."""
+    monkeypatch.setattr(Acknowledgements, "INTERVAL", 3600.0)
+    monkeypatch.setattr(Acknowledgements, "TAIL", 3600.0)
+    stage.start(kernel, client_memory_limit=8 * MIB)
+    client = stage.connect("ann", protocol)
+    kernel.publish(*[message("display_data", str(number), {"data": "x" * 100 * KIB}) for number in range(60)])
+    assert client.ids(60) == [str(number) for number in range(60)]
+    assert stage.session("ann").connection.wire.answered > 2
+
+
 def test_who_has_never_answered_is_not_kept_waiting_for_an_answer(
     stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

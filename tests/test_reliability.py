@@ -266,11 +266,11 @@ def client_is_held_back(server: Server, kernel: str) -> bool:
 
 def test_two_hundred_clients_of_which_twenty_are_stalled(server: Server, light: str) -> None:
     """The others get everything, in order."""
-    count = 500
+    count = 200
     stalled = [Client(server, light, None, how=Raw) for _ in range(20)]
     others = [Client(server, light) for _ in range(180)]
     until_heard(server, light, 200)
-    cell = others[0].execute(f"flood {count} 1000")
+    cell = others[0].execute(f"flood {count} 4000")
     for client in others:
         client.receive_until(lambda message: is_end(message, cell))
         assert numbers(client.log) == [*range(count)]

@@ -669,6 +669,9 @@ cdef class Outlet:
             and not wire.over
         )
 
+    cdef bint is_behind(self) noexcept:
+        return self.cursor.place is not None
+
     cpdef int pass_on(self, LogEntry entry) except -1:
         """An entry that was just appended for this client, or for all."""
         if self.cursor.place is not None:
@@ -676,6 +679,7 @@ cdef class Outlet:
         if self.wire is None or not self.has_room():
             self.cursor.journal.python_ran = True
             self.fall_behind(entry)
+            self.ask_soon()
         elif self.is_plain(entry):
             self.give_plainly(entry)
         else:
@@ -718,6 +722,12 @@ cdef class Outlet:
         if self.cursor.place is not None:
             poller.python_ran = True
             self.pump()
+            self.ask_soon()
+        return 0
+
+    cdef int ask_soon(self) except -1:
+        if self.wire is not None and self.is_behind():
+            self.wire.ask_soon()
         return 0
 
     def fall_behind(self, entry):

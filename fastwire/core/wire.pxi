@@ -223,8 +223,8 @@ cdef class Wire(Part):
         return self.queue.written if self.fd >= 0 else <uint64_t>self.owner.written
 
     cpdef int ride(self) except -1:
-        """Bytes are about to be written: a ping that is due goes with them. Where there is no memory for it they go
-        alone: the next ones ask about them."""
+        """Bytes are about to be written: a ping that is due goes with them, and with those of a client that gets more
+        only when it has answered. Where there is no memory for it they go alone: the next ones ask about them."""
         cdef Asking asks = self.asks
         cdef double now
         if asks is None:
@@ -234,11 +234,18 @@ cdef class Wire(Part):
                 self.look_after(asks.tail)
             if not asks.outstanding and self.data_end > asks._asked and not self.we_are_done:
                 now = nanoseconds() / 1e9
-                if now >= asks._due:
+                if now >= asks._due or (self.outlet is not None and self.outlet.is_behind()):
                     self.ask(now)
         except MemoryError:
             pass
         return 0
+
+    cdef int ask_soon(self) except -1:
+        """It gets more only when it has answered, and there may be nothing that would take a ping with it."""
+        cdef Asking asks = self.asks
+        if asks is None or asks.outstanding or asks.demoted or self.data_end <= asks._asked or self.we_are_done:
+            return 0
+        return self.schedule()
 
     cdef int ask(self, double now) except -1:
         cdef char *out = self.queue.reserve(18)
