@@ -1,22 +1,30 @@
 """The examples of docs/use.md that need more than a moment run as they stand. That of Kernel Gateway is run where
 Kernel Gateway is tested."""
 
+import asyncio
 import json
 import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+import inside
 import psutil
+import pytest
 import websockets.sync.client
+from builders import client_message, message
 from patience import SLOW
 from server import PATIENCE, WITHOUT_EXTENSIONS, Client, ending, environment, serving, until
-from test_readme import ROOT, example, examples
+from test_readme import DOCS, ROOT, example, examples
+from test_report import Home
+from traitlets.config import Config
 
-from fastwire import OP_TEXT, frame_header
+from fastwire import OP_TEXT, PROTOCOL_V1, frame_header
 from fastwire.session import Session
 
 USE = "docs/use.md"
@@ -116,10 +124,103 @@ def test_every_state_table_is_drawn() -> None:
     assert rooms == {*re.findall(r"`fastwire/(\w+)\.py`", document)}
 
 
+#: Who runs each example of Python, by page and by words that are in it alone. Those of docs/api.md are signatures.
+RUN_BY = {
+    "README.md": {
+        "KernelGatewayApp": "test_the_configuration_names_what_exists",
+        "class Echo": "test_in_a_tornado_application",
+        "split_identities": "test_as_a_library",
+    },
+    "docs/configuration.md": {"resume_timeout": "test_examples_of_configuration"},
+    "docs/proxies.md": {"class NamedKernels": "test_the_documentation_shows_what_is_tested"},
+    "docs/runs.md": {"def ask": "test_examples", "def count_errors": "test_an_extension_that_listens"},
+    "docs/scaling.md": {"cull_idle_timeout": "test_examples_of_configuration"},
+    "docs/start.md": {"sndhwm": "unlimit"},
+    "docs/testing.md": {"syscalls": "test_the_example_of_its_page"},
+    USE: {
+        "c.ServerApp": "test_in_jupyter_server",
+        "c.KernelGatewayApp": "test_kernel_gateway",
+        "class Room": "test_a_room_in_a_tornado_application",
+        "class Messages": "test_a_kernel_in_a_tornado_application",
+        "def answer": "test_a_parser_and_a_queue",
+        "from fastwire.session": "test_a_session_of_jupyter_client",
+    },
+}
+
+
 def test_every_example_is_run() -> None:
     """A new one needs its test."""
-    tests = "".join((ROOT / "tests" / name).read_text() for name in ("test_docs.py", "test_jupyter_peers.py"))
-    assert len(examples(ROOT / USE)) == len(set(re.findall(r'example\("(.+?)", USE\)', tests)))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *DOCS, *ROOT.glob("bench/*.md"))]
+    for page in set(pages) - {"docs/api.md"}:
+        runners = RUN_BY.get(page, {})
+        assert [name for name in runners.values() if f"def {name}(" not in tests] == []
+        found = [[words for words in runners if words in text] for text in examples(ROOT / page)]
+        assert sorted(found) == sorted([words] for words in runners), page
+
+
+@pytest.mark.parametrize("page", ["docs/configuration.md", "docs/scaling.md"])
+def test_examples_of_configuration(tmp_path: Path, page: str) -> None:
+    """A server takes each setting."""
+    home = Home(tmp_path)
+    (text,) = examples(ROOT / page)
+    home.configure("jupyter_server_config.py", text)
+    expected = Config()
+    exec(text, {"c": expected})
+    found = home.json()
+    assert found["jupyter"]["settings"] == dict(expected.Fastwire)
+    assert not [line for line in found["advice"] if "cannot be used" in line]
+
+
+def test_an_extension_that_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict = {}
+    exec(example("def count_errors", "docs/runs.md"), names)
+
+    async def use() -> None:
+        async with inside.serving(tmp_path, monkeypatch) as server:
+            kernel = await server.manager.start_kernel(kernel_name="python3")
+            told: list[bytes] = []
+            names["count_errors"](server.manager.get_kernel(kernel), told)
+            async with server.client(kernel, subprotocols=[PROTOCOL_V1]) as client:
+                code = {"code": "1 / 0", "silent": False}
+                asked = client_message(message("execute_request", "1", code), "shell", PROTOCOL_V1)
+                await client.send(asked)
+                await inside.until(lambda: told, "an error is heard")
+            assert json.loads(told[0])["ename"] == "ZeroDivisionError"
+
+    asyncio.run(use())
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Pages, and the commands of ours in them."""
+    for page in (*ROOT.glob("*.md"), *DOCS, *ROOT.glob("bench/*.md"), *ROOT.glob("fuzz/*.md")):
+        text = page.read_text().replace("\\\n", " ")
+        for command in re.findall(r"python3? -m ((?:bench|fastwire|fuzz)\b[^`\n|#]*)", text):
+            yield page.name, command.strip()
+
+
+def test_every_command_of_ours_exists_with_its_options() -> None:
+    found = list(commands())
+    assert len(found) > 40
+    for page, command in found:
+        module, *arguments = command.replace(",", " ").split()
+        module = module.rstrip(".:;)")
+        assert find_spec(module), f"{page}: {command}"
+        names = ("bench", "fuzz") if module.partition(".")[0] != "fastwire" else ("fastwire",)
+        sources = "".join(path.read_text() for name in names for path in (ROOT / name).glob("*.py"))
+        for option in (each.partition("=")[0] for each in arguments if each.startswith("--")):
+            known = f'"{option}"' in sources or module == "fastwire.serve"  # whose options are Jupyter Server's
+            assert known, f"{page}: {option} of {command}"
+
+
+def test_every_extra_that_is_installed_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for page in (*ROOT.glob("*.md"), *DOCS, *ROOT.glob("bench/*.md")):
+        for named in re.findall(r"(?:fastwire|\.)\[([a-z,]+)\]", page.read_text()):
+            assert set(named.split(",")) <= extras.keys(), page.name
 
 
 def test_every_behaviour_names_a_test_that_exists() -> None:

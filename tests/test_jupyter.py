@@ -21,6 +21,7 @@ from server import (
     serving,
     until,
 )
+from test_readme import example
 from websockets.exceptions import InvalidStatus
 from wsclient import close_frame
 
@@ -39,10 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 #: A kernel's own socket drops messages beyond 1,000 that the machine was too busy to send. That is not what is tested.
-UNLIMITED = """
-thread = get_ipython().kernel.iopub_thread
-thread.schedule(lambda: setattr(thread.socket, "sndhwm", 0))
-"""
+UNLIMITED = example("sndhwm", "docs/start.md")
 
 
 def unlimit(server: Server, kernel: str) -> None:

@@ -265,6 +265,10 @@ NAMES = ("python3", "ir", "julia-1.10", "<img src=x onerror=alert(1)>")
 STATES = ("fine",) * 20 + ("slow", "paused", "resuming", "away")
 
 
+#: Bytes of each kernel's that nobody waits for.
+HISTORY = 2_000_000
+
+
 class Crowd:
     """A server with many kernels, as the page is told of it; everything moves from one answer to the next."""
 
@@ -283,7 +287,10 @@ class Crowd:
             "name": name,
             "execution_state": state,
             "messages": 0,
-            "kept_bytes": kept,
+            "path": "libzmq" if number % 9 == 0 else "zmtp",
+            "kept_bytes": kept + HISTORY,
+            "history_bytes": HISTORY,
+            "runs": number,
             "spilled_bytes": 10 * kept,
             "clients": clients,
         }
@@ -350,7 +357,10 @@ def test_a_hundred_kernels_are_readable(server: Server, browser: Browser, width:
         assert page.locator("tr.client").count() == 0, "clients are shown when asked for"
         clients = [client for kernel in crowd.kernels for client in kernel["clients"]]
         behind = sum(client["behind_messages"] > 0 for client in clients)
-        shows(page, "#kept-note", re.compile(f"on disk, for {behind} of {len(clients)}$"))
+        shows(page, "#kept-note", re.compile(f"on disk, for {behind} of {len(clients)}; history 200 MB$"))
+        shows(page, "#kernels-note", re.compile("; 4,950 runs$"))
+        idle = next(kernel for kernel in crowd.kernels if not any(each["behind_bytes"] for each in kernel["clients"]))
+        shows(page, f'tr.kernel[data-id="{idle["id"]}"] .kept .value', "0 B")  # history waits for nobody
         assert not is_too_wide(page)
         tallest = max(page.locator("tr.kernel").nth(i).bounding_box()["height"] for i in (0, 50, 99))
         assert tallest < (35 if width > 760 else 75)

@@ -233,6 +233,19 @@ function clientNumbers(key, client, seconds) {
   return now;
 }
 
+// Bytes in memory that somebody does not have yet; what all have is kept as history.
+function waiting(kernel) {
+  return Math.max((kernel.kept_bytes ?? 0) - (kernel.history_bytes ?? 0), 0);
+}
+
+function runsText(runs) {
+  return runs ? `${count.format(runs)} ${runs === 1 ? "run" : "runs"}` : "";
+}
+
+function total(kernels, value) {
+  return kernels.reduce((sum, kernel) => sum + value(kernel), 0);
+}
+
 function worst(states) {
   return STATES.find((state) => states.includes(state)) ?? "none";
 }
@@ -248,7 +261,7 @@ function kernelNumbers(kernel, seconds) {
     rate: gainedOf(row, { messages: kernel.messages ?? 0 }, seconds).messages,
     latency: sent ? sum("time") / sent : null,
     // Once, however many of its clients wait for it.
-    kept: kernel.kept_bytes ?? 0,
+    kept: waiting(kernel),
     spilled: kernel.spilled_bytes ?? 0,
   };
   const state = worst(clients.map((client) => client.state));
@@ -257,7 +270,7 @@ function kernelNumbers(kernel, seconds) {
     .join(" ").toLowerCase();
   row.severity = STATES.indexOf(state);
   const execution = kernel.execution_state ?? "unknown";
-  const id = [kernel.id.slice(0, 8), kernel.path].filter(Boolean).join(" \u00b7 ");
+  const id = [kernel.id.slice(0, 8), kernel.path, runsText(kernel.runs)].filter(Boolean).join(" \u00b7 ");
   row.update(kernel.name, id, state, [[execution, execution], clientsWords(clients, state)], now);
   return now;
 }
@@ -278,8 +291,9 @@ function drawTiles(status, seconds) {
   const { bounds, counts } = status.time_to_flush;
   const gain = counts.map((n, i) => Math.max(n - (before ? before.time_to_flush.counts[i] : n), 0));
   const clients = status.kernels.flatMap((kernel) => kernel.clients ?? []);
-  const kept = status.kernels.reduce((sum, kernel) => sum + (kernel.kept_bytes ?? 0), 0);
-  const spilled = status.kernels.reduce((sum, kernel) => sum + (kernel.spilled_bytes ?? 0), 0);
+  const kept = total(status.kernels, waiting);
+  const spilled = total(status.kernels, (kernel) => kernel.spilled_bytes ?? 0);
+  const history = total(status.kernels, (kernel) => kernel.history_bytes ?? 0);
   const p99 = quantile(bounds, gain, 0.99);
   const values = { rate, bytes, latency: p99, kept: kept + spilled };
   for (const [name, value] of Object.entries(values)) {
@@ -293,9 +307,11 @@ function drawTiles(status, seconds) {
   tile("latency", secondsText(quantile(bounds, gain, 0.5)), p99 === null ? "no messages" : `99 % within ${secondsText(p99)}`);
   const behind = clients.filter((client) => client.behind_messages).length;
   const where = spilled ? `${bytesText(spilled)} of it on disk` : "nothing on disk";
-  tile("kept", bytesText(kept + spilled), behind ? `${where}, for ${behind} of ${count.format(clients.length)}` : where);
+  const whom = behind ? `, for ${behind} of ${count.format(clients.length)}` : "";
+  tile("kept", bytesText(kept + spilled), `${where}${whom}${history ? `; history ${bytesText(history)}` : ""}`);
   const states = status.kernels.map((kernel) => (EXECUTION.includes(kernel.execution_state) ? kernel.execution_state : "other"));
-  tile("kernels", count.format(states.length), notesOf(states, EXECUTION, "idle") || "none running");
+  const runs = runsText(total(status.kernels, (kernel) => kernel.runs ?? 0));
+  tile("kernels", count.format(states.length), [notesOf(states, EXECUTION, "idle") || "none running", runs].filter(Boolean).join("; "));
   tile("clients", count.format(clients.length), notesOf(clients.map((client) => client.state), STATES, "fine"));
   drawParts(states, "kernels", EXECUTION);
   drawParts(clients.map((client) => client.state), "clients", STATES);
