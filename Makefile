@@ -147,6 +147,7 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 
 docs: install ## rewrite the references in docs/ from docstrings and settings
 	$(RUN) tools/api.py
+	$(RUN) tools/architecture.py
 	$(RUN) tools/configuration.py
 	$(RUN) tools/states.py
 

@@ -306,7 +306,7 @@ function drawTiles(status, seconds) {
   tile("bytes", bytesText(bytes), `${bytesText(said)} /s from kernels`);
   tile("latency", secondsText(quantile(bounds, gain, 0.5)), p99 === null ? "no messages" : `99 % within ${secondsText(p99)}`);
   const behind = clients.filter((client) => client.behind_messages).length;
-  const where = spilled ? `${bytesText(spilled)} of it on disk` : "nothing on disk";
+  const where = spilled ? `${bytesText(spilled)} on disk` : "nothing on disk";
   const whom = behind ? `, for ${behind} of ${count.format(clients.length)}` : "";
   tile("kept", bytesText(kept + spilled), `${where}${whom}${history ? `; history ${bytesText(history)}` : ""}`);
   const states = status.kernels.map((kernel) => (EXECUTION.includes(kernel.execution_state) ? kernel.execution_state : "other"));
