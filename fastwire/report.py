@@ -203,6 +203,7 @@ def disk(limits: Limits) -> dict[str, Any]:
             space = os.statvfs(there)
             found["free"] = space.f_bavail * space.f_frsize
             found["memory"] = is_in_memory(there)
+            found["writable"] = os.access(there, os.W_OK | os.X_OK)
     return found
 
 
@@ -239,7 +240,7 @@ def advice_on_disk(found: Mapping[str, Any]) -> Iterator[str]:
     where = found["spill_dir"]
     if not where:
         return
-    if "free" not in found:
+    if not found.get("writable"):
         yield f"c.Fastwire.spill_dir {where} cannot be used: set it to a directory on a disk"
     elif found["memory"]:
         yield f"c.Fastwire.spill_dir {where} is memory itself (tmpfs): set it to a directory on a disk"

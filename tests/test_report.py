@@ -1,5 +1,6 @@
 """``python -m fastwire``, run for real in homes that have this or that."""
 
+import ctypes
 import json
 import os
 import resource
@@ -167,6 +168,21 @@ def test_few_descriptors(home: Home) -> None:
 def test_messages_put_aside_in_memory(home: Home) -> None:
     home.configure("jupyter_server_config.py", "c.Fastwire.spill_dir = '/dev/shm'")
     assert any("/dev/shm is memory itself" in line for line in home.json()["advice"])
+
+
+def as_anybody() -> None:
+    """Root writes where nobody may: the process that is begun has not that capability (CAP_DAC_OVERRIDE) of it."""
+    drop_from_bounding_set, dac_override = 24, 1
+    ctypes.CDLL(None).prctl(drop_from_bounding_set, dac_override, 0, 0, 0)
+
+
+def test_a_home_that_is_read_only(home: Home) -> None:
+    home.path.chmod(0o555)
+    try:
+        advice = home.json(preexec_fn=as_anybody)["advice"]
+    finally:
+        home.path.chmod(0o755)
+    assert advice == ["c.Fastwire.spill_dir ~/runtime cannot be used: set it to a directory on a disk"]
 
 
 @pytest.mark.parametrize(
