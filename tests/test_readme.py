@@ -108,7 +108,10 @@ def test_the_core_asks_for_the_gil() -> None:
 # -- docs/ -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["api.md", "architecture.svg", "configuration.md"])
+# Every new import moves the picture: in the repository it may lag a day, the site draws it anew.
+@pytest.mark.parametrize(
+    "name", ["api.md", "configuration.md", pytest.param("architecture.svg", marks=pytest.mark.nightly)]
+)
 def test_what_is_generated_is_up_to_date(name: str) -> None:
     path = ROOT / "docs" / name
     assert runpy.run_path(str(ROOT / "tools" / f"{path.stem}.py"))["page"]() == path.read_text(), (

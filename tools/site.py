@@ -1,12 +1,14 @@
 """Builds the documentation as a site, in build/site, from the project's pages as they are.
 
 The pages keep their places, so that the links which work in the repository work here; those to other files take the
-files along. A link or an anchor that leads nowhere fails the build, and so does an example that is not Python.
+files along. A link or an anchor that leads nowhere fails the build, and so does an example that is not Python. The
+picture of the rooms is drawn anew.
 """
 
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,7 @@ def main() -> None:
             check_examples(page)
         take_along(page)
     shutil.copyfile(ROOT / "LICENSE", SOURCE / "LICENSE")
+    (SOURCE / "docs" / "architecture.svg").write_text(runpy.run_path(str(ROOT / "tools" / "architecture.py"))["page"]())
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--clean"]
     command += ["--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(SITE)]
     # The theme advertises another program.
