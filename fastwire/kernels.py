@@ -257,6 +257,8 @@ class Kernel:
         )
         #: Who runs code for those that have no WebSocket.
         self.executor = Executor(self.relay)
+        #: Requests over HTTP that read what it said, or wait for more.
+        self.asking: set[object] = set()
         self._release: asyncio.Task[None] | None = None
         self.relay.activity = Activity(getattr(manager.parent, "untracked_message_types", ()))
         self.hearing = self.relay.hearing

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fastwire._core import Run, answers_to, indices_of_types
@@ -19,8 +19,8 @@ from fastwire.journal import Journal, end_of
 from fastwire.segments import Entry, Gap, Segment, State, Zone
 
 __all__ = [
-    "Answer", "Asked", "BadInput", "DiskIsLate", "Lost", "Message", "Messages", "Outputs", "Reader", "described",
-    "parsed", "plain", "read_body",
+    "Answer", "Asked", "BadInput", "DiskIsLate", "Lost", "Message", "Messages", "Outputs", "Reader", "bring_up_to_date",
+    "described", "parsed", "plain", "read_body", "read_outputs",
 ]  # fmt: skip
 
 #: Seconds that what lies on the disk is waited for.
@@ -31,6 +31,9 @@ LONGEST_RUN, MOST_EXPRESSIONS = 7 * 86400, 100
 
 #: What changes a display that another run has made.
 UPDATES = [b"update_display_data"]
+
+#: Of its header, whatever a client may have put there.
+OF_THE_REQUEST = ("session", "username", "date")
 
 #: What becomes an output of a cell.
 SHOWN = ("stream", "display_data", "execute_result", "error")
@@ -215,9 +218,7 @@ def described(run: Run, journal: Journal) -> dict[str, Any]:
     return {
         "msg_id": run.msg_id,
         "cell": run.cell,
-        "session": header.get("session"),
-        "username": header.get("username"),
-        "date": header.get("date"),
+        **{name: text if isinstance(text := header.get(name), str) else None for name in OF_THE_REQUEST},
         "state": run.state,
         "failed": run.failed,
         "execution_count": run.execution_count,
@@ -256,11 +257,15 @@ class Messages:
             for index in answers_to(entry.batch, self._run.msg_id):
                 yield message_of(entry, index)
 
-    async def updates(self) -> AsyncIterator[Message]:
-        """What others have said since about displays."""
+    async def updates(self) -> dict[str, Message]:
+        """What others have said since about displays: the last of each, by its name."""
+        found = {}
         async for entry in self._entries(self._journal.end):
             for index in indices_of_types(entry.batch, UPDATES):
-                yield message_of(entry, index)
+                message = message_of(entry, index)
+                if isinstance(message.content, dict) and (name := display_id(message.content)) is not None:
+                    found[name] = message
+        return found
 
     async def _entries(self, before: int) -> AsyncIterator[Entry]:
         """Those that begin before a number."""
@@ -312,13 +317,18 @@ class Outputs:
         self._left = limit
         self._shown: list[tuple[str, dict[str, Any]]] = []  # the type and the content of each
         self._texts: list[str] = []  # of the last, a stream, what is to be joined to it
-        self._displays: dict[str, list[dict[str, Any]]] = {}
+        self._displays: dict[str, dict[str, Any]] = {}  # what was said of each last: all of a name show that
         self._clears = False
 
     @property
-    def has_displays(self) -> bool:
-        """Others may change them."""
-        return bool(self._displays)
+    def displays(self) -> set[str]:
+        """The names of those that others may change."""
+        return {*self._displays}
+
+    @property
+    def left(self) -> int:
+        """Bytes of ``limit``, less than 0 where that was too little."""
+        return self._left
 
     def add(self, message: Message) -> None:
         """One that answers the run."""
@@ -344,8 +354,9 @@ class Outputs:
 
     def update(self, content: dict[str, Any]) -> None:
         """Of displays, by whichever run."""
-        for shown in self._displays.get(display_id(content) or "", ()):
-            shown["data"], shown["metadata"] = content.get("data"), content.get("metadata")
+        name = display_id(content)
+        if name in self._displays:
+            self._displays[name] = content
 
     def _show(self, msg_type: str, content: dict[str, Any]) -> None:
         if self._clears:
@@ -354,7 +365,7 @@ class Outputs:
             return
         self._end_stream()
         if msg_type in DISPLAYS and (name := display_id(content)) is not None:
-            self._displays.setdefault(name, []).append(content)
+            self._displays[name] = content
         self._shown.append((msg_type, content))
 
     def _is_joined(self, content: dict[str, Any]) -> bool:
@@ -377,17 +388,49 @@ class Outputs:
         self._texts.clear()
         self._displays.clear()
 
-    def made(self, from_message: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
-        """All outputs, each made by a function of nbformat (`nbformat.v4.output_from_msg`). What that does not take, is
-        left out."""
+    def made(self, from_message: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """All outputs, each made by a function of nbformat (`nbformat.v4.output_from_msg`), which takes its time. What
+        that does not take, is left out."""
         self._end_stream()
-        outputs = []
         for msg_type, content in self._shown:
             try:
-                outputs.append(from_message({"header": {"msg_type": msg_type}, "content": content}))
+                output = from_message({"header": {"msg_type": msg_type}, "content": self._as_it_is_now(content)})
             except Exception:  # noqa: BLE001 - whatever a kernel may have put there
                 continue
-        return outputs
+            yield output
+
+    def _as_it_is_now(self, content: dict[str, Any]) -> dict[str, Any]:
+        last = self._displays.get(display_id(content) or "")
+        if last is None:
+            return content
+        return content | {"data": last.get("data"), "metadata": last.get("metadata")}
+
+
+async def read_outputs(journal: Journal, run: Run, limit: int) -> tuple[Outputs, Messages]:
+    """Of a run, as it was when it said its last; and where that was read, which is closed."""
+    messages, outputs = Messages(journal, run), Outputs(limit)
+    try:
+        async for message in messages.read():
+            outputs.add(message)
+    finally:
+        messages.close()
+    return outputs, messages
+
+
+async def bring_up_to_date(journal: Journal, read: list[tuple[Run, Outputs]]) -> None:
+    """Displays that others have changed since, of any number of runs in one reading of the log."""
+    read = [(run, outputs) for run, outputs in read if run.is_over and outputs.displays]
+    if not read:
+        return
+    messages = Messages(journal, read[0][0], min(run.last for run, _ in read))
+    try:
+        updates = await messages.updates()
+    finally:
+        messages.close()
+    for run, outputs in read:
+        for name in outputs.displays & updates.keys():
+            if updates[name].number > run.last:
+                outputs.update(updates[name].content)
 
 
 def display_id(content: dict[str, Any]) -> str | None:

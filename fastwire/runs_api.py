@@ -12,8 +12,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 try:
@@ -45,10 +45,12 @@ from fastwire.runs import (
     Message,
     Messages,
     Outputs,
+    bring_up_to_date,
     described,
     parsed,
     plain,
     read_body,
+    read_outputs,
 )
 from fastwire.sockets import shortage
 
@@ -74,8 +76,14 @@ HEARTBEAT = 15.0
 #: Bytes of messages that are made outputs at once. What is more can be read as messages.
 MOST_OUTPUT = 32 * MIB
 
-#: Bytes of a request, and runs of a kernel that may wait.
-MOST_BODY, MOST_QUEUED = 10 * MIB, 256
+#: Bytes of a request, which is read at once: a tenth of a second at the worst. Runs of a kernel that may wait.
+MOST_BODY, MOST_QUEUED = MIB, 256
+
+#: Outputs that nbformat makes before the loop may do something else: two milliseconds or three.
+AT_ONCE = 25
+
+#: Seconds between two looks whether a run that may take so long has begun.
+HAS_IT_BEGUN = 0.25
 
 #: Larger than any number of a message.
 ENDLESS = 1 << 62
@@ -124,6 +132,8 @@ class Handler(rest.Handler):
     def kernel(self, kernel_id: str) -> Kernel:
         """That is asked of, in a way that there is."""
         self.check_arguments()
+        if self.serverapp is not None and self.serverapp.gateway_config.gateway_enabled:
+            refuse(404, "kernels are behind a gateway: nothing is kept here of what they say")
         if kernel_id not in self.kernel_manager:
             refuse(404, "there is no kernel of this id")
         kernel = kernel_of(self.kernel_manager.get_kernel(kernel_id))
@@ -181,15 +191,27 @@ class Handler(rest.Handler):
         if problem is not None:
             refuse(503, problem)
 
-    def say(self, document: object, status: int = 200) -> None:
+    def say(self, document: dict[str, Any], status: int = 200, **lists: list[str]) -> None:
+        """``lists`` are of what is JSON already."""
+        text = json.dumps(document)
+        for name, each in lists.items():
+            text = f'{text[:-1]}, "{name}": [{", ".join(each)}]}}'
         self.set_status(status)
         self.set_header("Cache-Control", "no-store")
-        self.finish(json.dumps(document))
+        self.finish(text)
 
-    def check_room(self, kernel: Kernel) -> None:
-        """Who reads costs something: as many may as may be connected."""
-        if len(kernel.relay.journal.readers) >= kernel.relay.limits.clients_per_kernel:
-            refuse(503, "too many read this kernel's runs now: c.Fastwire.clients_per_kernel")
+    @contextmanager
+    def place(self, kernel: Kernel) -> Iterator[None]:
+        """Who reads or waits costs something: as many may as may be connected."""
+        if len(kernel.asking) >= kernel.relay.limits.clients_per_kernel:
+            refuse(429, "too many read this kernel's runs now: c.Fastwire.clients_per_kernel")
+        kernel.asking.add(self)
+        try:
+            yield
+        except DiskIsLate as error:
+            refuse(503, str(error))
+        finally:
+            kernel.asking.discard(self)
 
     def on_connection_close(self) -> None:
         super().on_connection_close()
@@ -200,23 +222,46 @@ class Handler(rest.Handler):
 class RunsHandler(Handler):
     """All runs of a kernel that are known."""
 
-    arguments = ("state", "cell", "since")
+    arguments = ("state", "cell", "since", "outputs")
 
     @web.authenticated
     @authorized
-    def get(self, kernel_id: str) -> None:
+    async def get(self, kernel_id: str) -> None:
         kernel = self.kernel(kernel_id)
         journal = kernel.relay.journal
-        states = self.states()
+        states, outputs = self.states(), self.flag("outputs")
         cell, since = self.get_query_argument("cell", None), self.number("since", None, ENDLESS)
+        document = {"first": journal.front.first, "end": journal.end}
         runs = [
-            described(run, journal)
+            run
             for run in journal.ledger.all()
             if run.state in states
             and cell in (None, run.cell)
             and (since is None or run.last >= since or not run.is_over)
         ]
-        self.say({"runs": runs, "first": journal.front.first, "end": journal.end})
+        if not outputs:
+            self.say({"runs": [described(run, journal) for run in runs], **document})
+            return
+        with self.place(kernel):
+            self.say(document, runs=[text async for text in self.with_outputs(journal, runs)])
+
+    async def with_outputs(self, journal: Journal, runs: list[Run]) -> AsyncIterator[str]:
+        """Of those that are over and all there; as far as it is not too much together."""
+        left, read = MOST_OUTPUT, {}
+        for run in runs:
+            if not run.is_over or left < 0:
+                continue
+            outputs, messages = await read_outputs(journal, run, left)
+            left = outputs.left
+            if not messages.lost and not outputs.is_too_much:
+                read[run.msg_id] = outputs
+        await bring_up_to_date(journal, [(run, read[run.msg_id]) for run in runs if run.msg_id in read])
+        for run in runs:
+            made = None
+            if run.msg_id in read:
+                made = [json.dumps(output) async for output in made_of(read[run.msg_id])]
+            text = "null" if made is None else f"[{', '.join(made)}]"
+            yield f'{json.dumps(described(run, journal))[:-1]}, "outputs": {text}}}'
 
     @web.authenticated
     @may_execute
@@ -257,8 +302,7 @@ class RunHandler(Handler):
         after, wait = self.number("after", None, ENDLESS), self.number("wait", 0.0, LONGEST_WAIT, float)
         raw, partial = self.flag("raw"), self.flag("partial")
         kind, last_event = self.kind(("application/json", "text/event-stream", "text/plain")), self.last_event_id()
-        self.check_room(kernel)
-        try:
+        with self.place(kernel):
             if kind == "text/event-stream":
                 await Events(self, kernel, run).stream(after if last_event is None else last_event, partial=partial)
                 return
@@ -267,8 +311,6 @@ class RunHandler(Handler):
                 await self.say_messages(kernel, run, 0 if after is None else after + 1, partial=partial)
             else:
                 await self.say_outputs(kernel, run, as_text=kind == "text/plain", partial=partial)
-        except DiskIsLate as error:
-            refuse(503, str(error))
 
     def kind(self, kinds: tuple[str, ...]) -> str:
         """What is accepted, the first of it that there is."""
@@ -298,23 +340,22 @@ class RunHandler(Handler):
 
     async def say_messages(self, kernel: Kernel, run: Run, begin: int, *, partial: bool) -> None:
         messages = Messages(kernel.relay.journal, run, begin)
-        found, size = [], 0
+        found, size, last = [], 0, begin - 1
         try:
             async for message in messages.read():
                 if message.through < begin:
                     continue
-                found.append(self.told(message))
-                size += sum(map(len, message.parts[:4]))
+                found.append(json.dumps(self.told(message)))
+                last = message.through
+                size += len(found[-1])
                 if size > MOST_OUTPUT:  # the rest is there for who asks again
                     break
         finally:
             messages.close()
         if self.is_gone(kernel, run, messages.lost, partial=partial):
             return
-        last = found[-1]["through"] if found else begin - 1
-        self.say(
-            {"run": described(run, kernel.relay.journal), "messages": found, "last": last, "lost": told(messages.lost)}
-        )
+        run_now = described(run, kernel.relay.journal)
+        self.say({"run": run_now, "last": last, "lost": told(messages.lost)}, messages=found)
 
     def told(self, message: Message) -> dict[str, Any]:
         """A message in JSON; its buffers have URLs."""
@@ -333,36 +374,25 @@ class RunHandler(Handler):
 
     async def say_outputs(self, kernel: Kernel, run: Run, *, as_text: bool, partial: bool) -> None:
         journal = kernel.relay.journal
-        messages, outputs = Messages(journal, run), Outputs(MOST_OUTPUT)
-        try:
-            async for message in messages.read():
-                outputs.add(message)
-            end = messages.position
-            if outputs.has_displays and run.is_over:
-                async for message in messages.updates():
-                    if isinstance(message.content, dict):
-                        outputs.update(message.content)
-        finally:
-            messages.close()
+        outputs, messages = await read_outputs(journal, run, MOST_OUTPUT)
+        await bring_up_to_date(journal, [(run, outputs)])
         if outputs.is_too_much:
-            refuse(413, f"its outputs are more than {MOST_OUTPUT // MIB} MB: ask for its messages (?raw=1)")
+            refuse(413, f"its outputs are more than {MOST_OUTPUT // MIB} MiB: ask for its messages (?raw=1)")
         if self.is_gone(kernel, run, messages.lost, partial=partial):
             return
-        made = outputs.made(output_from_msg)
         if as_text:
             self.set_header("Cache-Control", "no-store")
-            text = "".join(map(plain, made)).encode("utf-8", "replace")
-            self.finish(text, set_content_type="text/plain; charset=UTF-8")
+            text = "".join([plain(output) async for output in made_of(outputs)])
+            self.finish(text.encode("utf-8", "replace"), set_content_type="text/plain; charset=UTF-8")
             return
-        self.say(
-            {
-                "run": described(run, journal),
-                "outputs": made,
-                "input": outputs.question if run.asks >= 0 else None,
-                "last": max(run.last, end - 1) if run.messages else -1,
-                "lost": told(messages.lost),
-            }
-        )
+        made = [json.dumps(output) async for output in made_of(outputs)]
+        document = {
+            "run": described(run, journal),
+            "input": outputs.question if run.asks >= 0 else None,
+            "last": max(run.last, messages.position - 1) if run.messages else -1,
+            "lost": told(messages.lost),
+        }
+        self.say(document, outputs=made)
 
     def is_gone(self, kernel: Kernel, run: Run, lost: list[Lost], *, partial: bool) -> bool:
         """And that was said."""
@@ -375,14 +405,22 @@ class RunHandler(Handler):
         return True
 
 
+async def made_of(outputs: Outputs) -> AsyncIterator[dict[str, Any]]:
+    """By nbformat, a few at once."""
+    for count, output in enumerate(outputs.made(output_from_msg), 1):
+        yield output
+        if count % AT_ONCE == 0:
+            await asyncio.sleep(0)
+
+
 def told(lost: list[Lost]) -> list[dict[str, int | None]]:
     return [each._asdict() for each in lost]
 
 
 class News:
-    """Waits until a kernel says something, while its reader is there, if there is one."""
+    """Waits until a kernel says something, while its reader is there."""
 
-    def __init__(self, kernel: Kernel, handler: Handler | None = None) -> None:
+    def __init__(self, kernel: Kernel, handler: Handler) -> None:
         self._handler = handler
         self._kernel = kernel
         self._event = asyncio.Event()
@@ -390,14 +428,12 @@ class News:
 
     async def __aenter__(self) -> News:
         self._end = self._kernel.relay.listen(lambda _, __: self._event.set())
-        if self._handler is not None:
-            self._handler.on_gone = self._leave
+        self._handler.on_gone = self._leave
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._end()
-        if self._handler is not None:
-            self._handler.on_gone = None
+        self._handler.on_gone = None
 
     def _leave(self) -> None:
         self.is_left = True
@@ -513,18 +549,22 @@ under_way: set[asyncio.Task[None]] = set()
 
 
 async def interrupted_after(kernel: Kernel, msg_id: str, seconds: float) -> None:
-    """A run that takes longer than so many seconds, from its beginning: before, another would be interrupted."""
-    ledger, deadline = kernel.relay.journal.ledger, math.inf
-    async with News(kernel) as news:
-        while (run := ledger.get(msg_id)) is not None and not run.is_over:
-            if deadline == math.inf and run.state == "running":
-                deadline = time.monotonic() + seconds
-            if time.monotonic() >= deadline:
-                log.info("kernel %s is interrupted: a run took more than %g s", kernel.relay.name, seconds)
-                await ensure_async(kernel.manager.interrupt_kernel())
-                return
-            if not await news.wait(deadline - time.monotonic()):
-                return
+    """A run that takes longer than so many seconds, from its beginning: before, another would be interrupted. It looks,
+    and listens to nothing: of many that wait, each would hear all that the first one says."""
+    journal, deadline = kernel.relay.journal, math.inf
+    while not kernel.relay.is_closed:
+        journal.learn()
+        run = journal.ledger.get(msg_id)
+        if run is None or run.is_over:
+            return
+        if deadline == math.inf and run.state == "running":
+            deadline = time.monotonic() + seconds
+        left = deadline - time.monotonic()
+        if left <= 0:
+            log.info("kernel %s is interrupted: a run took more than %g s", kernel.relay.name, seconds)
+            await ensure_async(kernel.manager.interrupt_kernel())
+            return
+        await asyncio.sleep(min(left, HAS_IT_BEGUN))
 
 
 class BufferHandler(Handler):
@@ -535,8 +575,8 @@ class BufferHandler(Handler):
     async def get(self, kernel_id: str, msg_id: str, number: str, index: str) -> None:
         kernel = self.kernel(kernel_id)
         run = self.run(kernel, msg_id)
-        self.check_room(kernel)
-        buffer = await self.find(kernel.relay.journal, run, int(number), int(index))
+        with self.place(kernel):
+            buffer = await self.find(kernel.relay.journal, run, int(number), int(index))
         self.set_header("Content-Disposition", "attachment")
         self.set_header("Cache-Control", "no-store")
         self.finish(buffer, set_content_type="application/octet-stream")
@@ -549,8 +589,6 @@ class BufferHandler(Handler):
                     return message.parts[4 + index]
                 if message.number > number:
                     break
-        except DiskIsLate as error:
-            refuse(503, str(error))
         finally:
             messages.close()
         if messages.lost:

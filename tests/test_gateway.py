@@ -244,6 +244,15 @@ def status_of(front: Server, kernel: str) -> int:
     return client.handshake.status
 
 
+def test_there_are_no_runs_before_a_gateway(gateway: Server, front: Server) -> None:
+    """Nothing is kept there, and that is said."""
+    kernel = front.start_kernel("light")
+    for method, path in (("GET", "runs"), ("POST", "runs"), ("GET", "runs/x")):
+        status, answer = front.rest(method, f"/fastwire/api/kernels/{kernel}/{path}", {} if method == "POST" else None)
+        assert (status, "gateway" in answer["reason"]) == (404, True)
+    front.end_kernel(kernel)
+
+
 def test_a_kernel_that_the_gateway_does_not_have(gateway: Server, front: Server) -> None:
     kernel = front.start_kernel()
     gateway.end_kernel(kernel)

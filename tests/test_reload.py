@@ -230,6 +230,34 @@ def test_a_run_whose_beginning_is_gone_has_the_rest_and_a_line_that_says_so(lab:
     assert "first" not in shown(again, 0)
 
 
+def test_what_the_page_has_is_asked_for_once_and_left_alone(lab: Lab) -> None:  # noqa: F811
+    """Of all its cells together; also where it has more than is kept."""
+    unseen = "display({'application/x-unseen': 'x' * 100_000}, raw=True)"
+    notebook = lab.open(f"print('first')\nfor _ in range(40):\n    {unseen}\nprint('end')", "1 + 1", "print(3)")
+    for number in range(3):
+        notebook.run(number)
+        notebook.expect_ran(number, number + 1)
+    notebook.page.keyboard.press("Control+s")
+    until(lambda: '"execution_count": 3' in notebook.path.read_text(), "it is saved")
+    errors, asked = watched(notebook.page)
+    with notebook.page.expect_response(lambda response: "/runs" in response.url) as answer:
+        notebook.page.reload()
+    runs = answer.value.json()["runs"]
+    assert [(run["state"], run["complete"], run["outputs"] is None) for run in runs] == [
+        ("done", False, True),
+        ("done", True, False),
+        ("done", True, False),
+    ]
+    for number in range(3):
+        notebook.expect_prompt(number, f"[{number + 1}]:")
+    notebook.run(1)
+    notebook.expect_ran(1, 4)
+    assert "first" in shown(notebook, 0)
+    assert "fastwire" not in shown(notebook, 0)
+    assert (len(asked), errors) == (1, [])
+    photographed(notebook, "asked-once")
+
+
 @pytest.mark.parametrize("off", ["history", "extension"])
 def test_a_page_where_it_is_off_is_as_it_was(tmp_path: Path, browser: Browser, off: str) -> None:  # noqa: F811
     """An empty cell; nothing is asked for, and nothing is wrong in the console."""

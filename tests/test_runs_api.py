@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from urllib.parse import quote
@@ -18,13 +20,17 @@ from server import PATIENCE, ROOT, TOKEN, Client, Server, serving, until
 
 OPTIONS = ("--Fastwire.resume_timeout_closed=0", f"--Fastwire.history_limit={2 << 20}")
 
+#: Requests that may wait for one kernel, as many as clients.
+MOST = 12
+
 pytestmark = pytest.mark.timeout(5 * PATIENCE)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Who has said goodbye is not waited for: what nobody needs is history."""
-    with serving(tmp_path_factory.mktemp("server"), *OPTIONS) as server:
+    options = (*OPTIONS, f"--Fastwire.clients_per_kernel={MOST}")
+    with serving(tmp_path_factory.mktemp("server"), *options) as server:
         yield server
         assert server.logged("[E ") == []
 
@@ -130,6 +136,52 @@ def test_runs_know_their_cells_and_who_asked(server: Server, kernel: str) -> Non
     assert error["ename"] == "ZeroDivisionError"
 
 
+def test_runs_are_chosen(server: Server, kernel: str) -> None:
+    """By state, by cell, and by whether there is news since an earlier answer; by all of it together."""
+    done = posted(server, kernel, code="1", metadata={"cellId": "one"})["msg_id"]
+    got(server, kernel, done)
+    end = server.rest("GET", runs_of(kernel))[1]["end"]
+    asks = posted(server, kernel, code="input()", metadata={"cellId": "two"}, allow_stdin=True)["msg_id"]
+    waits = posted(server, kernel, code="2", metadata={"cellId": "one"})["msg_id"]
+    until(lambda: got(server, kernel, asks, "")["run"]["asks"], "it asks")
+
+    def found(query: str) -> list[str]:
+        status, answer = server.rest("GET", f"{runs_of(kernel)}?{query}")
+        assert status == 200, answer
+        return [run["msg_id"] for run in answer["runs"]]
+
+    assert found("cell=one") == [done, waits]
+    assert found("cell=two&state=queued,running") == [asks]
+    assert found("state=queued") == [waits]
+    assert found("state=running") == [asks]
+    assert found(f"since={end}") == [asks, waits]
+    assert found(f"since={end}&cell=one") == [waits]
+    assert found("state=aborted&cell=one") == []
+    assert done in found("state=done")
+    assert server.rest("POST", f"{runs_of(kernel)}/{asks}/input", {"value": "x"})[0] == 204
+    assert got(server, kernel, waits)["run"]["state"] == "done"
+    assert found("state=queued,running") == []
+    assert found(f"since={end}") == [asks, waits]
+
+
+def test_runs_are_listed_with_their_outputs(server: Server) -> None:
+    """Those that are over and all there, as one by one; what another has changed in them since, too."""
+    with server.kernel() as kernel:
+        shown = posted(server, kernel, code=CODE)["msg_id"]
+        big = "for n in range(300): print(str(n) + 'x' * 20_000, flush=True)"
+        gone = posted(server, kernel, code=big)["msg_id"]
+        again = posted(server, kernel, code=CODE)["msg_id"]
+        posted(server, kernel, code="update_display(HTML('<i>3</i>'), display_id='d')")
+        goes_on = posted(server, kernel, code="print(4)\ninput()", allow_stdin=True)["msg_id"]
+        until(lambda: got(server, kernel, goes_on, "")["run"]["asks"], "it asks")
+        _, answer = server.rest("GET", f"{runs_of(kernel)}?outputs=1")
+        outputs = {run["msg_id"]: run["outputs"] for run in answer["runs"]}
+        assert outputs[again] == got(server, kernel, again)["outputs"]
+        assert outputs[again][2]["data"]["text/html"] == "<i>3</i>"
+        assert [outputs[shown], outputs[gone], outputs[goes_on]] == [None, None, None]
+        assert all("outputs" not in run for run in server.rest("GET", f"{runs_of(kernel)}?outputs=0")[1]["runs"])
+
+
 def test_a_run_is_followed_while_it_goes_on(server: Server, kernel: str) -> None:
     """By who waits for its end, for more than it has, and for each event."""
     code = "import time\nfor n in range(5): print(n, flush=True); time.sleep(0.2)"
@@ -233,9 +285,13 @@ def test_metrics_know_of_runs_and_of_what_is_kept_of_them(server: Server) -> Non
         ("?state=odd", 400, "state has to be"),
         ("?since=x", 400, "since has to be"),
         ("?since=-1", 400, "since has to be"),
-        ("?sinse=1", 400, "known are: state, cell, since"),
-        ("?1700000000000=1", 400, "known are: state, cell, since"),
-        ("?\u0661", 400, "known are: state, cell, since"),
+        ("?since=1_0", 400, "since has to be"),
+        ("?state=", 400, "state has to be"),
+        ("?state=done,", 400, "state has to be"),
+        ("?outputs=yes", 400, "outputs has to be 0 or 1"),
+        ("?sinse=1", 400, "known are: state, cell, since, outputs"),
+        ("?1700000000000=1", 400, "known are: state, cell, since, outputs"),
+        ("?\u0661", 400, "known are: state, cell, since, outputs"),
         ("/nothing?wait=nan", 404, "no run"),
     ],
 )
@@ -250,11 +306,26 @@ def test_what_jupyterlab_adds_against_caches_is_passed_over(server: Server, kern
     assert server.rest("GET", runs_of(kernel) + query)[0] == 200
 
 
-@pytest.mark.parametrize("query", ["wait=nan", "wait=inf", "wait=-1", "wait=301", "after=1.5", "raw=yes", "after=²"])
+WRONG = {
+    "wait": ["", "nan", "inf", "-1", "301", "1_0"],
+    "after": ["", "1.5", "-1", "1e3", "²"],
+    "raw": ["", "yes"],
+    "partial": ["2"],
+}
+
+
+@pytest.mark.parametrize("query", [f"{name}={text}" for name in WRONG for text in WRONG[name]])
 def test_arguments_of_a_run_are_checked(server: Server, kernel: str, query: str) -> None:
     msg_id = executed(server, kernel, "1")
     status, answer = server.rest("GET", f"{runs_of(kernel)}/{msg_id}?{quote(query, safe='=')}")
     assert (status, query.partition("=")[0] in answer["reason"]) == (400, True), answer
+
+
+@pytest.mark.parametrize("number", ["", "x", "-1", "1.5", "1e3", "9" * 19])
+def test_the_number_of_the_last_event_is_checked(server: Server, kernel: str, number: str) -> None:
+    msg_id = executed(server, kernel, "1")
+    with asked(server, f"{runs_of(kernel)}/{msg_id}", Accept="text/event-stream", Last_Event_ID=number) as response:
+        assert (response.status, "Last-Event-ID" in json.loads(response.read())["reason"]) == (400, True)
 
 
 def test_without_the_token(server: Server, kernel: str) -> None:
@@ -263,6 +334,83 @@ def test_without_the_token(server: Server, kernel: str) -> None:
         assert server.get(path, None)[0] == 403
         assert server.get(path, "wrong")[0] == 403
     assert server.rest("GET", runs_of("0-0-0-0-0"))[0] == 404
+
+
+def test_no_more_wait_than_may_and_who_leaves_makes_room(server: Server) -> None:
+    """Each way of waiting; what is asked and answered at once is not kept out for long."""
+    with server.kernel() as kernel, ExitStack() as all_of_them:
+        run = posted(server, kernel, code="input()", allow_stdin=True)["msg_id"]
+        path = f"{runs_of(kernel)}/{run}"
+        until(lambda: got(server, kernel, run, "")["run"]["asks"], "it asks")
+        for number in range(MOST):
+            sock = all_of_them.enter_context(socket.create_connection(("127.0.0.1", server.port), PATIENCE))
+            kind = "text/event-stream" if number % 2 else "*/*"
+            request = f"GET {path}?wait=300 HTTP/1.1\r\nHost: localhost\r\nAccept: {kind}\r\n"
+            sock.sendall(f"{request}Authorization: token {TOKEN}\r\n\r\n".encode())
+        until(lambda: server.rest("GET", path)[0] == 429, "as many wait as may")
+        for query in ("?raw=1", "/buffers/0/0"):
+            status, answer = server.rest("GET", path + query)
+            assert (status, "clients_per_kernel" in answer["reason"]) == (429, True)
+        assert server.rest("GET", f"{runs_of(kernel)}?outputs=1")[0] == 429
+        assert server.rest("GET", runs_of(kernel))[0] == 200
+        all_of_them.close()
+        until(lambda: server.rest("GET", path)[0] == 200, "who left makes room")
+        assert server.rest("POST", f"{path}/input", {"value": "x"})[0] == 204
+        assert got(server, kernel, run)["run"]["state"] == "done"
+
+
+#: What runs is interrupted before its kernel ends, and what waits behind it may be aborted.
+OVER = ("done", "aborted", "lost")
+
+
+def test_a_kernel_that_is_restarted_ends_what_was_under_way_and_tells_who_waits(server: Server) -> None:
+    """What waited behind it, too, and the next run is the new kernel's."""
+    with server.kernel() as kernel, ThreadPoolExecutor() as threads:
+        run = posted(server, kernel, code="input()", allow_stdin=True)["msg_id"]
+        behind = posted(server, kernel, code="1")["msg_id"]
+        until(lambda: got(server, kernel, run, "")["run"]["asks"], "it asks")
+
+        def streamed() -> list[tuple[str | None, str, dict]]:
+            with asked(server, f"{runs_of(kernel)}/{run}", Accept="text/event-stream") as response:
+                return [*events(response)]
+
+        waiting = [threads.submit(got, server, kernel, each, "?wait=300") for each in (run, behind)]
+        stream = threads.submit(streamed)
+        server.restart(kernel)
+        assert all(each.result()["run"]["state"] in OVER for each in waiting)
+        _, kind, last = stream.result()[-1]
+        assert (kind, last["state"] in OVER) == ("done", True)
+        assert server.rest("POST", f"{runs_of(kernel)}/{run}/input", {"value": "x"})[0] == 409
+        assert text(got(server, kernel, posted(server, kernel, code="print(1)")["msg_id"])) == "1\n"
+
+
+def test_a_kernel_that_is_ended_tells_who_waits(server: Server) -> None:
+    with server.kernel() as kernel, ThreadPoolExecutor() as threads:
+        run = posted(server, kernel, code="input()", allow_stdin=True)["msg_id"]
+        until(lambda: got(server, kernel, run, "")["run"]["asks"], "it asks")
+        waiting = threads.submit(server.rest, "GET", f"{runs_of(kernel)}/{run}?wait=300")
+        server.end_kernel(kernel)
+        status, answer = waiting.result()
+        assert status == 404 or answer["run"]["state"] in (*OVER, "running")
+        assert server.rest("GET", runs_of(kernel))[0] == 404
+
+
+def test_a_kernel_that_does_not_answer(server: Server) -> None:
+    """What it is asked waits, and who asks waits as long as he wants to; it is not interrupted before it begins."""
+    with server.kernel() as kernel:
+        got(server, kernel, posted(server, kernel, code="1")["msg_id"])
+        process = server.kernel_process(kernel)
+        process.suspend()
+        try:
+            run = posted(server, kernel, code="print(2)", timeout=0.01)["msg_id"]
+            answer = got(server, kernel, run, "?wait=0.5")
+            assert (answer["run"]["state"], answer["outputs"], answer["last"]) == ("queued", [], -1)
+            assert got(server, kernel, run, "?wait=0.1&raw=1&after=0")["messages"] == []
+            with asked(server, f"{runs_of(kernel)}/{run}?wait=0.1", Accept="text/plain") as response:
+                assert (response.status, response.read()) == (200, b"")
+        finally:
+            process.resume()
+        assert got(server, kernel, run)["run"]["state"] == "done"
 
 
 def test_a_kernel_that_dies_loses_what_was_under_way(server: Server, tmp_path: Path) -> None:
@@ -312,6 +460,36 @@ def test_a_question_is_asked_and_answered(server: Server, kernel: str) -> None:
     assert server.rest("POST", f"{path}/input", {"value": "you"})[0] == 204
     assert text(got(server, kernel, run["msg_id"])).endswith("hello you\n")
     assert server.rest("POST", f"{path}/input", {"value": "you"})[0] == 409
+
+
+def test_what_is_answered_twice_is_answered_once(server: Server, kernel: str) -> None:
+    """The second answer is none to what is asked next."""
+    run = posted(server, kernel, code="print(input('1'))\nprint(input('2'))", allow_stdin=True)["msg_id"]
+    path = f"{runs_of(kernel)}/{run}"
+
+    def asks(prompt: str) -> bool:
+        question = got(server, kernel, run, "")["input"]
+        return question is not None and question["prompt"] == prompt
+
+    until(lambda: asks("1"), "it asks")
+    with ThreadPoolExecutor() as threads:
+        answers = [threads.submit(server.rest, "POST", f"{path}/input", {"value": "first"}) for _ in range(4)]
+        statuses = sorted(each.result()[0] for each in answers)
+    assert statuses[:1] + statuses[-1:] == [204, 409]
+    if statuses.count(204) == 1:  # else another came when it had asked again
+        until(lambda: asks("2"), "it asks again")
+        assert server.rest("POST", f"{path}/input", {"value": "second"})[0] == 204
+        assert "first\n" in text(got(server, kernel, run))
+        assert text(got(server, kernel, run)).endswith("second\n")
+
+
+def test_jupyters_own_interrupt(server: Server, kernel: str) -> None:
+    run = posted(server, kernel, code="print('begun', flush=True)\nimport time; time.sleep(600)")["msg_id"]
+    until(lambda: "begun" in text(got(server, kernel, run, "")), "it runs")
+    server.interrupt(kernel)
+    answer = got(server, kernel, run, "?wait=300")
+    assert (answer["run"]["state"], answer["run"]["failed"]) == ("done", True)
+    assert answer["outputs"][-1]["ename"] == "KeyboardInterrupt"
 
 
 def test_a_page_that_is_gone_is_answered_for(server: Server, kernel: str) -> None:

@@ -40,9 +40,9 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       return response.json();
     }
 
-    /* The last run of each cell. */
+    /* The last run of each cell, with its outputs where it is over: one request for a notebook. */
     async ofCells() {
-      const { runs } = await this.ask("");
+      const { runs } = await this.ask("?outputs=1");
       return new Map(runs.filter((run) => run.cell).map((run) => [run.cell, run]));
     }
 
@@ -57,10 +57,6 @@ A federated module as webpack would build it, written by hand: it needs nothing 
           await sleep(pause);
         }
       }
-    }
-
-    outputs(run) {
-      return this.ask(`/${encodeURIComponent(run.msg_id)}?partial=1`);
     }
 
     answer(run, value) {
@@ -115,7 +111,7 @@ A federated module as webpack would build it, written by hand: it needs nothing 
 
     /* Follow the run until it is over; what the log says is all that is shown, and the socket is the bell. */
     async follow() {
-      if (await this.isThere()) return;
+      if (this.isThere) return;
       let rang = false, ring = () => {};
       const hear = (_, message) => {
         if (message.parent_header.msg_id === this.run.msg_id) { rang = true; ring(); }
@@ -135,12 +131,11 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       }
     }
 
-    /* Whether the page has it, all of it. */
-    async isThere() {
-      const { model } = this.cell;
-      if (!this.isOver || model.executionCount !== this.run.execution_count) return false;
-      const { outputs } = await this.runs.outputs(this.run);
-      return same(outputs, model.outputs.toJSON());
+    /* Whether the page has it, all of it. What has a number was saved when it was over: it may be more than what is kept. */
+    get isThere() {
+      const { cell: { model }, run } = this;
+      if (!this.isOver || model.executionCount !== run.execution_count) return false;
+      return run.outputs ? same(run.outputs, model.outputs.toJSON()) : model.outputs.length > 0;
     }
 
     /* Read on in the log. False: it does not fit, or is left. */
