@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from typing import Any, TypeVar
 
 try:
@@ -78,6 +79,9 @@ MOST_OUTPUT = 32 * MIB
 
 #: Bytes of a request, which is read at once: a tenth of a second at the worst. Runs of a kernel that may wait.
 MOST_BODY, MOST_QUEUED = MIB, 256
+
+#: As many times what is kept is passed by for a list with outputs.
+LONGEST_WAY = 4
 
 #: Outputs that nbformat makes before the loop may do something else: two milliseconds or three.
 AT_ONCE = 25
@@ -243,25 +247,7 @@ class RunsHandler(Handler):
             self.say({"runs": [described(run, journal) for run in runs], **document})
             return
         with self.place(kernel):
-            self.say(document, runs=[text async for text in self.with_outputs(journal, runs)])
-
-    async def with_outputs(self, journal: Journal, runs: list[Run]) -> AsyncIterator[str]:
-        """Of those that are over and all there; as far as it is not too much together."""
-        left, read = MOST_OUTPUT, {}
-        for run in runs:
-            if not run.is_over or left < 0:
-                continue
-            outputs, messages = await read_outputs(journal, run, left)
-            left = outputs.left
-            if not messages.lost and not outputs.is_too_much:
-                read[run.msg_id] = outputs
-        await bring_up_to_date(journal, [(run, read[run.msg_id]) for run in runs if run.msg_id in read])
-        for run in runs:
-            made = None
-            if run.msg_id in read:
-                made = [json.dumps(output) async for output in made_of(read[run.msg_id])]
-            text = "null" if made is None else f"[{', '.join(made)}]"
-            yield f'{json.dumps(described(run, journal))[:-1]}, "outputs": {text}}}'
+            self.say(document, runs=[text async for text in with_outputs(journal, runs)])
 
     @web.authenticated
     @may_execute
@@ -287,6 +273,28 @@ class RunsHandler(Handler):
         if not {*states} <= {*RUN_STATES}:
             refuse(400, f"state has to be one of {', '.join(RUN_STATES)}, or some of them with commas between")
         return states
+
+
+async def with_outputs(journal: Journal, runs: list[Run]) -> AsyncIterator[str]:
+    """Of those that are over and all there; as far as it is not too much together. Threads may speak for many runs
+    at once: what lies between the messages of one is passed by for each of them, but not without end."""
+    left, read = MOST_OUTPUT, {}
+    way = LONGEST_WAY * (journal.end - journal.front.first)
+    for run in filter(attrgetter("is_over"), runs):
+        way -= run.last - run.first
+        if left < 0 or way < 0:
+            break
+        outputs, messages = await read_outputs(journal, run, left)
+        left = outputs.left
+        if not messages.lost and not outputs.is_too_much:
+            read[run.msg_id] = outputs
+    await bring_up_to_date(journal, [(run, read[run.msg_id]) for run in runs if run.msg_id in read])
+    for run in runs:
+        made = None
+        if run.msg_id in read:
+            made = [json.dumps(output) async for output in made_of(read[run.msg_id])]
+        text = "null" if made is None else f"[{', '.join(made)}]"
+        yield f'{json.dumps(described(run, journal))[:-1]}, "outputs": {text}}}'
 
 
 class RunHandler(Handler):

@@ -1,5 +1,6 @@
 """Runs over HTTP, on a real server with real kernels."""
 
+import asyncio
 import json
 import os
 import re
@@ -15,8 +16,15 @@ from urllib.parse import quote
 
 import pytest
 from chromium import launched
+from journal_stage import batch_of
 from people import permissions
 from server import PATIENCE, ROOT, TOKEN, Client, Server, serving, until
+from test_runs import said
+
+from fastwire import runs_api
+from fastwire.budgets import Budgets
+from fastwire.flow import MIB, Limits
+from fastwire.journal import Journal
 
 OPTIONS = ("--Fastwire.resume_timeout_closed=0", f"--Fastwire.history_limit={2 << 20}")
 
@@ -180,6 +188,29 @@ def test_runs_are_listed_with_their_outputs(server: Server) -> None:
         assert outputs[again][2]["data"]["text/html"] == "<i>3</i>"
         assert [outputs[shown], outputs[gone], outputs[goes_on]] == [None, None, None]
         assert all("outputs" not in run for run in server.rest("GET", f"{runs_of(kernel)}?outputs=0")[1]["runs"])
+
+
+@pytest.mark.parametrize(("way", "listed"), [(1, [True, False]), (4, [True, True])])
+def test_runs_that_overlap_are_read_again_but_not_without_end(
+    monkeypatch: pytest.MonkeyPatch, way: int, listed: list[bool]
+) -> None:
+    """As where threads speak for many cells: each reading passes by all of them."""
+    monkeypatch.setattr(runs_api, "LONGEST_WAY", way)
+    limits = Limits(history_limit=MIB)
+    journal = Journal(limits, Budgets(limits))
+    for number in range(50):
+        journal.append(batch_of(*(said("stream", {"name": "stdout", "text": f"{number}\n"}, run) for run in "ab")))
+    journal.append(batch_of(*(said("status", {"execution_state": "idle"}, run) for run in "ab")))
+    journal.learn()
+    runs = journal.ledger.all()
+    assert [run.state for run in runs] == ["done", "done"]
+
+    async def read() -> list[dict]:
+        return [json.loads(text) async for text in runs_api.with_outputs(journal, runs)]
+
+    found = asyncio.run(read())
+    assert [run["outputs"] is not None for run in found] == listed
+    assert found[0]["outputs"][0]["text"] == "".join(f"{number}\n" for number in range(50))
 
 
 def test_a_run_is_followed_while_it_goes_on(server: Server, kernel: str) -> None:
