@@ -102,7 +102,7 @@ def test_its_schemas_are_those_of_the_code() -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    options = (f"--Fastwire.history_limit={2 * flow.MIB}",)
+    options = (f"--Fastwire.history_limit={32 * flow.MIB}",)  # all that is run here
     with serving(tmp_path_factory.mktemp("server"), *options) as server:
         yield server
         assert server.logged("[E ") == [], "no answer was a fault of ours"
