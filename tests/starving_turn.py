@@ -374,6 +374,8 @@ class Said:
             self.journal.listen(outlet)
 
         self.entry: Any = None
+        self.side: Any = None
+        self.source: Any = None
 
     def once(self, call: Callable[[], object]) -> Callable[[], object]:
         """What was appended is not said again."""
@@ -472,7 +474,8 @@ def logged(call: Callable[[Said], object]) -> Case:
         said = Said()
         said.cursors[1].fall_behind(said.journal.append(idle()))
         assert said.journal.open.entries is not None
-        said.entry = said.journal.open.entries[0]
+        said.entry, said.side = said.journal.open.entries[0], Side(said)
+        said.source = Source(shaken("SUB"), said.turn.poller, said)
 
         def outcome(result: object) -> object:
             said.journal.say(one())
