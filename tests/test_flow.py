@@ -4,7 +4,7 @@ import dataclasses
 import gc
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -305,6 +305,7 @@ said_of_requests = st.tuples(
 )
 
 
+@example(0.25, 0.0, [("a", 0, 0)] * 20 + [("b", 0, 0)])
 @given(st.sampled_from([0.0, 0.25]), st.sampled_from([0.0, 4.0]), st.lists(said_of_requests, max_size=120))
 def test_the_rate_of_each_request_is_its_own(
     messages: float, nbytes: float, said: list[tuple[str | None, int | None, int]]
