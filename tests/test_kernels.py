@@ -13,6 +13,8 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.connect import port_names
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from server import PATIENCE
+from traitlets import TraitError
+from traitlets.config import Config
 
 from fastwire.jupyter import FastwireMappingKernelManager
 from fastwire.kernels import Clients, kernel_of, kernels_of
@@ -318,6 +320,12 @@ def test_a_kernel_that_ends_before_anybody_could_ask_whether_it_is_heard(
             assert followed.proof is None
 
     asyncio.run(use())
+
+
+def test_what_is_set_wrongly_is_said_by_the_kernel_manager() -> None:
+    """At the start, also in a server without fastwire's extension: not when the first client connects."""
+    with pytest.raises(TraitError, match="spill_dir: there is no directory /missing"):
+        FastwireMappingKernelManager(config=Config({"Fastwire": {"spill_dir": "/missing"}}))
 
 
 @pytest.mark.parametrize("how", ["shut down", "removed"])
