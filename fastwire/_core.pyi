@@ -1037,14 +1037,14 @@ class LogCursor:
     def flight(self) -> Flight: ...
     @property
     def is_live(self) -> bool: ...
-    def stand(self) -> int:
+    def stand(self) -> None:
         """Where it needs nothing before."""
 
     def given(self, entry: LogEntry, begin: int, end: int, ends: Any, indices: Sequence[int] | None = None) -> None:
         """A socket was given messages of the next entry, all or those with these indices; none where ``end`` is
         ``begin``."""
 
-    def release(self, position: int) -> int:
+    def release(self, position: int) -> None:
         """The client has received everything before a position of its socket."""
 
 class Log:
@@ -1093,14 +1093,14 @@ class Log:
     def tell(self, outlet: Outlet, batch: Batch, *, momentary: bool = False, ours: bool = False) -> None:
         """Messages for one."""
 
-    def settle(self) -> int:
+    def settle(self) -> None:
         """Whoever could be given the newest entry at once was."""
 
-    def recount(self, segment: LogSegment, entry: LogEntry) -> int:
+    def recount(self, segment: LogSegment, entry: LogEntry) -> None:
         """Encoding it for a socket has made it larger."""
 
     def hold(self, segment: LogSegment, nbytes: int) -> int: ...
-    def leave(self, segment: LogSegment) -> int:
+    def leave(self, segment: LogSegment) -> None:
         """A cursor stands there no more: what nobody needs is history, or can go."""
 
     @property
@@ -1113,7 +1113,7 @@ class Log:
         """What everybody has: what was encoded for sockets goes. Returns whether it is output for the most part, of
         which lines can be joined."""
 
-    def empty(self) -> int:
+    def empty(self) -> None:
         """The segment that is open is all there is, and nobody needs it."""
 
 class Outlet:
@@ -1132,9 +1132,6 @@ class Outlet:
 
     def has_room(self) -> bool:
         """The socket may be given more."""
-
-    def pass_on(self, entry: LogEntry) -> int:
-        """An entry that was just appended for this client, or for all."""
 
 class KernelTraffic:
     """Messages of a kernel, and the bytes of their parts."""

@@ -1,4 +1,4 @@
-# cython: language_level=3, embedsignature=False, binding=False, freethreading_compatible=False
+# cython: language_level=3, embedsignature=False, binding=False, freethreading_compatible=False, auto_pickle=False
 """The compiled core. Its contract, with shapes, units and errors, is `_core.pyi`.
 
 The files below are one extension, in the order bytes flow: a kernel's message is drained from ZMQ, verified, scanned,

@@ -305,7 +305,7 @@ HOOKS = {
     *("LogCursor.pass_entry", "Outlet.could_not_give", "Outlet.fall_behind", "Outlet.pump", "Outlet.try_to_give"),
 }
 #: What begins in other cases, and there only: the bytes that it tells of, or gives, are said once.
-BENEATH = {"LogCursor.given": "LogCursor.release", "Outlet.pass_on": "Log.say"}
+BENEATH = {"LogCursor.given": "LogCursor.release"}
 CALLED = {"__next__", "__getitem__", "__bytes__"}
 
 

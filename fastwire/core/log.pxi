@@ -265,7 +265,10 @@ cdef class LogCursor:
     def is_live(self):
         return self.place is None
 
-    cpdef int stand(self) except -1:
+    def stand(self):
+        self.take_stand()
+
+    cdef int take_stand(self) except -1:
         """Where it needs nothing before."""
         cdef Given oldest = self.flight.first()
         cdef LogSegment needed = oldest.segment if oldest is not None else self.place
@@ -278,7 +281,7 @@ cdef class LogCursor:
         self.stands = needed
         if before is not None:
             del before.standers[self]
-            self.journal.leave(before)
+            self.journal.leave_segment(before)
         return 0
 
     def given(self, LogEntry entry not None, uint64_t begin, uint64_t end, ends, indices=None):
@@ -291,9 +294,9 @@ cdef class LogCursor:
             self.flight.add(Given(end, begin, ends, entry.first, numbers, segment))
         if self.place is not None:
             self.pass_entry(entry)
-            self.journal.recount(segment, entry)
+            self.journal.recount_entry(segment, entry)
         if self.stands is None:
-            self.stand()
+            self.take_stand()
 
     cdef Given give_live(self, LogEntry entry, uint64_t begin, Ends ends):
         """`given` of a live one, all messages, before it is given them: its `end` is not known yet."""
@@ -306,7 +309,7 @@ cdef class LogCursor:
         self.flight.add(given)
         try:
             if self.stands is None:
-                self.stand()
+                self.take_stand()
         except BaseException:
             self.flight.take_back()
             raise
@@ -315,7 +318,10 @@ cdef class LogCursor:
     def pass_entry(self, entry):
         raise NotImplementedError
 
-    cpdef int release(self, uint64_t position) except -1:
+    def release(self, uint64_t position):
+        self.release_until(position)
+
+    cdef int release_until(self, uint64_t position) except -1:
         """The client has received everything before a position of its socket."""
         cdef Given oldest = self.flight.first()
         if oldest is not None:
@@ -324,7 +330,7 @@ cdef class LogCursor:
             self.flight.drop_before(position)
         elif self.stands is None:  # else it could not leave when it had nothing more to wait for
             return 0
-        self.stand()
+        self.take_stand()
         return 0
 
 
@@ -417,7 +423,7 @@ cdef class Log:
                 self.hand_on(outlet, entry)
             except Exception as error:  # the others have theirs
                 failure = error
-        self.settle()
+        self.settle_newest()
         if failure is not None:
             raise failure
         return 0
@@ -440,20 +446,23 @@ cdef class Log:
 
     cdef int tell_one(self, Outlet outlet, Batch batch, bint momentary, bint ours) except -1:
         self.hand_on(outlet, self.add(batch, outlet.cursor.audience, momentary, ours))
-        self.settle()
+        self.settle_newest()
         return 0
 
-    cpdef int settle(self) except -1:
+    def settle(self):
+        self.settle_newest()
+
+    cdef int settle_newest(self) except -1:
         """Whoever could be given the newest entry at once was."""
         cdef LogSegment segment = self.open
         cdef LogEntry newest = self.newest
         cdef Budget budget = self.budget
         self.newest = None
-        if segment is self.needed and not segment.standers and not self.history_limit:
-            self.leave(segment)
+        if segment is self.needed and not len(segment.standers) and not self.history_limit:
+            self.leave_segment(segment)
             return 0
         if newest is not None:
-            self.recount(segment, newest)
+            self.recount_entry(segment, newest)
         if segment.memory >= self.size_of_segment():
             self.seal_open()
         while budget is not None:
@@ -464,7 +473,10 @@ cdef class Log:
             budget = budget.whole
         return 0
 
-    cpdef int recount(self, LogSegment segment, LogEntry entry) except -1:
+    def recount(self, LogSegment segment not None, LogEntry entry not None):
+        self.recount_entry(segment, entry)
+
+    cdef int recount_entry(self, LogSegment segment, LogEntry entry) except -1:
         """Encoding it for a socket has made it larger."""
         cdef Py_ssize_t before
         if type(entry) is LogEntry and segment.entries is not None:
@@ -569,21 +581,24 @@ cdef class Log:
     def charge_to(self, budget):
         raise NotImplementedError
 
-    cpdef int leave(self, LogSegment segment) except -1:
+    def leave(self, LogSegment segment not None):
+        self.leave_segment(segment)
+
+    cdef int leave_segment(self, LogSegment segment) except -1:
         """A cursor stands there no more: what nobody needs is history, or can go."""
-        if segment is not self.needed or segment.standers:
+        if segment is not self.needed or len(segment.standers):
             return 0
-        while not self.needed.standers and self.needed is not self.open:
+        while not len(self.needed.standers) and self.needed is not self.open:
             self.python_ran = True
             self.has_passed()
-        if self.needed.standers:
+        if len(self.needed.standers):
             self.charge()
         elif not self.history_limit:
-            self.empty()
+            self.empty_open()
         elif self.open.entries and not self.was_offered:
             self.python_ran = True
             self.offer()
-        if self.was_sealed and not self.needed.standers:
+        if self.was_sealed and not len(self.needed.standers):
             self.was_sealed = False
             self.python_ran = True
             self.is_empty()
@@ -612,7 +627,10 @@ cdef class Log:
         """What everybody has. Returns whether it is output for the most part, of which lines can be joined."""
         return self.without_frames(segment) * 2 > segment.end - segment.first
 
-    cpdef int empty(self) except -1:
+    def empty(self):
+        self.empty_open()
+
+    cdef int empty_open(self) except -1:
         """The segment that is open is all there is, and nobody needs it."""
         cdef LogSegment segment = self.open
         if segment.entries:
@@ -658,7 +676,10 @@ cdef class Outlet:
         self.protocol_number = protocol_of(protocol)
         self.protocol_name = protocol
 
-    cpdef bint has_room(self) except -1:
+    def has_room(self):
+        return self.takes_more()
+
+    cdef bint takes_more(self) except -1:
         """The socket may be given more."""
         cdef Wire wire = self.wire
         cdef WriteQueue queue = wire.queue
@@ -672,11 +693,11 @@ cdef class Outlet:
     cdef bint is_behind(self) noexcept:
         return self.cursor.place is not None
 
-    cpdef int pass_on(self, LogEntry entry) except -1:
+    cdef int pass_on(self, LogEntry entry) except -1:
         """An entry that was just appended for this client, or for all."""
         if self.cursor.place is not None:
             return 0
-        if self.wire is None or not self.has_room():
+        if self.wire is None or not self.takes_more():
             self.cursor.journal.python_ran = True
             self.fall_behind(entry)
             self.ask_soon()
@@ -717,7 +738,7 @@ cdef class Outlet:
     cdef int progress(self) except -1:
         """The client has more, or its socket has room."""
         cdef Poller poller = self.wire.poller
-        self.cursor.release(self.wire.received_bytes())
+        self.cursor.release_until(self.wire.received_bytes())
         self.cursor.journal.tell_of_python(poller)
         if self.cursor.place is not None:
             poller.python_ran = True

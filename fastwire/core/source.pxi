@@ -59,7 +59,7 @@ cdef class KernelSide(Part):
         return self.let_listen(batch)
 
     cdef int let_listen(self, Batch batch) except -1:
-        if self.listeners:
+        if len(self.listeners):
             self.poller.python_ran = True
             self.tell_listeners(batch)
         return 0

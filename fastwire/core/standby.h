@@ -283,9 +283,9 @@ static ssize_t fw_aside_recv(fw_aside *a, int fd, void *buffer, size_t size) {
     } else if (given < size) {
         n = fw_recv(fd, (char *)buffer + given, size - given);
     }
-    error = errno;
+    error = n < 0 ? errno : 0;
     pthread_mutex_unlock(&a->lock);
-    errno = error;
+    if (n < 0) errno = error;
     return given && n < 0 ? (ssize_t)given : n + (ssize_t)given;
 }
 

@@ -161,7 +161,7 @@ cdef class Uplink:
     cdef readonly size_t unanswered     # requests that a socket has taken, and that had no reply
     cdef readonly bint asked            # the kernel waits for an input_reply
     cdef public bint held
-    cdef object allowed
+    cdef frozenset allowed
     cdef Ledger ledger          # that is told of requests, or None
     cdef list notes
     cdef Message message        # that is being sent
@@ -269,7 +269,7 @@ cdef class Uplink:
         if target < 0:
             self.note(f"no such channel: {channel_of(self.message.channel, self.protocol == LEGACY)[:64]!r}")
             return 0
-        if self.allowed and not self.is_allowed():
+        if len(self.allowed) and not self.is_allowed():
             return 0
         kept = mend(&self.message) if self.protocol == LEGACY else None  # noqa: F841 - the parts lie in it
         if self.ledger is not None and target != CONTROL:
