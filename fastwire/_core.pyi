@@ -916,6 +916,14 @@ class Budget:
 
     def __init__(self, limit: int, whole: Budget | None = None) -> None: ...
     @property
+    def kept(self) -> int:
+        """Of those that are used, what everybody has: it goes first."""
+
+    @property
+    def needed(self) -> int:
+        """What somebody has still to get."""
+
+    @property
     def logs(self) -> set[Any]: ...
     @property
     def histories(self) -> set[Any]:
@@ -923,7 +931,7 @@ class Budget:
 
     @property
     def share(self) -> int: ...
-    def take(self, nbytes: int) -> int: ...
+    def take(self, nbytes: int, kept: int = 0) -> None: ...
 
 class LogEntry:
     """A batch in the log, for all or (``audience``) for one cursor. Its messages are numbered from ``first`` on; the
@@ -978,6 +986,15 @@ class LogSegment:
     is_joined: bool
     version: int
     weight: int
+
+    def read(self, position: int) -> list[LogEntry]:
+        """Its entries that end behind a number."""
+
+#: Bytes of a segment; a larger one is not copied when it is kept.
+LARGEST_TO_KEEP: int
+
+class Kept(LogSegment):
+    """What everybody has and somebody may ask for: messages of runs, copied."""
 
 class Given:
     """What a socket was given of an entry, or of a part of it: where that begins and ends in the socket's bytes, and
@@ -1056,7 +1073,8 @@ class Log:
     """Where begins what somebody may need. What is before is history."""
     open: Any
     history_limit: int
-    was_offered: bool
+    history: int
+    """Bytes of what everybody has."""
     end: int
     user_budget: Any
     count_of_behind: int
@@ -1068,9 +1086,19 @@ class Log:
         first: LogSegment,
         sizes: tuple[int, int, int, int, int],
         parts: tuple[int, int, int, int],
+        states: tuple[Any, Any],
+        joins: bool,
     ) -> None: ...
     cursors: dict[int, Any]
     budget: Any
+
+    @property
+    def readers(self) -> set[Any]:
+        """Who reads. Lines of output are not joined over their ``position``."""
+
+    @property
+    def told(self) -> set[int]:
+        """Where others stopped who may come back: the same."""
 
     @property
     def segment_size(self) -> int:
@@ -1109,9 +1137,12 @@ class Log:
         `learn`, before it is read."""
 
     def learn(self) -> None: ...
-    def make_small(self, segment: LogSegment) -> bool:
-        """What everybody has: what was encoded for sockets goes. Returns whether it is output for the most part, of
-        which lines can be joined."""
+    def keep(self, segment: LogSegment) -> bool:
+        """The first that is needed is not any more: what may be asked for is copied. False: something is missing there,
+        and it stays as it is. What raises (there is no memory) may be called again."""
+
+    def drop_front(self) -> None:
+        """The oldest of what is kept."""
 
     def empty(self) -> None:
         """The segment that is open is all there is, and nobody needs it."""

@@ -50,9 +50,9 @@ class Budget(_core.Budget):
         """Be a part of another from now on."""
         if self.whole is not whole:
             if self.whole is not None:
-                self.whole.take(-self.used)
+                self.whole.take(-self.used, -self.kept)
             self.whole = whole
-            whole.take(self.used)
+            whole.take(self.used, self.kept)
 
     @property
     def left(self) -> int:
@@ -87,7 +87,7 @@ class Total(Budget):
 
     def look(self) -> None:
         """It has changed: a log is to give way, or let go of a segment."""
-        used, whole = self.used, self._whole
+        used, whole = self.needed, self._whole
         self.limit = max(min(self.most, whole - self._beside()), whole // LEAST_LOGS)
         if used > self.limit // MUCH and self.freed > max(self.limit // TRIM, FLOOR):
             self.freed = 0

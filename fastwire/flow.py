@@ -69,9 +69,9 @@ class Limits:
     spill_keep_free: int = 1 * GIB
     spill_dir: str = ""
 
-    #: What everybody has is kept so far, a kernel, for pages that were reloaded and for programs; 0: not at all, as it
-    #: costs each message some 12 to 40 % more.
-    history_limit: int = 0
+    #: Of what everybody has the messages of runs are kept so far, a kernel, for pages that were reloaded and for
+    #: programs; 0: not at all. In memory: the first to go where that is short.
+    history_limit: int = 2 * MIB
 
     #: A client whose TCP takes nothing for so long although bytes wait is closed, if it can come back for them.
     write_deadline: float = 30.0

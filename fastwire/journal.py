@@ -46,11 +46,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from operator import itemgetter
 from typing import Any, Protocol, cast
 
-from fastwire._core import Given, Log, LogCursor, compacted
+from fastwire._core import LARGEST_TO_KEEP, Given, Log, LogCursor, compacted
 from fastwire.budgets import Budget, Budgets, User
 from fastwire.disk import Runner
 from fastwire.flow import KIB, MIB, Limits, is_said_again
@@ -93,9 +94,6 @@ DROP = 64
 PASSES = 1024
 
 OUTPUT = ("stream", "display")
-
-#: A segment of more bytes has a message that is too long to be copied.
-LARGEST_JOINED = 4 * MIB
 
 #: Places of readers that are remembered, the last ones.
 TOLD = 64
@@ -351,13 +349,10 @@ class Journal(Log):
             Segment(0),
             (SEGMENT, LIVE_SEGMENT, CROWDED_SEGMENT, LEAST_SEGMENT, LEAST_WINDOW),
             (WINDOW, CROWDED_AT, JOIN_AT, SPILL_AT),
+            (State.KEPT, State.FREED),
+            limits.merge,
         )
         self.history_limit = limits.history_limit
-        #: Bytes of what everybody has: what is before ``needed``.
-        self.history = 0
-        #: Who reads, and where those go on who may come back: lines are not joined over these numbers.
-        self.readers: set[Waiter] = set()
-        self._told: deque[int] = deque(maxlen=TOLD)
         #: The kernel was started again before what has this number.
         self.barrier = 0
         self.on_drop: Callable[[], None] | None = None
@@ -394,7 +389,8 @@ class Journal(Log):
 
     def seal(self) -> None:
         segment = self.open
-        self.learn()
+        if self.history_limit:
+            self.learn()
         segment.become(State.SEALED)
         if segment.end - segment.first == 1:
             self._huge = segment
@@ -420,93 +416,86 @@ class Journal(Log):
     def has_passed(self) -> None:
         """Nobody needs the first segment that somebody might have needed."""
         segment = self.needed
-        self.needed = segment.next
-        if self.history_limit:
-            self._keep(segment)
-        self._trim(self.history_limit)
+        assert segment.next is not None
+        if self.history_limit and self._is_kept(segment):
+            self.needed = segment.next
+            self._take_out(segment)
+        else:
+            self.needed = segment.next
+            segment.weight = segment.nbytes
+            self.history += segment.weight
+            self.trim(self.history_limit)
+            self.offer()
 
     # -- what everybody has --
 
-    def _keep(self, segment: Segment) -> None:
-        """Lines are joined: little of them will be asked for, and one by one hardly ever. Anything else stays as it is,
-        as to look at it here would be Python for each message."""
-        if segment.entries is not None:
-            is_output = self.make_small(segment)
-            if is_output and segment.memory <= LARGEST_JOINED:
-                self._join(segment)
-        segment.weight = max(segment.memory, segment.record.size if segment.record is not None else 0)
-        self.history += segment.weight
-        self.offer()
+    def _is_kept(self, segment: Segment) -> bool:
+        """What can be asked for of it was copied. Otherwise it stays as it is: on the disk, very large, with something
+        missing, or there is no memory for the copy."""
+        if segment.entries is None or segment.memory > LARGEST_TO_KEEP:
+            return False
+        try:
+            return self.keep(segment)
+        except MemoryError:
+            return False
 
-    @property
-    def spare(self) -> int:
-        """Bytes that nobody needs."""
-        return self.history if self.needed.standers else self.history + self.open.memory
+    def _take_out(self, segment: Segment) -> None:
+        before, after = segment.previous, segment.next
+        after.previous = before
+        if before is None:
+            self.front = after
+        else:
+            before.next = after
+        self._free(segment)
 
     def offer(self) -> None:
         """To give way where there is something to give."""
-        budgets = (self.budget, self.user_budget, self._budgets.total)
-        self.was_offered = False
-        if self.front is not self.needed or (self.open.entries and not self.needed.standers):
-            self.was_offered = True
-            for budget in budgets:
+        for budget in (self.budget, self.user_budget, self._budgets.total):
+            if self.front is not self.needed:
                 budget.histories.add(self)
-        else:
-            for budget in budgets:
+            else:
                 budget.histories.discard(self)
 
-    def _trim(self, limit: int) -> None:
+    def trim(self, limit: int) -> None:
         """So much of it may stay."""
         while self.front is not self.needed and (self.history > limit or not self.front.weight):
             first = self.front
+            if first.state is State.KEPT:
+                self.drop_front()
+                continue
             assert first.next is not None
-            if limit and self._shorten(first, self.history - limit):
-                break
             self.front = first.next
             self.front.previous = None
             self.history -= first.weight
             self._free(first)
 
-    def _shorten(self, segment: Segment, excess: int) -> bool:
-        """Let go of so much of its beginning, where it is in memory alone. False: that is all of it."""
-        if segment.state is not State.SEALED or segment.entries is None:
-            return False
-        freed = count = 0
-        for entry in segment.entries:
-            if freed >= excess:
-                break
-            freed += entry.memory
-            count += 1
-        if count == len(segment.entries):
-            return False
-        segment.first = segment.entries[count].first
-        self.set_entries(segment, segment.entries[count:])
-        self.history += segment.memory - segment.weight
-        segment.weight = segment.memory
-        return True
-
     def give_history(self, budget: Budget) -> None:
-        """The largest first, whosever that is: its room is needed for what somebody has not got. Not only what the next
-        message takes, so that it is rare."""
-        while (excess := budget.used - budget.limit) > 0 and budget.histories:
-            cast("Journal", max(budget.histories, key=spare_of)).forget_history(max(excess, budget.limit // DROP))
+        """Its room is needed for what somebody has not got. Not only what the next message takes, so that it is rare.
+        Those that have most of it give, whosever they are, until they have no more than others."""
+        while budget.histories and (excess := budget.used - budget.limit // SPILL_AT) > 0:
+            histories = {log: log.history for log in budget.histories}
+            level = level_below(histories.values(), max(excess, budget.limit // DROP))
+            for log, nbytes in histories.items():
+                if nbytes > level or not nbytes:
+                    log.forget_history(nbytes - level)
 
     def forget_history(self, nbytes: int) -> bool:
         """So much of it, the oldest. False: there is none."""
-        is_there = True
-        if self.front is not self.needed:
-            self._trim(max(self.history - nbytes, 0))
-        elif self.open.entries and not self.needed.standers:
+        is_there = self.front is not self.needed
+        if is_there:
+            self.trim(max(self.history - nbytes, 0))
+        elif self.open.entries and not self.needed.standers:  # there was no memory to keep it
             self.learn()
             self.empty()
-        else:
-            is_there = False
         self.offer()
         return is_there
 
     def remember(self, number: int) -> None:
         """Somebody may come back for what has this number, and what comes after it."""
-        self._told.append(number)
+        if len(self.told) >= TOLD:
+            self.told.discard(min(self.told))
+        if number <= self.end:
+            self.told.add(number)
 
     def is_empty(self) -> None:
         self.shelf.is_empty()
@@ -559,7 +548,7 @@ class Journal(Log):
             cursor.end()
         self.history_limit = 0
         self.leave(self.needed)
-        self._trim(0)
+        self.trim(0)
         self.offer()
         self.shelf.close()
 
@@ -586,21 +575,21 @@ class Journal(Log):
         """After something was added to memory."""
         budget: Budget | None = self.budget
         while budget is not None:
-            if budget.used > budget.limit // JOIN_AT:
+            if budget.needed > budget.limit // JOIN_AT or budget.used > budget.limit // SPILL_AT:
                 self._giver(budget).give_way(budget)
             budget = budget.whole
 
     def _giver(self, budget: Budget) -> Journal:
         """Who is to give way: this log, unless it has less than its share."""
-        enough = budget.share if budget.used > budget.limit else budget.share // 2
-        if budget is self.budget or self.memory >= enough:
+        enough = budget.share if budget.needed > budget.limit else budget.share // 2
+        if budget is self.budget or self.budget.needed >= enough:
             return self
-        return cast("Journal", max(budget.logs | budget.histories, key=memory_of, default=self))
+        return cast("Journal", max(budget.logs | budget.histories, key=needed_by, default=self))
 
     def give_way(self, budget: Budget) -> None:
         self._budgets.total.look()
         limit = budget.limit
-        while self._raw and budget.used > limit // JOIN_AT:
+        while self._raw and budget.needed > limit // JOIN_AT:
             self._join(self._raw.popleft())
         if budget.used > limit // SPILL_AT:
             self.shelf.relieve(budget)
@@ -789,12 +778,18 @@ class Journal(Log):
     def _numbers_of_cursors(self) -> set[int]:
         """At which the log is not to be joined."""
         readers = (reader.position for reader in self.readers)
-        return {*(n for cursor in self.cursors.values() for n in cursor.marks), *readers, *self._told}
+        return {*(n for cursor in self.cursors.values() for n in cursor.marks), *readers, *self.told}
 
 
-def memory_of(log: Any) -> int:
-    return cast(int, log.memory)
+def needed_by(log: Any) -> int:
+    return cast(int, log.budget.needed)
 
 
-def spare_of(log: Any) -> int:
-    return cast(int, log.spare)
+def level_below(sizes: Iterable[int], excess: int) -> int:
+    """If of all sizes goes what is above it, that is so much together; 0 where it is all of them."""
+    ordered = sorted(sizes, reverse=True)
+    for count, (size, after) in enumerate(pairwise([*ordered, 0]), 1):
+        if excess <= count * (size - after):
+            return size - -(-excess // count)
+        excess -= count * (size - after)
+    return 0

@@ -80,7 +80,7 @@ class Reader:
             if segment.entries is None:
                 self._journal.fetch(segment, self)
                 return None
-            rest = self._from(segment.entries)
+            rest = segment.read(self.position)
             if rest or segment.next is None:
                 return rest
             self.position = max(self.position, segment.end)
@@ -95,6 +95,8 @@ class Reader:
             segment = segment.next
         if segment.state is State.FREED:
             segment = self._journal.front
+        while self.position < segment.first and segment.previous is not None:
+            segment = segment.previous  # what was open is kept there now
         while segment.next is not None and segment.end <= self.position:
             segment = segment.next
         if self.position < segment.first:

@@ -39,7 +39,8 @@ class State(enum.Enum):
     ON_DISK = "on the disk"
     READING = "on its way from the disk"
     LOADED = "on the disk, and in memory"
-    FREED = "nobody needs it"
+    KEPT = "everybody has it: what may be asked for, copied"
+    FREED = "it is gone"
 
 
 TRANSITIONS: dict[State, set[State]] = {
@@ -49,6 +50,7 @@ TRANSITIONS: dict[State, set[State]] = {
     State.LOADED: {State.ON_DISK, State.SEALED, State.FREED},
     State.ON_DISK: {State.READING, State.FREED},
     State.READING: {State.LOADED, State.SEALED, State.FREED},
+    State.KEPT: {State.FREED},
     State.FREED: set(),
 }
 

@@ -105,10 +105,10 @@ class Fastwire(Configurable):
         Limits.history_limit,
         min=0,
         config=True,
-        help="Bytes of what one kernel has said that are kept when all clients have it, for pages that were reloaded "
-        "and for programs that ask (/fastwire/api/kernels/<id>/runs): 2097152 (2 MiB) are some 20,000 lines. 0 keeps "
-        "none, as a message costs 12 to 40 % more where they are kept. They are part of what the limits of memory and "
-        "of the disk allow, and the first to go there.",
+        help="Bytes of memory in which the messages of one kernel's runs are kept when all clients have them, for "
+        "pages that were reloaded and for programs that ask (/fastwire/api/kernels/<id>/runs): 2 MiB are some 20,000 "
+        "lines. They are taken as output comes, and are part of what the limits of memory allow: where half of one is "
+        "used they go first, the longest ones. 0 keeps none.",
     )
     take_over = Bool(
         False,

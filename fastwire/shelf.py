@@ -143,9 +143,9 @@ class Shelf:
 
     def relieve(self, budget: Budget) -> None:
         """Have less in memory."""
+        self._journal.give_history(budget)
         while budget.used > budget.limit // SPILL_AT and self._evict(hard=False):
             pass
-        self._journal.give_history(budget)
         while budget.used > budget.limit // SPILL_AT and self._evict(hard=budget.used > budget.limit):
             pass
         if budget.used > budget.limit // SPILL_AT and self._file is not None and not self._failed:

@@ -20,12 +20,14 @@ from fastwire.budgets import Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal, totals
 from fastwire.notices import NOBODY, notice
-from fastwire.segments import Entry
+from fastwire.runs import Reader
+from fastwire.segments import Entry, Gap
 from fastwire.tombstones import TOO_MUCH, Tombstone
 
 SIGNER = _core.Signer(b"")
 KIB, MIB = 1024, 1024 * 1024
 LIMIT = 256 * KIB
+RUN = b'{"msg_id": "run", "msg_type": "execute_request"}'
 PLENTY = 10**9
 
 #: What `log_of` has made in this test.
@@ -43,6 +45,11 @@ def line(number: int, size: int = 0) -> list[bytes]:
 
 def other(msg_type: str, number: int, size: int = 0) -> list[bytes]:
     return builders.message(msg_type, str(number), {"text": f"{'x' * size}{number};"})
+
+
+def of_a_run(message: list[bytes]) -> list[bytes]:
+    """Otherwise it is not kept when everybody has it."""
+    return [message[0], RUN, *message[2:]]
 
 
 def numbers(parts: list[bytes]) -> list[int]:
@@ -104,6 +111,45 @@ class Disk:
     def finish(self, end: Callable[[], None]) -> None:
         self.begun.remove(end)
         end()
+
+
+class Read:
+    """What a reader has found in a log, and what it was told is lost."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.reader = Reader(journal, 0)
+        self.found: list[int] = []
+        self.lost: list[tuple[int, int]] = []
+        self.missing = 0  # messages that notices have told of
+
+    def step(self) -> bool:
+        """Whether there was anything at hand."""
+        before, entries = self.reader.position, self.reader.next()
+        self.lost += self.reader.lost
+        self.reader.lost = []
+        for entry in entries or ():
+            if isinstance(entry, Gap):
+                self.lost.append((entry.first, entry.end))
+                self.missing += entry.count
+            else:
+                for index in range(len(entry)):
+                    self.found += numbers(entry.batch[index])
+            self.reader.pass_by(entry)
+        return self.reader.position > before
+
+    def to_where_it_ends(self) -> None:
+        while self.step():
+            pass
+
+    def go_on_elsewhere(self) -> None:
+        before, self.reader = self.reader, Reader(self.journal, self.reader.position)
+        before.close()
+
+    def to_the_end(self, count: int, disk: Disk) -> None:
+        while self.reader.position < count:
+            assert self.step() or disk.work(), "it waits for the disk"
+        self.reader.close()
 
 
 class Client:

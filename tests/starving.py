@@ -70,6 +70,8 @@ from starving_turn import (
     given,
     hear,
     in_the_loops_place,
+    keeping,
+    kept,
     log_append,
     logged,
     looked_after,
@@ -98,6 +100,7 @@ from fastwire._core import (
     Budget,
     Flight,
     FrameParser,
+    Kept,
     KernelTraffic,
     Ledger,
     LogEntry,
@@ -252,6 +255,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "LogEntry": pure(lambda: LogEntry(0, 2, two()), len),
     "LogEntry.part": pure(lambda: len(LogEntry(0, 2, two()).part(1, 2))),
     "LogSegment": pure(LogSegment, lambda it: it.end),
+    "LogSegment.read": kept(lambda it: len(it.open.read(0))),
     "Given": pure(given, lambda it: it.first),
     "Given.reached": pure(lambda: given().reached(0)),
     "Given.longest": pure(lambda: given().longest(0, 10)),
@@ -266,7 +270,10 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Log.hold": logged(lambda it: it.journal.hold(it.journal.open, 0)),
     "Log.learn": logged(lambda it: it.journal.learn()),
     "Log.leave": logged(lambda it: it.journal.leave(it.journal.open)),
-    "Log.make_small": logged(lambda it: it.journal.make_small(it.journal.open)),
+    "Log.keep": keeping,
+    "Log.drop_front": kept(lambda it: it.drop_front()),
+    "Kept": pure(Kept, lambda it: it.read(0)),
+    "Kept.read": kept(lambda it: len(it.front.read(0))),
     "Log.empty": logged(lambda it: it.journal.empty()),
     "LogCursor.stand": logged(lambda it: it.cursors[0].stand()),
     "Outlet.has_room": logged(lambda it: it.outlets[0].has_room()),
@@ -301,7 +308,7 @@ MADE_BY_OTHERS = {"Batch", "Ends", "Frames", "KernelSide", "Log", "LogCursor", "
 #: What Python's rooms do in their subclasses: in the core they raise NotImplementedError.
 HOOKS = {
     *("KernelSide.on_word", "KernelSide.tell_listeners", "KernelSide.tell_observers"),
-    *("Log.charge_to", "Log.has_passed", "Log.is_empty", "Log.make_room", "Log.offer", "Log.seal"),
+    *("Log.charge_to", "Log.has_passed", "Log.is_empty", "Log.make_room", "Log.offer", "Log.seal", "Log.trim"),
     *("LogCursor.pass_entry", "Outlet.could_not_give", "Outlet.fall_behind", "Outlet.pump", "Outlet.try_to_give"),
 }
 #: What begins in other cases, and there only: the bytes that it tells of, or gives, are said once.

@@ -18,12 +18,14 @@ from journal_stage import Disk
 from starving_messages import (
     MANY,
     PARTS,
+    RUN,
     STATUS,
     Case,
     Kernel,
     batch,
     events,
     idle,
+    listed,
     one,
     same,
     shaken,
@@ -333,7 +335,7 @@ def ride(turn: Turn) -> None:
 
 
 def log_append() -> tuple[Any, Any]:
-    limits = Limits(spill=False)
+    limits = Limits(spill=False, history_limit=0)
     journal = Journal(limits, Budgets(limits), Disk())
     cursor = journal.cursor("")
     cursor.fall_behind(journal.append(idle()))
@@ -363,7 +365,7 @@ class Said:
     """A log, and two who hear what is said."""
 
     def __init__(self) -> None:
-        limits = Limits(spill=False)
+        limits = Limits(spill=False, history_limit=0)
         budgets = Budgets(limits)
         self.turn = Turn()
         self.journal = Journal(limits, budgets, Disk())
@@ -447,6 +449,33 @@ def released() -> tuple[Any, Any]:
         return len(cursor.flight), len(said.cursors[1].flight), said.journal.open.memory
 
     return lambda: cursor.release(end), outcome
+
+
+def keeping() -> tuple[Any, Any]:
+    """What everybody has is kept once, in order, and can go when others need its room."""
+    limits = Limits(spill=False)
+    journal = Journal(limits, Budgets(limits), Disk())
+    journal.append(batch(*RUN))
+
+    def outcome(_: object) -> object:
+        entries = journal.front.read(0)
+        assert journal in journal.budget.histories
+        return [(entry.first, entry.end, listed(entry.batch)) for entry in entries], journal.history
+
+    return lambda: journal.keep(journal.open), outcome
+
+
+def kept(call: Callable[[Journal], object]) -> Case:
+    """Something that is done with a log in which a run is kept."""
+
+    def case() -> tuple[Any, Any]:
+        limits = Limits(spill=False)
+        journal = Journal(limits, Budgets(limits), Disk())
+        journal.say(batch(*RUN))
+        assert journal.history
+        return lambda: call(journal), lambda result: (result, journal.history)
+
+    return case
 
 
 def questions() -> Asking:

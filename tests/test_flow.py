@@ -98,8 +98,7 @@ NUMBERS = [field.name for field in dataclasses.fields(Limits) if type(field.defa
 
 @pytest.mark.parametrize("field", NUMBERS)
 def test_every_limit_is_a_bound_by_default(field: str) -> None:
-    nothing = field == "history_limit"  # of which 0 keeps nothing
-    assert (0 if nothing else 1e-9) <= getattr(Limits(), field) < float("inf")
+    assert 1e-9 <= getattr(Limits(), field) < float("inf")
 
 
 def test_a_socket_is_given_less_than_a_session_may_keep() -> None:

@@ -21,12 +21,14 @@ from journal_stage import (
     PLENTY,
     Client,
     Disk,
+    Read,
     all_of,
     batch_of,
     changed,
     line,
     log_of,
     numbers,
+    of_a_run,
     other,
     say,
 )
@@ -37,7 +39,7 @@ from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.budgets import Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal, totals
-from fastwire.segments import Segment, State, size_of
+from fastwire.segments import Entry, Segment, State, size_of
 
 ROOT = Path(fastwire.__file__).parents[1]
 
@@ -61,6 +63,8 @@ class Logs(RuleBasedStateMachine):
         self.gone: list[Client] = []  # whose session has ended
         self.under_way: list[Callable[[], None]] = []
         self.logs: list[Journal] = []
+        self.said: list[dict[int, int]] = [{}, {}]  # in each log, by its number there
+        self.reads: list[Read] = []
 
     @initialize(
         merge=st.booleans(),
@@ -86,6 +90,7 @@ class Logs(RuleBasedStateMachine):
         )
         self.budgets = Budgets(self.limits)
         self.logs = [Journal(self.limits, self.budgets, self.disk) for _ in range(2)]
+        self.reads = [Read(log) for log in self.logs] if history else []
         self.clients = [Client(self.logs[0], "ann")]
 
     kinds = st.lists(st.sampled_from(["line"] * 5 + ["comm_open", "status"]), min_size=1, max_size=6)
@@ -95,7 +100,7 @@ class Logs(RuleBasedStateMachine):
         messages = []
         begin = self.count
         for kind in kinds:
-            messages.append(line(self.count, size) if kind == "line" else other(kind, self.count, size))
+            messages.append(of_a_run(line(self.count, size) if kind == "line" else other(kind, self.count, size)))
             self.count += 1
         return batch_of(*messages, channel=channel), [*range(begin, self.count)]
 
@@ -120,6 +125,7 @@ class Logs(RuleBasedStateMachine):
             for client in self.gone:
                 client.said += said if client.journal is log else []
             entry = log.append(batch)
+            self.note(log, entry, said)
             for index, client in enumerate(heard_by):
                 client.hears(entry, said, has_room=bool(room >> index & 1))
             log.settle()
@@ -130,9 +136,23 @@ class Logs(RuleBasedStateMachine):
     def reply(self, data: st.DataObject, size: int, kind: str, room: bool) -> None:
         client = self.a_client(data)
         batch, said = self.new([kind], size, "shell")
-        client.hears(client.journal.append(batch, client.cursor.number), said, has_room=room)
+        entry = client.journal.append(batch, client.cursor.number)
+        self.note(client.journal, entry, said)
+        client.hears(entry, said, has_room=room)
         client.journal.settle()
         self.end_those_who_had_to()
+
+    def note(self, log: Journal, entry: Entry, said: list[int]) -> None:
+        self.said[self.logs.index(log)].update(enumerate(said, entry.first))
+
+    @precondition(lambda self: self.reads)
+    @rule(data=st.data(), elsewhere=st.booleans())
+    def read(self, data: st.DataObject, elsewhere: bool) -> None:
+        """Whatever clients have, somebody reads what was said."""
+        read = data.draw(st.sampled_from(self.reads))
+        read.step()
+        if elsewhere:
+            read.go_on_elsewhere()
 
     def end_those_who_had_to(self) -> None:
         self.gone += [client for client in self.clients if client.ended]
@@ -220,16 +240,22 @@ class Logs(RuleBasedStateMachine):
     @invariant()
     def it_counts_right(self) -> None:
         for log in self.logs:
-            memory = 0
+            memory = kept = history = 0
             for segment in segments_of(log):
                 entries = segment.entries or []
-                assert segment.memory == sum(entry.memory for entry in entries)
+                if segment.state is State.KEPT:
+                    kept += segment.memory
+                    history += segment.weight
+                    assert segment.weight <= segment.memory
+                else:
+                    assert segment.memory == sum(entry.memory for entry in entries)
                 memory += segment.memory
                 assert (segment.entries is None) == (segment.state in (State.ON_DISK, State.READING))
                 for before, after in pairwise(entries):
                     assert before.end <= after.first
                 assert all(stander.stands is segment for stander in segment.standers)
-            assert memory == log.memory
+            assert (memory, kept) == (log.memory, log.budget.kept)
+            assert history <= log.history
             behind = log.behind()
             assert behind.keys() == {cursor for cursor in log.cursors.values() if cursor.stands is not None}
             needed = sum(each.nbytes for each in segments_of(log) if each.first >= log.needed.first)
@@ -242,6 +268,7 @@ class Logs(RuleBasedStateMachine):
                 assert place is None or place in segments_of(log)
         if self.logs:
             assert self.budgets.total.used == sum(log.memory for log in self.logs)
+            assert self.budgets.total.kept == sum(log.budget.kept for log in self.logs)
             assert self.budgets.disk.used == sum(log.shelf.nbytes for log in self.logs)
 
     @invariant()
@@ -264,6 +291,12 @@ class Logs(RuleBasedStateMachine):
         for client in (*self.clients, *self.gone):
             client.check(merge=self.limits.merge)
         self.settle()
+        for read, said in zip(self.reads, self.said, strict=False):
+            read.to_the_end(read.journal.end, self.disk)
+            assert read.found == sorted({*read.found})
+            told = {number for first, before in read.lost for number in range(first, before)}
+            untold = {message for number, message in said.items() if number not in told} - {*read.found}
+            assert len(untold) <= read.missing
         for log in self.logs:
             assert self.limits.history_limit or log.memory == log.shelf.nbytes == 0
             log.close()

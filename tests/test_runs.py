@@ -1,6 +1,7 @@
 """What is read of runs from a log: against nbclient, and against lists that keep everything."""
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -9,10 +10,11 @@ import nbformat
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from journal_stage import KIB, PLENTY, Client, Disk, batch_of, line, log_of, numbers
+from journal_stage import KIB, MIB, PLENTY, Client, Disk, Read, batch_of, line, log_of, of_a_run
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 
+from fastwire import _core
 from fastwire.budgets import Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal
@@ -29,7 +31,6 @@ from fastwire.runs import (
     plain,
     read_body,
 )
-from fastwire.segments import Gap
 
 pytest_plugins = "journal_stage"  # that its fixture counts anew
 
@@ -276,7 +277,7 @@ def test_who_reads_the_log_gets_what_is_there_and_is_told_of_the_rest(
     count = 0
     for turn, size in enumerate(sizes):
         cut = cuts[turn % len(cuts)]
-        journal.append(batch_of(*(line(number, size) for number in range(count, count + cut))))
+        journal.append(batch_of(*(of_a_run(line(number, size)) for number in range(count, count + cut))))
         count += cut
         journal.settle()
         if steps[turn % len(steps)]:
@@ -302,55 +303,22 @@ def test_who_reads_the_log_gets_what_is_there_and_is_told_of_the_rest(
     assert journal.memory == journal.shelf.nbytes == journal.history == 0
 
 
-class Read:
-    """What a reader has found in a log, and what it was told is lost."""
-
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-        self.reader = Reader(journal, 0)
-        self.found: list[int] = []
-        self.lost: list[tuple[int, int]] = []
-
-    def step(self) -> bool:
-        """Whether there was anything at hand."""
-        before, entries = self.reader.position, self.reader.next()
-        self.lost += self.reader.lost
-        self.reader.lost = []
-        for entry in entries or ():
-            if isinstance(entry, Gap):
-                self.lost.append((entry.first, entry.end))
-            else:
-                for index in range(len(entry)):
-                    self.found += numbers(entry.batch[index])
-            self.reader.pass_by(entry)
-        return self.reader.position > before
-
-    def go_on_elsewhere(self) -> None:
-        before, self.reader = self.reader, Reader(self.journal, self.reader.position)
-        before.close()
-
-    def to_the_end(self, count: int, disk: Disk) -> None:
-        while self.reader.position < count:
-            assert self.step() or disk.work(), "it waits for the disk"
-        self.reader.close()
-
-
 def test_history_gives_way_before_anybody_loses_anything() -> None:
     limits = Limits(client_memory_limit=256 * KIB, history_limit=PLENTY, spill=False, merge=False)
     journal, client = log_of(limits)
     client.cursor.end()
     for number in range(100):
-        journal.append(batch_of(line(number, 1000)))
+        journal.append(batch_of(of_a_run(line(number, 1000))))
         journal.settle()
     assert journal.history > 90_000
     away = Client(journal)
     away.lose_socket()
-    for number in range(100, 180):
-        journal.append(batch_of(line(number, 1000)))
+    for number in range(100, 120):
+        journal.append(batch_of(of_a_run(line(number, 1000))))
         away.said.append(number)
         journal.settle()
     assert 0 < journal.history < 90_000, "the oldest is gone"
-    assert away.cursor.kept == 80
+    assert away.cursor.kept == 20
     journal.close()
     assert journal.memory == journal.history == 0
 
@@ -363,12 +331,12 @@ def test_a_history_in_a_budget_that_others_need_gives_way() -> None:
     budgets = Budgets(limits)
     idle, busy = (Journal(limits, budgets) for _ in range(2))
     for number in range(150):
-        idle.append(batch_of(line(number, 1000)))
+        idle.append(batch_of(of_a_run(line(number, 1000))))
         idle.settle()
     assert idle.history > 100_000
     away = busy.cursor()
     for number in range(100):
-        entry = busy.append(batch_of(line(number, 1000)))
+        entry = busy.append(batch_of(of_a_run(line(number, 1000))))
         if away.is_live:
             away.fall_behind(entry)
         busy.settle()
@@ -388,7 +356,7 @@ def test_a_history_gives_way_at_once_and_not_message_by_message() -> None:
     budgets = Budgets(limits)
     idle, busy = (Journal(limits, budgets) for _ in range(2))
     for number in range(150):
-        idle.append(batch_of(line(number, 1000)))
+        idle.append(batch_of(of_a_run(line(number, 1000))))
         idle.settle()
     forgotten = []
 
@@ -398,16 +366,110 @@ def test_a_history_gives_way_at_once_and_not_message_by_message() -> None:
 
     idle.forget_history = forget
     away = busy.cursor()
-    away.fall_behind(busy.append(batch_of(line(0, 120_000))))
+    away.fall_behind(busy.append(batch_of(line(0, 40_000))))
     busy.settle()
     assert len(forgotten) == 1
     for number in range(40):
-        busy.append(batch_of(line(number, 1000)))
+        busy.append(batch_of(of_a_run(line(number, 1000))))
         busy.settle()
-    assert 1 < len(forgotten) < 20, "some at a time"
+    assert 1 <= len(forgotten) < 10, "some at a time"
     assert away.kept == 41
     for journal in (idle, busy):
         journal.close()
+
+
+def test_what_there_is_no_memory_to_keep_is_kept_with_what_comes_next() -> None:
+    """Whichever piece of memory is missing: nothing that was said is missing when it is read."""
+    _core.fail_allocation(0)
+    limits = Limits(history_limit=PLENTY, merge=False)
+    for missing in range(1, 40):
+        journal = Journal(limits, Budgets(limits))
+        count = 0
+        for turn in range(4):
+            batch = batch_of(*(of_a_run(line(count + each, 3000 * turn)) for each in range(3)))
+            journal.append(batch)
+            count += 3
+            _core.fail_allocation(missing if turn == 2 else 0)
+            with contextlib.suppress(MemoryError):
+                journal.settle()
+            _core.fail_allocation(0)
+        read = Read(journal)
+        read.to_the_end(count, Disk())
+        assert read.found == [*range(count)]
+        assert read.lost == []
+        journal.close()
+        assert journal.memory == journal.history == 0
+
+
+def test_what_nobody_can_ask_for_is_not_kept() -> None:
+    """What answers no execute_request, unless it changes a display. A reader that waits is not told that it is lost."""
+    limits = Limits(history_limit=PLENTY)
+    journal = Journal(limits, Budgets(limits))
+    read = Read(journal)
+    for number in range(0, 30, 3):
+        update = builders.message("update_display_data", "x", {"data": {}, "name": "stderr"})
+        journal.append(batch_of(line(number), of_a_run(line(number + 1)), update))
+        journal.settle()
+        read.to_where_it_ends()
+    assert read.found == [*range(1, 30, 3)]
+    assert read.lost == []
+    assert journal.history < 30 * 300
+    read.reader.close()
+    journal.close()
+
+
+def test_a_message_that_is_larger_than_the_history_ends_it() -> None:
+    limits = Limits(history_limit=20 * KIB)
+    journal = Journal(limits, Budgets(limits))
+    for number, size in enumerate([100, 100, 30_000, 100]):
+        journal.append(batch_of(of_a_run(line(number, size))))
+        journal.settle()
+    read = Read(journal)
+    read.to_where_it_ends()
+    assert (read.found, read.lost) == ([3], [(0, 3)])
+    journal.close()
+
+
+def test_lines_are_joined_where_nobody_goes_on() -> None:
+    """Little of many lines is kept; who stopped between two gets none twice."""
+    limits = Limits(history_limit=PLENTY)
+    journal = Journal(limits, Budgets(limits))
+    stops = []
+    for number in range(300):
+        journal.append(batch_of(of_a_run(line(number))))
+        journal.settle()
+        if not number % 100:
+            stops.append(Reader(journal, number + 1))
+        if number == 150:
+            stops.pop().close()
+    assert journal.history < 300 * 30
+    for stopped in (0, 1, 101, 201):
+        read = Read(journal)
+        read.reader.position = stopped
+        read.to_where_it_ends()
+        assert read.found == [*range(stopped, 300)]
+        read.reader.close()
+    for reader in stops:
+        reader.close()
+    journal.close()
+
+
+def test_the_longest_histories_give_way_together() -> None:
+    """Not one after the other to nothing."""
+    limits = Limits(client_memory_limit=PLENTY, user_memory_limit=PLENTY, total_memory_limit=2 * MIB, history_limit=MIB)
+    budgets = Budgets(limits)
+    journals = [Journal(limits, budgets) for _ in range(20)]
+    for number in range(400):
+        for place, journal in enumerate(journals):
+            if place or number < 4:
+                journal.append(batch_of(of_a_run(line(number, 1000))))
+                journal.settle()
+    assert budgets.total.used <= budgets.total.limit // 2 + 64 * KIB
+    assert journals[0].history > 4000, "it has little"
+    assert all(journal.history > 10_000 for journal in journals[1:])
+    for journal in journals:
+        journal.close()
+    assert budgets.total.used == budgets.total.kept == 0
 
 
 def test_runs_are_described() -> None:

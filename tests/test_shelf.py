@@ -74,7 +74,7 @@ def test_a_full_disk_loses_its_oldest_output(limits: Limits) -> None:
     assert [number for number in got if not number % 100] == [*range(0, count, 100)]
     output = [number for number in got if number % 100]
     assert output == [number for number in range(output[0], count) if number % 100]
-    assert count - output[0] > 150
+    assert count - output[0] > 100
 
 
 @pytest.mark.parametrize(

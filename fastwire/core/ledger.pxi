@@ -8,26 +8,46 @@ QUEUED_RUN, RUNNING_RUN, DONE_RUN, ABORTED_RUN, LOST_RUN = RUN_STATES
 
 cdef enum:
     LARGEST_REQUEST = 8192      # bytes of a header that is kept
-    LARGEST_NAME = 512          # of a cell's id, a date
+    LARGEST_NAME = 512          # of a cell's id
+    LARGEST_DATE = 64
+    UNKNOWN = -1                # an execution count
+
+
+cdef struct Date:
+    uint8_t size                # of the JSON string; 0 where none was said
+    char text[LARGEST_DATE]
+
+
+cdef inline void note_date(Date *date, const Indexed *m) noexcept nogil:
+    cdef fw_span said = fixed(<const char *>m.text[0].ptr + m.header.date_at, m.header.date_size)
+    date.size = 0
+    if is_string(said) and said.len <= LARGEST_DATE:
+        memcpy(date.text, said.ptr, said.len)
+        date.size = <uint8_t>said.len
+
+
+cdef inline str date_of(const Date *date):
+    return unescaped(fixed(date.text, date.size)) if date.size else None
 
 
 @cython.final
 @cython.no_gc   # names and numbers
+@cython.freelist(64)
 cdef class Run:
     cdef readonly str msg_id
     cdef readonly bytes header      # of the request, as its client sent it or its kernel repeated it
-    cdef readonly str cell
+    cdef str cell_name
+    cdef bytes metadata             # of the request, until somebody asks for its cell
     cdef readonly str state
     cdef readonly bint failed
     cdef readonly bint replied
-    cdef readonly object execution_count
     cdef readonly Py_ssize_t messages
     cdef readonly long long first
     cdef readonly long long last
     cdef readonly long long asks
-    cdef readonly str begun
-    cdef readonly str ended
     cdef readonly uint64_t order
+    cdef long long counted          # its execution count
+    cdef Date began_at, ended_at
 
     def __init__(self):
         raise TypeError("runs are found in a Ledger")
@@ -35,6 +55,34 @@ cdef class Run:
     @property
     def is_over(self):
         return self.state not in (QUEUED_RUN, RUNNING_RUN)
+
+    @property
+    def cell(self):
+        if self.metadata is not None:
+            self.cell_name = name_in(bytes_span(self.metadata), b"cellId", 6)
+            self.metadata = None
+        return self.cell_name
+
+    @property
+    def execution_count(self):
+        return None if self.counted == UNKNOWN else self.counted
+
+    @property
+    def begun(self):
+        return date_of(&self.began_at)
+
+    @property
+    def ended(self):
+        return date_of(&self.ended_at)
+
+
+# As Python's json spells them.
+cdef fw_span USUAL_BUSY = fixed(b'{"execution_state": "busy"}', 27)
+cdef fw_span USUAL_IDLE = fixed(b'{"execution_state": "idle"}', 27)
+
+
+cdef inline fw_span bytes_span(bytes text) noexcept:
+    return fixed(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
 
 
 cdef str name_in(fw_span text, const char *name, size_t length):
@@ -45,11 +93,23 @@ cdef str name_in(fw_span text, const char *name, size_t length):
     return unescaped(value)
 
 
-cdef object count_in(fw_span text):
-    cdef fw_span value = member_of(text, b"execution_count", 15)
-    if value.ptr == NULL or value.len > 18 or not span_bytes(value).isdigit():
-        return None
-    return int(span_bytes(value))
+cdef inline bint says(fw_span value, const char *word, size_t length) noexcept nogil:
+    """Whether a JSON value is this string."""
+    return value.ptr != NULL and is_string(value) and spells(inside(value), word, length)
+
+
+cdef long long count_of(fw_span value) noexcept nogil:
+    """A number of decimal digits."""
+    cdef const char *text = <const char *>value.ptr
+    cdef long long count = 0
+    cdef size_t i
+    if not 0 < value.len <= 18:
+        return UNKNOWN
+    for i in range(value.len):
+        if not 48 <= text[i] <= 57:
+            return UNKNOWN
+        count = count * 10 + text[i] - 48
+    return count
 
 
 @cython.final
@@ -58,13 +118,21 @@ cdef class Ledger:
     cdef Py_ssize_t most
     cdef uint64_t count
     cdef Run running            # that began last
+    cdef Run newest             # behind all others in `runs`
     cdef readonly long long position
+    # The last parent header, which nearly always is the next one's, and the run that it names.
+    cdef char *parent
+    cdef size_t parent_size, parent_room
+    cdef Run named
 
     def __init__(self, Py_ssize_t most=512):
         if most < 1:
             raise ValueError("most has to be at least 1")
         self.runs = {}
         self.most = most
+
+    def __dealloc__(self):
+        free(self.parent)
 
     def __len__(self):
         return len(self.runs)
@@ -87,7 +155,10 @@ cdef class Ledger:
         if header.msg_id.ptr == NULL or not is_string(header.msg_id) or parts[0].len > LARGEST_REQUEST:
             return 0
         run = self.new(unescaped(header.msg_id), span_bytes(parts[0]))
-        run.cell = name_in(parts[2], b"cellId", 6)
+        if parts[2].len <= LARGEST_NAME:
+            run.metadata = span_bytes(parts[2])
+        else:
+            run.cell_name = name_in(parts[2], b"cellId", 6)
         return 0
 
     cdef int answer(self) except -1:
@@ -100,7 +171,9 @@ cdef class Ledger:
     cdef Run new(self, str msg_id, bytes header):
         """Of a request that comes again the last counts."""
         cdef Run run = Run.__new__(Run)
-        self.runs.pop(msg_id, None)
+        self.parent_size = 0
+        if msg_id in self.runs:
+            del self.runs[msg_id]
         if len(self.runs) >= self.most:
             del self.runs[next(iter(self.runs))]
         self.count += 1
@@ -108,8 +181,10 @@ cdef class Ledger:
         run.header = header
         run.state = QUEUED_RUN
         run.first = run.last = run.asks = -1
+        run.counted = UNKNOWN
         run.order = self.count
         self.runs[msg_id] = run
+        self.newest = run
         return run
 
     # -- what kernels say --
@@ -117,37 +192,50 @@ cdef class Ledger:
     cpdef int learn(self, list entries) except -1:
         """Those of the log, in order. What was learned is passed by, and what the server said itself."""
         cdef LogEntry entry
-        cdef Batch batch
         cdef Py_ssize_t i
-        cdef fw_span before
-        cdef Run run = None
-        cdef long long number
-        before.ptr = NULL
-        before.len = 0
         for entry in entries:
             if entry.ours or entry.end <= self.position:
                 continue
-            batch = entry.batch
-            number = entry.first
-            for i in range(batch.count):
-                # The messages of one request have the same parent, byte for byte.
-                if before.ptr == NULL or not same_bytes(before, batch.messages[i].text[1]):
-                    before = batch.messages[i].text[1]
-                    run = self.run_of(before)
-                if number + i >= self.position:
-                    if run is not None:
-                        self.follow(run, &batch.messages[i], number + i)
-                    self.position = number + i + 1  # memory may run out at the next
+            for i in range(entry.batch.count):
+                self.hear(&entry.batch.messages[i], entry.first + i)
             self.position = max(self.position, entry.end)
         return 0
 
+    cdef Run hear(self, const Indexed *m, long long number):
+        """Whose a message is. What was heard before is passed by."""
+        cdef Run run = self.run_of(m.text[1])
+        if number >= self.position:
+            if run is not None:
+                self.follow(run, m, number)
+            self.position = number + 1  # memory may run out at the next
+        return run
+
     cdef Run run_of(self, fw_span parent_header):
+        """The messages of one request have the same parent, byte for byte."""
+        cdef Run run
+        cdef char *parent
+        if self.parent_size and same_bytes(parent_header, fixed(self.parent, self.parent_size)):
+            return self.named
+        run = self.find(parent_header)
+        self.parent_size = 0
+        if parent_header.len > LARGEST_REQUEST:
+            return run
+        if parent_header.len > self.parent_room:
+            parent = <char *>realloc(self.parent, parent_header.len)
+            if parent == NULL:
+                return run
+            self.parent = parent
+            self.parent_room = parent_header.len
+        memcpy(self.parent, parent_header.ptr, parent_header.len)
+        self.parent_size = parent_header.len
+        self.named = run
+        return run
+
+    cdef Run find(self, fw_span parent_header):
         cdef Parent parent
         cdef Run run
         scan_parent(parent_header, &parent)
-        if parent.msg_type.ptr == NULL or not is_string(parent.msg_type) or parent_header.len > LARGEST_REQUEST:
-            return None
-        if not spells(inside(parent.msg_type), b"execute_request", 15):
+        if not says(parent.msg_type, b"execute_request", 15) or parent_header.len > LARGEST_REQUEST:
             return None
         if parent.msg_id.ptr == NULL or not is_string(parent.msg_id):
             return None
@@ -156,8 +244,18 @@ cdef class Ledger:
         return self.new(msg_id, span_bytes(parent_header)) if run is None else run
 
     cdef int follow(self, Run run, const Indexed *m, long long number) except -1:
+        cdef fw_span said
         if m.kind == STATUS:
-            self.hear(run, m)
+            if same_bytes(m.text[3], USUAL_BUSY):
+                self.begin(run, m)
+            elif same_bytes(m.text[3], USUAL_IDLE):
+                self.end(run, m)
+            else:
+                said = member_of(m.text[3], b"execution_state", 15)
+                if says(said, b"busy", 4):
+                    self.begin(run, m)
+                elif says(said, b"idle", 4):
+                    self.end(run, m)
         elif m.kind == REPLY:
             self.hear_reply(run, m)
         elif m.kind == ERROR:
@@ -165,7 +263,7 @@ cdef class Ledger:
         elif m.kind == INPUT_REQUEST:
             run.asks = number
         elif m.kind == OTHER and spells(inside(m.header.msg_type), b"execute_input", 13):
-            run.execution_count = count_in(m.text[3])
+            run.counted = count_of(member_of(m.text[3], b"execution_count", 15))
             self.begin(run, m)
         run.messages += 1
         run.last = number
@@ -173,33 +271,27 @@ cdef class Ledger:
             run.first = number
         return 0
 
-    cdef int hear(self, Run run, const Indexed *m) except -1:
-        said = name_in(m.text[3], b"execution_state", 15)
-        if said == "busy":
-            self.begin(run, m)
-        elif said == "idle":
-            self.end(run, m)
-        return 0
-
     cdef int hear_reply(self, Run run, const Indexed *m) except -1:
+        cdef fw_span said
         if not spells(inside(m.header.msg_type), b"execute_reply", 13):
             return 0
-        said = name_in(m.text[3], b"status", 6)
+        said = member_of(m.text[3], b"status", 6)
         run.replied = True
-        run.failed = run.failed or said == "error"
-        if run.execution_count is None:
-            run.execution_count = count_in(m.text[3])
-        if said == "aborted" or said == "abort":
+        run.failed = run.failed or says(said, b"error", 5)
+        if run.counted == UNKNOWN:
+            run.counted = count_of(member_of(m.text[3], b"execution_count", 15))
+        if says(said, b"aborted", 7) or says(said, b"abort", 5):
             run.state = ABORTED_RUN
             self.end(run, m)
         return 0
 
     cdef int begin(self, Run run, const Indexed *m) except -1:
         if run.state == QUEUED_RUN or run.state == LOST_RUN:
+            if self.newest is not run:  # of those that are forgotten
+                self.runs[run.msg_id] = self.runs.pop(run.msg_id, run)
+                self.newest = run
             run.state = RUNNING_RUN
-            run.begun = name_in(m.text[0], b"date", 4)
-            # It is the newest of those that are forgotten.
-            self.runs[run.msg_id] = self.runs.pop(run.msg_id, run)
+            note_date(&run.began_at, m)
             if self.running is not None and self.running.state == RUNNING_RUN and self.running.replied:
                 self.running.state = DONE_RUN  # its idle was lost
             self.running = run
@@ -207,7 +299,7 @@ cdef class Ledger:
 
     cdef int end(self, Run run, const Indexed *m) except -1:
         run.asks = -1
-        run.ended = name_in(m.text[0], b"date", 4)
+        note_date(&run.ended_at, m)
         if run.state != ABORTED_RUN:
             run.state = DONE_RUN
         return 0

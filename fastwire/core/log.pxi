@@ -23,6 +23,7 @@ cdef class Budget:
     cdef public Py_ssize_t used
     cdef public Py_ssize_t freed        # in all, since somebody set it to 0
     cdef public Budget whole
+    cdef readonly Py_ssize_t kept       # of these, what everybody has: it goes first
     cdef readonly set logs
     cdef readonly set histories         # the logs that keep what everybody has
 
@@ -32,16 +33,22 @@ cdef class Budget:
         self.logs = set()
         self.histories = set()
 
-    def take(self, Py_ssize_t nbytes):
-        self.add(nbytes)
+    def take(self, Py_ssize_t nbytes, Py_ssize_t kept=0):
+        self.add(nbytes, kept)
 
-    cdef void add(self, Py_ssize_t nbytes) noexcept:
+    cdef void add(self, Py_ssize_t nbytes, Py_ssize_t kept=0) noexcept:
         cdef Budget budget = self
         while budget is not None:
             budget.used += nbytes
+            budget.kept += kept
             if nbytes < 0:
                 budget.freed -= nbytes
             budget = budget.whole
+
+    @property
+    def needed(self):
+        """What somebody has still to get."""
+        return self.used - self.kept
 
     cdef Py_ssize_t fair_share(self) noexcept:
         return self.limit // max(<Py_ssize_t>len(self.logs), <Py_ssize_t>1)
@@ -136,6 +143,10 @@ cdef class LogSegment:
             self.for_all += messages
         else:
             self.for_one += messages
+
+    def read(self, long long position):
+        """Its entries that end behind a number."""
+        return [entry for entry in self.entries if (<LogEntry>entry).end > position]
 
     cdef int settle_counts(self) except -1:
         cdef dict counted = self.counted
@@ -340,8 +351,15 @@ cdef class Log:
     cdef public LogSegment needed       # where begins what somebody may need; what is before is history
     cdef public LogSegment open
     cdef public Py_ssize_t history_limit
+    cdef public Py_ssize_t history      # bytes of what everybody has: what is before ``needed``
+    cdef long long kept_until           # the number of what may be next in it
+    cdef readonly set readers           # who reads, at their ``position``
+    cdef readonly set told              # where others stopped who may come back
+    cdef bint has_grown                 # it has
+    cdef bint is_offered                # budgets know that there is some
+    cdef bint joins                     # lines of output, where nobody stops between them
+    cdef tuple states                   # of a segment that is kept, and of one that is free
     cdef readonly Ledger ledger         # what became of what clients asked; told of a segment when that is whole
-    cdef public bint was_offered        # budgets know that there is something nobody needs
     cdef public long long end           # the number of what comes next
     cdef readonly Budget budget
     cdef public Budget user_budget      # of the hindmost cursor's user
@@ -357,11 +375,15 @@ cdef class Log:
     cdef Py_ssize_t crowded_at, join_at, spill_at
 
     def __init__(self, Budget budget not None, Budget total not None, LogSegment first not None, tuple sizes not None,
-                 tuple parts not None):
+                 tuple parts not None, tuple states not None, bint joins):
         self.cursors = {}
         self.outlets = {}
         self.listeners = ()
         self.ledger = Ledger()
+        self.readers = set()
+        self.told = set()
+        self.states = states
+        self.joins = joins
         self.budget = budget
         self.user_budget = budget.whole
         self.total = total
@@ -456,22 +478,27 @@ cdef class Log:
         """Whoever could be given the newest entry at once was."""
         cdef LogSegment segment = self.open
         cdef LogEntry newest = self.newest
-        cdef Budget budget = self.budget
         self.newest = None
-        if segment is self.needed and not len(segment.standers) and not self.history_limit:
+        if segment is self.needed and not len(segment.standers):
             self.leave_segment(segment)
             return 0
         if newest is not None:
             self.recount_entry(segment, newest)
         if segment.memory >= self.size_of_segment():
             self.seal_open()
-        while budget is not None:
-            if budget.used > budget.limit // self.join_at:
-                self.python_ran = True
-                self.make_room()
-                break
-            budget = budget.whole
+        if self.is_much():
+            self.python_ran = True
+            self.make_room()
         return 0
+
+    cdef bint is_much(self) noexcept:
+        """Something is to become smaller: what is needed, or what may be asked for."""
+        cdef Budget budget = self.budget
+        while budget is not None:
+            if budget.used - budget.kept > budget.limit // self.join_at or budget.used > budget.limit // self.spill_at:
+                return True
+            budget = budget.whole
+        return False
 
     def recount(self, LogSegment segment not None, LogEntry entry not None):
         self.recount_entry(segment, entry)
@@ -492,7 +519,7 @@ cdef class Log:
         """Of memory: what waits is to be put aside."""
         cdef Budget budget = self.budget
         while budget is not None:
-            if budget.used > budget.limit // self.spill_at:
+            if budget.used - budget.kept > budget.limit // self.spill_at:
                 return True
             budget = budget.whole
         return False
@@ -546,8 +573,8 @@ cdef class Log:
 
     cdef bint has_plenty(self) noexcept:
         """Where nobody is behind there may be a thousand logs, and what is open can neither go nor be put aside."""
-        return (self.user_budget.used < self.user_budget.limit // self.crowded_at and
-                self.total.used < self.total.limit // self.crowded_at)
+        return (self.user_budget.used - self.user_budget.kept < self.user_budget.limit // self.crowded_at and
+                self.total.used - self.total.kept < self.total.limit // self.crowded_at)
 
     cdef Py_ssize_t size_of_window(self) noexcept:
         return max(self.share() // self.window_part // max(self.count_of_behind, <Py_ssize_t>1), self.least_window)
@@ -595,13 +622,17 @@ cdef class Log:
             self.charge()
         elif not self.history_limit:
             self.empty_open()
-        elif self.open.entries and not self.was_offered:
-            self.python_ran = True
-            self.offer()
+        elif self.open.entries:
+            self.keep_open()
         if self.was_sealed and not len(self.needed.standers):
             self.was_sealed = False
             self.python_ran = True
             self.is_empty()
+        if self.has_grown:
+            self.has_grown = False
+            if self.is_much():
+                self.python_ran = True
+                self.make_room()
         return 0
 
     def learn(self):
@@ -609,23 +640,153 @@ cdef class Log:
         if self.open.entries:
             self.ledger.learn(self.open.entries)
 
-    cdef Py_ssize_t without_frames(self, LogSegment segment) except -1:
-        """What was encoded for sockets goes. Returns how many of the messages are lines of output."""
-        cdef Py_ssize_t freed = 0, lines = 0, before
-        for entry in segment.entries:
-            if type(entry) is LogEntry:
-                (<LogEntry>entry).batch.forget_frames()
-                before = (<LogEntry>entry).memory
-                (<LogEntry>entry).memory = (<LogEntry>entry).batch.memory_size() + ENTRY_SIZE
-                freed += before - (<LogEntry>entry).memory
-                lines += (<LogEntry>entry).batch.by_class[STREAM]
-        if freed:
-            self.hold(segment, -freed)
-        return lines
+    # -- what everybody has (`core/history.pxi`) --
 
-    def make_small(self, LogSegment segment not None):
-        """What everybody has. Returns whether it is output for the most part, of which lines can be joined."""
-        return self.without_frames(segment) * 2 > segment.end - segment.first
+    cdef int keep_open(self) except -1:
+        """Nobody needs what is open. Where there is no memory it stays, and is looked at again with what comes next."""
+        cdef bint is_kept
+        try:
+            is_kept = self.keep_segment(self.open)
+        except MemoryError:
+            return 0
+        return self.empty_open() if is_kept else self.seal_open()
+
+    def keep(self, LogSegment segment not None):
+        return self.keep_segment(segment)
+
+    cdef bint keep_segment(self, LogSegment segment) except -1:
+        """The first that is needed is not any more: what may be asked for is copied. False: something is missing there,
+        and it stays as it is. What raises (there is no memory) may be called again."""
+        cdef list cuts = self.cuts() if self.readers or self.told else None
+        cdef LogEntry entry
+        cdef Indexed *m
+        cdef Kept tail = self.tail()
+        cdef Py_ssize_t i
+        cdef long long number, end
+        cdef bint is_wanted
+        for each in segment.entries:
+            if type(each) is not LogEntry:
+                return False
+        if tail is not None and tail.end < segment.first:
+            self.new_tail(segment.first)  # something between was lost
+        for entry in segment.entries:
+            for i in range(entry.batch.count):
+                number = entry.first + i
+                end = number + 1 if i < entry.batch.count - 1 else entry.end
+                if number < self.kept_until:
+                    continue
+                m = &entry.batch.messages[i]
+                is_wanted = entry.ours or self.ledger.hear(m, number) is not None or changes_display(m)
+                if is_wanted:
+                    self.keep_message(entry, m, segment.first, number, end, cuts)
+                self.kept_until = end
+        tail = self.tail()
+        if tail is None and (self.readers or self.front is not self.needed):
+            tail = self.new_tail(segment.first)
+        if tail is not None:
+            tail.end = segment.end
+        self.kept_until = segment.end
+        if not self.is_offered:
+            self.python_ran = True
+            self.offer()
+            self.is_offered = True
+        return True
+
+    cdef Kept tail(self):
+        """The last block, where nothing lies between it and what is needed."""
+        cdef LogSegment last = self.needed.previous
+        return <Kept>last if type(last) is Kept else None
+
+    cdef Kept new_tail(self, long long first):
+        cdef Kept tail = Kept.__new__(Kept)
+        cdef LogSegment before = self.needed.previous
+        tail.entries = []
+        tail.counts = {}
+        tail.standers = {}
+        tail.waiters = []
+        tail.state = self.states[0]
+        tail.first = tail.end = first
+        tail.most = min(<size_t>KEPT_BLOCK, <size_t>(self.history_limit // KEPT_BLOCKS))
+        tail.previous = before
+        tail.next = self.needed
+        self.needed.previous = tail
+        if before is not None:
+            before.next = tail
+        if self.front is self.needed:
+            self.front = tail
+            self.is_offered = False
+        return tail
+
+    cdef int keep_message(self, LogEntry entry, const Indexed *m, long long begin, long long number, long long end,
+                          list cuts) except -1:
+        """Since ``begin`` nothing else is to be kept, where there is no block yet."""
+        cdef Kept tail = self.tail()
+        cdef StreamText stream
+        cdef size_t size
+        cdef bint repeats
+        if tail is not None and self.joins and tail.joins(m, entry, &stream) and not is_cut(cuts, tail, number):
+            if self.has_room(tail, stream.text.len + 8):
+                return self.has_kept(tail, tail.join(stream.text, end), end)
+        repeats = tail is not None and tail.repeats(m)
+        size = size_to_keep(m, repeats)
+        if tail is None or not self.has_room(tail, size):
+            size = size_to_keep(m, False)
+            repeats = False
+            if <Py_ssize_t>size > self.history_limit:
+                self.python_ran = True
+                self.trim(0)  # what is kept is all from some number on
+                self.new_tail(end)
+                return 0
+            tail = self.new_tail(begin if tail is None else number)
+            tail.most = max(tail.most, size)
+            self.has_room(tail, size)
+        tail.add(m, entry, number, end, size, repeats)
+        return self.has_kept(tail, size, end)
+
+    cdef bint has_room(self, Kept tail, size_t size) except -1:
+        cdef size_t before = tail.room
+        cdef bint has_room = tail.make_room(size)
+        if tail.room != before:
+            self.add_memory(tail, tail.room - before)
+            self.budget.add(0, tail.room - before)
+            self.has_grown = True
+        return has_room
+
+    cdef int has_kept(self, Kept tail, size_t size, long long end) except -1:
+        tail.end = end
+        tail.weight += size
+        self.history += size
+        while self.history > self.history_limit and self.front is not self.needed:
+            if type(self.front) is Kept:
+                self.drop_block()
+            else:
+                self.python_ran = True
+                self.trim(self.history_limit)
+        return 0
+
+    def drop_front(self):
+        self.drop_block()
+
+    cdef int drop_block(self) except -1:
+        """A block."""
+        cdef Kept front = <Kept?>self.front
+        self.add_memory(front, -<Py_ssize_t>front.room)
+        self.budget.add(0, -<Py_ssize_t>front.room)
+        self.history -= front.weight
+        self.front = front.next
+        self.front.previous = None
+        front.state = self.states[1]
+        front.let_go()
+        return 0
+
+    cdef list cuts(self):
+        """Numbers from which on somebody reads, or may read."""
+        cdef long long number
+        cdef list cuts = [reader.position for reader in self.readers]
+        if self.told:
+            self.told = {number for number in self.told if number >= self.kept_until}
+            cuts += self.told
+        return cuts
 
     def empty(self):
         self.empty_open()
@@ -645,6 +806,9 @@ cdef class Log:
         raise NotImplementedError
 
     def offer(self):
+        raise NotImplementedError
+
+    def trim(self, limit):
         raise NotImplementedError
 
     def is_empty(self):

@@ -346,6 +346,8 @@ cdef struct Header:
     fw_span msg_id      # JSON strings, quotes included; a NULL ptr where there is none
     fw_span msg_type
     fw_span version
+    uint32_t date_at    # where in it its date is, whatever that may be; its size is 0 where there is none
+    uint32_t date_size
 
 
 cdef int scan_header(fw_span text, Header *header) noexcept nogil:
@@ -368,6 +370,9 @@ cdef int scan_header(fw_span text, Header *header) noexcept nogil:
             header.msg_type = m.value
         elif spells(m.key, b"version", 7):
             header.version = m.value
+        elif spells(m.key, b"date", 4):
+            header.date_at = <uint32_t>(<const char *>m.value.ptr - <const char *>text.ptr)
+            header.date_size = <uint32_t>m.value.len
 
 
 cdef bint names_message(const Header *header) noexcept nogil:
