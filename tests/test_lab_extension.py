@@ -20,7 +20,7 @@ def test_jupyterlab_finds_it_while_fastwire_is_on(tmp_path: Path, is_on: bool) -
     extensions = WITHOUT_EXTENSIONS | {"jupyterlab": True, "fastwire": is_on}
     with serving(tmp_path, how=("-m", "jupyterlab"), extensions=extensions) as server:
         config = page_config(server)
-        assert config.get("fastwireHistory") == (False if is_on else None), "nothing is kept unless that is wanted"
+        assert config.get("fastwireHistory") == (True if is_on else None), "something is kept by default"
         if is_on:
             assert NAME in {each["name"] for each in config["federated_extensions"]}
             status, _, script = server.get(f"/lab/extensions/{NAME}/static/remoteEntry.js")
