@@ -1187,6 +1187,18 @@ class KernelSide(Part):
     def on_iopub(self, batch: Batch) -> None:
         """For all clients, and for who looks whether the kernel is at work."""
 
+    def after_output(self, give: Callable[[Batch], None], batch: Batch) -> None:
+        """Call ``give`` with what was read on another channel when iopub was read to its end."""
+
+    def holds_enough(self) -> bool:
+        """Whether as much as may be read in a turn waits for output already."""
+
+    def look_at_replies(self) -> None:
+        """iopub was read: what waits for that may go."""
+
+    def give_replies(self) -> None:
+        """Now, whatever may still come."""
+
     def unseen(self) -> tuple[bool, str | None]:
         """What `observers` have not been told: whether there was activity, and the state if it was said."""
 

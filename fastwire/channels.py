@@ -7,6 +7,7 @@ somebody has to find first, that encrypt, or that speak ZMTP 2.
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,9 +24,6 @@ from fastwire.turns import Turns
 from fastwire.zmtp import Address, Link
 
 __all__ = ["Channel", "ZmqChannel", "ZmtpChannel", "take_socket"]
-
-#: Turns of the loop that a reply waits for output that came before it. More is a kernel that prints without an end.
-LONGEST_WAIT = 32
 
 #: Budgets that are read in one turn of the loop when the kernel has ended or moved: these are its last words.
 LAST_WORDS = 8
@@ -50,8 +48,8 @@ def take_socket(stream_or_socket: ZMQStream | zmq.Socket[bytes]) -> zmq.Socket[b
 class Channel:
     """One channel on the loop. What it receives goes to ``on_batch``, and before that to ``on_faulty`` when messages
     were refused. ``before`` and ``after`` frame each wake-up; as long as ``before`` returns that something else has to
-    come first, nothing is received for ``patience`` turns. However fast the kernel sends, no turn receives more than
-    a budget: ``most_bytes`` are asked for each time.
+    come first, nothing is received, for ``patience`` turns at most. However fast the kernel sends, no turn receives
+    more than a budget: ``most_bytes`` are asked for each time.
     """
 
     #: Who speaks to the kernel: "zmtp" is this process itself.
@@ -74,7 +72,9 @@ class Channel:
         self._comes_back = False
         self._kept: Batch | None = None
         #: Turns of the loop that it waits for what has to come first.
-        self.patience = LONGEST_WAIT
+        self.patience = math.inf
+        #: Given ``on_batch`` and each batch, it calls the one with the other when what comes first was given.
+        self.behind: Callable[[Callable[[Batch], None], Batch], None] | None = None
         #: Seconds between them; 0: each turn.
         self.pause = 0.0
         self._waited = 0
@@ -154,9 +154,17 @@ class Channel:
         if batch.faulty and batch is not self._kept and self._on_faulty is not None:
             self._on_faulty(batch)
         if len(batch):
-            self._on_batch(batch)
+            if self.behind is not None:
+                self.behind(self._on_batch, batch)
+            else:
+                self._on_batch(batch)
             self.traffic.messages += len(batch)
             self.traffic.nbytes += batch.nbytes
+
+    @property
+    def comes_back(self) -> bool:
+        """In a later turn, without being woken."""
+        return self._comes_back
 
     def has_more(self) -> bool:
         """Whether more is waiting than one turn of the loop receives, and has received then, however many ask."""

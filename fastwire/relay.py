@@ -14,6 +14,7 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 from weakref import WeakSet
 
 import zmq
@@ -30,7 +31,7 @@ from fastwire._core import (
     indices_of_types,
 )
 from fastwire.budgets import Budgets
-from fastwire.channels import Channel, ZmqChannel, ZmtpChannel
+from fastwire.channels import NO_MEMORY_PAUSE, Channel, ZmqChannel, ZmtpChannel
 from fastwire.charge import Charge
 from fastwire.disk import Disk
 from fastwire.downlink import Downlink
@@ -148,7 +149,9 @@ class KernelRelay(KernelSide):
 
     def _open_iopub(self) -> None:
         try:
-            self.iopub = self.channel("iopub", None, self.on_iopub, before=self.journal.is_pressed)
+            self.iopub = self.channel(
+                "iopub", None, self.on_iopub, before=self.journal.is_pressed, after=self.look_at_replies
+            )
             self.iopub.pass_to(self)
             self.iopub.patience, self.iopub.pause = DISK_PATIENCE, DISK_PAUSE
             if self._on_doubt is not None:
@@ -166,18 +169,16 @@ class KernelRelay(KernelSide):
         on_batch: Callable[[Batch], None],
         *,
         on_faulty: Callable[[Batch], None] | None = None,
-        before: Callable[[], object] | None = None,
-        after: Callable[[], None] | None = None,
+        **options: Any,
     ) -> Channel:
-        """A socket of this kernel on the loop."""
+        """A socket of this kernel on the loop; ``options`` are a `Channel`'s."""
 
         def refused(batch: Batch) -> None:
             self._reject(batch)
             if on_faulty is not None:
                 on_faulty(batch)
 
-        options = {"on_faulty": refused, "before": before, "after": after, "permissive": self._permissive}
-        options["most_bytes"] = lambda: self.budgets.turn
+        options |= {"on_faulty": refused, "permissive": self._permissive, "most_bytes": lambda: self.budgets.turn}
         opened = self._open_socket(name, identity)
         channel: Channel
         if isinstance(opened, Address):
@@ -213,18 +214,12 @@ class KernelRelay(KernelSide):
         names: Iterable[str],
         identity: bytes | None,
         on_batch: Callable[[Batch], None],
-        *,
-        on_faulty: Callable[[Batch], None] | None = None,
-        before: Callable[[], object] | None = None,
-        after: Callable[[], None] | None = None,
+        **options: Any,
     ) -> list[Channel]:
         """All of them or, when one cannot be opened, none."""
         opened: list[Channel] = []
         try:
-            opened.extend(
-                self.channel(name, identity, on_batch, on_faulty=on_faulty, before=before, after=after)
-                for name in names
-            )
+            opened.extend(self.channel(name, identity, on_batch, **options) for name in names)
         except BaseException:
             for channel in opened:
                 channel.close()
@@ -360,14 +355,21 @@ class KernelRelay(KernelSide):
         self.say(batch, ours=True)
 
     def iopub_is_behind(self) -> bool:
-        """Before a reply is passed on: what the kernel printed first must come first. A turn's budget of it has been
-        delivered; is there more?"""
+        """Before replies are passed on: a turn's budget of output has been delivered; is there more?"""
         return self.iopub is not None and self.iopub.has_more()
+
+    def iopub_comes_back(self) -> bool:
+        return self.iopub is not None and self.iopub.comes_back
+
+    def try_later(self) -> None:
+        """There is no memory for a reply."""
+        asyncio.get_running_loop().call_later(NO_MEMORY_PAUSE, self.look_at_replies)
 
     def drain_iopub(self) -> None:
         """What the kernel has said so far, before something happens to it."""
         if self.iopub is not None:
             self.iopub.catch_up()
+        self.give_replies()
 
     # -- sessions --
 
@@ -412,6 +414,7 @@ class KernelRelay(KernelSide):
             self.bury(oldest, TOO_MANY)
 
     def _close_iopub(self) -> None:
+        self.give_replies()
         if self.iopub is not None:
             self.iopub.close()
             self.iopub = None
@@ -420,6 +423,7 @@ class KernelRelay(KernelSide):
         """The kernel is gone: clients are told and every socket is closed."""
         self.is_closed = True
         open_relays.discard(self)
+        self.give_replies()
         for session in list(self.sessions.values()):
             connection, unsent = session.connection, session.unsent_messages
             try:
@@ -497,11 +501,12 @@ class Session:
             CLIENT_CHANNELS[::-1],
             self.identity,
             self._answer,
-            before=self.relay.iopub_is_behind,
+            before=self.relay.holds_enough,
             after=self._after_wake_up,
         )
         self._channels = opened[::-1]
         for channel in self._channels:
+            channel.behind = self.relay.after_output
             if channel.name != "stdin":  # each question there is to be looked at
                 channel.pass_to(self.relay, self.downlink)
         self._uplink = self._new_uplink(self.protocol)
@@ -517,8 +522,8 @@ class Session:
 
     def reopen(self) -> None:
         """The kernel listens elsewhere now: its last words from the old sockets, what waits for it to the new ones."""
+        self._catch_up()
         for channel in self._channels:
-            channel.catch_up()
             channel.close()
         if self._uplink.sending_bytes:  # what we had not written ourselves waits again
             self._note("unsent", "its kernel moved; what libzmq had of its messages may not have reached it")
@@ -542,6 +547,12 @@ class Session:
     def stay_behind(self, error: Exception) -> None:
         """The kernel is elsewhere, its sockets cannot be: its client comes back for others."""
         self._give_up(error, "the server could not follow the kernel to its new ports")
+
+    def _catch_up(self) -> bool:
+        """Receive and pass on what the kernel has said; whether there is more."""
+        more = [channel.catch_up() for channel in self._channels]
+        self.relay.give_replies()
+        return any(more)
 
     async def until_it_can_be_asked(self) -> None:
         """Wait until stdin is connected: a kernel's ``ROUTER`` drops what it asks a peer that it does not know yet."""
@@ -571,7 +582,7 @@ class Session:
         uplink = self._uplink
         if self.connection is not None or self._closed or uplink.unanswered or uplink.asked:
             return
-        if self.uplink_bytes or any(channel.catch_up() for channel in self._channels):
+        if self._catch_up() or self.uplink_bytes:
             self._rest_soon()
         elif not (self._closed or uplink.unanswered or uplink.asked):  # it was asked just now
             self.rests = True

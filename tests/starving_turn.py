@@ -523,6 +523,16 @@ class Side(_core.KernelSide):
         self.journal, self.poller = said.journal, said.turn.poller
         self.activity = Activity([])
         self.budgets = said.outlets[0].budgets
+        self.iopub: Channel | None = None
+
+    def iopub_is_behind(self) -> bool:
+        return self.iopub is not None and self.iopub.has_more()
+
+    def iopub_comes_back(self) -> bool:
+        return self.iopub is not None and self.iopub.comes_back
+
+    def try_later(self) -> None:
+        self.poller.at_end(self.look_at_replies)
 
 
 def hear() -> tuple[Any, Any]:
@@ -544,9 +554,7 @@ def hear() -> tuple[Any, Any]:
 class Heard(ZmtpChannel):
     """A channel whose connection is there, and whose loop is a `Turn`."""
 
-    def __init__(
-        self, name: str, said: Said, side: Side, outlet: Outlet | None, before: Callable[[], object] | None = None
-    ) -> None:
+    def __init__(self, name: str, said: Said, side: Side, outlet: Outlet | None) -> None:
         ours, theirs = said.turn.more_sockets()
         stream = shaken("SUB" if name == "iopub" else "DEALER")
         stream.attach(ours.fileno())
@@ -560,7 +568,11 @@ class Heard(ZmtpChannel):
             source=source, stream=stream, closed=False, settle=lambda: None, drain=receive, rest=lambda **_: None
         )
         on_batch = side.on_iopub if outlet is None else partial(said.journal.tell, outlet)
-        Channel.__init__(self, name, Signer(KEY), on_batch, before=before)
+        Channel.__init__(self, name, Signer(KEY), on_batch, after=side.look_at_replies)
+        if outlet is None:
+            side.iopub = self
+        else:
+            self.behind = side.after_output
         self.peer, self.source = theirs, source
         self.pass_to(side, outlet)
         said.turn.poller.watch(ours.fileno(), source)
@@ -580,7 +592,7 @@ def passing(*replies: Sequence[bytes]) -> Case:
         iopub = Heard("iopub", said, kernel, None)
         channels = [iopub]
         if replies:
-            channels.append(Heard("shell", said, kernel, said.outlets[0], iopub.has_more))
+            channels.append(Heard("shell", said, kernel, said.outlets[0]))
         for each in PARTS, STATUS, *MANY[:2]:
             iopub.peer.send(peer.multipart(signed(each)))
         for each in replies:

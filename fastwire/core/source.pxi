@@ -4,6 +4,7 @@ cdef enum:
     LONGEST_NEIGHBOUR = 65536       # bytes of a header that is kept to stand beside
     TELL_AFTER = 500000000          # ns, and a multiple of them: what many kernels do is told in one wake-up
     TELL_AGAIN = 2000000000         # ns between two tellings of one kernel
+    LONGEST_WAIT = 32               # turns that a reply waits for output; more is a kernel that prints without an end
 
 
 cdef class KernelTraffic:
@@ -14,7 +15,12 @@ cdef class KernelTraffic:
 
 
 cdef class KernelSide(Part):
-    """The base of `fastwire.relay.KernelRelay`."""
+    """The base of `fastwire.relay.KernelRelay`.
+
+    What a kernel printed before a reply comes before it. It says the two on different sockets, perhaps between two
+    reads of ours, so only one order of reading is right: the reply, then iopub until it is empty; and nothing that was
+    read is given before. So in each turn iopub is what is read last, and replies wait for that.
+    """
 
     cdef public Log journal
     cdef public Activity activity
@@ -25,6 +31,9 @@ cdef class KernelSide(Part):
     cdef readonly dict listeners        # to all that is said
     cdef public Poller poller
     cdef public Marks budgets
+    cdef list replies                   # that were read, and not given: of each, who gives it, and the batch
+    cdef size_t reply_bytes
+    cdef int waits                      # turns that they have waited
     cdef bint unseen_activity
     cdef str unseen_state
     cdef uint64_t told_at               # ns; when observers heard last
@@ -34,6 +43,7 @@ cdef class KernelSide(Part):
     def __cinit__(self, *args, **options):
         self.observers = []
         self.listeners = {}
+        self.replies = []
         self.traffic = KernelTraffic()
 
     def __dealloc__(self):
@@ -69,6 +79,86 @@ cdef class KernelSide(Part):
 
     def on_word(self):
         raise NotImplementedError
+
+    # -- replies behind their output --
+
+    def after_output(self, give, Batch batch not None):
+        """``give(batch)`` when iopub was read to its end."""
+        self.hold(give, batch)
+
+    cdef int hold(self, give, Batch batch) except -1:
+        self.poller.follow(self)
+        self.replies.append((give, batch))
+        self.reply_bytes += batch.nbytes
+        return 0
+
+    def holds_enough(self):
+        """What is said besides is not read yet: as much as may be read in a turn waits for output."""
+        return self.reply_bytes >= self.budgets.turn
+
+    def look_at_replies(self):
+        """iopub was read."""
+        if len(self.replies):
+            self.poller.follow(self)
+
+    cdef int on_all_read(self) except -1:
+        cdef Source iopub = self.iopub_source
+        cdef bint behind, pressed = self.journal.may_be_pressed()
+        if iopub is not None and not iopub.is_held_back() and not pressed:
+            behind = not iopub.receive()
+        elif len(self.replies):
+            self.poller.python_ran = True
+            behind = self.iopub_is_behind()
+        else:
+            return 0 if iopub is None else iopub.wake()
+        if not behind or self.waits >= LONGEST_WAIT:
+            return self.give_replies()
+        if len(self.replies):
+            self.waits += not pressed  # there it is the disk that they wait for
+            if not self.iopub_comes_back():
+                self.poller.follow(self)
+        return 0
+
+    def iopub_is_behind(self):
+        raise NotImplementedError
+
+    def iopub_comes_back(self):
+        raise NotImplementedError
+
+    cdef int take_back(self, list replies) except -1:
+        """There was no memory for the first of them, and no later one may come before it."""
+        cdef Batch batch
+        self.replies = replies + self.replies
+        for _, batch in replies:
+            self.reply_bytes += batch.nbytes
+        self.try_later()
+        return 0
+
+    def try_later(self):
+        raise NotImplementedError
+
+    cpdef int give_replies(self) except -1:
+        """Now, whatever may still come."""
+        self.waits = 0
+        if not len(self.replies):
+            return 0
+        replies = self.replies
+        self.replies = []
+        self.reply_bytes = 0
+        for i, (give, batch) in enumerate(replies):
+            try:
+                if isinstance(give, Source):
+                    (<Source>give).give(batch)
+                else:
+                    self.poller.python_ran = True
+                    give(batch)
+            except Exception as error:  # others' replies are not kept waiting
+                self.poller.tell(give, error)
+                if isinstance(error, MemoryError) and not (<Batch>batch).logged:
+                    self.take_back(replies[i:])
+                    break
+        self.journal.tell_of_python(self.poller)
+        return 0
 
     # -- activity --
 
@@ -152,7 +242,6 @@ cdef class Source(Part):
     cdef public bint was_ready      # its `Link` knows that it is
     cdef public bint comes_back     # in the next turn of the loop: there is more
     cdef public Batch kept          # what there was no memory to pass on: it goes before all that comes
-    cdef uint64_t drained_in        # the last turn in which everything was taken
 
     def __init__(self, ZmtpStream stream not None, Poller poller not None, owner):
         """``owner.wake`` is called when there is something to receive."""
@@ -183,20 +272,12 @@ cdef class Source(Part):
         cdef KernelSide kernel = self.kernel
         if kernel is None or self.is_held_back() or self.stream.fd < 0:
             return self.wake()
+        if kernel.journal.may_be_pressed():
+            return self.wake()
         if self.outlet is None:
-            if kernel.journal.may_be_pressed():
-                return self.wake()
-            if not self.is_drained():
-                self.receive()
-            return 0
-        # What the kernel printed first must come first, also where iopub was emptied in this turn: of the replies that
-        # have come since the output is there as well.
-        if kernel.iopub_source is None or kernel.iopub_source.is_held_back() or kernel.journal.may_be_pressed():
+            return self.poller.follow(kernel)
+        if kernel.holds_enough():
             return self.wake()
-        if not kernel.iopub_source.receive():
-            return self.wake()
-        if self.kernel is None or self.stream.fd < 0:
-            return 0
         self.receive()
         if self.kernel is not None and (self.uplink is None or self.uplink.count_waiting()):
             self.poller.python_ran = True
@@ -211,10 +292,6 @@ cdef class Source(Part):
     cdef bint is_held_back(self) noexcept:
         """Something is to be passed on before anything more is received."""
         return self.comes_back or self.kept is not None
-
-    cdef bint is_drained(self) noexcept:
-        """Everything was taken in this turn: what has come since makes the next one."""
-        return self.poller.in_turn and self.drained_in == self.poller.turns
 
     cdef bint receive(self) except -1:
         """What is there, up to the budget of a turn. False: there is more, and it comes back for that."""
@@ -236,8 +313,6 @@ cdef class Source(Part):
             if more:
                 self.poller.python_ran = True
                 self.channel.come_back()
-            else:
-                self.drained_in = self.poller.turns
             if batch is not None:
                 self.take(batch)
         except MemoryError:
@@ -265,6 +340,12 @@ cdef class Source(Part):
     cdef int pass_on(self, Batch batch) except -1:
         if self.outlet is None:
             return self.kernel.hear(batch)
+        return self.kernel.hold(self, batch)
+
+    cdef int give(self, Batch batch) except -1:
+        """A reply, behind its output."""
+        if self.kernel is None:  # its client is gone
+            return 0
         if self.outlet.wire is None:  # its client is away, and may have been waited for
             self.poller.python_ran = True
             self.channel.on_batch(batch)

@@ -24,12 +24,17 @@ cdef enum:
 cdef class Part:
     """What a turn calls without Python: a descriptor that is ready, bytes that are to be written, a time that came."""
 
+    cdef bint follows               # `on_all_read` is to be called in this turn
     cdef bint at_end                # it is to be flushed at this turn's end
     cdef bint is_of_crowd           # or later: very many have the same to write, and others do not wait for all of them
     cdef bint awaits                # it stands among those that `look` is called of
     cdef uint64_t look_at           # ns; when
 
     cdef int on_ready(self) except -1:
+        return 0
+
+    cdef int on_all_read(self) except -1:
+        """Everything else that was ready in this turn was read."""
         return 0
 
     cdef int on_end(self) except -1:
@@ -49,6 +54,7 @@ cdef class Poller:
     cdef dict watched               # of each descriptor: a `Part`, or what is called
     cdef PyObject **by_fd           # the same, at their numbers
     cdef int fd_room
+    cdef list followers             # parts whose `on_all_read` is called in this turn
     cdef list parts                 # that are flushed at this turn's end; who left meanwhile has no `at_end`
     cdef list crowd                 # that are flushed then, or at the end of the next turns, in this order
     cdef dict callbacks             # that are called then, once each
@@ -69,6 +75,7 @@ cdef class Poller:
         self.fd = -1
         self.loop_fd = -1
         self.watched = {}
+        self.followers = []
         self.parts = []
         self.crowd = []
         self.callbacks = {}
@@ -246,6 +253,8 @@ cdef class Poller:
                     self.call(ready[i])
             if len(self.waiting) and self.sweep_at <= nanoseconds():
                 self.sweep()
+            if len(self.followers):
+                self.call_followers()
         finally:
             self.in_turn = False
             self.end()
@@ -270,11 +279,36 @@ cdef class Poller:
         self.python_ran = True
         self.report(who, error)
 
+    # -- what is read last --
+
+    cdef int follow(self, Part part) except -1:
+        """`on_all_read` of it once, in this turn; the same in the loop's next when none is running."""
+        if not part.follows:
+            self.see_to_the_end()
+            self.followers.append(part)
+            part.follows = True
+        return 0
+
+    cdef int call_followers(self) except -1:
+        """Who follows again meanwhile does so in the next turn."""
+        cdef Part part
+        followers = self.followers
+        self.followers = []
+        for part in followers:
+            if not part.follows:
+                continue
+            part.follows = False
+            try:
+                part.on_all_read()
+            except Exception as error:
+                self.tell(part, error)
+        return 0
+
     # -- the end of a turn --
 
     cdef inline bint ends_soon(self) noexcept:
         """Something is to be done at this turn's end, or at the next one's."""
-        return len(self.parts) > 0 or len(self.callbacks) > 0 or len(self.crowd) > 0
+        return len(self.parts) > 0 or len(self.callbacks) > 0 or len(self.crowd) > 0 or len(self.followers) > 0
 
     cdef int flush_later(self, Part part) except -1:
         if not part.at_end:
@@ -296,6 +330,13 @@ cdef class Poller:
 
     def end_turn(self):
         self.end_is_due = False
+        self.in_turn = True
+        try:
+            self.call_followers()
+        finally:
+            self.in_turn = False
+            if len(self.followers):
+                self.see_to_the_end()
         self.end()
 
     cdef int end(self) except -1:
@@ -341,7 +382,7 @@ cdef class Poller:
     cdef int forget(self, Part part) except -1:
         """It is over: nothing is called any more."""
         self.waiting.pop(part, None)
-        part.at_end = part.awaits = False
+        part.follows = part.at_end = part.awaits = False
         part.look_at = 0
         return 0
 
