@@ -162,9 +162,9 @@ class Channel:
             self.traffic.nbytes += batch.nbytes
 
     @property
-    def comes_back(self) -> bool:
-        """In a later turn, without being woken."""
-        return self._comes_back
+    def waits(self) -> bool:
+        """For what has to come first."""
+        return self._waited > 0
 
     def has_more(self) -> bool:
         """Whether more is waiting than one turn of the loop receives, and has received then, however many ask."""

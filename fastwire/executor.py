@@ -43,13 +43,7 @@ class Executor:
             channel.close()
         relay, waiting = self._relay, self._uplink
         # stdin first: what a kernel asks on a socket that is not there yet, it drops.
-        opened = relay.channels(
-            CLIENT_CHANNELS[::-1],
-            self.session.encode(),
-            relay.keep,
-            before=relay.iopub_is_behind,
-            after=self._send_waiting,
-        )
+        opened = relay.channels(CLIENT_CHANNELS[::-1], self.session.encode(), relay.keep, after=self._send_waiting)
         self._channels = opened[::-1]
         sockets = {channel.name: channel.socket for channel in self._channels}
         self._uplink = Uplink(None, relay.signer, sockets, ledger=relay.journal.ledger)
@@ -62,6 +56,8 @@ class Executor:
         if self._channels:
             for channel in self._channels:
                 channel.catch_up()
+            self._relay.give_replies()
+            for channel in self._channels:
                 channel.close()
             self.open()
 

@@ -58,9 +58,9 @@ LONGEST_NAME = 16
 #: Seconds that a kernel has to connect a stdin socket.
 STDIN_PATIENCE = 5.0
 
-#: Times that a kernel is not read while memory is almost full and the disk is at work, and seconds between them. What
-#: it says meanwhile is taken aside, or waits in its sockets.
-DISK_PATIENCE, DISK_PAUSE = 100, 0.001
+#: Times that a kernel is not read while memory is almost full and the disk is at work; what it says meanwhile is taken
+#: aside, or waits in its sockets. Seconds between two looks at what has to wait.
+DISK_PATIENCE, PAUSE = 100, 0.001
 
 #: Seconds that a client is away before its sockets are closed, if nothing is to come on them: pages reload.
 REST_AFTER = 1.0
@@ -153,7 +153,7 @@ class KernelRelay(KernelSide):
                 "iopub", None, self.on_iopub, before=self.journal.is_pressed, after=self.look_at_replies
             )
             self.iopub.pass_to(self)
-            self.iopub.patience, self.iopub.pause = DISK_PATIENCE, DISK_PAUSE
+            self.iopub.patience, self.iopub.pause = DISK_PATIENCE, PAUSE
             if self._on_doubt is not None:
                 self.iopub.watch(self.doubt)
         except Exception as error:
@@ -210,20 +210,18 @@ class KernelRelay(KernelSide):
             session.follow()
 
     def channels(
-        self,
-        names: Iterable[str],
-        identity: bytes | None,
-        on_batch: Callable[[Batch], None],
-        **options: Any,
+        self, names: Iterable[str], identity: bytes | None, on_batch: Callable[[Batch], None], **options: Any
     ) -> list[Channel]:
-        """All of them or, when one cannot be opened, none."""
+        """All of them or, when one cannot be opened, none. What comes on them does not overtake iopub."""
         opened: list[Channel] = []
         try:
-            opened.extend(self.channel(name, identity, on_batch, **options) for name in names)
+            opened.extend(self.channel(name, identity, on_batch, before=self.holds_enough, **options) for name in names)
         except BaseException:
             for channel in opened:
                 channel.close()
             raise
+        for channel in opened:
+            channel.behind, channel.pause = self.after_output, PAUSE
         return opened
 
     def _reject(self, batch: Batch) -> None:
@@ -358,8 +356,8 @@ class KernelRelay(KernelSide):
         """Before replies are passed on: a turn's budget of output has been delivered; is there more?"""
         return self.iopub is not None and self.iopub.has_more()
 
-    def iopub_comes_back(self) -> bool:
-        return self.iopub is not None and self.iopub.comes_back
+    def iopub_waits(self) -> bool:
+        return self.iopub is not None and self.iopub.waits
 
     def try_later(self) -> None:
         """There is no memory for a reply."""
@@ -497,16 +495,9 @@ class Session:
             # never read the new one.
             self.identity = uuid.uuid4().hex.encode()
         # stdin first, shell last: what a kernel asks on a socket that is not there yet, it drops.
-        opened = self.relay.channels(
-            CLIENT_CHANNELS[::-1],
-            self.identity,
-            self._answer,
-            before=self.relay.holds_enough,
-            after=self._after_wake_up,
-        )
+        opened = self.relay.channels(CLIENT_CHANNELS[::-1], self.identity, self._answer, after=self._after_wake_up)
         self._channels = opened[::-1]
         for channel in self._channels:
-            channel.behind = self.relay.after_output
             if channel.name != "stdin":  # each question there is to be looked at
                 channel.pass_to(self.relay, self.downlink)
         self._uplink = self._new_uplink(self.protocol)

@@ -528,8 +528,8 @@ class Side(_core.KernelSide):
     def iopub_is_behind(self) -> bool:
         return self.iopub is not None and self.iopub.has_more()
 
-    def iopub_comes_back(self) -> bool:
-        return self.iopub is not None and self.iopub.comes_back
+    def iopub_waits(self) -> bool:
+        return self.iopub is not None and self.iopub.waits
 
     def try_later(self) -> None:
         self.poller.at_end(self.look_at_replies)

@@ -33,7 +33,7 @@ cdef class KernelSide(Part):
     cdef public Marks budgets
     cdef list replies                   # that were read, and not given: of each, who gives it, and the batch
     cdef size_t reply_bytes
-    cdef int waits                      # turns that they have waited
+    cdef int waits                      # turns with output that they have waited
     cdef bint unseen_activity
     cdef str unseen_state
     cdef uint64_t told_at               # ns; when observers heard last
@@ -114,15 +114,15 @@ cdef class KernelSide(Part):
         if not behind or self.waits >= LONGEST_WAIT:
             return self.give_replies()
         if len(self.replies):
-            self.waits += not pressed  # there it is the disk that they wait for
-            if not self.iopub_comes_back():
-                self.poller.follow(self)
+            self.waits += not (pressed and self.iopub_waits())
         return 0
 
     def iopub_is_behind(self):
+        """Comes back, and looks at replies then."""
         raise NotImplementedError
 
-    def iopub_comes_back(self):
+    def iopub_waits(self):
+        """For the disk; so do replies."""
         raise NotImplementedError
 
     cdef int take_back(self, list replies) except -1:
