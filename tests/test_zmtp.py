@@ -6,11 +6,14 @@ import errno
 import logging
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -59,6 +62,13 @@ class Peer:
             said = await reader.readexactly(READY_SIZE)
         assert said == peer.greeting() + peer.ready(b"DEALER", Identity=b"me")
         return reader, writer
+
+    async def shake(self, ours: "Ours") -> None:
+        """Greet on all that are there, of which some were given up, and come, until one is ready."""
+        while not ours.channel.connected:
+            _, writer = await self.next()
+            writer.write(HANDSHAKE)
+            await eventually(lambda: ours.channel.connected or not self.connections.empty())
 
 
 class Ours:
@@ -336,10 +346,7 @@ def test_a_kernel_that_says_nothing_is_left_after_a_while(monkeypatch: pytest.Mo
             async with asyncio.timeout(PATIENCE):
                 await reader.read()
         monkeypatch.setattr(zmtp, "HANDSHAKE_TIMEOUT", PATIENCE)
-        while not ours.channel.connected:
-            _, writer = await script.next()
-            writer.write(HANDSHAKE)
-            await asyncio.sleep(0.05)
+        await script.shake(ours)
 
     run(play)
 
@@ -361,23 +368,175 @@ def test_last_words_are_heard_before_the_end_is_told() -> None:
     run(play)
 
 
-def test_another_process_on_the_same_port() -> None:
+ECHO = """
+import sys, zmq
+router = zmq.Context().socket(zmq.ROUTER)
+router.bind(sys.argv[1])
+print("bound", flush=True)
+while True:
+    router.send_multipart(router.recv_multipart())
+"""
+
+
+@contextlib.contextmanager
+def echoing(url: str) -> Iterator[subprocess.Popen]:
+    """A process that listens there and says what it hears."""
+    with subprocess.Popen([sys.executable, "-c", ECHO, url], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "bound\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ipc"])
+def test_another_process_at_the_same_place(tmp_path: Path, transport: str) -> None:
+    """It is spoken to as the first was; what was said to nobody is not said to it."""
+    url = f"tcp://127.0.0.1:{free_port()}" if transport == "tcp" else f"ipc://{tmp_path}/kernel"
+
     async def main() -> None:
-        first = Peer()
-        async with between(first) as ours:
-            _, writer = await first.shaken()
-            address: Any = writer.get_extra_info("sockname")
-            parts, data = signed(1)
-            writer.write(data)
-            await ours.hears(1)
-        port = address[1]
-        second = Peer()
-        async with between(second, port) as again:
-            _, writer = await second.shaken()
-            writer.write(data)
-            assert await again.hears(1) == [parts]
+        ours = Ours(Address.of(url))
+        heard = []
+        for count in (1, 2, 3):
+            with echoing(url):
+                await eventually(lambda: ours.channel.connected)
+                parts, _ = signed(count)
+                ours.channel.send(wire(oracle.Signer(KEY), parts))
+                heard.append(parts)
+                assert await ours.hears(count) == heard
+            await eventually(lambda count=count: ours.lost == count)
+            assert not ours.channel.connected
+            ours.channel.send(wire(oracle.Signer(KEY), parts))
+        ours.channel.close()
 
     asyncio.run(main())
+
+
+# -- connecting, as the system has it --------------------------------------------------------------
+
+
+class Scripted(socket.socket):
+    """Calls fail as they are told, one after another, before they are made."""
+
+    script: list[tuple[str, int]] = []
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        if error := self.next("socket"):
+            raise OSError(error, os.strerror(error))
+        super().__init__(*arguments, **options)
+
+    def next(self, call: str) -> int:
+        return self.script.pop(0)[1] if self.script and self.script[0][0] == call else 0
+
+    def setsockopt(self, *arguments: Any) -> None:
+        if error := self.next("setsockopt"):
+            raise OSError(error, os.strerror(error))
+        super().setsockopt(*arguments)
+
+    def connect_ex(self, address: Any) -> int:
+        return self.next("connect") or super().connect_ex(address)
+
+    def getsockopt(self, level: int, name: int, *size: int) -> Any:
+        return self.next("SO_ERROR") or super().getsockopt(level, name, *size)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
+    monkeypatch.setattr(zmtp, "socket", SimpleNamespace(**vars(socket) | {"socket": Scripted}))
+    monkeypatch.setattr(zmtp, "RECONNECT_AFTER", 0.001)
+    monkeypatch.setattr(zmtp, "RECONNECT_SPREAD", 0.001)
+    yield Scripted.script
+    assert Scripted.script == []
+
+
+WEATHER = (
+    "ECONNREFUSED",
+    "ETIMEDOUT",
+    "EHOSTUNREACH",
+    "ENETUNREACH",
+    "EADDRNOTAVAIL",
+    "EAGAIN",
+    "ENOBUFS",
+    "EPERM",
+    "ENOENT",
+)
+
+
+@pytest.mark.parametrize("call", ["connect", "SO_ERROR"])
+@pytest.mark.parametrize("error", [*WEATHER, "ECONNRESET", "EINTR"])
+def test_what_cannot_be_connected_is_tried_again(scripted: list[tuple[str, int]], call: str, error: str) -> None:
+    """At once, or when the system has tried; nothing is told of it, and no descriptor is left."""
+
+    async def play(script: Peer, ours: Ours) -> None:
+        if call == "SO_ERROR":  # those were connected, and closed
+            for _ in range(3):
+                reader, _ = await script.next()
+                async with asyncio.timeout(PATIENCE):
+                    assert await reader.read() == b""
+        await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        assert (ours.lost, script.accepted) == (0, 4 if call == "SO_ERROR" else 1)
+
+    scripted += [(call, getattr(errno, error))] * 3
+    run(play)
+
+
+@pytest.mark.parametrize(("call", "error"), [("socket", "EMFILE"), ("socket", "ENFILE"), ("setsockopt", "EINVAL")])
+def test_no_descriptor_for_the_next_connection(
+    scripted: list[tuple[str, int]], caplog: pytest.LogCaptureFixture, call: str, error: str
+) -> None:
+    """It is told once, and tried until there is one."""
+
+    async def play(script: Peer, ours: Ours) -> None:
+        _, writer = await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        scripted.extend([(call, getattr(errno, error))] * 3)
+        writer.transport.abort()
+        await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        assert ours.lost == 1
+
+    with caplog.at_level(logging.WARNING, "fastwire.zmtp"):
+        run(play)
+    assert [os.strerror(getattr(errno, error)) in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_connecting_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kernel that hangs has its queue full, Linux does not answer."""
+    monkeypatch.setattr(zmtp, "HANDSHAKE_TIMEOUT", 0.02)
+    tried: list[int] = []
+
+    async def main() -> None:
+        with socket.socket() as listener, contextlib.ExitStack() as others:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            place = listener.getsockname()
+            others.enter_context(socket.create_connection(place))  # the queue has room for one
+            monkeypatch.setattr(Link, "_connect", counted(Link._connect, tried))
+            ours = Ours(Address(socket.AF_INET, place))
+            await eventually(lambda: len(tried) > 2)
+            assert ours.channel.socket.fd < 0, "it has begun with none"
+            monkeypatch.setattr(zmtp, "HANDSHAKE_TIMEOUT", PATIENCE)
+            script = Peer()
+            server = await asyncio.start_server(script, sock=listener)
+            await script.shake(ours)
+            ours.channel.close()
+            server.close()
+            for writer in script.writers:
+                writer.close()
+            await server.wait_closed()
+
+    asyncio.run(main())
+
+
+def counted(connect: Callable[[Link], None], tried: list[int]) -> Callable[[Link], None]:
+    def connects(link: Link) -> None:
+        connect(link)
+        assert link._socket is not None
+        tried.append(link._socket.fileno())
+
+    return connects
 
 
 def test_a_message_that_was_written_in_half_is_said_again_as_a_whole() -> None:
