@@ -416,7 +416,13 @@ def test_a_kernel_that_prints_without_an_end_is_read_on_all_channels(
     stage.start(kernel)
     client = stage.connect("ann")
     stage.introduce(client)
-    monkeypatch.setattr(stage.relay.iopub, "has_more", lambda: True)
+    iopub = stage.relay.iopub
+
+    def has_more() -> bool:
+        iopub.come_back()
+        return True
+
+    monkeypatch.setattr(iopub, "has_more", has_more)
     kernel.reply("ann", message("execute_reply", "reply"))
     assert client.ids(1) == ["reply"]
 
