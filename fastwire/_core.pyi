@@ -74,7 +74,8 @@ class Signer:
     An empty key means unsigned: `sign` gives b"" and `verify` accepts anything.
     Keeps the digests it has verified, the last ``history_size`` of them, to refuse replays; a ZMQ socket
     needs a history of its own (several subscribers see the same message), so `fork` one for each.
-    0 keeps none. Memory: at most 24 bytes a digest, allocated as they come.
+    0 keeps none. Memory: at most 24 bytes a digest, allocated as they come; where the histories of all sockets have
+    what they may have together (`limit_histories`), each has those that it has room for then, 1,024 at least.
 
     Source: messaging spec, "Wire protocol"; `jupyter_client.session.Session.sign`, `deserialize`.
     Raises ValueError for a ``signature_scheme`` that is not "hmac-" and a hashlib name, and for a ``history_size``
@@ -1234,6 +1235,9 @@ def memory_beside_logs() -> int:
 
 def trim_memory() -> None:
     """Give memory that was freed back to the system, also where the C library would keep it: milliseconds."""
+
+def limit_histories(limit: int) -> None:
+    """Bytes of memory that the digests which refuse replays (`Signer`) may take together; at first 8 MiB."""
 
 def limit_standby(limit: int) -> None:
     """Bytes of memory that what is taken aside (`ZmtpStream.attach`) may have together; at first 512 MiB. At the bound

@@ -20,6 +20,9 @@ __all__ = ["Budget", "Budgets"]
 #: these and others take more, so many that each has the least, logs have less; but this part at least.
 QUEUES, LEAST_LOGS = 8, 4
 
+#: The part that may be taken by what refuses replays: of 64 kernels with a client each the last 4,096 messages.
+HISTORIES = 64
+
 #: By this part of a limit what is left of it has changed before somebody is told.
 TELL = 32
 

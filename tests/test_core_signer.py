@@ -1,8 +1,10 @@
 """Signatures: every scheme and length against hmac, and the history that refuses replays."""
 
+import gc
 import hashlib
 import hmac
 import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import builders
@@ -308,6 +310,68 @@ def test_a_large_history_costs_nothing_before_it_is_used() -> None:
     signer = _core.Signer(builders.KEY, history_size=1 << 30)
     signer.verify(signer.sign(PARTS), PARTS)
     assert (signer.history_size, signer.history_length) == (1 << 30, 1)
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[int], None]]:
+    yield _core.limit_histories
+    _core.limit_histories(8 << 20)
+
+
+def test_all_histories_together_have_a_bound(limit: Callable[[int], None]) -> None:
+    """Each remembers a thousand and what it has room for when the bound is reached; what others leave is had again."""
+    gc.collect()
+    before = _core.memory_beside_logs()
+    limit(1 << 20)
+    signers = [_core.Signer(builders.KEY) for _ in range(40)]
+    for number in range(5000):
+        parts = numbered(number)
+        signature = signers[0].sign(parts)
+        for signer in signers:
+            signer.verify(signature, parts)
+    assert (1 << 20) * 3 // 4 < _core.memory_beside_logs() - before <= 1 << 20
+    lengths = {signer.history_length for signer in signers}
+    assert lengths == {1024, 2048}
+    for signer in signers:
+        last = range(5000 - signer.history_length, 5000)
+        for number in (last[0], last[-1]):
+            with pytest.raises(DuplicateSignature):
+                signer.verify(signer.sign(numbered(number)), numbered(number))
+        assert outcome(signer, signer.sign(numbered(last[0] - 1)), numbered(last[0] - 1)) is None
+    first, *others = signers
+    del signers, signer, others
+    for number in range(5000, 9000):
+        first.verify(first.sign(numbered(number)), numbered(number))
+    assert first.history_length > 4000
+    with pytest.raises(DuplicateSignature):
+        first.verify(first.sign(numbered(5000)), numbered(5000))
+    with pytest.raises(DuplicateSignature):
+        first.verify(first.sign(numbered(4999)), numbered(4999))
+    del first
+    assert _core.memory_beside_logs() == before
+
+
+@given(
+    rounds=st.lists(
+        st.tuples(st.booleans(), st.integers(0, 900), st.lists(st.integers(0, 2500), max_size=20)), max_size=8
+    )
+)
+def test_a_history_that_may_not_grow_for_a_while_keeps_its_order(rounds: list[tuple[bool, int, list[int]]]) -> None:
+    """It has come round when it grows again: what it refuses are the last it has remembered, whatever its room."""
+    core, number = _core.Signer(builders.KEY), 3000
+    remembered: list[int] = []
+    try:
+        for may_grow, count, old in rounds:
+            _core.limit_histories(8 << 20 if may_grow else 0)
+            for fresh in [*range(number, number + count), *old]:
+                kept = remembered[len(remembered) - core.history_length :]
+                expected = DuplicateSignature if fresh in kept else None
+                assert outcome(core, core.sign(numbered(fresh)), numbered(fresh)) is expected
+                if expected is None:
+                    remembered.append(fresh)
+            number += count
+    finally:
+        _core.limit_histories(8 << 20)
 
 
 @pytest.mark.parametrize("size", [-1, (1 << 30) + 1, 1 << 31, 1 << 32])

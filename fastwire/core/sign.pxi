@@ -15,6 +15,8 @@ cdef enum:
     OPENSSL_FROM = 5 * 64 - 8
     # The table of the history has at least twice as many slots, and its indexes 32 bits.
     MAX_HISTORY = 1 << 30
+    # However much memory the others take, each may remember so many.
+    LEAST_HISTORY = 1024
 
 # The frames of the message that is being received. Small ones are copied behind each other as they come, and the next
 # takes their place in libzmq's hands: an eighth less work for libzmq than to keep each, and HMAC reads them in one go.
@@ -49,6 +51,8 @@ cdef struct History:
     uint32_t oldest
     uint32_t limit
 
+
+cdef size_t history_bytes_limit = 8 << 20
 
 cdef uint64_t slot_multiplier = int.from_bytes(secrets.token_bytes(8), "little") | 1
 
@@ -95,7 +99,26 @@ cdef void history_forget_oldest(History *h) noexcept nogil:
     h.table[gap] = 0
 
 
+cdef size_t history_size(const History *h) noexcept nogil:
+    return h.room * sizeof(uint64_t) + (h.mask + 1) * sizeof(uint32_t) if h.room else 0
+
+
+cdef bint history_may_grow(const History *h) noexcept nogil:
+    """By as much again. Where all have what they may have together, its oldest digest goes instead."""
+    if h.count < h.room or h.room >= h.limit:
+        return False
+    return h.room < LEAST_HISTORY or history_bytes + history_size(h) <= history_bytes_limit
+
+
+cdef void history_free(History *h) noexcept nogil:
+    global history_bytes
+    history_bytes -= history_size(h)
+    free(h.ring)
+    free(h.table)
+
+
 cdef int history_grow(History *h) noexcept nogil:
+    global history_bytes
     cdef uint32_t room = h.room * 2 if h.room else 64
     cdef uint32_t slots = 1
     cdef uint32_t bits = 0
@@ -107,18 +130,23 @@ cdef int history_grow(History *h) noexcept nogil:
     while slots < 2 * room:
         slots *= 2
         bits += 1
-    ring = <uint64_t *>realloc(h.ring, room * sizeof(uint64_t))
-    if ring == NULL:
-        return -1
-    h.ring = ring
+    ring = <uint64_t *>malloc(room * sizeof(uint64_t))
     table = <uint32_t *>calloc(slots, sizeof(uint32_t))
-    if table == NULL:
+    if ring == NULL or table == NULL:
+        free(ring)
+        free(table)
         return -1
-    free(h.table)
+    if h.count:
+        memcpy(ring, h.ring + h.oldest, (h.count - h.oldest) * sizeof(uint64_t))
+        memcpy(ring + h.count - h.oldest, h.ring, h.oldest * sizeof(uint64_t))
+    history_free(h)
+    h.ring = ring
     h.table = table
+    h.oldest = 0
     h.mask = slots - 1
     h.shift = 64 - bits
     h.room = room
+    history_bytes += history_size(h)
     for i in range(h.count):
         history_index(h, i)
     return 0
@@ -138,7 +166,7 @@ cdef uint32_t history_longest_probe(const History *h) noexcept nogil:
 
 cdef int history_make_room(History *h) noexcept nogil:
     """For one digest more."""
-    return history_grow(h) if h.count == h.room and h.room < h.limit else 0
+    return history_grow(h) if history_may_grow(h) else 0
 
 
 cdef void history_add(History *h, uint64_t digest) noexcept nogil:
@@ -206,8 +234,7 @@ cdef class Signer:
             self.scheme = HASHLIB
 
     def __dealloc__(self):
-        free(self.history.ring)
-        free(self.history.table)
+        history_free(&self.history)
         if self.unread != NULL:
             free_incoming(self.unread)
 
@@ -317,6 +344,11 @@ cdef class Signer:
         if verdict != TRUSTED:
             raise signature_error(verdict, span.len)
         self.remember(digest)
+
+
+def limit_histories(size_t limit):
+    global history_bytes_limit
+    history_bytes_limit = limit
 
 
 def longest_probe(Signer signer not None):
