@@ -81,6 +81,7 @@ from starving_turn import (
     ready,
     received,
     released,
+    replying,
     ride,
     say,
     silent,
@@ -284,6 +285,10 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "KernelSide.unseen": logged(lambda it: it.side.unseen()),
     "KernelSide.forget_times": logged(lambda it: it.side.forget_times()),
     "Source.end": logged(lambda it: it.source.end()),
+    "KernelSide.after_output": replying(lambda side, hold: hold()),
+    "KernelSide.give_replies": replying(lambda side, hold: side.give_replies(), before=True),
+    "KernelSide.look_at_replies": replying(lambda side, hold: side.look_at_replies(), before=True),
+    "KernelSide.holds_enough": replying(lambda side, hold: side.holds_enough(), before=True),
     "Source.pass_to": [passing(), passing(message("execute_reply", "answer"), message("inspect_reply", "another"))],
     "trim_memory": pure(_core.trim_memory),
     "memory_beside_logs": pure(lambda: _core.memory_beside_logs() >= 0),
@@ -309,6 +314,7 @@ MADE_BY_OTHERS = {"Batch", "Ends", "Frames", "KernelSide", "Log", "LogCursor", "
 #: What Python's rooms do in their subclasses: in the core they raise NotImplementedError.
 HOOKS = {
     *("KernelSide.on_word", "KernelSide.tell_listeners", "KernelSide.tell_observers"),
+    *("KernelSide.iopub_is_behind", "KernelSide.iopub_waits", "KernelSide.try_later"),
     *("Log.charge_to", "Log.has_passed", "Log.is_empty", "Log.make_room", "Log.offer", "Log.seal", "Log.trim"),
     *("LogCursor.pass_entry", "Outlet.could_not_give", "Outlet.fall_behind", "Outlet.pump", "Outlet.try_to_give"),
 }

@@ -535,6 +535,28 @@ class Side(_core.KernelSide):
         self.poller.at_end(self.look_at_replies)
 
 
+def replying(call: Callable[[Side, Callable[[], None]], object], *, before: bool = False) -> Case:
+    """A reply that waits, or is to wait, for its output is given once."""
+
+    def case() -> tuple[Any, Any]:
+        side, batch = Side(Said()), one()
+        given: list[Batch] = []
+
+        def hold() -> None:
+            side.after_output(given.append, batch)
+
+        if before:
+            hold()
+
+        def outcome(result: object) -> object:
+            side.give_replies()
+            return result, len(given)
+
+        return lambda: call(side, hold), outcome
+
+    return case
+
+
 def hear() -> tuple[Any, Any]:
     said = Said()
     side = Side(said)
