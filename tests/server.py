@@ -184,10 +184,11 @@ LIBZMQ = "libzmq"
 
 
 def write_kernelspecs(data: Path) -> None:
-    """Kernels that need no ipykernel: ``light`` (`bench.light_kernel`) and the ``odd-`` ones."""
+    """Kernels that need no ipykernel: ``light`` (`bench.light_kernel`), the ``odd-`` ones, and ``zmtp2``."""
     programs = {"light": (ROOT / "bench" / "light_kernel.py", {"FASTWIRE_LIGHT_HWM": "0"})}
     odd = Path(__file__).with_name("odd_kernel.py")
     programs |= {f"odd-{way}": (odd, {"FASTWIRE_ODD": way}) for way in ODD}
+    programs["zmtp2"] = (Path(__file__).with_name("zmtp2_kernel.py"), {})
     for name, (program, environment) in programs.items():
         folder = data / "kernels" / name
         folder.mkdir(parents=True, exist_ok=True)

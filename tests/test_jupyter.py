@@ -806,6 +806,19 @@ def test_a_kernel_of_protocol_4(server: Server, way: str) -> None:
             assert len(answer.of("pyout")) == 1
 
 
+def test_a_kernel_that_speaks_zmtp_2(server: Server) -> None:
+    """libzmq speaks to it, from its first word on, and to the process that comes after it; who asks is told."""
+    _, status = server.rest("GET", "/fastwire/api/status")
+    libzmqs = sum(kernel["path"] == "libzmq" for kernel in status["kernels"])
+    with server.kernel("zmtp2") as kernel, Client(server, kernel) as client:
+        assert client.run("one").result == "'one'"
+        _, status = server.rest("GET", "/fastwire/api/status")
+        assert [entry["path"] for entry in status["kernels"] if entry["id"] == kernel] == ["libzmq"]
+        assert f'fastwire_kernels{{path="libzmq"}} {libzmqs + 1}.0' in server.get("/metrics")[2]
+        server.restart(kernel)
+        assert client.run("x" * 100_000).text() == "x" * 100_000 + "\n"
+
+
 # -- what a user has asked for ---------------------------------------------------------------------
 
 
