@@ -103,6 +103,24 @@ def test_requests_and_replies_enter_no_python(stage: Stage, kernel: Kernel, prot
     assert watched.entered.counts.total() <= watched.turns, watched.entered.counts.most_common(20)
 
 
+def test_python_for_each_message_would_be_seen(stage: Stage, kernel: Kernel) -> None:
+    """By what counts in the tests before: here somebody listens."""
+    heard: list[int] = []
+
+    def hear(_: _core.Batch, indices: list[int]) -> None:
+        heard.append(len(indices))
+
+    with Watched(stage, kernel, None) as watched:
+        for _ in range(20):
+            stage.run(watched.relay.listen, hear)
+        for number in range(COUNT // 100):
+            kernel.publish(*stream(number))
+            for client in watched.clients:
+                assert client.ids(1) == [str(number)]
+    assert watched.entered.counts[hear.__qualname__] == len(heard) == 20 * COUNT // 100
+    assert watched.entered.counts.total() > watched.turns
+
+
 def test_python_that_the_log_calls_may_set_a_timer(stage: Stage, kernel: Kernel) -> None:
     """Who falls behind is called slow after a while, although nothing happens in it."""
     stage.send_buffers["ann"] = 64 * KIB
