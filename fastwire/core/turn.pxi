@@ -332,12 +332,11 @@ cdef class Poller:
         self.end_is_due = False
         self.in_turn = True
         try:
-            self.call_followers()
+            if len(self.followers):
+                self.call_followers()
         finally:
             self.in_turn = False
-            if len(self.followers):
-                self.see_to_the_end()
-        self.end()
+            self.end()
 
     cdef int end(self) except -1:
         try:
