@@ -111,6 +111,10 @@ cdef extern from *:
     #else
     #define FW_COMPILER "unknown"
     #endif
+    /* What leads to an exception stands apart from what runs; see setup.py. */
+    #if defined(__GNUC__)
+    static void __Pyx_AddTraceback(const char *, int, int, const char *) __attribute__((cold));
+    #endif
     /* PyBuffer_Release leaves such a view alone. */
     #define fw_hold_nothing(view) ((view)->obj = NULL)
     /* Memory that is kept for reuse. A sanitizer sees what is used after its end only when it is freed. */
