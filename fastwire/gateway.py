@@ -50,6 +50,7 @@ from fastwire.errors import NotConnected
 from fastwire.events import note
 from fastwire.pair import Pair, open_pairs
 from fastwire.settings import Fastwire
+from fastwire.sockets import shortage_of_descriptors
 from fastwire.websocket import Connection, connection_for
 
 __all__ = ["FastwireGatewayConnection", "FastwireGatewayKernelSpecManager", "FastwireGatewayMappingKernelManager"]
@@ -110,6 +111,9 @@ class FastwireGatewayConnection(GatewayWebSocketConnection):
 
     async def prepare(self) -> None:
         """Everything that can fail while the answer is still HTTP."""
+        if problem := shortage_of_descriptors():
+            self.log.warning("Refused a client of kernel %s: %s", self.kernel_id, problem)
+            raise HTTPError(503, reason=problem)
         self._server = await self._dial()
         # What the handler answers: jupyter_server reads "" as the default one.
         self.kernel_ws_protocol = self._server.socket.selected_subprotocol or ""

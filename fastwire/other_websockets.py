@@ -5,7 +5,8 @@ Tornado's own seam. A handler that has a protocol of its own keeps it, as those 
 
 What waits for a client is bounded, which Tornado leaves to handlers that await their writes; hardly any does. A
 terminal's program waits for its slowest client, as it would for a slow tty: its output is not read meanwhile. Any
-other handler's client is closed at the bound; those of JupyterLab come back by themselves.
+other handler's client is closed at the bound; those of JupyterLab come back by themselves. What waits for all of them
+together has a bound, too: where much waits, each may have less.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import tornado.web
 import tornado.websocket
 from tornado.ioloop import IOLoop
 
+from fastwire.budgets import Budget
 from fastwire.events import note
-from fastwire.flow import Limits
+from fastwire.flow import KIB, Limits
 from fastwire.websocket import Connection, WebSocketClosedError, WebSocketHandler
 
 try:
@@ -34,42 +36,72 @@ log = logging.getLogger(__name__)
 
 Handler = tornado.websocket.WebSocketHandler
 
+#: The part of all memory that what waits for these clients may take, all together.
+PART = 8
 
-def carry(application: tornado.web.Application, limits: Limits) -> None:
+#: However much waits for others, so much may for a terminal before its program does.
+LEAST = 64 * KIB
+
+
+def carry(application: tornado.web.Application, limits: Limits) -> Budget:
     """From now on the WebSockets of ``application`` go through fastwire, also those of routes that are added later.
+    Returns what waits for all of their clients.
 
     Source: `tornado.web.Application.get_handler_delegate`, through which each request finds its handler's class.
     """
     usual = application.get_handler_delegate
+    waiting = Budget(limits.total_memory_limit // PART)
 
     def delegate(request: Any, target_class: Any, *args: Any, **kwargs: Any) -> Any:
-        return usual(request, carried(target_class, limits), *args, **kwargs)
+        return usual(request, carried(target_class, limits, waiting), *args, **kwargs)
 
     application.get_handler_delegate = delegate  # type: ignore[method-assign]
+    return waiting
 
 
 @cache
-def carried(theirs: Any, limits: Limits) -> Any:
-    """The class of a `tornado.web.RequestHandler`, or the subclass that takes its place."""
+def carried(theirs: Any, limits: Limits, waiting: Budget) -> Any:
+    """The class of a `tornado.web.RequestHandler`, or the subclass that takes its place; ``waiting`` is what all have
+    that waits."""
     protocol = getattr(theirs, "get_websocket_protocol", None)
     if protocol is not Handler.get_websocket_protocol:
         return theirs
     before = Terminal if TermSocket is not None and issubclass(theirs, TermSocket) else Carried
-    return type(
-        theirs.__name__, (before, theirs, WebSocketHandler), {"limits": limits, "__module__": theirs.__module__}
-    )
+    own = {"limits": limits, "waiting": waiting, "__module__": theirs.__module__}
+    return type(theirs.__name__, (before, theirs, WebSocketHandler), own)
 
 
 class Carried(Handler):
     """Stands before a handler's own class: what waits for its client is bounded."""
 
     limits: Limits
+    waiting: Budget
     gave_up = False
+    #: Bytes of ``waiting`` that are this client's.
+    counted = 0
+
+    def open(self, *args: Any, **kwargs: Any) -> Any:
+        self.connection.on_progress = self.on_progress
+        return super().open(*args, **kwargs)
+
+    def on_close(self) -> None:
+        self._count(0)
+        super().on_close()
 
     @property
     def bound(self) -> int:
         """Bytes that may wait for the client."""
-        return self.limits.client_memory_limit
+        return min(self.limits.client_memory_limit, self.waiting.left_for(self.counted))
+
+    def on_progress(self) -> None:
+        """The client has taken something, or its connection is at its end."""
+        if self.ws_connection is not None:
+            self._count(self.connection.queue.pending_bytes)
+
+    def _count(self, nbytes: int) -> None:
+        if nbytes != self.counted:
+            self.waiting.take(nbytes - self.counted)
+            self.counted = nbytes
 
     @property
     def connection(self) -> Connection:
@@ -79,7 +111,8 @@ class Carried(Handler):
         if self.gave_up:
             return refused()  # not raised: it is still in the middle of what it had to say
         written = super().write_message(message, binary)
-        if self.connection.queue.pending_bytes > self.bound:
+        self._count(self.connection.queue.pending_bytes)
+        if self.counted > self.bound:
             self.on_behind()
         return written
 
@@ -119,10 +152,9 @@ class Terminal(Carried):
 
     @property
     def bound(self) -> int:
-        return self.limits.high_water
+        return min(self.limits.high_water, max(self.waiting.left + self.counted, LEAST))
 
     def open(self, *args: Any, **kwargs: Any) -> Any:
-        self.connection.on_progress = self._on_progress
         self.connection.on_stalled = self._on_stalled
         self.connection.limit_stalls(self.limits.write_deadline)
         return super().open(*args, **kwargs)
@@ -132,8 +164,9 @@ class Terminal(Carried):
             self.is_behind = True
             IOLoop.current().remove_handler(self.terminal.ptyproc.fd)
 
-    def _on_progress(self) -> None:
-        if self.is_behind and self.connection.queue.pending_bytes <= self.bound // 2:
+    def on_progress(self) -> None:
+        super().on_progress()
+        if self.is_behind and self.counted <= self.bound // 2:
             self._no_longer_behind(self.terminal)
 
     def _on_stalled(self) -> None:

@@ -100,6 +100,9 @@ class Pair:
             each.conversation.transport.keep_little()
         self.front.limit_stalls(limits.write_deadline)
         self.front.on_stalled = self._on_stalled
+        # A gateway may wait for a kernel, and gives up by itself; of one that is gone TCP may say nothing for long.
+        self.back.limit_stalls(limits.uplink_deadline + limits.write_deadline)
+        self.back.on_stalled = self._on_back_stalled
         open_pairs.add(self)
         if self.back.is_closing():
             self._on_back_end()
@@ -151,6 +154,10 @@ class Pair:
     def _on_stalled(self) -> None:
         self._tell("stalled", "the client took nothing for too long: its connection is closed")
         self.front.leave()
+
+    def _on_back_stalled(self) -> None:
+        self._tell("gateway", f"{self.back.peer} took nothing for too long: it is given up")
+        self.back.conversation.abort()
 
     def _tell(self, kind: str, text: str) -> None:
         kernel, client = self.front.label

@@ -189,7 +189,8 @@ class Fastwire(Configurable):
         False,
         config=True,
         help="Carry the server's other WebSockets too: terminals, language servers, collaboration. A terminal's "
-        "program waits for a slow client; any other client for which more than client_memory_limit waits is closed.",
+        "program waits for a slow client; any other client for which more than client_memory_limit waits is closed. "
+        "What waits for all of them takes an eighth of total_memory_limit.",
     )
 
     gateway = Bool(

@@ -23,7 +23,7 @@ from fastwire.flow import has_room
 from fastwire.relay import open_relays
 from fastwire.zmtp import Address
 
-__all__ = ["address_of", "open_socket", "raise_limits", "shortage"]
+__all__ = ["address_of", "open_socket", "raise_limits", "shortage", "shortage_of_descriptors"]
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +81,19 @@ def sockets(context: zmq.Context[Any]) -> int:
 
 def shortage(context: zmq.Context[Any]) -> str | None:
     """Why one more client or kernel is not admitted, or None."""
-    for what, limit, used in (
-        ("file descriptors", descriptor_limit(), descriptors()),
-        ("ZMQ sockets", int(context.get(zmq.MAX_SOCKETS)), sockets(context)),
-    ):
-        if not has_room(limit, used):
-            return f"the server has no room for more: {used} of its {limit} {what} are in use"
-    return None
+    most = int(context.get(zmq.MAX_SOCKETS))
+    return shortage_of_descriptors() or no_room("ZMQ sockets", most, sockets(context))
+
+
+def shortage_of_descriptors() -> str | None:
+    """The same of a client that takes no ZMQ socket."""
+    return no_room("file descriptors", descriptor_limit(), descriptors())
+
+
+def no_room(what: str, limit: int, used: int) -> str | None:
+    return (
+        None if has_room(limit, used) else f"the server has no room for more: {used} of its {limit} {what} are in use"
+    )
 
 
 # -- opening one -----------------------------------------------------------------------------------

@@ -24,14 +24,16 @@ from server import PATIENCE, ROOT, Server, environment, free_port, until, write_
 PROXY = ROOT / "build" / "proxy" / "node_modules" / ".bin" / "configurable-http-proxy"
 PACKAGE = "configurable-http-proxy@5"
 
-#: The configuration that docs/scaling.md shows is a part of this one.
+#: What docs/scaling.md shows.
+SHOWN = ROOT / "etc" / "jupyterhub" / "jupyterhub_config.py"
+
+#: That, and what is a test's own: other ports, who the users are, and where their servers live.
 CONFIG = """
+load_subconfig({shown!r})
 c.JupyterHub.bind_url = "http://127.0.0.1:{port}"
 c.JupyterHub.hub_port = {hub_port}
 c.JupyterHub.db_url = "sqlite://"
 c.JupyterHub.cookie_secret = bytes(32)
-c.JupyterHub.cleanup_proxy = False
-c.ConfigurableHTTPProxy.should_start = False
 c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:{proxy_port}"
 c.ConfigurableHTTPProxy.auth_token = "{secret}"
 c.JupyterHub.authenticator_class = "shared-password"
@@ -40,7 +42,7 @@ c.Authenticator.allowed_users = {{"ada", "grace"}}
 c.JupyterHub.spawner_class = "simple"
 c.SimpleLocalProcessSpawner.home_dir_template = "{home}/{{username}}"
 c.Spawner.cmd = ["{python}", "-m", "jupyterhub.singleuser"]
-c.Spawner.args = ["--allow-root", "--HubAuth.cache_max_age=1", "--Fastwire.history_limit=2097152"]
+c.Spawner.args += ["--allow-root", "--HubAuth.cache_max_age=1"]
 c.Spawner.environment = {environment!r}
 c.Spawner.start_timeout = 60
 c.JupyterHub.services = [{{"name": "tests", "api_token": "{secret}"}}]
@@ -66,6 +68,11 @@ class UsersServer(Server):
     """A user's server as it is reached through the hub's proxy, with a token of that user."""
 
     token: str = ""
+
+    @property
+    def log(self) -> str:
+        """The hub's, which has those of all."""
+        return (self.home / "hub.log").read_text()
 
     def rest(self, method: str, path: str, body: object = None) -> tuple[int, object]:
         return ask(method, self.root + path, self.token, body)
@@ -201,6 +208,7 @@ def running(home: Path) -> Iterator[Hub]:
     config = home / "jupyterhub_config.py"
     config.write_text(
         CONFIG.format(
+            shown=str(SHOWN),
             port=hub.port,
             hub_port=hub.hub_port,
             proxy_port=hub.proxy_port,

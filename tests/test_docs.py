@@ -134,7 +134,10 @@ RUN_BY = {
     "docs/configuration.md": {"resume_timeout": "test_examples_of_configuration"},
     "docs/proxies.md": {"class NamedKernels": "test_the_documentation_shows_what_is_tested"},
     "docs/runs.md": {"def ask": "test_examples", "def count_errors": "test_an_extension_that_listens"},
-    "docs/scaling.md": {"cull_idle_timeout": "test_examples_of_configuration"},
+    "docs/scaling.md": {
+        "cull_idle_timeout": "test_examples_of_configuration",
+        "c.JupyterHub": "test_the_documentation_shows_what_is_tested",
+    },
     "docs/start.md": {"sndhwm": "unlimit"},
     "docs/testing.md": {"syscalls": "test_the_example_of_its_page"},
     USE: {
@@ -159,11 +162,13 @@ def test_every_example_is_run() -> None:
         assert sorted(found) == sorted([words] for words in runners), page
 
 
-@pytest.mark.parametrize("page", ["docs/configuration.md", "docs/scaling.md"])
-def test_examples_of_configuration(tmp_path: Path, page: str) -> None:
+@pytest.mark.parametrize(
+    ("page", "words"), [("docs/configuration.md", "resume_timeout"), ("docs/scaling.md", "cull_idle_timeout")]
+)
+def test_examples_of_configuration(tmp_path: Path, page: str, words: str) -> None:
     """A server takes each setting."""
     home = Home(tmp_path)
-    (text,) = examples(ROOT / page)
+    text = example(words, page)
     home.configure("jupyter_server_config.py", text)
     expected = Config()
     exec(text, {"c": expected})

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import wsclient
 from network import Network
@@ -273,6 +274,22 @@ def test_a_gateway_that_is_gone(tmp_path: Path) -> None:
         assert len(front.logged("; trying again in")) == 2
         assert front.logged(f"The gateway {gateway.root} cannot be reached (Connection refused); kernel {kernel}")
         assert not front.logged("Traceback")
+
+
+def test_a_front_without_room_for_more_clients(gateway: Server, front: Server) -> None:
+    """They are refused in words while there are descriptors for those who are there: nobody limits how many come."""
+    with front.kernel() as kernel, Client(front, kernel) as client:
+        client.run("1")
+        soft, hard = front.outside.rlimit(psutil.RLIMIT_NOFILE)
+        front.outside.rlimit(psutil.RLIMIT_NOFILE, (front.outside.num_fds() + 40, hard))
+        try:
+            assert status_of(front, kernel) == 503
+            assert front.logged(f"Refused a client of kernel {kernel}: the server has no room for more")
+            assert client.run("6 * 7").result == "42"
+        finally:
+            front.outside.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
+        with Client(front, kernel) as other:
+            assert other.run("6 * 7").result == "42"
 
 
 RENEWER = """

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import hub as hubs
 import pytest
 from chromium import SCREENSHOTS, launched
-from hub import Hub, UsersServer
-from server import PROTOCOLS, Client, Message, Raw, until
+from hub import SHOWN, Hub, UsersServer
+from server import PROTOCOLS, ROOT, Client, Message, Raw, until
 from test_browser import LINES, Notebook, assert_counts, write_notebook
 from websockets.exceptions import InvalidStatus
 
@@ -146,3 +146,10 @@ def test_a_token_that_expires_opens_nothing_more_and_a_new_one_goes_on_with_the_
                 lambda m: m.type == "status" and m.parent == cell and m.content["execution_state"] == "idle"
             )
             assert sorted(set(numbers(first.log) + numbers(second.log))) == [*range(100)]
+
+
+# -- the documentation -----------------------------------------------------------------------------
+
+
+def test_the_documentation_shows_what_is_tested() -> None:
+    assert f"\n{SHOWN.read_text()}```\n" in (ROOT / "docs" / "scaling.md").read_text()

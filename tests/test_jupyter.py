@@ -395,7 +395,7 @@ import os, time
 def wait_for(path):
     while not os.path.exists(path): time.sleep(0.01)
 def say(numbers):
-    for i in numbers: print(i, flush=True)
+    for i in numbers: print(str(i) + "\\n", end="", flush=True)
 say(range(100))
 wait_for({0!r})
 say(range(100, 1500))

@@ -197,6 +197,20 @@ def test_a_client_that_takes_nothing_is_let_go(caplog: pytest.LogCaptureFixture)
     assert "took nothing for too long" in caplog.text
 
 
+def test_a_server_that_takes_nothing_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    """Its client is told to come back: it would wait for as long as TCP does, which may be a quarter of an hour."""
+
+    async def test() -> None:
+        async with stage(limits=Limits(write_deadline=0.1, uplink_deadline=0.1)) as (near, far, _):
+            flood = asyncio.create_task(near.send(*[client_frame(OP_BINARY, bytes(1 << 20))] * 64))
+            assert await near.closed() == 1012
+            flood.cancel()
+            far.vanish()
+
+    run(test)
+    assert "took nothing for too long" in caplog.text
+
+
 # -- the end ---------------------------------------------------------------------------------------
 
 CODES = [1000, 1001, 1003, 1007, 1008, 1009, 1011, 1012, 1013, 1014, 3000, 4999]
