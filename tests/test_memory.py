@@ -76,11 +76,13 @@ def kept_by(server: Server) -> int:
     return sum(each["kept_bytes"] for each in kernels_of(server))
 
 
-def measured(home: Path, kernels: int, stalled: int, limit: int, readers: int = 1) -> tuple[int, list[dict]]:
+def measured(
+    home: Path, kernels: int, stalled: int, limit: int, readers: int = 1, whose: str = "total"
+) -> tuple[int, list[dict]]:
     """How much a server grows with so many kernels, each with so many clients that read nothing and that read, while
-    they print six times as much as there may be, and what it says of the kernels then."""
+    they print six times as much as there may be, and what it says of the kernels then. ``whose`` limit it is."""
     options = (
-        f"--Fastwire.total_memory_limit={limit}",
+        f"--Fastwire.{whose}_memory_limit={limit}",
         "--Fastwire.write_deadline=1000",
         f"--Fastwire.spill_dir={home}",
     )
