@@ -560,6 +560,8 @@ class ZmtpStream:
         """Let an `Uplink` write to this descriptor. With ``tell``, a non-blocking pipe's end, what comes on ``fd`` and
         is not drained for 20 ms is taken aside by a thread that needs no GIL. An octet in the pipe tells then that
         `drain` has something, also where the descriptor has not. Raises OSError when there can be no such thread."""
+    def charge(self, budget: Budget) -> None:
+        """What is taken aside counts there, and has its bounds."""
     def detach(self) -> None:
         """Before the descriptor is closed. What was taken aside and not drained is dropped."""
     @property
@@ -916,6 +918,16 @@ class Budget:
     whole: Budget | None
 
     def __init__(self, limit: int, whole: Budget | None = None) -> None: ...
+    def move(self, whole: Budget) -> None:
+        """Be a part of another from now on."""
+
+    @property
+    def aside(self) -> int:
+        """Of memory, what the standby reader has taken off connections (`ZmtpStream.attach`)."""
+
+    def limit_aside(self, limit: int) -> None:
+        """So much may that be; at first it has no limit."""
+
     @property
     def kept(self) -> int:
         """Of those that are used, what everybody has: it goes first."""
@@ -1240,8 +1252,9 @@ def limit_histories(limit: int) -> None:
     """Bytes of memory that the digests which refuse replays (`Signer`) may take together; at first 8 MiB."""
 
 def limit_standby(limit: int) -> None:
-    """Bytes of memory that what is taken aside (`ZmtpStream.attach`) may have together; at first 512 MiB. At the bound
-    it stays with the system, and then with the kernels."""
+    """Bytes of memory that what is taken aside (`ZmtpStream.attach`) may have in the whole process, whatever budgets
+    allow (`Budget.limit_aside`); at first without a limit. At the bound it stays with the system, and then with the
+    kernels."""
 
 def script_syscalls(steps: Sequence[tuple[str, str | int]]) -> None:
     """Script the core's system calls: each step is ``(call, outcome)``, call "recv" or "sendmsg", outcome an errno

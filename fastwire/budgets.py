@@ -23,12 +23,13 @@ QUEUES, LEAST_LOGS = 8, 4
 #: The part that may be taken by what refuses replays: of 64 kernels with a client each the last 4,096 messages.
 HISTORIES = 64
 
-#: By this part of a limit what is left of it has changed before somebody is told.
-TELL = 32
+#: The part of a memory limit that logs and what is taken aside for them may have together; at least so much may be
+#: taken aside.
+ASIDE, LEAST_ASIDE = (3, 4), 32
 
-#: From this part of a limit on logs have much; by so much, and not less than the floor, they free before memory is
-#: given back.
-MUCH, TRIM = 4, 8
+#: From this part of a limit on logs have much; by so much of it, and not less than so many bytes, they free before
+#: memory is given back.
+MUCH, TRIM, LEAST_TRIM = 4, 8, 2 * MIB
 
 #: However many clients there are, each socket's queue may have so much, and each kernel is heard so many bytes at a
 #: time: less would be all system calls and wake-ups. A kernel is heard so much at most.
@@ -49,14 +50,6 @@ class Budget(_core.Budget):
         """What may be taken while the disk is about to make room."""
         return self.limit
 
-    def move(self, whole: Budget) -> None:
-        """Be a part of another from now on."""
-        if self.whole is not whole:
-            if self.whole is not None:
-                self.whole.take(-self.used, -self.kept)
-            self.whole = whole
-            whole.take(self.used, self.kept)
-
     @property
     def left(self) -> int:
         left = self.limit - self.used
@@ -67,54 +60,86 @@ class Budget(_core.Budget):
         return max(self.left + mine, FLOOR)
 
 
-class Total(Budget):
-    """All logs together: what is left of the whole ``limit`` by messages that are in no log. ``beside`` says how much
-    memory those take, which is much for moments only.
+class Memory(Budget):
+    """Bytes that logs take: what is left of a whole ``limit`` by messages that are in no log. Those are much for
+    moments only, and nobody knows whose: each has as large a part of them as of what is in logs.
 
-    Others may take what they leave of half of it (the standby reader, while the loop is blocked: logs get it next):
-    ``tell`` hears how much, when that has changed by a part of it. What logs free the C library keeps, between what
-    they keep: where they have much, it is told to give it back whenever a part of the limit was freed.
+    What logs free the C library keeps, between what they keep: where they have much, it is told to give it back
+    whenever as much was freed as it may keep.
     """
 
-    def __init__(self, limit: int, tell: Callable[[int], None], beside: Callable[[], int]) -> None:
-        super().__init__(logs_part(limit))
-        self._whole = limit
-        self._beside = beside
-        self._told = 0
-        self._tell = tell
-        tell(limit // 2)
+    whole: Memory | None
+
+    def __init__(self, limit: int, whole: Memory | None = None) -> None:
+        super().__init__(limit, whole)
+        self._limit = self._most = limit
 
     @property
     def most(self) -> int:
-        return logs_part(self._whole)
+        return self._most
 
-    def look(self) -> None:
-        """It has changed: a log is to give way, or let go of a segment."""
-        used, whole = self.needed, self._whole
-        self.limit = max(min(self.most, whole - self._beside()), whole // LEAST_LOGS)
-        if used > self.limit // MUCH and self.freed > max(self.limit // TRIM, FLOOR):
-            self.freed = 0
+    def look(self) -> int:
+        """It has changed: a log is to give way, or let go of a segment. Returns how much of it is beside logs."""
+        beside = self._find_beside()
+        self.limit = max(min(self.most, self._limit - beside), self._limit // LEAST_LOGS)
+        if self.needed > self.limit // MUCH and self.freed > max(self.limit // TRIM, LEAST_TRIM):
+            self._trim()
+        return beside
+
+    def _trim(self) -> None:
+        """Unless little of what all have was freed since somebody did: it is a look at all memory."""
+        top: Memory = self
+        while top.whole is not None:
+            top = top.whole
+        if top.freed >= top.used // TRIM:
+            self.freed = top.freed = 0
             trim_memory()
-        if abs(used - self._told) > whole // TELL:
-            self._told = used
-            self._tell(max(self.limit // 2 - used, whole // TELL))
+
+    def _find_beside(self) -> int:
+        whole = self.whole
+        return whole.look() * self.used // max(whole.used, 1) if whole is not None else 0
 
 
-class User(Budget):
+class Shared(Memory):
+    """The same, of several logs; while the loop is blocked what these are to get is taken aside by the standby reader,
+    as far as it goes with what they have. (Of one kernel that has no limit: what is not taken nobody hears.)"""
+
+    def __init__(self, limit: int, whole: Memory | None = None) -> None:
+        super().__init__(limit, whole)
+        self.limit = self._most = logs_part(limit)
+
+    def look(self) -> int:
+        beside = super().look()
+        self.limit_aside(max(self._limit // ASIDE[1] * ASIDE[0] - self.used - self.needed, self._limit // LEAST_ASIDE))
+        return beside
+
+
+class Total(Shared):
+    """All logs together. ``beside`` says how much memory messages take that are in none."""
+
+    def __init__(self, limit: int, beside: Callable[[], int]) -> None:
+        super().__init__(limit)
+        self._beside = beside
+        self.look()
+
+    def _find_beside(self) -> int:
+        return self._beside()
+
+
+class User(Shared):
     """The memory that logs take which one user holds up; and what they have on the disk."""
 
     def __init__(self, limits: Limits, budgets: Budgets) -> None:
-        super().__init__(logs_part(limits.user_memory_limit), budgets.total)
+        super().__init__(limits.user_memory_limit, budgets.total)
         self.disk = Budget(limits.user_spill_limit, budgets.disk)
+        self.look()
 
 
 class Budgets(_core.Marks):
-    """Of all users together, and of each. ``tell`` and ``beside`` are those of `Total`."""
+    """Of all users together, and of each. ``beside`` is that of `Total`."""
 
-    def __init__(
-        self, limits: Limits, tell: Callable[[int], None] = lambda left: None, beside: Callable[[], int] = lambda: 0
-    ) -> None:
-        self.total = Total(limits.total_memory_limit, tell, beside)
+    def __init__(self, limits: Limits, beside: Callable[[], int] = lambda: 0) -> None:
+        self.total = Total(limits.total_memory_limit, beside)
         self.disk = Budget(limits.total_spill_limit)
         #: What may wait in a socket's queue before it is given more.
         self.high_water = limits.high_water

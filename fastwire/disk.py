@@ -189,7 +189,7 @@ class SpillFile:
         self.budget.take(size)
         return record
 
-    def write(self, record: Record, data: bytes) -> None:
+    def write(self, record: Record, data: bytes | bytearray) -> None:
         """Raises OSError."""
         part = record.part
         disk = os.statvfs(self.directory)
@@ -228,7 +228,7 @@ class SpillFile:
             self._let_go(self.parts[-1])
 
 
-def write_all(fd: int, data: bytes, offset: int) -> None:
+def write_all(fd: int, data: bytes | bytearray, offset: int) -> None:
     rest = memoryview(data)
     while rest:
         written = os.pwrite(fd, rest, offset)

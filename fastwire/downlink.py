@@ -8,6 +8,7 @@ for the client's next socket. What one client gets differently is applied here, 
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from fastwire.notices import notice
 from fastwire.segments import Entry, Gap, size_of
 from fastwire.websocket import Connection
 
-__all__ = ["Changes", "Downlink", "Lag"]
+__all__ = ["TRANSITIONS", "Changes", "Downlink", "Event", "Lag", "State"]
 
 log = logging.getLogger(__name__)
 
@@ -51,27 +52,52 @@ class CompressedEnds(list[int]):
         return max(((self.sizes[index], index) for index in begun), key=itemgetter(0), default=(0, -1))
 
 
+class State(enum.Enum):
+    """Of a client, against what its kernel says."""
+
+    FINE = "it has been given everything, or was a moment ago"
+    RESUMING = "it came back, and is given what waited"
+    SLOW = "messages wait for it longer than `slow_after`"
+
+
+class Event(enum.Enum):
+    CAME_BACK = "it has a new socket, which did not take at once all that waited"
+    WAITED = "since it fell behind `slow_after` has passed"
+    CAUGHT_UP = "it was given everything, or its socket is gone"
+
+
+#: What is not there changes nothing: who resumes is not called slow for what waited before it came.
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.FINE, Event.CAME_BACK): State.RESUMING,
+    (State.FINE, Event.WAITED): State.SLOW,
+    (State.RESUMING, Event.CAUGHT_UP): State.FINE,
+    (State.SLOW, Event.CAUGHT_UP): State.FINE,
+}
+
+
 class Lag:
-    """Whether a client is slow: messages have waited for it longer than ``slow_after``; or resuming: it came back to
-    some. ``on_slow`` is called when it has become slow."""
+    """How far a client is behind, in words (`State`). ``on_slow`` is called when it has become slow."""
 
     def __init__(self, slow_after: float, on_slow: Callable[[], None]) -> None:
-        self.state = ""
+        self.state = State.FINE
         self._slow_after = slow_after
         self._on_slow = on_slow
         self._timer: asyncio.TimerHandle | None = None
 
     def begins(self) -> None:
-        if self._timer is None and not self.state:
+        if self._timer is None and self.state is State.FINE:
             self._timer = asyncio.get_running_loop().call_later(self._slow_after, self._is_slow)
 
     def _is_slow(self) -> None:
         self._timer = None
-        self.state = "slow"
+        self.happens(Event.WAITED)
         self._on_slow()
 
+    def happens(self, event: Event) -> None:
+        self.state = TRANSITIONS.get((self.state, event), self.state)
+
     def ends(self) -> None:
-        self.state = ""
+        self.happens(Event.CAUGHT_UP)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -120,7 +146,8 @@ class Downlink(Outlet):
         self.cursor.attach()
         self.lag.ends()
         self.pump()
-        self.lag.state = "" if self.cursor.is_live else "resuming"
+        if not self.cursor.is_live:
+            self.lag.happens(Event.CAME_BACK)
 
     def detach(self) -> bool:
         """It is gone. Returns whether a message is passed over from now on, because the client cannot take it."""

@@ -24,7 +24,8 @@ GIB = 1024 * MIB
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one kernel's relay. Bytes and seconds."""
+    """Bounds of one kernel's relay. Bytes and seconds. Many, because each is a number that a user can set, and none has
+    a default anywhere else."""
 
     #: Of one message of a client: its bytes, joined and decompressed, and its frames.
     max_message_size: int = 10 * MIB

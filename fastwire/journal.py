@@ -52,7 +52,7 @@ from operator import itemgetter
 from typing import Any, Protocol, cast
 
 from fastwire._core import LARGEST_TO_KEEP, Given, Log, LogCursor, compacted
-from fastwire.budgets import Budget, Budgets, User
+from fastwire.budgets import Budget, Budgets, Memory, User
 from fastwire.disk import Runner
 from fastwire.flow import KIB, MIB, Limits, is_said_again
 from fastwire.notices import Neighbour
@@ -337,14 +337,17 @@ class Journal(Log):
     """One kernel's log: `append`, then give the entry to whom it is for, then `settle`.
 
     ``on_drop`` is called when output is dropped, once until there was room again.
+
+    Large, because joining, dropping, history and where cursors stand all cut the same segments at the same numbers;
+    what lies on the disk is `shelf`'s, what a segment is `segments`', and each message's way is compiled (`Log`).
     """
 
-    budget: Budget
+    budget: Memory
     cursors: dict[int, Cursor]
 
     def __init__(self, limits: Limits, budgets: Budgets, runner: Runner | None = None) -> None:
         super().__init__(
-            Budget(limits.client_memory_limit, budgets.of("")),
+            Memory(limits.client_memory_limit, budgets.of("")),
             budgets.total,
             Segment(0),
             (SEGMENT, LIVE_SEGMENT, CROWDED_SEGMENT, LEAST_SEGMENT, LEAST_WINDOW),
@@ -506,7 +509,7 @@ class Journal(Log):
         state = segment.state
         segment.become(State.FREED)
         self.shelf.was_freed(segment, state)
-        self._budgets.total.look()
+        self.budget.look()
         for segments in (self._raw, self._droppable):
             while segments and segments[0].state is State.FREED:
                 segments.popleft()
@@ -587,7 +590,7 @@ class Journal(Log):
         return cast("Journal", max(budget.logs | budget.histories, key=needed_by, default=self))
 
     def give_way(self, budget: Budget) -> None:
-        self._budgets.total.look()
+        self.budget.look()
         limit = budget.limit
         while self._raw and budget.needed > limit // JOIN_AT:
             self._join(self._raw.popleft())

@@ -98,6 +98,9 @@ ServerApp.rate_limit_window={window} (secs)
 class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
     """One client's connection to one kernel, through the compiled core.
 
+    Many methods, because Jupyter Server's handler, and those who derive from its class, call them by their names there;
+    what a session is beyond them is `fastwire.relay`'s.
+
     Source: `jupyter_server.services.kernels.connection.channels.ZMQChannelsWebsocketConnection`.
     """
 

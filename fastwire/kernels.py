@@ -24,7 +24,7 @@ from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelMana
 from tornado.web import HTTPError
 from traitlets import default
 
-from fastwire._core import Activity, Batch, Signer, limit_histories, limit_standby, memory_beside_logs
+from fastwire._core import Activity, Batch, Signer, limit_histories, memory_beside_logs
 from fastwire.budgets import HISTORIES, Budgets
 from fastwire.errors import MessageError, SignatureError
 from fastwire.events import note
@@ -239,7 +239,8 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
 class Kernel:
     """What is known of one kernel: its relay, what runs it, and the proof that it is heard, while one is made.
 
-    ``manager`` is its kernel manager, ``kernels`` those of the same server.
+    ``manager`` is its kernel manager, ``kernels`` those of the same server. One record, because what is
+    known of a kernel was in parallel tables once, of which one was always forgotten at its end.
     """
 
     def __init__(self, manager: Any, kernels: Kernels) -> None:
@@ -580,7 +581,7 @@ class Kernels:
     def __init__(self, config: Any) -> None:
         settings = Fastwire(config=config)
         self.limits = usable(settings.limits())
-        self.budgets = Budgets(self.limits, limit_standby, memory_beside_logs)
+        self.budgets = Budgets(self.limits, memory_beside_logs)
         limit_histories(self.limits.total_memory_limit // HISTORIES)
         self.permissive = settings.accept_invalid_signatures
         self.zmtp = settings.zmtp

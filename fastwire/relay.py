@@ -83,6 +83,9 @@ class KernelRelay(KernelSide):
     ``on_rejected(channel, error)`` hears once of each kind of error for which messages were refused. ``on_doubt`` is
     called when iopub may not be heard any more, and requests wait until whoever it is has told `hearing` otherwise;
     without it they never do. ``name`` is what people call the kernel.
+
+    Large, because whoever connects, breaks, comes back, ends or moves does so here, in an order that all sessions
+    share; what is kept, whether the kernel is heard and what waits for it are objects of their own.
     """
 
     def __init__(
@@ -448,6 +451,10 @@ class Session:
 
     Away, it has sockets only while something is to come on them or to go: it rests when every request was answered.
     What a kernel says on iopub is its log's, and needs none.
+
+    Large, because a socket of the client and four of the kernel end and begin independently of each other, and each
+    combination has to be right for the others: to split them was to pass most of it between two classes. What is kept
+    for the client, what waits for the kernel and what that costs are objects of their own.
     """
 
     def __init__(self, relay: KernelRelay, session_id: str, identity: bytes, user: str) -> None:
@@ -603,7 +610,7 @@ class Session:
         """One of "away", "paused", "slow", "resuming" or "fine"."""
         if self.connection is None:
             return "away"
-        return "paused" if self._paused else self.downlink.lag.state or "fine"
+        return "paused" if self._paused else self.downlink.lag.state.name.lower()
 
     @property
     def connection(self) -> Connection | None:

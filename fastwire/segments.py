@@ -181,21 +181,23 @@ def pieces_of(entry: Entry, marks: Sequence[int], size: int) -> Iterator[Entry]:
         begin = place
 
 
-def packed(segment: Segment) -> bytes:
-    """A segment as it lies in a file: a table in JSON and its length, then the frames of each entry."""
+def packed(segment: Segment) -> bytearray:
+    """A segment as it lies in a file: a table in JSON and its length, then the frames of each entry. Once in memory,
+    not in pieces and then joined: what is put aside is what there is too much of."""
     assert segment.entries is not None
     table = []
-    frames = []
+    data = bytearray()
     for entry in segment.entries:
         # Of a copy: its frames would stay with a batch.
         batch = entry.batch
-        data = bytes(batch.part(0, len(batch)).frames(PROTOCOL_V1))
+        frames = bytes(batch.part(0, len(batch)).frames(PROTOCOL_V1))
         gap = entry.told if isinstance(entry, Gap) else None
         kind = (entry.audience, entry.momentary, entry.ours)
-        table.append([entry.first, entry.end, batch.channel, kind, gap, len(data)])
-        frames.append(data)
+        table.append([entry.first, entry.end, batch.channel, kind, gap, len(frames)])
+        data += frames
     head = json.dumps(table).encode()
-    return b"".join((len(head).to_bytes(4, "big"), head, *frames))
+    data[:0] = len(head).to_bytes(4, "big") + head
+    return data
 
 
 def unpacked(data: bytes) -> list[Entry]:

@@ -19,8 +19,9 @@ __all__ = ["ENDLESS", "SPILL_AT", "Log", "Shelf", "totals"]
 
 log = logging.getLogger(__name__)
 
-#: What is put aside in one go, and the part of all memory that it may be: it is there twice until it is written.
-JOB, JOB_AT = 8 * MIB, 32
+#: What is put aside in one go, and the part of a kernel's memory, and of that of more, that it may be: it is there
+#: twice until it is written.
+JOB, JOB_AT, JOB_OF_MORE_AT = 8 * MIB, 16, 32
 
 #: Segments are put aside from this part of a limit on: there is to be room left while the disk is at work.
 SPILL_AT = 2
@@ -62,13 +63,15 @@ class Shelf:
     """The part of a log that is on the disk, or on its way.
 
     A segment is written when memory is short, the oldest first; it is read when a cursor wants it, or to be stripped
-    where the disk is full: the oldest output goes first, and it lies there.
+    where the disk is full: the oldest output goes first, and it lies there. Sixteen attributes, because a disk can be
+    late, full, failed for now or for good, and each is told once.
     """
 
     def __init__(self, journal: Log, limits: Limits, budgets: Budgets, runner: Runner | None) -> None:
         self._journal = journal
         self._directory = limits.spill_dir
-        self._most = min(JOB, limits.client_memory_limit // 4, limits.total_memory_limit // JOB_AT)
+        more = min(limits.user_memory_limit, limits.total_memory_limit)
+        self._most = min(JOB, limits.client_memory_limit // JOB_AT, more // JOB_OF_MORE_AT)
         self._runner = runner
         self._file: SpillFile | None = None
         if runner is not None:
@@ -196,10 +199,10 @@ class Shelf:
         self._writes = True
         return partial(write_each, self._file, places)
 
-    def _place(self, segments: deque[Segment]) -> list[tuple[Segment, Record, bytes]]:
+    def _place(self, segments: deque[Segment]) -> list[tuple[Segment, Record, bytearray]]:
         """As many of the first as one job may write."""
         assert self._file is not None
-        places: list[tuple[Segment, Record, bytes]] = []
+        places: list[tuple[Segment, Record, bytearray]] = []
         size = 0
         while segments and size < self._most and not self._full:
             segment = segments.popleft()
@@ -340,7 +343,7 @@ class Shelf:
 
 
 def write_each(
-    file: SpillFile, places: list[tuple[Segment, Record, bytes]]
+    file: SpillFile, places: list[tuple[Segment, Record, bytearray]]
 ) -> tuple[list[tuple[Segment, Record]], int, OSError | None]:
     """In a thread: what was to be written, how much of it was, and why not the rest."""
     where = [(segment, record) for segment, record, _ in places]

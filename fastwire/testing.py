@@ -266,7 +266,7 @@ class Client:
     the pings by which a server asks what has been received (`acknowledges`).
 
     ``early`` bytes leave in one write with the handshake; ``deflate`` offers permessage-deflate and uses it.
-    ``receive_buffer``: bytes, for a client that is to stall soon.
+    ``receive_buffer``: bytes, for a client that is to stall soon. Many methods, because each is a verb of a test.
     """
 
     def __init__(

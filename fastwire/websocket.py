@@ -98,7 +98,8 @@ class Connection(WebSocketProtocol13):
     ``on_last_word`` is called once, when the first of the two sides has said its last.
 
     Its methods are what Tornado asks of a protocol, what it offers to the application, and what a `Conversation` says
-    to the application (`conversation.Application`); a line or two each, for the work is the conversation's.
+    to the application (`conversation.Application`); many, because it has these three callers; a line or two
+    each, for the work is the conversation's.
     """
 
     def __init__(

@@ -134,7 +134,10 @@ class Standby:
 class Link:
     """The connection of one channel. ``wake`` is called when there may be something to `drain`, when the kernel can be
     asked now, or when there is room for messages again; ``on_lost`` when a connection that was ready is not any more;
-    ``on_foreign`` when the kernel speaks something that is libzmq's."""
+    ``on_foreign`` when the kernel speaks something that is libzmq's.
+
+    Seventeen attributes, because a connection that is made anew has a timer for each thing that may not come, and three
+    to tell its channel."""
 
     def __init__(self, name: str, address: Address, identity: bytes | None, wake: Callable[[], None]) -> None:
         self.name = name

@@ -292,8 +292,9 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Source.pass_to": [passing(), passing(message("execute_reply", "answer"), message("inspect_reply", "another"))],
     "trim_memory": pure(_core.trim_memory),
     "memory_beside_logs": pure(lambda: _core.memory_beside_logs() >= 0),
+    "ZmtpStream.charge": pure(lambda: _core.ZmtpStream("SUB").charge(_core.Budget(1))),
     "limit_histories": pure(lambda: _core.limit_histories(8 << 20)),
-    "limit_standby": pure(lambda: _core.limit_standby(512 << 20)),
+    "limit_standby": pure(lambda: _core.limit_standby(1 << 62)),
 }
 
 #: For the tests: they are called with memory.

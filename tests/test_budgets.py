@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from journal_stage import MIB, Client, Disk, all_of, batch_of, changed, line, other, say
 
-from fastwire.budgets import LEAST_MARK, QUEUES, Budget, Budgets
+from fastwire.budgets import LEAST_MARK, QUEUES, Budget, Budgets, Memory
 from fastwire.flow import KIB, Limits
 from fastwire.journal import Journal
 
@@ -81,25 +81,32 @@ def test_what_waits_in_sockets_is_a_part_of_the_limit() -> None:
     assert LEAST_MARK >= 8 * KIB
 
 
-def test_others_have_what_logs_leave_of_half() -> None:
-    """They are told when it has changed by a part, and always have something."""
-    told: list[int] = []
-    limit = 64 * MIB
-    total = Budgets(Limits(total_memory_limit=limit), told.append).total
-
-    def take(nbytes: int) -> None:
-        total.take(nbytes)
-        total.look()
-
-    assert told == [limit // 2]
-    take(KIB)
-    assert len(told) == 1
-    take(8 * MIB)
-    assert told[-1] == total.limit // 2 - total.used
-    take(2 * limit)
-    assert told[-1] == limit // 32
-    take(-total.used)
-    assert told[-1] == total.limit // 2
+def test_what_is_in_no_log_is_a_part_of_each_limit() -> None:
+    """As large as the part of all logs that lies there; of one kernel and of a user, too, and of whoever it is then."""
+    beside = 0
+    limits = Limits(total_memory_limit=64 * MIB, user_memory_limit=32 * MIB)
+    budgets = Budgets(limits, lambda: beside)
+    ann, bob = budgets.of("ann"), budgets.of("bob")
+    kernel, other = Memory(16 * MIB, ann), Memory(16 * MIB, bob)
+    kernel.take(6 * MIB)
+    other.take(2 * MIB)
+    kernel.look()
+    assert (kernel.limit, ann.limit) == (16 * MIB, 28 * MIB)
+    beside = 12 * MIB
+    kernel.look()
+    assert (kernel.limit, ann.limit) == (16 * MIB - 9 * MIB, 32 * MIB - 9 * MIB)
+    other.look()
+    assert (other.limit, bob.limit) == (16 * MIB - 3 * MIB, 28 * MIB)
+    kernel.move(bob)
+    kernel.look()
+    assert bob.limit == 32 * MIB - 12 * MIB
+    beside = 100 * MIB
+    kernel.look()
+    assert (kernel.limit, kernel.most, bob.limit, bob.most) == (4 * MIB, 16 * MIB, 8 * MIB, 28 * MIB)
+    other.take(-2 * MIB)
+    kernel.take(-6 * MIB)
+    kernel.look()
+    assert (kernel.limit, bob.limit) == (16 * MIB, 28 * MIB)
 
 
 def test_logs_have_what_others_leave() -> None:

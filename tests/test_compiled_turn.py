@@ -149,7 +149,7 @@ def nothing_is_taken_aside() -> Iterator[None]:
     """By the standby reader, from connections that a loop which stands still does not read."""
     _core.limit_standby(0)
     yield
-    _core.limit_standby(512 << 20)
+    _core.limit_standby(1 << 62)
 
 
 @pytest.mark.usefixtures("nothing_is_taken_aside")

@@ -1,6 +1,7 @@
 """The examples of docs/use.md that need more than a moment run as they stand. That of Kernel Gateway is run where
 Kernel Gateway is tested."""
 
+import ast
 import asyncio
 import json
 import re
@@ -229,11 +230,42 @@ def test_every_extra_that_is_installed_exists() -> None:
 
 
 def test_every_behaviour_names_a_test_that_exists() -> None:
-    rows = [line for line in (ROOT / "docs" / "jupyter.md").read_text().splitlines() if line.startswith("| ")]
-    rows = [row for row in rows if not row.startswith("| ---") and not row.endswith("| test |")]
+    rows = rows_of("jupyter.md")
     assert len(rows) > 40
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for row in rows:
-        named = re.findall(r"`(test_\w+)`", row.split("|")[2])
-        assert named, row
-        assert [name for name in named if f"def {name}(" not in tests] == []
+        assert named_in(row.split("|")[2]), row
+
+
+def test_every_fault_and_every_loss_names_a_test_that_exists() -> None:
+    rows = [row for row in rows_of("reliability.md") if len(row.split("|")) == 5]
+    assert len(rows) > 100
+    for row in rows:
+        assert named_in(row.split("|")[3]), row
+
+
+def rows_of(page: str) -> list[str]:
+    """Of its tables."""
+    rows = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("| ")]
+    return [row for row in rows if not row.startswith("| ---") and not row.endswith("| test |")]
+
+
+def named_in(cell: str) -> list[str]:
+    """The tests, each of which exists: a function, or a state machine."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+|Test\w+)`", cell)
+    missing = [name for name in named if not re.search(rf"^ *(?:(?:async )?def {name}\(|{name} = )", tests, re.M)]
+    assert missing == []
+    return named
+
+
+def test_each_way_in_which_a_client_is_given_up_is_told_of() -> None:
+    """The reasons that closes of a relay give, and those of what it buries."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    tree = ast.parse((ROOT / "fastwire" / "relay.py").read_text())
+    reasons = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="_give_up" | "close"), args=[_, ast.Constant(str(reason))]):
+                reasons.add(reason)
+    assert len(reasons) >= 5
+    assert [reason for reason in reasons if f'"{reason}"' not in page] == []

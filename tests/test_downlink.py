@@ -16,10 +16,25 @@ from wsclient import PATIENCE
 
 from fastwire import _core
 from fastwire._core import Batch
-from fastwire.downlink import Changes
+from fastwire.downlink import TRANSITIONS, Changes, Event, Lag, State
 from fastwire.notices import local_batch
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
+
+
+def test_how_far_a_client_is_behind_has_the_states_of_the_table() -> None:
+    reached = {State.FINE}
+    while more := {TRANSITIONS.get((state, event), state) for state in reached for event in Event} - reached:
+        reached |= more
+    assert reached == set(State)
+    for state in State:
+        for event in Event:
+            lag = Lag(1.0, lambda: None)
+            lag.state = state
+            lag.happens(event)
+            assert lag.state is TRANSITIONS.get((state, event), state)
+            lag.ends()
+            assert lag.state is State.FINE, "wherever it was, whoever has everything is fine"
 
 
 def test_a_hook_changes_what_one_client_gets(stage: Stage, kernel: Kernel) -> None:

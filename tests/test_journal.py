@@ -73,9 +73,20 @@ class Logs(RuleBasedStateMachine):
         user=st.sampled_from([LIMIT // 4, PLENTY]),
         total=st.sampled_from([LIMIT // 2, PLENTY]),
         user_spill=st.sampled_from([30 * KIB, PLENTY]),
+        total_spill=st.sampled_from([40 * KIB, PLENTY]),
         history=st.sampled_from([0, 10 * KIB, PLENTY]),
     )
-    def begin(self, merge: bool, spill: int, limit: int, user: int, total: int, user_spill: int, history: int) -> None:
+    def begin(
+        self,
+        merge: bool,
+        spill: int,
+        limit: int,
+        user: int,
+        total: int,
+        user_spill: int,
+        total_spill: int,
+        history: int,
+    ) -> None:
         self.limits = Limits(
             client_memory_limit=limit,
             user_memory_limit=user,
@@ -85,6 +96,7 @@ class Logs(RuleBasedStateMachine):
             spill_dir=self.directory.name,
             client_spill_limit=spill,
             user_spill_limit=user_spill,
+            total_spill_limit=total_spill,
             spill_keep_free=0,
             history_limit=history,
         )
@@ -277,6 +289,8 @@ class Logs(RuleBasedStateMachine):
         for log in self.logs:
             assert log.shelf.nbytes <= self.limits.client_spill_limit
             assert log.history <= self.limits.history_limit
+        if self.logs:
+            assert self.budgets.disk.used <= self.limits.total_spill_limit
 
     def teardown(self) -> None:
         """Sockets that take everything get exactly what was missing; then nothing is left."""

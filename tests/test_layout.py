@@ -242,6 +242,53 @@ def test_benchmarks_mirror_the_rooms() -> None:
     assert names <= {room.strip("_") for room in ROOMS}
 
 
+#: Of a class. Beyond, its docstring says why: "because".
+MOST_METHODS, MOST_ATTRIBUTES = 25, 15
+
+
+def sizes(node: ast.ClassDef) -> tuple[int, int]:
+    """The methods of a class, properties among them, and the attributes that it or its methods set."""
+    functions = [each for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
+    methods = {each.name for each in functions}
+    fields = {
+        each.target.id for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    }
+    for each in chain(*map(ast.walk, functions)):
+        match each:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                fields.add(name)
+    return len(methods), len(fields - methods)
+
+
+def test_classes_are_measured() -> None:
+    source = """
+class One:
+    field: int
+    LIMIT = 1
+    def __init__(self):
+        self.field, self.other = 1, 2
+        self.other.deep = self.what
+        def inner(): self.inner += 1
+    async def method(self): pass
+    @property
+    def both(self): pass
+    @both.setter
+    def both(self, value): self.both = value
+"""
+    (node,) = ast.parse(source).body
+    assert isinstance(node, ast.ClassDef)
+    assert sizes(node) == (3, 3)
+
+
+@pytest.mark.parametrize("path", [path for path in PYTHON if path.suffix == ".py"], ids=lambda path: path.name)
+def test_a_class_is_small_or_says_why_not(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            methods, attributes = sizes(node)
+            if methods > MOST_METHODS or attributes > MOST_ATTRIBUTES:
+                assert "because" in (ast.get_docstring(node) or ""), (node.name, methods, attributes)
+
+
 # -- the dependencies ------------------------------------------------------------------------------
 
 

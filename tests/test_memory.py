@@ -105,17 +105,29 @@ def measured(
             return memory.growth, kernels_of(server)
 
 
-BY_NIGHT = ((1, 40, 64), (40, 1, 32), (40, 1, 64), (10, 4, 16))
+#: Limits of one kernel are those of one; a user's and the total are of several, too.
+BY_NIGHT = (
+    *(("client", 1, 40, limit) for limit in (16, 32, 64)),
+    *((whose, 1, 40, limit) for whose in ("user", "total") for limit in (32, 64)),
+    *((whose, 40, 1, limit) for whose in ("user", "total") for limit in (32, 64)),
+    ("user", 1, 40, 16),
+    ("total", 10, 4, 16),
+)
 
 
 @pytest.mark.parametrize(
-    ("kernels", "stalled", "limit"),
-    [(1, 40, 16), (40, 1, 16), *(pytest.param(*each, marks=pytest.mark.nightly) for each in BY_NIGHT)],
+    ("whose", "kernels", "stalled", "limit"),
+    [
+        ("total", 1, 40, 16),
+        ("user", 40, 1, 16),
+        pytest.param("total", 40, 1, 16, marks=pytest.mark.nightly),
+        *(pytest.param(*each, marks=pytest.mark.nightly) for each in BY_NIGHT),
+    ],
 )
 def test_stalled_clients_cost_no_more_memory_than_they_may(
-    tmp_path: Path, kernels: int, stalled: int, limit: int
+    tmp_path: Path, whose: str, kernels: int, stalled: int, limit: int
 ) -> None:
-    growth, after = measured(tmp_path, kernels, stalled, limit * MIB)
+    growth, after = measured(tmp_path, kernels, stalled, limit * MIB, whose=whose)
     assert growth < SHARE * limit * MIB, f"{growth / MIB:.1f} MiB"
     assert all(each["spilled_bytes"] for each in after), "nobody was given up for that"
     assert sum(each["spilled_bytes"] for each in after) > limit * MIB, "and what is too much for memory waits"

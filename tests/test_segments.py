@@ -50,7 +50,7 @@ def a_segment() -> Segment:
 
 def test_what_lies_in_a_file_is_read_as_it_was() -> None:
     segment = a_segment()
-    entries = unpacked(packed(segment))
+    entries = unpacked(bytes(packed(segment)))
     assert segment.entries is not None
     for before, after in zip(segment.entries, entries, strict=True):
         for name in ("first", "end", "audience", "momentary", "ours"):
@@ -71,7 +71,7 @@ def test_a_file_that_is_damaged(damage: bytes) -> None:
         unpacked(damage)
 
 
-WHOLE = packed(a_segment())
+WHOLE = bytes(packed(a_segment()))
 
 #: Octets of it that become others, where it is cut, and what comes behind.
 DAMAGES = st.tuples(

@@ -26,8 +26,11 @@ from relay_stage import Client, Kernel, Stage, until
 
 from fastwire import _core, zmtp
 from fastwire._core import Batch, Signer, Uplink, ZmtpStream
+from fastwire.budgets import Budgets
 from fastwire.channels import ZmtpChannel
+from fastwire.flow import KIB, MIB, Limits
 from fastwire.hearing import Event
+from fastwire.journal import Journal
 from fastwire.zmtp import Address, Link
 
 pytest_plugins = "relay_stage"  # the fixture `stage`
@@ -778,11 +781,46 @@ def test_what_is_taken_aside_has_a_bound(context: zmq.Context) -> None:
             assert stream.taken_aside
             assert os.read(told, 10) == b"\0"
         finally:
-            _core.limit_standby(512 << 20)
+            _core.limit_standby(1 << 62)
             stream.close()
             assert not stream.taken_aside
             os.close(told)
             os.close(tell)
+
+
+def test_what_is_taken_aside_for_one_user_has_a_bound_of_its_own() -> None:
+    """Which a kernel takes with it to the next: what it says to another's clients counts there."""
+    limits = Limits(total_memory_limit=64 * MIB, user_memory_limit=MIB)
+    budgets = Budgets(limits)
+    ann, bob = budgets.of("ann"), budgets.of("bob")
+    logs = [Journal(limits, budgets) for _ in range(2)]
+    streams = [_core.ZmtpStream("SUB") for _ in logs]
+    told, tell = os.pipe()
+    pairs = [socket.socketpair() for _ in logs]
+    try:
+        for journal, user, stream, (ours, theirs) in zip(logs, (ann, bob), streams, pairs, strict=True):
+            journal.charge_to(user)
+            stream.charge(journal.budget)
+            theirs.settimeout(1)
+            stream.attach(ours.fileno(), tell)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    theirs.send(bytes(100_000))
+        for user in (ann, bob):
+            assert 512 * KIB < user.aside <= MIB * 3 // 4
+        assert budgets.total.aside == ann.aside + bob.aside
+        both = ann.aside + bob.aside
+        logs[0].charge_to(bob)
+        assert (ann.aside, bob.aside, budgets.total.aside) == (0, both, both)
+    finally:
+        for stream in streams:
+            stream.close()
+        for end in (told, tell):
+            os.close(end)
+        for ours, theirs in pairs:
+            ours.close()
+            theirs.close()
+    assert ann.aside == bob.aside == budgets.total.aside == 0
 
 
 def test_the_end_is_told_by_who_stands_by() -> None:

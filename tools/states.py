@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 
-from fastwire import closing, hearing, segments
+from fastwire import closing, downlink, hearing, segments
 
 PAGE = Path(__file__).parents[1] / "docs" / "states.md"
 
@@ -38,8 +38,15 @@ SEGMENTS = """\
 A kernel's log is a chain of segments of about 1 MiB, each in memory, on a disk, or on its way (`fastwire/segments.py`).
 """
 
+LAG = """\
+## How far a client is behind
+
+As the live page and the metrics call it (`fastwire/downlink.py`).
+"""
+
 
 def page() -> str:
+    lags = [(before.name, after.name, event.name) for (before, event), after in downlink.TRANSITIONS.items()]
     ends = [(before.name, after.name, happened.name) for (before, happened), after in closing.TRANSITIONS.items()]
     hears = [
         (before.name, after.name, event.name)
@@ -78,6 +85,10 @@ def page() -> str:
             SEGMENTS,
             picture(moves, [segments.State.FREED.name]),
             meanings("state", segments.State),
+            LAG,
+            picture(lags, []),
+            meanings("state", downlink.State),
+            meanings("event", downlink.Event),
         )
     )
 

@@ -31,7 +31,15 @@ cdef extern from "core/standby.h" nogil:
     int fw_aside_watch(fw_aside *a, int fd, int tell)
     void fw_aside_leave(fw_aside *a)
     ssize_t fw_aside_recv(fw_aside *a, int fd, void *buffer, size_t size)
-    size_t fw_aside_held(fw_aside *a)
+    bint fw_aside_has(fw_aside *a)
+    ctypedef struct fw_purse:
+        pass
+    fw_purse *fw_purse_new()
+    void fw_purse_release(fw_purse *purse)
+    void fw_purse_set_limit(fw_purse *purse, size_t limit)
+    size_t fw_purse_held(fw_purse *purse)
+    void fw_purse_move(fw_purse *purse, fw_purse *whole)
+    void fw_aside_charge(fw_aside *a, fw_purse *purse)
     void fw_standby_set_limit(size_t limit)
     uint64_t fw_standby_taken()
     size_t fw_standby_held()

@@ -22,16 +22,42 @@ cdef class Budget:
     cdef public Py_ssize_t limit
     cdef public Py_ssize_t used
     cdef public Py_ssize_t freed        # in all, since somebody set it to 0
-    cdef public Budget whole
+    cdef readonly Budget whole
     cdef readonly Py_ssize_t kept       # of these, what everybody has: it goes first
     cdef readonly set logs
     cdef readonly set histories         # the logs that keep what everybody has
+    cdef fw_purse *purse                # what the standby reader takes
+
+    def __cinit__(self, *args, **options):
+        self.purse = fw_purse_new()
+        if self.purse == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        if self.purse != NULL:
+            fw_purse_release(self.purse)
 
     def __init__(self, Py_ssize_t limit, Budget whole=None):
         self.limit = limit
-        self.whole = whole
         self.logs = set()
         self.histories = set()
+        if whole is not None:
+            self.move(whole)
+
+    def move(self, Budget whole not None):
+        if self.whole is not whole:
+            if self.whole is not None:
+                self.whole.add(-self.used, -self.kept)
+            self.whole = whole
+            whole.add(self.used, self.kept)
+            fw_purse_move(self.purse, whole.purse)
+
+    @property
+    def aside(self):
+        return fw_purse_held(self.purse)
+
+    def limit_aside(self, size_t limit):
+        fw_purse_set_limit(self.purse, limit)
 
     def take(self, Py_ssize_t nbytes, Py_ssize_t kept=0):
         self.add(nbytes, kept)

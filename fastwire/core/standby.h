@@ -11,8 +11,9 @@
  *   (`fw_aside`), and tells the loop by an octet in a pipe: the descriptor need not be readable any more.
  * - Whoever drains the connection is given that first (`fw_aside_recv`). A lock for each connection keeps the two from
  *   reading at once; no Python runs under it, and the thread takes no other but the registry's, which comes first.
- * - All of it together has a bound. At it the thread leaves the bytes where they are: in the system's buffers, then with the
- *   kernel, whose PUB socket drops.
+ * - What it takes has bounds, of all together and of what each connection belongs to (`fw_purse`). At one the thread leaves
+ *   the bytes where they are: in the system's buffers, then with the kernel, whose PUB socket drops.
+ * - It is in pages of its own, which the system has back as they are drained: what the C library keeps counts for nobody.
  *
  * poll() keeps a file open that was closed meanwhile: who takes a connection off the registry wakes the thread before. */
 #ifndef FW_STANDBY_H
@@ -26,6 +27,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -34,13 +36,32 @@
 #define FW_PATIENCE 20000000u   /* ns without a drain */
 #define FW_PAUSE 50000000u      /* ns between looks while the loop keeps up */
 #define FW_ASIDE_STEP 1048576u  /* bytes of one connection before the next has its turn */
-#define FW_ASIDE_LEAST 65536u
+#define FW_CHUNK 65536u         /* bytes of memory, its head among them */
+#define FW_LEAST_ROOM 4096u     /* bytes of a chunk that another recv is worth */
+
+#ifndef MAP_ANONYMOUS
+#define MAP_ANONYMOUS MAP_ANON
+#endif
+
+typedef struct fw_chunk {
+    struct fw_chunk *next;
+    uint32_t start, end;
+    char data[FW_CHUNK - sizeof(void *) - 2 * sizeof(uint32_t)];
+} fw_chunk;
+
+/* What may be taken for somebody, and was: bytes of memory that are a part of what a larger ``whole`` may have. Who it is a
+ * part of changes with the registry's lock only, in the thread of the loop that drains its connections; so do its owners. */
+typedef struct fw_purse {
+    size_t limit, held;         /* atomic */
+    size_t owners;
+    struct fw_purse *whole;
+} fw_purse;
 
 typedef struct fw_aside {
     int fd, tell;               /* of the connection; of the pipe that wakes its loop */
     int ended, error, told;
-    char *data;
-    size_t size, start, end;
+    fw_chunk *first, *last;
+    fw_purse *purse;
     uint64_t drained;           /* when, in ns */
     pthread_mutex_t lock;
     struct fw_aside *next, *before;
@@ -52,9 +73,9 @@ static struct {
     size_t count;
     pid_t pid;                  /* in which the thread runs */
     int wake[2];
-    size_t limit, held;         /* bytes of memory, of all together; atomic */
+    fw_purse all;
     uint64_t taken;             /* bytes since the process began; atomic */
-} fw_standby = {PTHREAD_MUTEX_INITIALIZER, NULL, 0, 0, {-1, -1}, 512u << 20, 0, 0};
+} fw_standby = {PTHREAD_MUTEX_INITIALIZER, NULL, 0, 0, {-1, -1}, {SIZE_MAX, 0, 1, NULL}, 0};
 
 static uint64_t fw_now(void) {
     struct timespec t;
@@ -62,53 +83,120 @@ static uint64_t fw_now(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+/* -- purses -- */
+
+/* With the registry's lock held. */
+static void fw_purse_drop(fw_purse *purse) {
+    fw_purse *whole;
+    for (; purse && --purse->owners == 0; purse = whole) {
+        whole = purse->whole;
+        free(purse);
+    }
+}
+
+static void fw_purse_release(fw_purse *purse) {
+    pthread_mutex_lock(&fw_standby.lock);
+    fw_purse_drop(purse);
+    pthread_mutex_unlock(&fw_standby.lock);
+}
+
+/* Has no limit of its own at first. NULL without memory. */
+static fw_purse *fw_purse_new(void) {
+    fw_purse *purse = (fw_purse *)calloc(1, sizeof *purse);
+    if (!purse) return NULL;
+    purse->limit = SIZE_MAX, purse->owners = 1, purse->whole = &fw_standby.all;
+    pthread_mutex_lock(&fw_standby.lock);
+    purse->whole->owners++;
+    pthread_mutex_unlock(&fw_standby.lock);
+    return purse;
+}
+
+static void fw_purse_set_limit(fw_purse *purse, size_t limit) { __atomic_store_n(&purse->limit, limit, __ATOMIC_RELAXED); }
+
+static size_t fw_purse_held(fw_purse *purse) { return __atomic_load_n(&purse->held, __ATOMIC_RELAXED); }
+
+/* ``more`` or, wrapped round, less. */
+static void fw_purse_add(fw_purse *purse, size_t more) {
+    for (; purse; purse = purse->whole) __atomic_add_fetch(&purse->held, more, __ATOMIC_RELAXED);
+}
+
+static int fw_purse_has_room(fw_purse *purse, size_t more) {
+    for (; purse; purse = purse->whole) {
+        if (fw_purse_held(purse) + more > __atomic_load_n(&purse->limit, __ATOMIC_RELAXED)) return 0;
+    }
+    return 1;
+}
+
+/* Be a part of another from now on. */
+static void fw_purse_move(fw_purse *purse, fw_purse *whole) {
+    pthread_mutex_lock(&fw_standby.lock);
+    whole->owners++;
+    fw_purse_add(purse->whole, -fw_purse_held(purse));
+    fw_purse_drop(purse->whole);
+    purse->whole = whole;
+    fw_purse_add(whole, fw_purse_held(purse));
+    pthread_mutex_unlock(&fw_standby.lock);
+}
+
+/* -- what was taken off one connection -- */
+
 static void fw_aside_init(fw_aside *a) {
     memset(a, 0, sizeof *a);
     a->fd = a->tell = -1;
     pthread_mutex_init(&a->lock, NULL);
+    pthread_mutex_lock(&fw_standby.lock);
+    a->purse = &fw_standby.all;
+    a->purse->owners++;
+    pthread_mutex_unlock(&fw_standby.lock);
 }
 
-/* With the lock held. */
+/* With the lock held, as those that follow. The first chunk goes. */
+static void fw_aside_drop(fw_aside *a) {
+    fw_chunk *chunk = a->first;
+    a->first = chunk->next;
+    if (!a->first) a->last = NULL;
+    munmap(chunk, FW_CHUNK);
+    fw_purse_add(a->purse, -(size_t)FW_CHUNK);
+}
+
+static int fw_aside_is_empty(fw_aside *a) { return !a->first || (a->first == a->last && a->first->start == a->first->end); }
+
 static void fw_aside_empty(fw_aside *a) {
-    __atomic_sub_fetch(&fw_standby.held, a->size, __ATOMIC_RELAXED);
-    free(a->data);
-    a->data = NULL;
-    a->size = a->start = a->end = 0;
+    while (a->first) fw_aside_drop(a);
 }
 
 /* -- of the thread -- */
 
-/* Room for one more read, or 0 at the bound or without memory. With the lock held. */
-static size_t fw_aside_room(fw_aside *a) {
-    size_t size = a->size ? a->size * 2 : FW_ASIDE_LEAST;
-    char *data;
-    if (a->size - a->end >= FW_ASIDE_LEAST / 2) return a->size - a->end;
-    if (__atomic_load_n(&fw_standby.held, __ATOMIC_RELAXED) + size - a->size >
-        __atomic_load_n(&fw_standby.limit, __ATOMIC_RELAXED))
-        return 0;
-    data = (char *)realloc(a->data, size);
-    if (!data) return 0;
-    __atomic_add_fetch(&fw_standby.held, size - a->size, __ATOMIC_RELAXED);
-    a->data = data, a->size = size;
-    return a->size - a->end;
+/* A chunk with room for one more read; NULL at a bound or without memory. */
+static fw_chunk *fw_aside_room(fw_aside *a) {
+    fw_chunk *chunk = a->last;
+    if (chunk && sizeof chunk->data - chunk->end >= FW_LEAST_ROOM) return chunk;
+    if (!fw_purse_has_room(a->purse, FW_CHUNK)) return NULL;
+    chunk = (fw_chunk *)mmap(NULL, FW_CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (chunk == MAP_FAILED) return NULL;
+    fw_purse_add(a->purse, FW_CHUNK);
+    if (a->last) a->last->next = chunk;
+    else a->first = chunk;
+    return a->last = chunk;
 }
 
 /* Takes what is there; whether anything was. */
 static int fw_aside_take(fw_aside *a) {
-    size_t taken = 0, room;
+    size_t taken = 0;
     ssize_t n = 1;
+    fw_chunk *chunk;
     pthread_mutex_lock(&a->lock);
-    while (!a->ended && n > 0 && taken < FW_ASIDE_STEP && fw_now() - a->drained >= FW_PATIENCE && (room = fw_aside_room(a))) {
-        n = recv(a->fd, a->data + a->end, room, MSG_DONTWAIT);
+    while (!a->ended && n > 0 && taken < FW_ASIDE_STEP && fw_now() - a->drained >= FW_PATIENCE && (chunk = fw_aside_room(a))) {
+        n = recv(a->fd, chunk->data + chunk->end, sizeof chunk->data - chunk->end, MSG_DONTWAIT);
         if (n > 0) {
-            a->end += (size_t)n;
+            chunk->end += (uint32_t)n;
             taken += (size_t)n;
         } else if (n == 0 || (errno != EAGAIN && errno != EINTR && errno != ENOBUFS && errno != ENOMEM)) {
             a->ended = 1;
             a->error = n ? errno : 0;
         }
     }
-    if (a->data && a->start == a->end) fw_aside_empty(a);
+    if (fw_aside_is_empty(a)) fw_aside_empty(a);
     if ((taken || a->ended) && !a->told && a->tell >= 0) a->told = write(a->tell, "", 1) >= 0;
     pthread_mutex_unlock(&a->lock);
     __atomic_add_fetch(&fw_standby.taken, taken, __ATOMIC_RELAXED);
@@ -214,9 +302,9 @@ static void fw_standby_wake(void) {
 
 /* -- of the loop's thread -- */
 
-static void fw_standby_set_limit(size_t limit) { __atomic_store_n(&fw_standby.limit, limit, __ATOMIC_RELAXED); }
+static void fw_standby_set_limit(size_t limit) { fw_purse_set_limit(&fw_standby.all, limit); }
 
-static size_t fw_standby_held(void) { return __atomic_load_n(&fw_standby.held, __ATOMIC_RELAXED); }
+static size_t fw_standby_held(void) { return fw_purse_held(&fw_standby.all); }
 
 static uint64_t fw_standby_taken(void) { return __atomic_load_n(&fw_standby.taken, __ATOMIC_RELAXED); }
 
@@ -255,17 +343,38 @@ static void fw_aside_leave(fw_aside *a) {
 
 static void fw_aside_destroy(fw_aside *a) {
     fw_aside_leave(a);
+    fw_purse_release(a->purse);
     pthread_mutex_destroy(&a->lock);
+}
+
+/* What is taken of it counts there. */
+static void fw_aside_charge(fw_aside *a, fw_purse *purse) {
+    size_t held = 0;
+    fw_chunk *chunk;
+    pthread_mutex_lock(&fw_standby.lock);
+    pthread_mutex_lock(&a->lock);
+    for (chunk = a->first; chunk; chunk = chunk->next) held += FW_CHUNK;
+    purse->owners++;
+    fw_purse_add(a->purse, -held);
+    fw_purse_drop(a->purse);
+    a->purse = purse;
+    fw_purse_add(purse, held);
+    pthread_mutex_unlock(&a->lock);
+    pthread_mutex_unlock(&fw_standby.lock);
 }
 
 /* What was taken; with the lock held. */
 static size_t fw_aside_give(fw_aside *a, void *buffer, size_t size) {
-    size_t n = a->end - a->start < size ? a->end - a->start : size;
-    if (!n) return 0;
-    memcpy(buffer, a->data + a->start, n);
-    a->start += n;
-    if (a->start == a->end) fw_aside_empty(a);
-    return n;
+    size_t given = 0, n;
+    while (a->first && given < size) {
+        n = a->first->end - a->first->start;
+        n = n < size - given ? n : size - given;
+        memcpy((char *)buffer + given, a->first->data + a->first->start, n);
+        a->first->start += (uint32_t)n;
+        given += n;
+        if (a->first->start == a->first->end) fw_aside_drop(a);
+    }
+    return given;
 }
 
 /* As recv: first what was taken, and behind it what is there. Fewer bytes than ``size`` are all there were. */
@@ -289,12 +398,13 @@ static ssize_t fw_aside_recv(fw_aside *a, int fd, void *buffer, size_t size) {
     return given && n < 0 ? (ssize_t)given : n + (ssize_t)given;
 }
 
-static size_t fw_aside_held(fw_aside *a) {
-    size_t held;
+/* Something to receive, be it the end. */
+static int fw_aside_has(fw_aside *a) {
+    int has;
     pthread_mutex_lock(&a->lock);
-    held = a->end - a->start + (size_t)a->ended;
+    has = !fw_aside_is_empty(a) || a->ended;
     pthread_mutex_unlock(&a->lock);
-    return held;
+    return has;
 }
 
 #endif

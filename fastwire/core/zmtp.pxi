@@ -135,6 +135,9 @@ cdef inline bint is_spelled(const uint8_t *p, size_t length, bytes name) noexcep
     return True
 
 
+cdef class Budget
+
+
 @cython.final
 cdef class ZmtpStream:
     cdef readonly str socket_type
@@ -212,6 +215,9 @@ cdef class ZmtpStream:
             problem = fw_aside_watch(&self.aside, fd, tell)
             if problem:
                 raise OSError(problem, os.strerror(problem))
+
+    cpdef charge(self, Budget budget):
+        fw_aside_charge(&self.aside, budget.purse)
 
     def detach(self):
         fw_aside_leave(&self.aside)
@@ -722,7 +728,7 @@ cdef class ZmtpStream:
 
     @property
     def taken_aside(self):
-        return fw_aside_held(&self.aside) > 0
+        return fw_aside_has(&self.aside)
 
     @property
     def memory(self):
