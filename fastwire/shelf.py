@@ -44,8 +44,9 @@ class Log(Protocol):
     """What a shelf knows of the log that it belongs to."""
 
     front: Segment
-    budget: Budget
 
+    @property
+    def budget(self) -> Budget: ...
     @property
     def cursors(self) -> Mapping[int, Any]: ...
     @property

@@ -95,6 +95,7 @@ def test_what_lies_on_the_disk_has_a_limit(
     LOGS.extend((client.journal, disk) for client in clients)
     for client in clients:
         client.lose_socket()
+    most_used = 0
     for number in range(1000):
         for client in clients:
             say(client.journal, batch_of(line(number, 500)))
@@ -102,7 +103,8 @@ def test_what_lies_on_the_disk_has_a_limit(
                 pass
         on_disk = [client.journal.shelf.nbytes for client in clients]
         assert all(sum(on_disk[each] for each in together) <= 100 * KIB for together in most), (number, on_disk)
-    assert sum(on_disk) > 80 * KIB * len(most), "it is used"
+        most_used = max(most_used, sum(on_disk))
+    assert most_used > 80 * KIB * len(most), "it is used"
     assert totals["dropped"] > 0
     assert caplog.text.count("the limit of what may be put aside is reached") <= len(clients), "not each time"
     for client in clients:
