@@ -453,8 +453,8 @@ class Session:
     What a kernel says on iopub is its log's, and needs none.
 
     Large, because a socket of the client and four of the kernel end and begin independently of each other, and each
-    combination has to be right for the others: to split them was to pass most of it between two classes. What is kept
-    for the client, what waits for the kernel and what that costs are objects of their own.
+    combination has to be right for the others. What is kept for the client, what waits for the kernel and what that
+    costs are objects of their own.
     """
 
     def __init__(self, relay: KernelRelay, session_id: str, identity: bytes, user: str) -> None:

@@ -6,6 +6,3 @@ c = get_config()  # noqa: F821 - JupyterHub has it there
 c.ConfigurableHTTPProxy.should_start = False
 c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:8001"
 c.JupyterHub.cleanup_proxy = False
-
-# What cells say is kept for pages that are reloaded, 2 MiB for each kernel.
-c.Spawner.args = ["--Fastwire.history_limit=2097152"]
