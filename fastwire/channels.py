@@ -50,6 +50,8 @@ class Channel:
     were refused. ``before`` and ``after`` frame each wake-up; as long as ``before`` returns that something else has to
     come first, nothing is received, for ``patience`` turns at most. However fast the kernel sends, no turn receives
     more than a budget: ``most_bytes`` are asked for each time.
+
+    It has more attributes than most, because whose turn it is and what its messages go to is told by its owner.
     """
 
     #: Who speaks to the kernel: "zmtp" is this process itself.

@@ -252,6 +252,8 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Marks": pure(Marks, lambda it: it.turn),
     "Budget": pure(lambda: Budget(10), lambda it: it.used),
     "Budget.take": pure(lambda: Budget(10, Budget(20)).take(3)),
+    "Budget.move": pure(lambda: Budget(10, Budget(20)).move(Budget(30))),
+    "Budget.limit_aside": pure(lambda: Budget(10).limit_aside(3)),
     "KernelTraffic": pure(KernelTraffic, lambda it: it.messages),
     "LogEntry": pure(lambda: LogEntry(0, 2, two()), len),
     "LogEntry.part": pure(lambda: len(LogEntry(0, 2, two()).part(1, 2))),
