@@ -185,17 +185,21 @@ class FastwireGatewayConnection(GatewayWebSocketConnection):
             return
         front.label = (self.kernel_id or "", self.websocket_handler.get_argument("session_id", ""))
         front.on_alive = partial(handler.on_pong, b"")  # jupyter_server's own keepalive looks at pongs
-        Pair(front, server, self._limits)
+        Pair(front, server, self._limits, self._stop_pinging)
 
     # -- closing --
 
     def disconnect(self) -> None:  # type: ignore[override]
         """The client's WebSocket is gone; its pair knows."""
+        self._stop_pinging()
+        if self._server is not None:
+            self._server.drop()
+
+    def _stop_pinging(self) -> None:
+        """jupyter_server's keepalive raises where the WebSocket is closing."""
         handler: Any = self.websocket_handler
         if handler.ping_callback is not None:
             handler.ping_callback.stop()
-        if self._server is not None:
-            self._server.drop()
 
     @classmethod
     async def close_all(cls) -> None:

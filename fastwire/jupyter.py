@@ -358,6 +358,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         has_id = bool(self.websocket_handler.get_argument("session_id", None))
         # jupyter_server's own keepalive looks at pongs.
         connection.on_alive = partial(self.websocket_handler.on_pong, b"")
+        connection.on_last_word = self._stop_pinging
         session.attach(
             connection,
             self._protocol,
@@ -418,7 +419,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             buffer["user"] = self.user
 
     def _stop_pinging(self) -> None:
-        """jupyter_server's keepalive finds out when it is time for a ping, and holds the handler until then."""
+        """jupyter_server's keepalive finds out when it is time for a ping: it holds the handler until then, and where
+        the WebSocket is still closing it raises."""
         pinging: Any = self.websocket_handler.ping_callback
         if pinging is not None:
             pinging.stop()

@@ -25,6 +25,7 @@ This room knows no Jupyter.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from fastwire.client import Client
@@ -88,10 +89,14 @@ class Way:
 
 
 class Pair:
-    """A client's WebSocket, and the one to a server that was opened for it."""
+    """A client's WebSocket, and the one to a server that was opened for it. ``on_end`` is called when the first of
+    them ends."""
 
-    def __init__(self, front: Connection, server: Client, limits: Limits) -> None:
+    def __init__(
+        self, front: Connection, server: Client, limits: Limits, on_end: Callable[[], object] = lambda: None
+    ) -> None:
         self.front = front
+        self._on_end = on_end
         self.back = server.socket
         self._ways = (Way(self.front, self.back), Way(self.back, self.front))
         self.front.on_last_word = self._on_front_end
@@ -132,6 +137,7 @@ class Pair:
         open_pairs.discard(self)
         for way in self._ways:
             way.end()
+        self._on_end()
         return True
 
     def _on_front_end(self) -> None:

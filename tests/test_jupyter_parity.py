@@ -379,3 +379,23 @@ def test_pings_are_in_milliseconds_and_want_an_answer(pending: Server) -> None:
         assert seen.count(OP_PING) >= 2
         assert pending.logged("WebSocket ping timeout after")
         assert good.run("1").result == "4"
+
+
+def has_ended(client: Client) -> bool:
+    try:
+        client.socket.client.frame()
+    except (EOFError, ConnectionResetError):
+        return True
+    return False
+
+
+def test_who_does_not_answer_a_close_frame_is_not_pinged(tmp_path: Path) -> None:
+    """Jupyter Server's keepalive raises where the WebSocket is closing: a traceback in the log."""
+    ping = "--ServerApp.tornado_settings={'ws_ping_interval': 200}"
+    with serving(tmp_path, ping) as server, server.kernel("light") as kernel:
+        with Client(server, kernel, None, how=Raw) as client:
+            client.run("1")
+            server.rest("DELETE", f"/api/kernels/{kernel}")
+            client.closed()
+            until(lambda: has_ended(client), "the server to wait no longer")
+        assert "Traceback" not in server.log
