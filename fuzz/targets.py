@@ -452,7 +452,7 @@ def segment(data: memoryview) -> None:
     if isinstance(entries, list):
         whole = Segment(0)
         whole.entries = entries
-        agree(list(map(told, unpacked(packed(whole)))), list(map(told, entries)))
+        agree(list(map(told, unpacked(bytes(packed(whole))))), list(map(told, entries)))
 
 
 def told(entry: Entry) -> tuple[object, ...]:

@@ -42,7 +42,7 @@ c.Authenticator.allowed_users = {{"ada", "grace"}}
 c.JupyterHub.spawner_class = "simple"
 c.SimpleLocalProcessSpawner.home_dir_template = "{home}/{{username}}"
 c.Spawner.cmd = ["{python}", "-m", "jupyterhub.singleuser"]
-c.Spawner.args += ["--allow-root", "--HubAuth.cache_max_age=1"]
+c.Spawner.args = ["--allow-root", "--HubAuth.cache_max_age=1"]
 c.Spawner.environment = {environment!r}
 c.Spawner.start_timeout = 60
 c.JupyterHub.services = [{{"name": "tests", "api_token": "{secret}"}}]
