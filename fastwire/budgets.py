@@ -23,13 +23,14 @@ QUEUES, LEAST_LOGS = 8, 4
 #: The part that may be taken by what refuses replays: of 64 kernels with a client each the last 4,096 messages.
 HISTORIES = 64
 
-#: The part of a memory limit that logs and what is taken aside for them may have together; at least so much may be
-#: taken aside.
-ASIDE, LEAST_ASIDE = (3, 4), 32
+#: What logs and what is taken aside for them may have together: half of a memory limit or, where that is more, three
+#: quarters less so many bytes, as much as many kernels have on its way from the one to the other. At least this part of
+#: it may be taken aside.
+ON_ITS_WAY, LEAST_ASIDE = 4 * MIB, 32
 
 #: From this part of a limit on logs have much; by so much of it, and not less than so many bytes, they free before
 #: memory is given back.
-MUCH, TRIM, LEAST_TRIM = 4, 8, 2 * MIB
+MUCH, TRIM, LEAST_TRIM = 4, 8, 1 * MIB
 
 #: However many clients there are, each socket's queue may have so much, and each kernel is heard so many bytes at a
 #: time: less would be all system calls and wake-ups. A kernel is heard so much at most.
@@ -110,7 +111,8 @@ class Shared(Memory):
 
     def look(self) -> int:
         beside = super().look()
-        self.limit_aside(max(self._limit // ASIDE[1] * ASIDE[0] - self.used - self.needed, self._limit // LEAST_ASIDE))
+        most = max(self._limit // 2, self._limit // 4 * 3 - ON_ITS_WAY)
+        self.limit_aside(max(most - self.used - self.needed, self._limit // LEAST_ASIDE))
         return beside
 
 

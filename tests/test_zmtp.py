@@ -807,7 +807,7 @@ def test_what_is_taken_aside_for_one_user_has_a_bound_of_its_own() -> None:
                 while True:
                     theirs.send(bytes(100_000))
         for user in (ann, bob):
-            assert 512 * KIB < user.aside <= MIB * 3 // 4
+            assert 256 * KIB < user.aside <= MIB // 2
         assert budgets.total.aside == ann.aside + bob.aside
         both = ann.aside + bob.aside
         logs[0].charge_to(bob)
