@@ -285,7 +285,8 @@ class FastwireGatewayMappingKernelManager(GatewayMappingKernelManager):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        theirs: Any = super()
+        theirs.__init__(**kwargs)
         gateway = GatewayClient.instance().url or ""
         self._remembered = Remembered(gateway, str(getattr(self.parent, "root_dir", "")))
         for kernel_id in self._remembered.ids:
@@ -312,19 +313,22 @@ class FastwireGatewayMappingKernelManager(GatewayMappingKernelManager):
         return manager.kernel
 
     async def start_kernel(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        theirs: Any = super()
         with in_words():
-            kernel_id = await super().start_kernel(**kwargs)  # type: ignore[no-untyped-call]
+            kernel_id = await theirs.start_kernel(**kwargs)
         self._remembered.put(self._kernels)
         return kernel_id
 
     async def list_kernels(self, **kwargs: Any) -> Any:
+        theirs: Any = super()
         with in_words():
-            models = await super().list_kernels(**kwargs)  # type: ignore[no-untyped-call]
+            models = await theirs.list_kernels(**kwargs)
         self._remembered.put(self._kernels)
         return models
 
     def remove_kernel(self, kernel_id: str) -> Any:
-        removed = super().remove_kernel(kernel_id)  # type: ignore[no-untyped-call]
+        theirs: Any = super()
+        removed = theirs.remove_kernel(kernel_id)
         self._remembered.put(self._kernels)
         return removed
 
@@ -335,8 +339,9 @@ class FastwireGatewayMappingKernelManager(GatewayMappingKernelManager):
             await asyncio.gather(*(self._end(kernel_id, now) for kernel_id in list(self._kernels)))
 
     async def _end(self, kernel_id: str, now: bool) -> None:
+        theirs: Any = self
         try:
             with in_words():
-                await self.shutdown_kernel(kernel_id, now=now)  # type: ignore[no-untyped-call]
+                await theirs.shutdown_kernel(kernel_id, now=now)
         except Exception as error:  # noqa: BLE001 - whatever a gateway may do, the others are to end and the server
             self.log.warning("Kernel %s could not be ended: %s", kernel_id, getattr(error, "log_message", error))

@@ -66,6 +66,14 @@ def front(gateway: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         assert not server.logged("Traceback")
 
 
+def all_sizes_pass(client: Client, lines: int, nbytes: int) -> None:
+    """Many small messages, one large one, buffers both ways."""
+    client.run(UNLIMITED + ECHO)
+    assert numbers(client.run(flushed(lines)).messages) == [*range(lines)]
+    assert echo_buffers(client, BUFFERS) == [each[::-1] for each in BUFFERS]
+    assert len(client.run(f"'a' * {nbytes}").result) == nbytes + 2
+
+
 @pytest.mark.parametrize(
     "behind", [pytest.param(name, marks=[] if name == "fastwire" else pytest.mark.nightly) for name in GATEWAYS]
 )
@@ -76,10 +84,7 @@ def test_everything_passes(behind: str, tmp_path: Path) -> None:
         kernel = front.start_kernel()
         for protocol in PROTOCOLS.values():
             with Client(front, kernel, protocol) as client:
-                client.run(UNLIMITED + ECHO)
-                assert numbers(client.run(flushed(2000)).messages) == [*range(2000)]
-                assert echo_buffers(client, BUFFERS) == [each[::-1] for each in BUFFERS]
-                assert len(client.run("'a' * 12_000_000").result) == 12_000_002
+                all_sizes_pass(client, 2000, 12_000_000)
                 cell = client.execute("name = input('who? ')\nname", allow_stdin=True)
                 client.expect("input_request")
                 client.send("input_reply", {"value": "Zoë"}, channel="stdin")

@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 from absent import not_tested
 from server import PROTOCOLS, Client, Server, serving
-from test_gateway import front_of, status_of
-from test_jupyter import ECHO, UNLIMITED, flushed, numbers
-from test_jupyter_peers import BUFFERS, echo_buffers
+from test_gateway import all_sizes_pass, front_of, status_of
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -108,10 +106,7 @@ def test_everything_passes(gateway: Server, authority: Authority, shows: list[st
     with front_of(gateway, tmp_path, trusts(authority), *shows) as front, front.kernel() as kernel:
         for protocol in PROTOCOLS.values():
             with Client(front, kernel, protocol) as client:
-                client.run(UNLIMITED + ECHO)
-                assert numbers(client.run(flushed(1000)).messages) == [*range(1000)]
-                assert echo_buffers(client, BUFFERS) == [each[::-1] for each in BUFFERS]
-                assert len(client.run("'a' * 3_000_000").result) == 3_000_002
+                all_sizes_pass(client, 1000, 3_000_000)
         assert not front.logged("Traceback")
 
 

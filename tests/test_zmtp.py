@@ -53,6 +53,12 @@ class Peer:
         self.writers.append(writer)
         await self.connections.put((reader, writer))
 
+    async def end(self, server: asyncio.Server) -> None:
+        server.close()
+        for writer in self.writers:
+            writer.close()
+        await server.wait_closed()
+
     async def next(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         async with asyncio.timeout(PATIENCE):
             return await self.connections.get()
@@ -145,10 +151,7 @@ async def between(script: Peer, port: int = 0) -> AsyncIterator[Ours]:
         yield ours
     finally:
         ours.channel.close()
-        server.close()
-        for writer in script.writers:
-            writer.close()
-        await server.wait_closed()
+        await script.end(server)
 
 
 Play = Callable[[Peer, Ours], Awaitable[None]]
@@ -265,10 +268,7 @@ def test_a_kernel_that_binds_late() -> None:
         await script.shaken()
         await eventually(lambda: early.channel.connected)
         early.channel.close()
-        server.close()
-        for writer in script.writers:
-            writer.close()
-        await server.wait_closed()
+        await script.end(server)
 
     asyncio.run(main())
 
@@ -525,10 +525,7 @@ def test_connecting_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
             server = await asyncio.start_server(script, sock=listener)
             await script.shake(ours)
             ours.channel.close()
-            server.close()
-            for writer in script.writers:
-                writer.close()
-            await server.wait_closed()
+            await script.end(server)
 
     asyncio.run(main())
 
