@@ -186,6 +186,7 @@ class KernelRelay(KernelSide):
         channel: Channel
         if isinstance(opened, Address):
             channel = ZmtpChannel(name, opened, identity, self.signer, on_batch, self._on_foreign, **options)
+            channel.socket.charge(self.journal.budget)
         else:
             channel = ZmqChannel(name, opened, self.signer, on_batch, **options)
         channel.traffic = self.traffic

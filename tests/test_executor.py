@@ -1,12 +1,17 @@
 """Code for who has no WebSocket, as its kernel gets it, and what becomes of the answers."""
 
 import json
+import os
+import socket
 from collections.abc import Iterator
 
 import pytest
+import zmq
 from builders import message
 from relay_stage import Kernel, Stage, until
+from test_zmtp import Direct
 
+from fastwire.channels import Channel
 from fastwire.executor import Executor, KernelIsFull
 from fastwire.flow import KIB, MIB
 
@@ -98,3 +103,33 @@ def test_less_waits_where_others_have_used_up_the_memory(stage: Stage, executor:
         execute(stage, executor, "1")
     stage.run(executor.close)
     assert stage.relay.budgets.total.used == stage.relay.limits.total_memory_limit
+
+
+def test_what_is_taken_aside_on_any_channel_has_the_bounds_of_the_kernel(stage: Stage, context: zmq.Context) -> None:
+    """Of clients', of the executor's, of iopub: a kernel may say anything on each while the loop is blocked."""
+    kernel = Direct(context)
+    stage.start(kernel)
+    executor = stage.run(Executor, stage.relay)
+    stage.run(executor.open)
+    stage.connect("ann")
+    budget = stage.relay.journal.budget
+    told, tell = os.pipe()
+
+    def counted(channel: Channel) -> int:
+        """Of what its kernel says while the loop stands still."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            channel.socket.detach()
+            channel.socket.attach(ours.fileno(), tell)
+            theirs.send(b"x")
+            until(lambda: channel.socket.taken_aside, "it is taken aside")
+            held = budget.aside
+            channel.close()
+        return held
+
+    for channel in (*executor._channels, *stage.session("ann")._channels, stage.relay.iopub):
+        assert stage.run(counted, channel) > 0, channel.name
+        assert budget.aside == 0
+    kernel.close()
+    os.close(told)
+    os.close(tell)

@@ -120,7 +120,7 @@ BY_NIGHT = (
     [
         ("total", 1, 40, 16),
         ("total", 40, 1, 16),
-        pytest.param("user", 40, 1, 16, marks=pytest.mark.nightly),
+        ("user", 40, 1, 16),
         *(pytest.param(*each, marks=pytest.mark.nightly) for each in BY_NIGHT),
     ],
 )

@@ -257,7 +257,6 @@ cdef class Source(Part):
         self.permissive = permissive
         self.kernel = kernel
         self.outlet = outlet
-        self.stream.charge(kernel.journal.budget)
         if outlet is None:
             kernel.iopub_source = self
 
