@@ -516,7 +516,8 @@ class Run:
 @final
 class Ledger:
     """The last ``most`` runs of a kernel. An `Uplink` tells what is asked, `learn` what the kernel says. A header of
-    more than 8 KiB is no run's."""
+    more than 8 KiB is no run's. Where all ledgers have what they may have together (`limit_ledgers`), a run that is
+    asked takes the place of older ones, of all but 32."""
 
     def __init__(self, most: int = 512) -> None: ...
     def __len__(self) -> int: ...
@@ -1250,6 +1251,9 @@ def trim_memory() -> None:
 
 def limit_histories(limit: int) -> None:
     """Bytes of memory that the digests which refuse replays (`Signer`) may take together; at first 8 MiB."""
+
+def limit_ledgers(limit: int) -> None:
+    """Bytes of memory that what is known of runs (`Ledger`) may take together; at first 8 MiB."""
 
 def limit_standby(limit: int) -> None:
     """Bytes of memory that what is taken aside (`ZmtpStream.attach`) may have in the whole process, whatever budgets

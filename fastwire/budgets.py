@@ -20,8 +20,9 @@ __all__ = ["Budget", "Budgets"]
 #: these and others take more, so many that each has the least, logs have less; but this part at least.
 QUEUES, LEAST_LOGS = 8, 4
 
-#: The part that may be taken by what refuses replays: of 64 kernels with a client each the last 4,096 messages.
-HISTORIES = 64
+#: The parts that may be taken by what refuses replays, of 64 kernels with a client each the last 4,096 messages, and by
+#: what is known of runs, some 10,000 of all kernels.
+HISTORIES, LEDGERS = 64, 64
 
 #: What logs and what is taken aside for them may have together: half of a memory limit or, where that is more, three
 #: quarters less so many bytes, as much as many kernels have on its way from the one to the other. At least this part of

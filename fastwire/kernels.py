@@ -24,8 +24,8 @@ from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelMana
 from tornado.web import HTTPError
 from traitlets import default
 
-from fastwire._core import Activity, Batch, Signer, limit_histories, memory_beside_logs
-from fastwire.budgets import HISTORIES, Budgets
+from fastwire._core import Activity, Batch, Signer, limit_histories, limit_ledgers, memory_beside_logs
+from fastwire.budgets import HISTORIES, LEDGERS, Budgets
 from fastwire.errors import MessageError, SignatureError
 from fastwire.events import note
 from fastwire.executor import Executor
@@ -583,6 +583,7 @@ class Kernels:
         self.limits = usable(settings.limits())
         self.budgets = Budgets(self.limits, memory_beside_logs)
         limit_histories(self.limits.total_memory_limit // HISTORIES)
+        limit_ledgers(self.limits.total_memory_limit // LEDGERS)
         self.permissive = settings.accept_invalid_signatures
         self.zmtp = settings.zmtp
         self._kernels: dict[Any, Kernel] = {}

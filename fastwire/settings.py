@@ -61,7 +61,7 @@ class Fastwire(Configurable):
         min=0,
         config=True,
         help="Bytes of memory that the undelivered messages of all kernels may take together, what waits in the queues "
-        "of sockets included, and what refuses replays of messages.",
+        "of sockets included, what refuses replays of messages and what is known of runs.",
     )
     acknowledge = Bool(
         Limits.acknowledge,

@@ -296,6 +296,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "memory_beside_logs": pure(lambda: _core.memory_beside_logs() >= 0),
     "ZmtpStream.charge": pure(lambda: _core.ZmtpStream("SUB").charge(_core.Budget(1))),
     "limit_histories": pure(lambda: _core.limit_histories(8 << 20)),
+    "limit_ledgers": pure(lambda: _core.limit_ledgers(8 << 20)),
     "limit_standby": pure(lambda: _core.limit_standby(1 << 62)),
 }
 

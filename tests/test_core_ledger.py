@@ -1,5 +1,6 @@
 """The ledger of runs: what is learned of requests, from clients and from kernels."""
 
+import gc
 import json
 
 import builders
@@ -162,3 +163,44 @@ def test_what_the_server_says_itself_is_no_kernels_word() -> None:
     ledger = Ledger()
     ledger.learn([entry(batch_of(*a_run("a")), 0, ours=True)])
     assert ledger.all() == []
+
+
+def test_all_ledgers_together_have_a_bound() -> None:
+    """Each knows its last 32 runs, and more while there is room, which others leave again."""
+    gc.collect()
+    before = _core.memory_beside_logs()
+    _core.limit_ledgers(256 * 1024)
+    try:
+        first = Ledger()
+        for number in range(600):
+            learned(first, batch_of(*a_run(str(number))))
+        assert 200 * 1024 < _core.memory_beside_logs() - before < 257 * 1024
+        alone = len(first)
+        assert 400 < alone < 500
+        others = [Ledger() for _ in range(5)]
+        for ledger in others:
+            for number in range(40):
+                learned(ledger, batch_of(*a_run(str(number))))
+            assert [run.msg_id for run in ledger.all()] == [str(number) for number in range(8, 40)]
+        learned(first, batch_of(*a_run("the next")))
+        assert len(first) < alone
+        assert first.get("the next") is not None
+        del ledger, others
+        for number in range(600):
+            learned(first, batch_of(*a_run(str(number))))
+        assert len(first) == alone
+        del first
+    finally:
+        _core.limit_ledgers(8 << 20)
+    gc.collect()
+    assert _core.memory_beside_logs() == before
+
+
+def test_a_run_that_was_forgotten_and_is_begun_is_counted_again() -> None:
+    before = _core.memory_beside_logs()
+    ledger = Ledger(1)
+    busy, *rest = a_run("one")
+    learned(ledger, batch_of(busy), batch_of(*a_run("two")), batch_of(busy, *rest), batch_of(*a_run("three")))
+    assert [run.msg_id for run in ledger.all()] == ["three"]
+    del ledger
+    assert _core.memory_beside_logs() == before

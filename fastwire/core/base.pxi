@@ -193,6 +193,7 @@ cdef Spare *spare_blocks[BLOCK_SIZES]
 cdef size_t spare_bytes = 0
 cdef size_t block_bytes = 0     # of those that are in use
 cdef size_t history_bytes = 0   # of what refuses replays, of all sockets (`sign`)
+cdef size_t ledger_bytes = 0    # of what is known of runs, of all kernels (`ledger`)
 cdef Py_ssize_t log_bytes = 0   # what logs count as theirs, most of it blocks
 memset(spare_blocks, 0, sizeof(spare_blocks))
 
@@ -241,7 +242,7 @@ cdef void block_put(void *block, size_t size) noexcept:
 
 
 def memory_beside_logs():
-    cdef Py_ssize_t used = <Py_ssize_t>(block_bytes + spare_bytes + history_bytes + fw_standby_held())
+    cdef Py_ssize_t used = <Py_ssize_t>(block_bytes + spare_bytes + history_bytes + ledger_bytes + fw_standby_held())
     return max(used - log_bytes, <Py_ssize_t>0)
 
 

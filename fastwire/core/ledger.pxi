@@ -11,6 +11,10 @@ cdef enum:
     LARGEST_NAME = 512          # of a cell's id
     LARGEST_DATE = 64
     UNKNOWN = -1                # an execution count
+    RUN_SIZE = 512              # bytes that one takes, with its place and its name, beside what is kept of its request
+    LEAST_RUNS = 32             # of a kernel that are known however much others' take
+
+cdef size_t ledger_bytes_limit = 8 << 20
 
 
 cdef struct Date:
@@ -47,6 +51,7 @@ cdef class Run:
     cdef readonly long long asks
     cdef readonly uint64_t order
     cdef long long counted          # its execution count
+    cdef Py_ssize_t memory          # bytes, while its ledger has it
     cdef Date began_at, ended_at
 
     def __init__(self):
@@ -116,6 +121,7 @@ cdef long long count_of(fw_span value) noexcept nogil:
 cdef class Ledger:
     cdef dict runs              # by msg_id, those that were not heard of for longest first
     cdef Py_ssize_t most
+    cdef Py_ssize_t memory      # bytes of them all
     cdef uint64_t count
     cdef Run running            # that began last
     cdef Run newest             # behind all others in `runs`
@@ -132,6 +138,8 @@ cdef class Ledger:
         self.most = most
 
     def __dealloc__(self):
+        global ledger_bytes
+        ledger_bytes -= self.memory
         free(self.parent)
 
     def __len__(self):
@@ -157,6 +165,7 @@ cdef class Ledger:
         run = self.new(unescaped(header.msg_id), span_bytes(parts[0]))
         if parts[2].len <= LARGEST_NAME:
             run.metadata = span_bytes(parts[2])
+            self.count_bytes(run, len(run.metadata))
         else:
             run.cell_name = name_in(parts[2], b"cellId", 6)
         return 0
@@ -173,9 +182,9 @@ cdef class Ledger:
         cdef Run run = Run.__new__(Run)
         self.parent_size = 0
         if msg_id in self.runs:
-            del self.runs[msg_id]
-        if len(self.runs) >= self.most:
-            del self.runs[next(iter(self.runs))]
+            self.forget(msg_id)
+        while len(self.runs) >= self.most or (len(self.runs) >= LEAST_RUNS and ledger_bytes > ledger_bytes_limit):
+            self.forget(next(iter(self.runs)))
         self.count += 1
         run.msg_id = msg_id
         run.header = header
@@ -183,9 +192,24 @@ cdef class Ledger:
         run.first = run.last = run.asks = -1
         run.counted = UNKNOWN
         run.order = self.count
-        self.runs[msg_id] = run
-        self.newest = run
+        self.add(run)
         return run
+
+    cdef int add(self, Run run) except -1:
+        self.runs[run.msg_id] = self.newest = run
+        self.count_bytes(run, RUN_SIZE + len(run.header))
+        return 0
+
+    cdef int forget(self, str msg_id) except -1:
+        cdef Run run = self.runs.pop(msg_id)
+        self.count_bytes(run, -run.memory)
+        return 0
+
+    cdef void count_bytes(self, Run run, Py_ssize_t more) noexcept:
+        global ledger_bytes
+        run.memory += more
+        self.memory += more
+        ledger_bytes += more
 
     # -- what kernels say --
 
@@ -288,8 +312,9 @@ cdef class Ledger:
     cdef int begin(self, Run run, const Indexed *m) except -1:
         if run.state == QUEUED_RUN or run.state == LOST_RUN:
             if self.newest is not run:  # of those that are forgotten
-                self.runs[run.msg_id] = self.runs.pop(run.msg_id, run)
-                self.newest = run
+                if run.msg_id in self.runs:
+                    self.forget(run.msg_id)
+                self.add(run)
             run.state = RUNNING_RUN
             note_date(&run.began_at, m)
             if self.running is not None and self.running.state == RUNNING_RUN and self.running.replied:
@@ -310,6 +335,11 @@ cdef class Ledger:
             run.asks = -1
             if run.state == QUEUED_RUN or run.state == RUNNING_RUN:
                 run.state = LOST_RUN
+
+
+def limit_ledgers(size_t limit):
+    global ledger_bytes_limit
+    ledger_bytes_limit = limit
 
 
 def _order_of(Run run not None):
