@@ -1,6 +1,8 @@
-"""tools/preflight.py, run as `make install` runs it, on machines that lack something."""
+"""tools/preflight.py, run as `make install` runs it, on machines that lack something; and what tests need of Debian."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +119,42 @@ def test_each_command_installs_what_it_needs(tmp_path: Path, target: str, extras
     (line,) = [line for line in said.splitlines() if "pip install" in line]
     assert line.endswith(f"--editable '.[{extras}]'")
     assert "--quiet" not in line, "minutes of silence look like a hang"
+
+
+# -- what the tests drive --------------------------------------------------------------------------
+
+PACKAGES = ROOT / "tools" / "packages.sh"
+LISTED = dict(re.findall(r"^(\S+) +(\S+)$", PACKAGES.read_text().partition("<<'LIST'")[2], re.MULTILINE))
+
+
+def installed_by_packages(tmp_path: Path, *here: str) -> list[str]:
+    """What is installed where only these commands are; /usr/sbin is the machine's."""
+    said = tmp_path / "said"
+    for command in here:
+        script(tmp_path / command, "echo /")
+    script(tmp_path / "id", "echo 0")
+    script(tmp_path / "apt-get", f'echo "$@" >>{said}')
+    for command in ("bash", "uname"):
+        (tmp_path / command).symlink_to(shutil.which(command) or "")
+    subprocess.run([PACKAGES], env={"PATH": str(tmp_path)}, check=True, timeout=30 * SLOW)
+    lines = said.read_text().splitlines() if said.exists() else []
+    return [name for line in lines if line.startswith("install") for name in line.split()[1:] if name[0] != "-"]
+
+
+def test_only_packages_that_are_missing_are_installed(tmp_path: Path) -> None:
+    """The pretended clang finds its libraries everywhere."""
+    assert installed_by_packages(tmp_path, *LISTED.keys() - {"prometheus", "valgrind"}) == ["valgrind", "prometheus"]
+
+
+def test_where_all_is_there_nobody_is_asked(tmp_path: Path) -> None:
+    assert installed_by_packages(tmp_path, *LISTED) == []
+    assert not (tmp_path / "said").exists()
+
+
+def test_packages_are_listed_in_one_place() -> None:
+    """CI and its workflows, which an sdist has not, run that script; what a test says is missing is in it."""
+    places = [path for name in (".ci", ".github") for path in (ROOT / name).rglob("*") if path.is_file()]
+    assert [path for path in places if "apt-get" in path.read_text()] == []
+    sources = [path.read_text() for path in (ROOT / "tests").glob("*.py")]
+    named = {name for text in sources for name in re.findall(r"apt-get install ([\w-]+)\)", text)}
+    assert {"chromium", "npm", "prometheus"} <= named <= {*LISTED.values()}
