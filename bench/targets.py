@@ -218,9 +218,9 @@ def _environment(home: Path, iopub_hwm: int) -> dict[str, str]:
     }
 
 
-def _wait_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
+def _wait_ready(server: Server, process: subprocess.Popen[bytes], patience: float) -> None:
     """Poll its `probe`; raises RuntimeError with the log's end when it never answers."""
-    deadline = time.monotonic() + START_TIMEOUT
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError, ValueError):
             server.request("GET", server.probe)
@@ -262,12 +262,18 @@ def _spawn(command: list[str], home: Path, iopub_hwm: int, log: IO[bytes]) -> su
 
 @contextlib.contextmanager
 def launch(
-    name: str, *, iopub_hwm: int = 1000, options: tuple[str, ...] = (), keep_log: Path | None = None
+    name: str,
+    *,
+    iopub_hwm: int = 1000,
+    options: tuple[str, ...] = (),
+    keep_log: Path | None = None,
+    patience: float = START_TIMEOUT,
 ) -> Iterator[Server]:
     """Run target *name* for the length of a ``with`` block.
 
     *iopub_hwm* goes to the light kernel (messages); *options* are more arguments of the
-    server. `Server.errors` is there after the block; *keep_log* gets a copy of the log.
+    server. `Server.errors` is there after the block; *keep_log* gets a copy of the log. *patience* is how long it may
+    take to start, in s.
     """
     home = Path(tempfile.mkdtemp(prefix="fastwire-bench-"))
     token = os.urandom(16).hex()
@@ -281,7 +287,7 @@ def launch(
             process = _spawn(command, home, iopub_hwm, stream)
             try:
                 server.pid = process.pid
-                _wait_ready(server, process)
+                _wait_ready(server, process, patience)
                 yield server
             finally:
                 server.close()

@@ -369,6 +369,8 @@ class Said:
         budgets = Budgets(limits)
         self.turn = Turn()
         self.journal = Journal(limits, budgets, Disk())
+        # Held: CPython 3.13 needs memory to tell who knew an object weakly that it ended, and complains without.
+        self.before_anybody = self.journal.user_budget
         self.cursors = [self.journal.cursor(user) for user in "ab"]
         both = zip(self.cursors, self.turn.wires, strict=True)
         self.outlets = [Listener(cursor, wire, budgets) for cursor, wire in both]

@@ -16,7 +16,22 @@ import matplotlib.image as mpimg
 import pytest
 from patience import SLOW
 
-from bench import cells, compare, figures, floors, load, options, peers, plot, ratios, readme, report, syscalls, targets
+from bench import (
+    cells,
+    compare,
+    executed,
+    figures,
+    floors,
+    load,
+    options,
+    peers,
+    plot,
+    ratios,
+    readme,
+    report,
+    syscalls,
+    targets,
+)
 from bench.cells import Cell
 from bench.client import SLOW_BUFFER, Client, LoadSocket
 from bench.floors import BuildError
@@ -517,6 +532,24 @@ def test_what_perf_refuses_is_told(said: str) -> None:
     with pytest.raises(syscalls.TracingError, match="no system calls") as caught:
         syscalls.count_in(said)
     assert said.strip() in str(caught.value)
+
+
+ANNOTATED = """
+Ir
+120,000 (100.0%)  PROGRAM TOTALS
+ 50,000 (41.67%)  fastwire/_core.c:__pyx_f_next_member [/a/fastwire/_core.cpython-311-x86_64-linux-gnu.so]
+ 40,000 (33.33%)  fastwire/core/sha256.h:fw_sha256_blocks_portable [/a/fastwire/_core.cpython-311-x86_64-linux-gnu.so]
+ 15,000 (12.50%)  ???:0x000000000029c680 [/usr/lib/x86_64-linux-gnu/libcrypto.so.3]
+ 10,000 ( 8.33%)  Objects/dictobject.c:_Py_dict_lookup [/usr/bin/python3.11]
+  3,000 ( 2.50%)  ./string/memmove.S:__memcpy_avx_unaligned_erms [/usr/lib/x86_64-linux-gnu/libc.so.6]
+  2,000 ( 1.67%)  ???:adler32 [/usr/lib/x86_64-linux-gnu/libz.so.1]
+"""
+
+
+def test_what_callgrind_says_is_read() -> None:
+    """Without signing, which is other code there."""
+    found = executed.by_owner(ANNOTATED)
+    assert found == {"core": 50_000, "Python": 10_000, "libzmq": 0, "C library": 3_000, "others": 2_000}
 
 
 def test_system_calls_are_counted() -> None:
