@@ -216,17 +216,20 @@ class FastwireGatewayConnection(GatewayWebSocketConnection):
 
 class Remembered:
     """The ids of a server's kernels, in a file of its user. There is one for each gateway and root directory; a second
-    server of the same remembers nothing, for at its end it would end the kernels of the first."""
+    server of the same remembers nothing, for at its end it would end the kernels of the first. The file is whole at any
+    moment, as another takes its place; so what is locked is one beside it."""
 
     def __init__(self, gateway: str, root_dir: str) -> None:
         name = hashlib.sha256(f"{gateway}\n{root_dir}".encode()).hexdigest()[:16]
         self.ids: list[str] = []
-        self._fd: int | None = None
+        self._path = Path(jupyter_runtime_dir()) / f"fastwire-gateway-{name}.json"
+        self._lock: int | None = None
         with suppress(OSError):
-            path = Path(jupyter_runtime_dir())
-            path.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path / f"fastwire-gateway-{name}.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._take(fd)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._take(self._open("lock"))
+
+    def _open(self, suffix: str) -> int:
+        return os.open(self._path.with_suffix(f".{suffix}"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def _take(self, fd: int) -> None:
         """The lock ends with the process, however that ends."""
@@ -235,23 +238,23 @@ class Remembered:
         except OSError:
             os.close(fd)
             return
-        self._fd = fd
-        with suppress(ValueError):  # it was cut off
-            found = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
-            self.ids = [each for each in found if isinstance(each, str)]
+        self._lock = fd
+        with suppress(OSError, ValueError):  # there is none, or it is not what we write
+            self.ids = [each for each in json.loads(self._path.read_bytes()) if isinstance(each, str)]
 
     def put(self, ids: Iterable[str]) -> None:
         ids = list(ids)
-        if ids != self.ids and self._fd is not None:
+        if ids != self.ids and self._lock is not None:
             self.ids = ids
-            data = json.dumps(ids).encode()
-            with suppress(OSError):  # a full disk: they are forgotten, as they always were
-                os.pwrite(self._fd, data, 0)
-                os.ftruncate(self._fd, len(data))
+            with suppress(OSError):  # a full disk: what was put down before stays
+                with os.fdopen(self._open("new"), "w") as file:
+                    file.truncate()
+                    file.write(json.dumps(ids))
+                self._path.with_suffix(".new").replace(self._path)
 
     def __del__(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
+        if self._lock is not None:
+            os.close(self._lock)
 
 
 class FastwireGatewayKernelSpecManager(GatewayKernelSpecManager):

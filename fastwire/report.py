@@ -288,9 +288,9 @@ def machine_in_words(machine: Mapping[str, Any]) -> dict[str, str]:
         f"{machine['memory']['total_memory_limit'] // MIB:,}",
     }
     if allowed:
+        raised = f", which a server raises to {allowed['usable']:,}" if allowed["usable"] > allowed["soft"] else ""
         words["descriptors"] = (
-            f"{allowed['soft']:,}, which a server raises to {allowed['usable']:,}: "
-            f"enough for {allowed['kernels']:,} kernels with a client each"
+            f"{allowed['soft']:,}{raised}: enough for {allowed['kernels']:,} kernels with a client each"
         )
     if not space["spill_dir"]:
         words["disk"] = "nothing is put aside"

@@ -1,5 +1,7 @@
 """A Jupyter Server before a gateway: `fastwire.serve`, Kernel Gateway, Jupyter Server itself. Everything passes."""
 
+import json
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -234,6 +236,24 @@ def test_kernels_are_remembered_by_one_server(monkeypatch: pytest.MonkeyPatch, t
     for file in tmp_path.glob("*.json"):
         file.write_text('["2", "cut of')
     assert Remembered("http://a", "/root").ids == []
+
+
+def test_what_is_remembered_is_whole_where_the_disk_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file that must not grow further: what was put down last stays, and what comes later is put down again."""
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    kernels = Remembered("http://a", "/root")
+    kernels.put(["1", "2"])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        kernels.put(["3"] * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (file,) = tmp_path.glob("*.json")
+    assert json.loads(file.read_text()) == ["1", "2"]
+    kernels.put(["4"])
+    assert json.loads(file.read_text()) == ["4"]
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 # -- what goes wrong -------------------------------------------------------------------------------

@@ -158,6 +158,16 @@ def few_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
 
 
+def few_descriptors_until_raised() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 300))
+
+
+def test_descriptors_in_words(home: Home) -> None:
+    enough = "enough for 15 kernels with a client each"
+    assert f"  300: {enough}\n" in home.run(preexec_fn=few_descriptors)
+    assert f"  200, which a server raises to 300: {enough}\n" in home.run(preexec_fn=few_descriptors_until_raised)
+
+
 def test_few_descriptors(home: Home) -> None:
     found = home.json(preexec_fn=few_descriptors)
     assert found["machine"]["descriptors"] == {"soft": 300, "hard": 300, "usable": 300, "kernels": 15}

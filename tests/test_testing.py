@@ -11,9 +11,9 @@ import tornado.websocket
 import zmq
 from jupyter_client import BlockingKernelClient
 from patience import SLOW
-from test_readme import example
+from test_readme import ROOT, example
 
-from fastwire import OP_CLOSE, OP_TEXT, _core
+from fastwire import OP_CLOSE, OP_TEXT, _core, testing
 from fastwire.testing import PATIENCE, Client, Kernel, client_frame, close_frame, free_port, message, serving, syscalls
 from fastwire.websocket import WebSocketHandler
 
@@ -142,6 +142,11 @@ def test_scripted_system_calls() -> None:
 def test_import_fastwire_does_not_load_it() -> None:
     code = "import sys, fastwire; assert 'fastwire.testing' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60 * SLOW)
+
+
+def test_its_page_names_all_there_is() -> None:
+    page = (ROOT / "docs" / "testing.md").read_text()
+    assert [name for name in testing.__all__ if f"`{name}`" not in page] == []
 
 
 def test_the_example_of_its_page() -> None:
