@@ -136,7 +136,7 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	$(MAKE) sanitize
 	$(MAKE) tsan
 	$(MAKE) arm
-	tools/more_pythons.sh 3.14 3.13t
+	tools/more_pythons.sh 3.14 3.15 3.13t
 	$(MAKE) pythons
 	$(MAKE) upstream
 	$(MAKE) soak

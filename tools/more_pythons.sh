@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Pythons that Debian 12 has not, for `make pythons`: more_pythons.sh 3.14 3.13t. Needs root.
+# Pythons that Debian 12 has not, for `make pythons`: more_pythons.sh 3.14 3.15 3.13t. Needs root.
 #
-# 3.14 is sid's, and needs sid's C library: a root of its own is made once (build/sid-root), in which tools/pythons.py is run.
+# 3.14 and 3.15 are sid's, and need sid's C library: a root is made once (build/sid-root), in which tools/pythons.py is run.
 # 3.13t is built from the source package of Debian 13, without the GIL, into build/pythons/3.13t. There is no 3.14t: the source
 # of 3.14 has to be in a release of Debian, or the mirror must keep that of sid.
 set -euo pipefail
@@ -32,8 +32,7 @@ in_sid() { # that version's checks, in a root of sid
     command -v debootstrap >/dev/null || { echo "more_pythons.sh: apt-get install debootstrap"; exit 1; }
     if [ ! -e "$root/made" ]; then
         rm -rf "$root"
-        debootstrap --variant=minbase --include="python$version,python$version-dev,python$version-venv,gcc,ca-certificates" \
-            sid "$root" "$mirror" >/dev/null
+        debootstrap --variant=minbase --include=gcc,ca-certificates sid "$root" "$mirror" >/dev/null
         touch "$root/made"
     fi
     # The machine's own way to the registry: its certificates, and pip's configuration.
@@ -45,6 +44,8 @@ in_sid() { # that version's checks, in a root of sid
     rm -f "$root"/fastwire/fastwire/*.so
     root=$root version=$version unshare --mount bash -c '
         mount -t proc none "$root/proc"
+        chroot "$root" python$version -c "" 2>/dev/null || chroot "$root" apt-get install --quiet=2 --yes \
+            --no-install-recommends python$version python$version-dev python$version-venv >/dev/null
         exec chroot "$root" sh -c "cd /fastwire && python$version tools/pythons.py $version"'
 }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "pythons"
 
-WANTED = ("3.11", "3.12", "3.13", "3.14", "3.13t", "3.14t")
+WANTED = ("3.11", "3.12", "3.13", "3.14", "3.15", "3.13t", "3.14t")
 #: Reads, encodes, queues, sends, counts references: what a new Python breaks first.
 PART = ("core_codec", "core_counters", "core_build")
 NEEDED = ("pytest>=8.4", "pytest-timeout", "psutil", "websockets>=15", "wsproto", "jupyter_client>=8")
