@@ -9,6 +9,13 @@ BEFORE ?= $(RESULTS)/core.json
 SANITIZERS ?= address,undefined
 
 RUN := $(abspath $(VENV))/bin/python
+# A Python that is asked for is the one that is used, or it is said.
+WHICH := -c 'import sys; print(sys.version_info[:2])'
+ifeq ($(origin PYTHON) $(wildcard $(RUN)),command line $(RUN))
+ifneq ($(shell $(PYTHON) $(WHICH)),$(shell $(RUN) $(WHICH)))
+$(error $(VENV) is not of $(PYTHON): make $(MAKECMDGOALS) PYTHON=$(PYTHON) VENV=.venv-$(notdir $(PYTHON)))
+endif
+endif
 # Of an environment that has what serving needs, and of one that has what tests and benchmarks need as well.
 SERVING := $(VENV)/serving.stamp
 DEVELOPING := $(VENV)/developing.stamp

@@ -106,6 +106,23 @@ def test_make_says_it_and_makes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("version", ["(3, 11)", "(3, 13)"])
+def test_a_python_that_is_asked_for_is_the_one_that_is_used(tmp_path: Path, version: str) -> None:
+    (tmp_path / "bin").mkdir()
+    script(tmp_path / "bin" / "python", "echo '(3, 11)'")
+    asked = script(tmp_path / "python3", f"echo '{version}'")
+    result = subprocess.run(
+        ["make", "--dry-run", "test", f"PYTHON={asked}", f"VENV={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30 * SLOW,
+    )
+    complaint = f"{tmp_path} is not of {asked}: make test PYTHON={asked} VENV=.venv-python3"
+    assert (complaint in result.stderr, result.returncode) == ((False, 0) if version == "(3, 11)" else (True, 2))
+
+
 @pytest.mark.parametrize(("target", "extras"), [("serve", "lab"), ("test", "lab,bench,test,dev")])
 def test_each_command_installs_what_it_needs(tmp_path: Path, target: str, extras: str) -> None:
     said = subprocess.run(
