@@ -16,6 +16,11 @@ from test_gateway import all_sizes_pass, front_of, status_of
 pytestmark = pytest.mark.timeout(180)
 
 
+#: What RFC 5280 wants of an authority's certificate and of others, as Python does from 3.13 on.
+OF_AUTHORITIES = "keyUsage=critical,keyCertSign,cRLSign"
+OF_OTHERS = "subjectAltName=IP:127.0.0.1\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+
+
 @dataclass
 class Authority:
     """Signs certificates, which nobody trusts who has not its own."""
@@ -23,7 +28,8 @@ class Authority:
     home: Path
 
     def __post_init__(self) -> None:
-        self._openssl("req", "-x509", *KEY, "-days", "2", "-subj", "/CN=an authority", "-keyout", "key", "-out", "cert")
+        named = ["-subj", "/CN=an authority", "-addext", OF_AUTHORITIES]
+        self._openssl("req", "-x509", *KEY, "-days", "2", *named, "-keyout", "key", "-out", "cert")
 
     @property
     def cert(self) -> Path:
@@ -31,7 +37,7 @@ class Authority:
 
     def sign(self, name: str) -> tuple[Path, Path]:
         """A certificate of 127.0.0.1, and its key."""
-        (self.home / "names").write_text("subjectAltName=IP:127.0.0.1\n")
+        (self.home / "names").write_text(OF_OTHERS)
         self._openssl("req", *KEY, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
         signed = ["-CA", "cert", "-CAkey", "key", "-CAcreateserial", "-days", "2", "-extfile", "names"]
         self._openssl("x509", "-req", "-in", f"{name}.csr", *signed, "-out", f"{name}.cert")

@@ -49,12 +49,12 @@ def test_what_is_struck_out(logger: logging.Logger, out: io.StringIO, text: str)
 
 def test_a_traceback(logger: logging.Logger, out: io.StringIO) -> None:
     try:
-        Path("/nowhere?token=abc").read_bytes()
+        Path("/nowhere?token=geheim").read_bytes()
     except FileNotFoundError:
         logger.exception("failed")
     assert "Traceback" in out.getvalue()
     assert out.getvalue().endswith("'/nowhere?token=[secret]'\n")
-    assert "abc" not in out.getvalue()
+    assert "geheim" not in out.getvalue()
 
 
 def test_a_record_that_cannot_be_formatted(
