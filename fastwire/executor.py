@@ -39,8 +39,7 @@ class Executor:
         """Connect, where that is still to be done or the kernel is elsewhere now; what waits goes there."""
         if self._channels and not any(channel.closed for channel in self._channels):
             return
-        for channel in self._channels:
-            channel.close()
+        self._leave()
         relay, waiting = self._relay, self._uplink
         # stdin first: what a kernel asks on a socket that is not there yet, it drops.
         opened = relay.channels(CLIENT_CHANNELS[::-1], self.session.encode(), relay.keep, after=self._send_waiting)
@@ -54,12 +53,17 @@ class Executor:
     def move(self) -> None:
         """The kernel is elsewhere."""
         if self._channels:
-            for channel in self._channels:
-                channel.catch_up()
-            self._relay.give_replies()
-            for channel in self._channels:
-                channel.close()
+            self._leave()
             self.open()
+
+    def _leave(self) -> None:
+        """What it has said is passed on first."""
+        for channel in self._channels:
+            channel.catch_up()
+        if self._channels:
+            self._relay.give_replies()
+        for channel in self._channels:
+            channel.close()
 
     def hold(self, *, held: bool) -> None:
         self._held = held

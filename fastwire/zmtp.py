@@ -208,6 +208,9 @@ class Link:
         self.stream.renew()
         wait = RECONNECT_AFTER + RECONNECT_SPREAD * random.random()
         self._timer = self._loop.call_later(wait, self._try_again)
+        self._tell_lost(was_ready=was_ready)
+
+    def _tell_lost(self, *, was_ready: bool) -> None:
         if was_ready and self.on_lost is not None:
             self.on_lost()
 
@@ -237,10 +240,14 @@ class Link:
 
     def close(self) -> None:
         """For good."""
+        self._end()
+        self.source.end()
+
+    def _end(self) -> None:
+        """There will be no other connection. What was said on the last is still on its way, and is passed on."""
         if not self.stream.closed:
             self._disconnect()
             self.stream.close()
-            self.source.end()
 
     def _tell(self, text: str) -> None:
         """Once, and not for each connection."""
@@ -293,12 +300,14 @@ class Link:
     def broke(self, error: ZmtpError) -> None:
         """The peer sent what it must not."""
         if self.stream.foreign and self.on_foreign is not None:
-            self.close()
+            self._end()
             self.on_foreign()
             return
         self._tell(str(error))
         if self.stream.refused:
-            self.close()
+            was_ready = self.source.was_ready
+            self._end()
+            self._tell_lost(was_ready=was_ready)
         else:
             self._lose()
 
