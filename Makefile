@@ -137,9 +137,7 @@ upstream: install ## the tests of Jupyter and Tornado, on their classes and on o
 
 nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	HYPOTHESIS_PROFILE=nightly $(MAKE) test ARGS="--timeout=3600"
-	FASTWIRE_TEST_PATH=libzmq $(MAKE) test ARGS="tests/test_kernels.py tests/test_jupyter.py tests/test_jupyter_end.py \
-	    tests/test_jupyter_inside.py tests/test_jupyter_extension.py tests/test_jupyter_parity.py tests/test_jupyter_peers.py \
-	    tests/test_jupyter_remote.py tests/test_reliability.py tests/test_serve.py"
+	FASTWIRE_TEST_PATH=libzmq $(MAKE) test
 	$(MAKE) sanitize
 	$(MAKE) tsan
 	$(MAKE) arm

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from builders import client_message, message
 from jupyter_server.serverapp import ServerApp
-from server import PATIENCE, TOKEN, Message, environment, write_kernelspecs
+from server import LIBZMQ, PATIENCE, TOKEN, Message, environment, wanted_path, write_kernelspecs
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from traitlets.config import Config
@@ -84,6 +84,8 @@ async def serving(home: Path, monkeypatch: pytest.MonkeyPatch, **config: dict[st
     }
     settings = {"ServerApp": {**classes, "root_dir": str(home)}, "IdentityProvider": {"token": TOKEN}}
     app = App(config=Config(settings), log_level=40)
+    if wanted_path() == LIBZMQ:  # no file is read
+        app.update_config(Config({"Fastwire": {"zmtp": False}}))
     app.update_config(Config(config))
     app.initialize(argv=[], find_extensions=False, new_httpserver=False)
     inside = Inside(app)

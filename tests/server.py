@@ -183,6 +183,11 @@ class Server:
 LIBZMQ = "libzmq"
 
 
+def wanted_path() -> str:
+    """Who is to speak to kernels in this run (`servers`)."""
+    return os.environ.get("FASTWIRE_TEST_PATH", "zmtp")
+
+
 def write_kernelspecs(data: Path) -> None:
     """Kernels that need no ipykernel: ``light`` (`bench.light_kernel`), the ``odd-`` ones, and ``zmtp2``."""
     programs = {"light": (ROOT / "bench" / "light_kernel.py", {"FASTWIRE_LIGHT_HWM": "0"})}
@@ -202,7 +207,7 @@ def write_kernelspecs(data: Path) -> None:
 
 def environment(home: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
-    if os.environ.get("FASTWIRE_TEST_PATH") == "libzmq":
+    if wanted_path() == LIBZMQ:
         inherited["JUPYTER_CONFIG_PATH"] = str(home / "data" / LIBZMQ)
     return inherited | {
         "HOME": str(home),

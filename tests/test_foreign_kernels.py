@@ -16,7 +16,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
-from server import PROTOCOL_V1, ROOT, Answer, Client, Server, serving
+from server import PROTOCOL_V1, ROOT, Answer, Client, Server, serving, wanted_path
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
@@ -187,8 +187,7 @@ def test_a_kernel_of_another_implementation(tmp_path: Path, name: str) -> None:
         add_kernel(server, f"foreign-{name}", argv, language.interrupt_mode)
         with server.kernel(f"foreign-{name}") as kernel, Client(server, kernel, PROTOCOL_V1) as client:
             computes(client, language)
-            wanted = "libzmq" if os.environ.get("FASTWIRE_TEST_PATH") == "libzmq" else "zmtp"
-            assert path_of(server, kernel) == wanted
+            assert path_of(server, kernel) == wanted_path()
             fails(client, language)
             floods(client, language)
             if language.sleep is not None:

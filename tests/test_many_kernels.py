@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 from absent import not_tested
-from server import Client, Server, serving, until
+from server import Client, Server, serving, until, wanted_path
 
 from bench.floors import BuildError
 from bench.hosted import HOSTED, hosting
@@ -56,7 +56,7 @@ def test_a_hundred_kernels(server: Server) -> None:
     assert {kernel["id"] for kernel in shown if len(kernel["clients"]) == 1} == started
     assert all(kernel["messages"] >= 5 for kernel in shown)
     metrics = server.get("/metrics")[2]
-    assert re.search(rf'^fastwire_kernels{{path="zmtp"}} {COUNT}\.0$', metrics, re.MULTILINE)
+    assert re.search(rf'^fastwire_kernels{{path="{wanted_path()}"}} {COUNT}\.0$', metrics, re.MULTILINE)
     assert re.search(rf'^fastwire_clients{{state="fine"}} {COUNT}\.0$', metrics, re.MULTILINE)
 
     # One whose process is killed is started again, and its client gets answers from the new one.

@@ -14,7 +14,7 @@ import pytest
 from chromium import PATIENCE, SCREENSHOTS, launched
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect
 from prometheus_client.parser import text_string_to_metric_families
-from server import ROOT, TOKEN, Client, Server, serving, until
+from server import ROOT, TOKEN, Client, Server, serving, until, wanted_path
 
 from fastwire import events
 from fastwire._core import PROTOCOL_V1
@@ -244,7 +244,7 @@ def test_the_page_is_live(server: Server, light: str, browser: Browser) -> None:
             row = f'tr.kernel[data-id="{light}"]'
             shows(page, f"{row} .state", re.compile("1 client"))
             shows(page, f"{row} .rate .value", re.compile("[1-9]"))
-            expect(page.locator(row)).to_contain_text(f"{light[:8]} \u00b7 zmtp")
+            expect(page.locator(row)).to_contain_text(f"{light[:8]} \u00b7 {wanted_path()}")
             shows(page, f"{row} .latency .value", re.compile("s$"))
             shows(page, "tr.client .state", "fine")
             shows(page, "#rate", re.compile("[1-9]"))
