@@ -6,13 +6,17 @@ from typing import Any
 
 import zmq
 from builders import KEY
+from patience import SLOW
 from relay_stage import BUDGET, Kernel, Stage, stream, until
 
 from fastwire import _core
 from fastwire._core import Batch
 from fastwire.channels import Channel, ZmqChannel
+from fastwire.testing import free_port
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
+
+PATIENCE = 20.0 * SLOW
 
 
 def test_a_channel_lets_others_go_on_between_its_budgets(stage: Stage, kernel: Kernel, transport: bool) -> None:
@@ -77,3 +81,14 @@ def test_a_socket_closed_under_its_channel(stage: Stage, kernel: Kernel, transpo
 
     stage.run(close_and_drain)
     assert not batches
+
+
+def test_a_socket_of_libzmqs_that_is_connected_with_itself_is_not_told_of(context: zmq.Context) -> None:
+    """While nobody listens at an even port the system may give it to who connects to it; here it is asked for. Our own
+    connections are let go then (test_zmtp.py)."""
+    place = f"127.0.0.1:{free_port()}"
+    with context.socket(zmq.DEALER) as sock:
+        sock.rcvtimeo = int(1000 * PATIENCE)
+        sock.connect(f"tcp://{place};{place}")
+        sock.send(b"a request")
+        assert sock.recv() == b"a request", "docs/reliability.md says that it comes back"
