@@ -312,9 +312,8 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         if session is not None:
             yield session.user
         connection = getattr(handler, "connection", None)
-        if (
-            getattr(connection, "kernel_manager", None) is self.kernel_manager
-        ):  # not of an earlier kernel of the same id
+        # One of an earlier kernel of the same id may still be ending.
+        if getattr(connection, "kernel_manager", None) is self.kernel_manager:
             yield getattr(connection, "user", self.user)
         if buffer.get("session_key") == key:
             yield buffer.get("user", self.user)

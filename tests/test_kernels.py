@@ -11,10 +11,13 @@ import pytest
 from inside import execute, result, run, serving, until
 from jupyter_client import AsyncKernelManager
 from jupyter_client.connect import port_names
+from jupyter_server.auth import IdentityProvider, User
+from jupyter_server.base.handlers import JupyterHandler
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from server import PATIENCE
 from traitlets import TraitError
 from traitlets.config import Config
+from websockets.exceptions import InvalidStatus
 
 from fastwire.jupyter import FastwireMappingKernelManager
 from fastwire.kernels import Clients, kernel_of, kernels_of
@@ -278,6 +281,39 @@ def test_a_kernel_of_the_same_id_inherits_nothing(tmp_path: Path, monkeypatch: p
                     assert list(after.relay.sessions) == ["ann"]
                     inside.manager._forget_dead(kernel, before.manager)
                     assert await run(again, "2") == "4"
+
+    asyncio.run(use())
+
+
+class Named(IdentityProvider):
+    """A header says who somebody is."""
+
+    def get_user(self, handler: JupyterHandler) -> User:
+        return User(handler.request.headers["X-User"])
+
+
+def test_who_had_an_earlier_kernel_of_the_same_id_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A WebSocket that is long in ending is no claim on a session of the kernel that is there now."""
+
+    async def use() -> None:
+        config = {"ServerApp": {"identity_provider_class": Named}, "IdentityProvider": {"token": ""}}
+        async with serving(tmp_path, monkeypatch, **config) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with inside.client(kernel, "page", additional_headers={"X-User": "ann"}) as ann:
+                assert await run(ann, "1") == "4"
+                old = await inside.connection("page")
+                disconnect, old.disconnect = old.disconnect, lambda: None
+                with pytest.raises(InvalidStatus, match="403"):
+                    await inside.client(kernel, "page", additional_headers={"X-User": "bob"})
+                await inside.manager.shutdown_kernel(kernel, now=True)
+                await inside.manager.start_kernel(kernel_name="light", kernel_id=kernel)
+                async with inside.client(kernel, "page", additional_headers={"X-User": "bob"}) as bob:
+                    assert await run(bob, "1") == "4"
+                    session = kernel_of(inside.manager.get_kernel(kernel)).relay.sessions["page"]
+                    assert (old.user, session.user) == ("ann", "bob")
+                disconnect()
 
     asyncio.run(use())
 
