@@ -57,6 +57,11 @@ class Budget(_core.Budget):
         left = self.limit - self.used
         return left if self.whole is None else min(left, self.whole.left)
 
+    @property
+    def narrowest(self) -> int:
+        """The smallest of the bounds that it is in."""
+        return self.limit if self.whole is None else min(self.limit, self.whole.narrowest)
+
     def left_for(self, mine: int) -> int:
         """What one that takes ``mine`` bytes may take, however much others do."""
         return max(self.left + mine, FLOOR)

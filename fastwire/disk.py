@@ -28,8 +28,9 @@ from fastwire.flow import MIB
 
 __all__ = ["Disk", "Job", "Record", "Runner", "SpillFile", "is_in_memory"]
 
-#: A file's room goes back to the disk when all its records were let go of, so there are several, of about this size.
-FILE_SIZE = 64 * MIB
+#: A file's room goes back to the disk when all its records were let go of, so there are several, of about this size,
+#: and at least so many in the narrowest bound: in one file all that lies there would have to go to make room at it.
+FILE_SIZE, FILES = 64 * MIB, 8
 
 #: What is done in a thread.
 Job = Callable[[], Any]
@@ -180,7 +181,7 @@ class SpillFile:
         """Room for a record, or None where a bound is reached."""
         if size > self.budget.left:
             return None
-        if not self.parts or self.parts[-1].end >= min(FILE_SIZE, self.budget.limit // 8):
+        if not self.parts or self.parts[-1].end >= min(FILE_SIZE, self.budget.narrowest // FILES):
             self.parts.append(Part())
         part = self.parts[-1]
         record = Record(part, part.end, size)

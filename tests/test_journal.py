@@ -36,7 +36,7 @@ from journal_stage import (
 import fastwire
 from fastwire import _core
 from fastwire._core import PROTOCOL_V1, Batch
-from fastwire.budgets import Budgets
+from fastwire.budgets import Budget, Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal, totals
 from fastwire.segments import Entry, Segment, State, size_of
@@ -65,6 +65,8 @@ class Logs(RuleBasedStateMachine):
         self.logs: list[Journal] = []
         self.said: list[dict[int, int]] = [{}, {}]  # in each log, by its number there
         self.reads: list[Read] = []
+        self.spilled: dict[Budget, int] = {}  # by each user, when somebody looked last
+        self.payers: dict[Journal, Budget] = {}  # of each log, then
 
     @initialize(
         merge=st.booleans(),
@@ -291,6 +293,18 @@ class Logs(RuleBasedStateMachine):
             assert log.history <= self.limits.history_limit
         if self.logs:
             assert self.budgets.disk.used <= self.limits.total_spill_limit
+
+    @invariant()
+    def each_user_keeps_within_a_limit(self) -> None:
+        """But for logs that were another's when they were put aside: they count for who holds them up now, and then
+        nothing more is put aside for that user."""
+        payers = {log: log.user_budget.disk for log in self.logs}
+        for user in {*payers.values()}:
+            mine = [log for log in self.logs if payers[log] is user]
+            assert user.used == sum(log.shelf.nbytes for log in mine)
+            moved = sum(log.shelf.nbytes for log in mine if self.payers.get(log) is not user)
+            assert user.used <= max(self.limits.user_spill_limit, self.spilled.get(user, 0)) + moved
+        self.payers, self.spilled = payers, {user: user.used for user in payers.values()}
 
     def teardown(self) -> None:
         """Sockets that take everything get exactly what was missing; then nothing is left."""
@@ -527,6 +541,37 @@ def test_channels_that_alternate_cost_the_same_however_much_is_kept() -> None:
     assert journal.front.next is not journal.open, "all is kept, in many segments"
     assert max(counts[4:]) <= 2 * max(counts[:4])
     journal.close()
+
+
+def test_what_lies_on_the_disk_costs_a_message_nothing(limits: Limits) -> None:
+    """The same of what is put aside, and of what is read back for a client that comes to the oldest."""
+    disk = Disk()
+    journal, away = log_of(changed(limits, client_memory_limit=1 * MIB), disk)
+
+    def put_aside() -> None:
+        for number in range(300):
+            say(journal, batch_of(other("status", number, 4000)))
+            disk.work()
+
+    def read_back() -> None:
+        away.start(None)
+        while len(away.messages) < 100:
+            assert away.feed() or disk.work()
+
+    def both() -> tuple[int, int]:
+        counts = lines_of(put_aside), lines_of(read_back)
+        away.lose_socket()
+        return counts
+
+    lines_of(put_aside)
+    counts = [both() for _ in range(6)]
+    assert journal.shelf.nbytes > 6 * MIB
+    for each in zip(*counts, strict=True):
+        assert max(each[3:]) <= 1.25 * max(each[:3])
+    away.cursor.end()
+    journal.close()
+    while disk.work():
+        pass
 
 
 def lines_of(work: Callable[[], None]) -> int:

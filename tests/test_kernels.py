@@ -304,7 +304,7 @@ def test_who_had_an_earlier_kernel_of_the_same_id_keeps_nobody_out(
             async with inside.client(kernel, "page", additional_headers={"X-User": "ann"}) as ann:
                 assert await run(ann, "1") == "4"
                 old = await inside.connection("page")
-                disconnect, old.disconnect = old.disconnect, lambda: None
+                on_close, old.websocket_handler.on_close = old.websocket_handler.on_close, lambda: None
                 with pytest.raises(InvalidStatus, match="403"):
                     await inside.client(kernel, "page", additional_headers={"X-User": "bob"})
                 await inside.manager.shutdown_kernel(kernel, now=True)
@@ -313,7 +313,7 @@ def test_who_had_an_earlier_kernel_of_the_same_id_keeps_nobody_out(
                     assert await run(bob, "1") == "4"
                     session = kernel_of(inside.manager.get_kernel(kernel)).relay.sessions["page"]
                     assert (old.user, session.user) == ("ann", "bob")
-                disconnect()
+                on_close()
 
     asyncio.run(use())
 
