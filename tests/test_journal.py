@@ -320,17 +320,7 @@ class Logs(RuleBasedStateMachine):
             client.check(merge=self.limits.merge)
         self.settle()
         for read, said in zip(self.reads, self.said, strict=False):
-            read.to_the_end(read.journal.end, self.disk)
-            assert read.found == sorted({*read.found})
-            told = {number for first, before in read.lost for number in range(first, before)}
-            seen = {*read.found}
-            found = {number for number, message in said.items() if message in seen}
-            if self.limits.merge:  # what stood behind lines that were joined has smaller numbers now
-                for number in range(read.journal.end):
-                    if number - 1 in told and number not in found:
-                        told.add(number)
-            untold = {message for number, message in said.items() if number not in told} - seen
-            assert len(untold) <= read.missing
+            self.check_that_it_was_told(read, said)
         for log in self.logs:
             assert self.limits.history_limit or log.memory == log.shelf.nbytes == 0
             log.close()
@@ -339,6 +329,19 @@ class Logs(RuleBasedStateMachine):
             assert log.memory == log.shelf.nbytes == log.history == 0
         assert not self.logs or self.budgets.total.used == self.budgets.disk.used == 0
         self.directory.cleanup()
+
+    def check_that_it_was_told(self, read: Read, said: dict[int, int]) -> None:
+        """Who reads what was said finds each message, or hears that it is gone."""
+        read.to_the_end(read.journal.end, self.disk)
+        assert read.found == sorted({*read.found})
+        told = {number for first, before in read.lost for number in range(first, before)}
+        found = {*read.found}
+        if self.limits.merge:  # what stood behind lines that were joined has smaller numbers now
+            for number in range(read.journal.end):
+                if number - 1 in told and said.get(number) not in found:
+                    told.add(number)
+        untold = {message for number, message in said.items() if number not in told} - found
+        assert len(untold) <= read.missing
 
     def bring_up(self, client: Client) -> bool:
         """To the end of what it is to get; not where its session ends."""
