@@ -8,6 +8,7 @@ and ``update_display_data`` applied. This room knows no jupyter_server.
 from __future__ import annotations
 
 import asyncio
+import enum
 import json
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -16,11 +17,12 @@ from typing import Any, NamedTuple
 from fastwire._core import Run, answers_to, indices_of_types
 from fastwire.errors import FastwireError
 from fastwire.journal import Journal, end_of
-from fastwire.segments import Entry, Gap, Segment, State, Zone
+from fastwire.segments import Entry, Gap, Segment, Zone
+from fastwire.segments import State as Place
 
 __all__ = [
-    "Answer", "Asked", "BadInput", "DiskIsLate", "Lost", "Message", "Messages", "Outputs", "Reader", "bring_up_to_date",
-    "described", "parsed", "plain", "read_body", "read_outputs",
+    "TRANSITIONS", "Answer", "Asked", "BadInput", "DiskIsLate", "Event", "Lost", "Message", "Messages", "Outputs",
+    "Reader", "State", "bring_up_to_date", "described", "parsed", "plain", "read_body", "read_outputs",
 ]  # fmt: skip
 
 #: Seconds that what lies on the disk is waited for.
@@ -40,6 +42,41 @@ SHOWN = ("stream", "display_data", "execute_result", "error")
 
 #: That may name a display.
 DISPLAYS = ("display_data", "execute_result", "update_display_data")
+
+
+class State(enum.Enum):
+    """Of a run: what `fastwire._core.RUN_STATES` calls so."""
+
+    QUEUED = "its kernel has not said that it began"
+    RUNNING = "its kernel is busy with it"
+    DONE = "its kernel is idle again"
+    ABORTED = "its reply says so: one before it failed"
+    LOST = "its kernel began anew before it was over; where it went to the new process, it begins there"
+
+
+class Event(enum.Enum):
+    BEGAN = "status busy, or execute_input"
+    ENDED = "status idle"
+    GAVE_UP = "a reply that says aborted"
+    NEXT_BEGAN = "the next one begins, and this one's reply was seen: its idle was lost"
+    BEGAN_ANEW = "the kernel's process is another"
+
+
+#: As the ledger has them (`core/ledger.pxi`), which learns them where messages are. What is not there changes nothing.
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.QUEUED, Event.BEGAN): State.RUNNING,
+    (State.QUEUED, Event.ENDED): State.DONE,
+    (State.QUEUED, Event.GAVE_UP): State.ABORTED,
+    (State.QUEUED, Event.BEGAN_ANEW): State.LOST,
+    (State.RUNNING, Event.ENDED): State.DONE,
+    (State.RUNNING, Event.GAVE_UP): State.ABORTED,
+    (State.RUNNING, Event.NEXT_BEGAN): State.DONE,
+    (State.RUNNING, Event.BEGAN_ANEW): State.LOST,
+    (State.DONE, Event.GAVE_UP): State.ABORTED,
+    (State.LOST, Event.BEGAN): State.RUNNING,
+    (State.LOST, Event.ENDED): State.DONE,
+    (State.LOST, Event.GAVE_UP): State.ABORTED,
+}
 
 
 class DiskIsLate(FastwireError):
@@ -91,9 +128,9 @@ class Reader:
     def _find(self) -> Segment:
         """Where its position is. Segments that are gone know the next one."""
         segment: Segment = self._segment
-        while segment.state is State.FREED and segment.next is not None:
+        while segment.state is Place.FREED and segment.next is not None:
             segment = segment.next
-        if segment.state is State.FREED:
+        if segment.state is Place.FREED:
             segment = self._journal.front
         while self.position < segment.first and segment.previous is not None:
             segment = segment.previous  # what was open is kept there now

@@ -8,7 +8,18 @@ import pytest
 import zmq
 
 from fastwire import _core
-from fastwire._core import PROTOCOL_V1, Batch, Ledger, LogEntry, Run, Uplink, answers_to, indices_of_types
+from fastwire._core import (
+    PROTOCOL_V1,
+    RUN_STATES,
+    Batch,
+    Ledger,
+    LogEntry,
+    Run,
+    Uplink,
+    answers_to,
+    indices_of_types,
+)
+from fastwire.runs import TRANSITIONS, Event, State
 
 SIGNER = _core.Signer(b"")
 
@@ -54,6 +65,46 @@ def a_run(name: str, *, count: int = 1) -> list[list[bytes]]:
 def facts(run: Run | None) -> tuple:
     assert run is not None
     return run.state, run.messages, run.first, run.last, run.execution_count, run.failed
+
+
+#: How a run comes to each state.
+WAYS = {
+    State.QUEUED: [],
+    State.RUNNING: [Event.BEGAN],
+    State.DONE: [Event.BEGAN, Event.ENDED],
+    State.ABORTED: [Event.GAVE_UP],
+    State.LOST: [Event.BEGAN, Event.BEGAN_ANEW],
+}
+
+
+def happens(ledger: Ledger, event: Event) -> None:
+    """To the run "a"."""
+    busy, *_, idle = a_run("a")
+    if event is Event.BEGAN:
+        learned(ledger, batch_of(busy))
+    elif event is Event.ENDED:
+        learned(ledger, batch_of(idle))
+    elif event is Event.BEGAN_ANEW:
+        ledger.begin_anew()
+    else:
+        status = "aborted" if event is Event.GAVE_UP else "ok"
+        learned(ledger, batch_of(said("execute_reply", request("a"), status=status), channel="shell"))
+        if event is Event.NEXT_BEGAN:
+            learned(ledger, batch_of(a_run("b")[0]))
+
+
+@pytest.mark.parametrize("event", Event)
+@pytest.mark.parametrize("state", State)
+def test_the_states_of_a_run(state: State, event: Event) -> None:
+    """As the table has them, and none more."""
+    assert [each.name.lower() for each in State] == [*RUN_STATES]
+    ledger = learned(Ledger(), batch_of(said("stream", request("a"), name="stdout", text="1")))
+    for each in WAYS[state]:
+        happens(ledger, each)
+    run = ledger.get("a")
+    assert run.state == state.name.lower()
+    happens(ledger, event)
+    assert run.state == TRANSITIONS.get((state, event), state).name.lower()
 
 
 def test_a_run_from_busy_to_idle() -> None:

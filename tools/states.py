@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 
-from fastwire import closing, downlink, hearing, segments
+from fastwire import closing, downlink, hearing, runs, segments
 
 PAGE = Path(__file__).parents[1] / "docs" / "states.md"
 
@@ -44,6 +44,12 @@ LAG = """\
 As the live page and the metrics call it (`fastwire/downlink.py`).
 """
 
+RUNS = """\
+## What becomes of a run
+
+A run is an execute_request and what its kernel says to it (`fastwire/runs.py`).
+"""
+
 
 def page() -> str:
     lags = [(before.name, after.name, event.name) for (before, event), after in downlink.TRANSITIONS.items()]
@@ -53,6 +59,7 @@ def page() -> str:
         for before, following in hearing.TRANSITIONS.items()
         for event, after in following.items()
     ]
+    becomes = [(before.name, after.name, event.name) for (before, event), after in runs.TRANSITIONS.items()]
     moves = [
         (before.name, after.name, "")
         for before in segments.State
@@ -89,6 +96,10 @@ def page() -> str:
             picture(lags, []),
             meanings("state", downlink.State),
             meanings("event", downlink.Event),
+            RUNS,
+            picture(becomes, [runs.State.ABORTED.name]),
+            meanings("state", runs.State),
+            meanings("event", runs.Event),
         )
     )
 
