@@ -29,7 +29,7 @@ SITE := $(PIP) --quiet --editable '.[site]'
 COMPILE = echo "compiling the core"; if $(RUN) -c 'import Cython' 2>/dev/null; \
 	then $(RUN) setup.py --quiet build_ext --inplace --force; else $(PIP) --quiet --no-deps --editable .; fi
 # Where threads meet: the standby reader with the loop, the disk's with the log, finalizers and hashlib with anything.
-THREADED := $(addprefix tests/test_,$(addsuffix .py,core_threads core_zmtp zmtp channels blocked turns compiled_turn \
+THREADED := $(addprefix tests/test_,$(addsuffix .py,core_threads core_zmtp zmtp zmtp_ends channels turns compiled_turn \
 	concurrency disk shelf segments hanging_disk))
 # What the tests need, for a build that must not touch the one in the source tree.
 TREE := $(wildcard *.md *.in *.toml *.yml *.py LICENSE Makefile bench docs etc fastwire fuzz tests tools)
@@ -140,6 +140,7 @@ nightly: install ## what takes hours: long fuzz, soak, the whole load matrix
 	FASTWIRE_TEST_PATH=libzmq $(MAKE) test
 	$(MAKE) sanitize
 	$(MAKE) tsan
+	HYPOTHESIS_PROFILE=nightly $(MAKE) tsan ARGS="-q --timeout=900 tests/test_blocked.py -k short"
 	$(MAKE) arm
 	tools/more_pythons.sh 3.14 3.15 3.13t
 	$(MAKE) pythons

@@ -1,5 +1,6 @@
 """A disk that hangs for good, under a real server: who does not need it notices nothing, and the server ends."""
 
+import os
 import signal
 import threading
 from contextlib import suppress
@@ -28,6 +29,10 @@ def memory(server: Server) -> int:
     return server.outside.memory_info().rss
 
 
+#: A sanitizer's own memory is not bounded; what it finds is wanted here all the same.
+SANITIZED = "TSAN_OPTIONS" in os.environ
+
+
 def kept(server: Server, kernel: str) -> dict:
     _, status = server.rest("GET", "/fastwire/api/status")
     return next(entry for entry in status["kernels"] if entry["id"] == kernel)
@@ -40,7 +45,6 @@ def read_on(client: Client) -> None:
             client.receive()
 
 
-@pytest.mark.memory
 @pytest.mark.parametrize("call", ["pwrite", "pread"])
 def test_a_disk_that_hangs_for_good(tmp_path: Path, call: str) -> None:
     folder, hangs = tmp_path / "start", tmp_path / "hangs"
@@ -72,7 +76,7 @@ def test_a_disk_that_hangs_for_good(tmp_path: Path, call: str) -> None:
             with Client(server, mine) as another:
                 assert another.run("1").result == "4", "also of the same kernel"
             assert kept(server, mine)["kept_bytes"] <= LIMIT
-            assert memory(server) - before < 1.2 * LIMIT
+            assert SANITIZED or memory(server) - before < 1.2 * LIMIT
             assert server.start_kernel("light")
             server.process.send_signal(signal.SIGTERM)
             server.process.wait(timeout=PATIENCE)  # the disk hangs for good
