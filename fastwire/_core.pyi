@@ -557,10 +557,15 @@ class ZmtpStream:
     def fd(self) -> int:
         """The descriptor that an `Uplink` writes to; -1, as at first, while there is none."""
 
-    def attach(self, fd: int, tell: int = -1) -> None:
-        """Let an `Uplink` write to this descriptor. With ``tell``, a non-blocking pipe's end, what comes on ``fd`` and
-        is not drained for 20 ms is taken aside by a thread that needs no GIL. An octet in the pipe tells then that
-        `drain` has something, also where the descriptor has not. Raises OSError when there can be no such thread."""
+    def attach(self, fd: int, tell: int = -1, poller: Poller | None = None) -> None:
+        """Let an `Uplink` write to this descriptor. With ``tell``, a non-blocking pipe's end, what comes on ``fd``
+        while a turn of ``poller`` lasts 25 ms or more is taken aside by a thread that needs no GIL. An octet in the
+        pipe tells then that `drain` has something, also where the descriptor has not. Raises OSError when there can be
+        no such thread."""
+
+    def rest(self, rests: bool) -> None:
+        """Its loop leaves it alone: what comes is taken aside, whatever the loop does."""
+
     def charge(self, budget: Budget) -> None:
         """What is taken aside counts there, and has its bounds."""
     def detach(self) -> None:
@@ -795,6 +800,9 @@ class Poller:
 
     def turn(self) -> None:
         """Everything that is ready now, where the loop calls us."""
+
+    def wake(self, part: Part) -> None:
+        """As if its descriptor were ready."""
 
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call it once at the end of this turn, or of the next when none is running."""

@@ -108,7 +108,7 @@ class Standby:
                 for end in self._pipe:
                     os.set_blocking(end, False)
                 self._turns.watch(self._pipe[0], self._on_told)
-            link.stream.attach(fd, self._pipe[1])
+            link.stream.attach(fd, self._pipe[1], self._turns.poller)
         except OSError as error:  # neither descriptors nor threads are left
             log.warning("what kernels say while the loop is blocked may be lost: %s", error)
             link.stream.attach(fd)
@@ -128,7 +128,7 @@ class Standby:
         os.read(self._pipe[0], 1 << 16)
         for link in list(self._links):
             if link.stream.taken_aside:
-                link.wake()
+                self._turns.poller.wake(link.source)
 
 
 class Link:
@@ -262,6 +262,7 @@ class Link:
         if rests == self._rests or self.stream.fd < 0:
             return
         self._rests = rests
+        self.stream.rest(rests)
         if rests:
             self._turns.unwatch(self.stream.fd, self.source)
         else:

@@ -254,6 +254,11 @@ def zmq_pair(
     return ends
 
 
+def loop_at_rest() -> _core.Poller:
+    """Of a loop whose turn lasts for ever."""
+    return _core.Poller(lambda who, error: None, lambda callback: None)
+
+
 def drain_all(sock: zmq.Socket, channel: str, signer: _core.Signer, count: int, **budget: int) -> list[_core.Batch]:
     """Batches until ``count`` messages have been taken or refused."""
     batches, seen = [], 0

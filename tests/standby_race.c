@@ -33,6 +33,7 @@ int main(void) {
     fw_aside links[LINKS], idle;
     size_t got[LINKS] = {0}, ended = 0;
     unsigned char buffer[65536];
+    fw_beat *beat = fw_beat_new();
     assert(!pipe(tell));
     fcntl(tell[0], F_SETFL, O_NONBLOCK), fcntl(tell[1], F_SETFL, O_NONBLOCK);
     for (int i = 0; i < LINKS; i++) {
@@ -41,7 +42,7 @@ int main(void) {
         fcntl(ends[0], F_SETFL, O_NONBLOCK);
         pairs[i].ours = ends[0], pairs[i].theirs = ends[1];
         fw_aside_init(&links[i]);
-        assert(!fw_aside_watch(&links[i], ends[0], tell[1]));
+        assert(!fw_aside_watch(&links[i], ends[0], tell[1], beat));
         assert(!pthread_create(&threads[i], NULL, kernel, &pairs[i]));
     }
     for (int turn = 0; ended < LINKS; turn++) {
@@ -49,11 +50,13 @@ int main(void) {
             int ends[2];
             assert(!socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
             fw_aside_init(&idle);
-            assert(!fw_aside_watch(&idle, ends[0], tell[1]));
+            assert(!fw_aside_watch(&idle, ends[0], tell[1], beat));
             fw_aside_destroy(&idle);
             close(ends[0]), close(ends[1]);
-            usleep(45000); /* a loop that is blocked */
+            fw_aside_rest(&links[turn / 50 % LINKS], turn % 100 == 0);
+            usleep(80000); /* a loop that is blocked */
         }
+        fw_beat_turn(beat);
         while (read(tell[0], buffer, sizeof buffer) > 0) {}
         for (int i = 0; i < LINKS; i++) {
             if (links[i].fd < 0) continue;
@@ -75,6 +78,8 @@ int main(void) {
            (unsigned long long)__atomic_load_n(&fw_standby.taken, __ATOMIC_RELAXED),
            fw_standby_held());
     assert(__atomic_load_n(&fw_standby.taken, __ATOMIC_RELAXED) > 0);
-    assert(fw_standby_held() == 0);
+    assert(fw_standby_held() == 0 && fw_standby.resting == 0);
+    fw_beat_release(beat);
+    assert(!fw_standby.beats);
     return 0;
 }

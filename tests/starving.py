@@ -203,6 +203,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "ZmtpStream.renew": zmtp_renew,
     "ZmtpStream.take_unsent": zmtp_call(lambda it: (it.renew(), it.take_unsent())),
     "ZmtpStream.attach": zmtp_call(lambda it: it.attach(-1)),
+    "ZmtpStream.rest": zmtp_call(lambda it: it.rest(True)),
     "ZmtpStream.detach": zmtp_call(lambda it: it.detach()),
     "ZmtpStream.close": zmtp_call(lambda it: it.close()),
     "Uplink": pure(lambda: Uplink(None, Signer(KEY), Kernel.sockets_of_nobody), lambda it: it.sent),
@@ -224,6 +225,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Poller.give_back": taken_over(lambda it, _: it.poller.give_back(), has_taken_over=True),
     "Poller.select": in_the_loops_place(busy, done),
     "Poller.turn": turning(lambda it: it.poller.turn(), received, before=ready),
+    "Poller.wake": turning(lambda it: it.poller.wake(_core.Part()), before=ready),
     "Poller.at_end": at_end,
     "Poller.end_turn": [
         turning(lambda it: it.poller.end_turn(), before=full),

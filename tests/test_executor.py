@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import zmq
-from builders import message
+from builders import loop_at_rest, message
 from relay_stage import Kernel, Stage, until
 from test_zmtp import Direct
 
@@ -120,7 +120,7 @@ def test_what_is_taken_aside_on_any_channel_has_the_bounds_of_the_kernel(stage: 
         ours, theirs = socket.socketpair()
         with ours, theirs:
             channel.socket.detach()
-            channel.socket.attach(ours.fileno(), tell)
+            channel.socket.attach(ours.fileno(), tell, loop_at_rest())
             theirs.send(b"x")
             until(lambda: channel.socket.taken_aside, "it is taken aside")
             held = budget.aside

@@ -28,7 +28,14 @@ cdef extern from "core/standby.h" nogil:
         pass
     void fw_aside_init(fw_aside *a)
     void fw_aside_destroy(fw_aside *a)
-    int fw_aside_watch(fw_aside *a, int fd, int tell)
+    ctypedef struct fw_beat:
+        pass
+    fw_beat *fw_beat_new()
+    void fw_beat_release(fw_beat *beat)
+    uint64_t fw_beat_turns(fw_beat *beat)
+    void fw_beat_turn(fw_beat *beat)
+    int fw_aside_watch(fw_aside *a, int fd, int tell, fw_beat *beat)
+    void fw_aside_rest(fw_aside *a, bint rests)
     void fw_aside_leave(fw_aside *a)
     ssize_t fw_aside_recv(fw_aside *a, int fd, void *buffer, size_t size)
     bint fw_aside_has(fw_aside *a)

@@ -4,11 +4,12 @@
  * I/O thread always read; a loop that an extension blocks for ten seconds does not. So there is one thread, for the whole
  * process, that needs no GIL and knows no messages:
  *
- * - It sleeps in poll() until a connection is readable, then for 50 ms; and again while connections are drained. What was drained
- *   is none of its business: under load it wakes up twenty times a second, when nothing comes never. In 50 ms the fastest
- *   kernel says less than the system's buffers take.
- * - What nobody has drained for 20 ms it takes, in the order it came, into memory of its own beside the connection
- *   (`fw_aside`), and tells the loop by an octet in a pipe: the descriptor need not be readable any more.
+ * - It sleeps in poll() until a connection is readable, then looks every 25 ms whether each loop goes on (`fw_beat`): that costs
+ *   a glance, where looking at a thousand connections costs as much as dozens of messages. When nothing comes it sleeps again.
+ * - Of a loop whose turn has lasted 25 ms it takes what is readable, in the order it came, into memory of its own beside the
+ *   connection (`fw_aside`), and tells the loop by an octet in a pipe: the descriptor need not be readable any more. In the 50 ms
+ *   that this may be late, the fastest kernel says less than the system's buffers take. The same of a connection that its loop
+ *   leaves alone for a while.
  * - Whoever drains the connection is given that first (`fw_aside_recv`). A lock for each connection keeps the two from
  *   reading at once; no Python runs under it, and the thread takes no other but the registry's, which comes first.
  * - What it takes has bounds, of all together and of what each connection belongs to (`fw_purse`). At one the thread leaves
@@ -33,8 +34,8 @@
 
 #include "core/sys.h"
 
-#define FW_PATIENCE 20000000u   /* ns without a drain */
-#define FW_PAUSE 50000000u      /* ns between looks while the loop keeps up */
+#define FW_PAUSE 25000000u      /* ns between looks, and of a turn that lasts too long */
+#define FW_AGAIN 5000000u       /* ns between looks while there is something to take */
 #define FW_ASIDE_STEP 1048576u  /* bytes of one connection before the next has its turn */
 #define FW_CHUNK 65536u         /* bytes of memory, its head among them */
 #define FW_LEAST_ROOM 4096u     /* bytes of a chunk that another recv is worth */
@@ -57,12 +58,22 @@ typedef struct fw_purse {
     struct fw_purse *whole;
 } fw_purse;
 
+/* The turns of a loop. Its owners change with the registry's lock, as who has it in the list does. */
+typedef struct fw_beat {
+    uint64_t turns;             /* atomic */
+    uint64_t seen, since;       /* of these, at a look; and when that changed, in ns */
+    int late;
+    size_t links, owners;
+    struct fw_beat *next, *before;
+} fw_beat;
+
 typedef struct fw_aside {
     int fd, tell;               /* of the connection; of the pipe that wakes its loop */
+    fw_beat *beat;
+    int rests;                  /* its loop leaves it alone */
     int ended, error, told;
     fw_chunk *first, *last;
     fw_purse *purse;
-    uint64_t drained;           /* when, in ns */
     pthread_mutex_t lock;
     struct fw_aside *next, *before;
 } fw_aside;
@@ -70,12 +81,13 @@ typedef struct fw_aside {
 static struct {
     pthread_mutex_t lock;       /* of this, and of who stands in the list */
     fw_aside *first;
-    size_t count;
+    size_t count, resting;
+    fw_beat *beats;
     pid_t pid;                  /* in which the thread runs */
     int wake[2];
     fw_purse all;
     uint64_t taken;             /* bytes since the process began; atomic */
-} fw_standby = {PTHREAD_MUTEX_INITIALIZER, NULL, 0, 0, {-1, -1}, {SIZE_MAX, 0, 1, NULL}, 0};
+} fw_standby = {PTHREAD_MUTEX_INITIALIZER, NULL, 0, 0, NULL, 0, {-1, -1}, {SIZE_MAX, 0, 1, NULL}, 0};
 
 static uint64_t fw_now(void) {
     struct timespec t;
@@ -138,6 +150,48 @@ static void fw_purse_move(fw_purse *purse, fw_purse *whole) {
     pthread_mutex_unlock(&fw_standby.lock);
 }
 
+/* -- loops -- */
+
+/* NULL without memory. */
+static fw_beat *fw_beat_new(void) {
+    fw_beat *beat = (fw_beat *)calloc(1, sizeof *beat);
+    if (!beat) return NULL;
+    beat->owners = 1, beat->since = fw_now();
+    pthread_mutex_lock(&fw_standby.lock);
+    beat->next = fw_standby.beats;
+    if (beat->next) beat->next->before = beat;
+    fw_standby.beats = beat;
+    pthread_mutex_unlock(&fw_standby.lock);
+    return beat;
+}
+
+/* With the registry's lock held. */
+static void fw_beat_drop(fw_beat *beat) {
+    if (--beat->owners) return;
+    if (beat->before) beat->before->next = beat->next;
+    else fw_standby.beats = beat->next;
+    if (beat->next) beat->next->before = beat->before;
+    free(beat);
+}
+
+static void fw_beat_release(fw_beat *beat) {
+    pthread_mutex_lock(&fw_standby.lock);
+    fw_beat_drop(beat);
+    pthread_mutex_unlock(&fw_standby.lock);
+}
+
+static uint64_t fw_beat_turns(fw_beat *beat) { return __atomic_load_n(&beat->turns, __ATOMIC_RELAXED); }
+
+/* In the loop's thread alone. */
+static void fw_beat_turn(fw_beat *beat) { __atomic_store_n(&beat->turns, beat->turns + 1, __ATOMIC_RELAXED); }
+
+/* With the registry's lock held, in the thread. */
+static void fw_beat_judge(fw_beat *beat, uint64_t now) {
+    uint64_t turns = fw_beat_turns(beat);
+    if (turns != beat->seen) beat->seen = turns, beat->since = now;
+    beat->late = now - beat->since >= FW_PAUSE;
+}
+
 /* -- what was taken off one connection -- */
 
 static void fw_aside_init(fw_aside *a) {
@@ -186,7 +240,7 @@ static int fw_aside_take(fw_aside *a) {
     ssize_t n = 1;
     fw_chunk *chunk;
     pthread_mutex_lock(&a->lock);
-    while (!a->ended && n > 0 && taken < FW_ASIDE_STEP && fw_now() - a->drained >= FW_PATIENCE && (chunk = fw_aside_room(a))) {
+    while (!a->ended && n > 0 && taken < FW_ASIDE_STEP && (chunk = fw_aside_room(a))) {
         n = recv(a->fd, chunk->data + chunk->end, sizeof chunk->data - chunk->end, MSG_DONTWAIT);
         if (n > 0) {
             chunk->end += (uint32_t)n;
@@ -204,20 +258,16 @@ static int fw_aside_take(fw_aside *a) {
 }
 
 /* The descriptors to look at, behind that of the pipe, in the order of the registry, whose lock is held; NULL without
- * memory. poll() leaves out a descriptor below 0. ``drained``: when the last of them was. */
-static struct pollfd *fw_standby_list(uint64_t *drained) {
+ * memory. poll() leaves out a descriptor below 0. No lock of a connection's: they change with the registry's, or here. */
+static struct pollfd *fw_standby_list(int all) {
     struct pollfd *list = (struct pollfd *)calloc(fw_standby.count + 1, sizeof *list);
     struct pollfd *next = list;
     fw_aside *a;
-    *drained = 0;
     if (!list) return NULL;
     next->fd = fw_standby.wake[0], next->events = POLLIN;
     for (a = fw_standby.first; a; a = a->next) {
         next++;
-        pthread_mutex_lock(&a->lock);
-        next->fd = a->ended ? -1 : a->fd, next->events = POLLIN;
-        if (a->drained > *drained) *drained = a->drained;
-        pthread_mutex_unlock(&a->lock);
+        next->fd = !a->ended && (all || a->rests || a->beat->late) ? a->fd : -1, next->events = POLLIN;
     }
     return list;
 }
@@ -226,10 +276,9 @@ static struct pollfd *fw_standby_list(uint64_t *drained) {
 static void fw_standby_await(void) {
     char octets[64];
     struct pollfd *list;
-    uint64_t drained;
     size_t count;
     pthread_mutex_lock(&fw_standby.lock);
-    list = fw_standby_list(&drained);
+    list = fw_standby_list(1);
     count = fw_standby.count + 1;
     pthread_mutex_unlock(&fw_standby.lock);
     if (list && poll(list, (nfds_t)count, -1) > 0 && list[0].revents) {
@@ -239,35 +288,46 @@ static void fw_standby_await(void) {
 }
 
 /* What a look came to. */
-enum { FW_IDLE, FW_DRAINED, FW_TOOK };
+enum { FW_IDLE, FW_GOES_ON, FW_TOOK };
 
-/* One look after ``pause`` ns: what nobody has drained is taken. */
-static int fw_standby_look(long pause) {
-    struct timespec time = {0, pause};
-    struct pollfd *list, *next;
-    uint64_t drained, begin = fw_now();
+/* With the registry's lock held: takes what is readable where nobody drains it. */
+static int fw_standby_take(void) {
+    struct pollfd *list = fw_standby_list(0), *next = list;
     fw_aside *a;
     int took = 0;
-    nanosleep(&time, NULL);
-    pthread_mutex_lock(&fw_standby.lock);
-    next = list = fw_standby_list(&drained);
     if (list && poll(list, (nfds_t)(fw_standby.count + 1), 0) > 0) {
         for (a = fw_standby.first; a; a = a->next) {
             if ((++next)->revents) took |= fw_aside_take(a);
         }
     }
     free(list);
+    return took;
+}
+
+/* One look after ``pause`` ns. */
+static int fw_standby_look(long pause) {
+    struct timespec time = {0, pause};
+    fw_beat *beat;
+    uint64_t now;
+    int late = 0, goes_on = 0, took = 0;
+    nanosleep(&time, NULL);
+    now = fw_now();
+    pthread_mutex_lock(&fw_standby.lock);
+    for (beat = fw_standby.beats; beat; beat = beat->next) {
+        fw_beat_judge(beat, now);
+        if (beat->links) late |= beat->late, goes_on |= !beat->late;
+    }
+    if (late || fw_standby.resting) took = fw_standby_take();
     pthread_mutex_unlock(&fw_standby.lock);
-    return took ? FW_TOOK : drained > begin ? FW_DRAINED : FW_IDLE;
+    return took ? FW_TOOK : goes_on ? FW_GOES_ON : FW_IDLE;
 }
 
 static void *fw_standby_run(void *nothing) {
     int found = FW_IDLE;
     (void)nothing;
     for (;;) {
-        /* While connections are drained the next look is certain to have something to look at. */
-        if (found != FW_DRAINED) fw_standby_await();
-        found = fw_standby_look(found == FW_TOOK ? FW_PATIENCE / 10 : FW_PAUSE);
+        if (found == FW_IDLE) fw_standby_await();
+        found = fw_standby_look(found == FW_TOOK ? FW_AGAIN : FW_PAUSE);
     }
     return NULL;
 }
@@ -308,13 +368,14 @@ static size_t fw_standby_held(void) { return fw_purse_held(&fw_standby.all); }
 
 static uint64_t fw_standby_taken(void) { return __atomic_load_n(&fw_standby.taken, __ATOMIC_RELAXED); }
 
-/* Takes care of a connection from now on; 0, or an errno. */
-static int fw_aside_watch(fw_aside *a, int fd, int tell) {
+/* Takes care of a connection from now on, which a loop drains; 0, or an errno. */
+static int fw_aside_watch(fw_aside *a, int fd, int tell, fw_beat *beat) {
     int problem;
     pthread_mutex_lock(&fw_standby.lock);
     problem = fw_standby_start();
     if (!problem) {
-        a->fd = fd, a->tell = tell, a->ended = a->error = a->told = 0, a->drained = fw_now();
+        a->fd = fd, a->tell = tell, a->ended = a->error = a->told = 0;
+        a->beat = beat, beat->owners++, beat->links++;
         a->before = NULL, a->next = fw_standby.first;
         if (a->next) a->next->before = a;
         fw_standby.first = a;
@@ -333,11 +394,22 @@ static void fw_aside_leave(fw_aside *a) {
     else fw_standby.first = a->next;
     if (a->next) a->next->before = a->before;
     fw_standby.count--;
+    fw_standby.resting -= (size_t)a->rests, a->rests = 0;
+    a->beat->links--, fw_beat_drop(a->beat), a->beat = NULL;
     pthread_mutex_lock(&a->lock);
     fw_aside_empty(a);
     a->fd = a->tell = -1;
     pthread_mutex_unlock(&a->lock);
     fw_standby_wake();
+    pthread_mutex_unlock(&fw_standby.lock);
+}
+
+/* Its loop leaves it alone, or does not any more. */
+static void fw_aside_rest(fw_aside *a, int rests) {
+    if (a->fd < 0 || a->rests == rests) return;
+    pthread_mutex_lock(&fw_standby.lock);
+    fw_standby.resting += (size_t)rests - (size_t)a->rests;
+    a->rests = rests;
     pthread_mutex_unlock(&fw_standby.lock);
 }
 
@@ -384,7 +456,6 @@ static ssize_t fw_aside_recv(fw_aside *a, int fd, void *buffer, size_t size) {
     int error;
     if (fd != a->fd) return fw_recv(fd, buffer, size);
     pthread_mutex_lock(&a->lock);
-    a->drained = fw_now();
     a->told = 0;
     given = fw_aside_give(a, buffer, size);
     if (a->ended) {

@@ -49,13 +49,44 @@ cdef class Part:
 
 
 @cython.final
+@cython.internal
+cdef class Parts:
+    """Parts in the order they came. What they lie in stays for the next: there are some in every turn."""
+
+    cdef list items             # and None behind them
+    cdef Py_ssize_t count
+
+    def __init__(self):
+        self.items = []
+
+    cdef int add(self, Part part) except -1:
+        if self.count == len(self.items):
+            self.items.append(part)
+        else:
+            self.items[self.count] = part
+        self.count += 1
+        return 0
+
+    cdef inline Part at(self, Py_ssize_t i):
+        return <Part>self.items[i]
+
+    cdef int clear(self) except -1:
+        cdef Py_ssize_t i, count = self.count
+        self.count = 0
+        for i in range(count):
+            self.items[i] = None
+        return 0
+
+
+@cython.final
 cdef class Poller:
     cdef readonly int fd
     cdef dict watched               # of each descriptor: a `Part`, or what is called
     cdef PyObject **by_fd           # the same, at their numbers
     cdef int fd_room
-    cdef list followers             # parts whose `on_all_read` is called in this turn
-    cdef list parts                 # that are flushed at this turn's end; who left meanwhile has no `at_end`
+    cdef Parts followers            # `on_all_read` of them is called in this turn
+    cdef Parts parts                # that are flushed at this turn's end; who left meanwhile has no `at_end`
+    cdef Parts called               # room for either, while they are called
     cdef list crowd                 # that are flushed then, or at the end of the next turns, in this order
     cdef dict callbacks             # that are called then, once each
     cdef dict waiting               # parts that wait for a time; as keys, so that one can leave
@@ -69,14 +100,20 @@ cdef class Poller:
     cdef bint python_ran            # in this turn
     cdef object loop_select         # that of the loop's selector, whose place this has
     cdef int loop_fd
-    cdef readonly uint64_t turns
+    cdef fw_beat *beat              # by which the standby reader knows that this goes on
+
+    def __cinit__(self, *args, **options):
+        self.beat = fw_beat_new()
+        if self.beat == NULL:
+            raise MemoryError
 
     def __init__(self, report, later):
         self.fd = -1
         self.loop_fd = -1
         self.watched = {}
-        self.followers = []
-        self.parts = []
+        self.followers = Parts()
+        self.parts = Parts()
+        self.called = Parts()
         self.crowd = []
         self.callbacks = {}
         self.waiting = {}
@@ -87,6 +124,12 @@ cdef class Poller:
         if self.fd >= 0:
             fw_poll_close(self.fd)
         free(self.by_fd)
+        if self.beat != NULL:
+            fw_beat_release(self.beat)
+
+    @property
+    def turns(self):
+        return fw_beat_turns(self.beat)
 
     # -- descriptors --
 
@@ -243,7 +286,7 @@ cdef class Poller:
         """Whether a descriptor of the loop's is ready."""
         cdef int i
         cdef bint is_loops = False
-        self.turns += 1
+        fw_beat_turn(self.beat)
         self.in_turn = True
         try:
             for i in range(count):
@@ -253,7 +296,7 @@ cdef class Poller:
                     self.call(ready[i])
             if len(self.waiting) and self.sweep_at <= nanoseconds():
                 self.sweep()
-            if len(self.followers):
+            if self.followers.count:
                 self.call_followers()
         finally:
             self.in_turn = False
@@ -263,7 +306,13 @@ cdef class Poller:
     cdef int call(self, int fd) except -1:
         if fd >= self.fd_room or self.by_fd[fd] == NULL:  # one before it has unwatched it
             return 0
-        callback = <object>self.by_fd[fd]
+        return self.call_ready(<object>self.by_fd[fd])
+
+    def wake(self, Part part not None):
+        """As if its descriptor were ready."""
+        self.call_ready(part)
+
+    cdef int call_ready(self, object callback) except -1:
         try:
             if isinstance(callback, Part):
                 (<Part>callback).on_ready()
@@ -285,16 +334,18 @@ cdef class Poller:
         """`on_all_read` of it once, in this turn; the same in the loop's next when none is running."""
         if not part.follows:
             self.see_to_the_end()
-            self.followers.append(part)
+            self.followers.add(part)
             part.follows = True
         return 0
 
     cdef int call_followers(self) except -1:
         """Who follows again meanwhile does so in the next turn."""
         cdef Part part
-        followers = self.followers
-        self.followers = []
-        for part in followers:
+        cdef Parts followers = self.followers
+        cdef Py_ssize_t i
+        self.followers = self.spare_room()
+        for i in range(followers.count):
+            part = followers.at(i)
             if not part.follows:
                 continue
             part.follows = False
@@ -302,18 +353,33 @@ cdef class Poller:
                 part.on_all_read()
             except Exception as error:
                 self.tell(part, error)
+        return self.keep_room(followers)
+
+    cdef Parts spare_room(self):
+        """Of its own for whoever calls in the middle of a call."""
+        cdef Parts spare = self.called
+        self.called = None
+        return Parts() if spare is None else spare
+
+    cdef int keep_room(self, Parts parts) except -1:
+        """They were called."""
+        parts.clear()
+        self.called = parts
         return 0
 
     # -- the end of a turn --
 
     cdef inline bint ends_soon(self) noexcept:
         """Something is to be done at this turn's end, or at the next one's."""
-        return len(self.parts) > 0 or len(self.callbacks) > 0 or len(self.crowd) > 0 or len(self.followers) > 0
+        return self.parts.count > 0 or self.followers.count > 0 or len(self.callbacks) > 0 or len(self.crowd) > 0
 
     cdef int flush_later(self, Part part) except -1:
         if not part.at_end:
             self.see_to_the_end()
-            (self.crowd if part.is_of_crowd else self.parts).append(part)
+            if part.is_of_crowd:
+                self.crowd.append(part)
+            else:
+                self.parts.add(part)
             part.at_end = True
         return 0
 
@@ -332,7 +398,7 @@ cdef class Poller:
         self.end_is_due = False
         self.in_turn = True
         try:
-            if len(self.followers):
+            if self.followers.count:
                 self.call_followers()
         finally:
             self.in_turn = False
@@ -347,14 +413,20 @@ cdef class Poller:
         return 0
 
     cdef int end_all(self) except -1:
-        if len(self.parts):
+        cdef Part part
+        cdef Parts parts
+        cdef Py_ssize_t i
+        if self.parts.count:
             parts = self.parts
-            self.parts = []
-            self.flush(parts)
+            self.parts = self.spare_room()
+            for i in range(parts.count):
+                self.flush(parts.at(i))
+            self.keep_room(parts)
         if len(self.crowd):
-            parts = self.crowd[:CROWD_A_TURN]
+            crowd = self.crowd[:CROWD_A_TURN]
             del self.crowd[:CROWD_A_TURN]
-            self.flush(parts)
+            for part in crowd:
+                self.flush(part)
         if len(self.callbacks):
             callbacks = self.callbacks
             self.callbacks = {}
@@ -366,16 +438,14 @@ cdef class Poller:
                     self.tell(callback, error)
         return 0
 
-    cdef int flush(self, list parts) except -1:
-        cdef Part part
-        for part in parts:
-            if not part.at_end:  # it left meanwhile
-                continue
-            part.at_end = False
-            try:
-                part.on_end()
-            except Exception as error:
-                self.tell(part, error)
+    cdef int flush(self, Part part) except -1:
+        if not part.at_end:  # it left meanwhile
+            return 0
+        part.at_end = False
+        try:
+            part.on_end()
+        except Exception as error:
+            self.tell(part, error)
         return 0
 
     cdef int forget(self, Part part) except -1:

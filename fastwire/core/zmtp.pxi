@@ -207,14 +207,19 @@ cdef class ZmtpStream:
 
     # -- a new connection --
 
-    def attach(self, int fd, int tell=-1):
-        cdef int problem = 0
+    def attach(self, int fd, int tell=-1, Poller poller=None):
+        cdef int problem
+        if tell >= 0 and poller is None:
+            raise TypeError("who is told has a poller")
         self.detach()
         self.fd = fd
         if tell >= 0:
-            problem = fw_aside_watch(&self.aside, fd, tell)
+            problem = fw_aside_watch(&self.aside, fd, tell, poller.beat)
             if problem:
                 raise OSError(problem, os.strerror(problem))
+
+    def rest(self, bint rests):
+        fw_aside_rest(&self.aside, rests)
 
     cpdef charge(self, Budget budget):
         fw_aside_charge(&self.aside, budget.purse)

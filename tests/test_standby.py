@@ -1,0 +1,129 @@
+"""The standby reader: what kernels say while the loop that drains them stands still, and its bounds."""
+
+import contextlib
+import os
+import socket
+import time
+
+import oracle
+import pytest
+import zmtp_oracle as peer
+from builders import KEY, loop_at_rest, message, wire
+from patience import SLOW
+
+from fastwire import _core
+from fastwire._core import Signer
+from fastwire.budgets import Budgets
+from fastwire.flow import KIB, MIB, Limits
+from fastwire.journal import Journal
+
+PATIENCE = 20.0 * SLOW
+HANDSHAKE = peer.greeting() + peer.ready(b"ROUTER", Identity=b"")
+
+
+def test_what_is_taken_aside_has_a_bound() -> None:
+    """Beyond it the kernel's own sockets are full: a ROUTER's messages wait there."""
+    stream = _core.ZmtpStream("DEALER")
+    ours, theirs = socket.socketpair()
+    told, tell = os.pipe()
+    with ours, theirs:
+        _core.limit_standby(200_000)
+        try:
+            stream.attach(ours.fileno(), tell, loop_at_rest())
+            theirs.settimeout(1)
+            sent = b""
+            with contextlib.suppress(TimeoutError):
+                while len(sent) < 50_000_000:
+                    sent += bytes([len(sent) % 251]) * theirs.send(bytes([len(sent) % 251]) * 10_000)
+            assert len(sent) < 5_000_000, "beyond the bound it stays with the system"
+            assert stream.taken_aside
+            assert os.read(told, 10) == b"\0"
+        finally:
+            _core.limit_standby(1 << 62)
+            stream.close()
+            assert not stream.taken_aside
+            os.close(told)
+            os.close(tell)
+
+
+def test_what_is_taken_aside_for_one_user_has_a_bound_of_its_own() -> None:
+    """Which a kernel takes with it to the next: what it says to another's clients counts there."""
+    limits = Limits(total_memory_limit=64 * MIB, user_memory_limit=MIB)
+    budgets = Budgets(limits)
+    ann, bob = budgets.of("ann"), budgets.of("bob")
+    logs = [Journal(limits, budgets) for _ in range(2)]
+    streams = [_core.ZmtpStream("SUB") for _ in logs]
+    told, tell = os.pipe()
+    pairs = [socket.socketpair() for _ in logs]
+    try:
+        for journal, user, stream, (ours, theirs) in zip(logs, (ann, bob), streams, pairs, strict=True):
+            journal.charge_to(user)
+            stream.charge(journal.budget)
+            theirs.settimeout(1)
+            stream.attach(ours.fileno(), tell, loop_at_rest())
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    theirs.send(bytes(100_000))
+        for user in (ann, bob):
+            assert 256 * KIB < user.aside <= MIB // 2
+        assert budgets.total.aside == ann.aside + bob.aside
+        both = ann.aside + bob.aside
+        logs[0].charge_to(bob)
+        assert (ann.aside, bob.aside, budgets.total.aside) == (0, both, both)
+    finally:
+        for stream in streams:
+            stream.close()
+        for end in (told, tell):
+            os.close(end)
+        for ours, theirs in pairs:
+            ours.close()
+            theirs.close()
+    assert ann.aside == bob.aside == budgets.total.aside == 0
+
+
+def test_what_rests_is_taken_aside_although_the_loop_goes_on() -> None:
+    stream, loop = _core.ZmtpStream("SUB"), loop_at_rest()
+    ours, theirs = socket.socketpair()
+    told, tell = os.pipe()
+    with ours, theirs:
+        assert loop.open()
+        stream.attach(ours.fileno(), tell, loop)
+        stream.rest(True)
+        theirs.send(b"x")
+        deadline = time.monotonic() + PATIENCE
+        while not stream.taken_aside and time.monotonic() < deadline:
+            loop.turn()
+        assert stream.taken_aside
+        loop.close()
+        stream.close()
+    os.close(told)
+    os.close(tell)
+
+
+def test_who_is_told_has_a_loop() -> None:
+    with pytest.raises(TypeError, match="a poller"):
+        _core.ZmtpStream("SUB").attach(0, 1)
+
+
+def test_the_end_is_told_by_who_stands_by() -> None:
+    stream = _core.ZmtpStream("DEALER")
+    ours, theirs = socket.socketpair()
+    told, tell = os.pipe()
+    with ours, theirs:
+        ours.setblocking(False)
+        stream.attach(ours.fileno(), tell, loop_at_rest())
+        parts = message("stream", "1", {}, b"x" * 200_000)
+        data = peer.multipart(wire(oracle.Signer(KEY), parts))
+        theirs.sendall(HANDSHAKE + data + data)
+        theirs.shutdown(socket.SHUT_WR)
+        assert os.read(told, 10) == b"\0"
+        deadline = time.monotonic() + PATIENCE
+        heard: list[list[bytes]] = []
+        while not stream.ended and time.monotonic() < deadline:
+            batch = stream.drain(ours.fileno(), "shell", Signer(KEY, history_size=0))
+            heard += [batch[i] for i in range(len(batch))] if batch is not None else []
+        assert heard == [parts, parts]
+        assert stream.ended
+        stream.close()
+    os.close(told)
+    os.close(tell)
