@@ -23,6 +23,7 @@ cdef enum:
     DRAIN_MESSAGES = 1024
     DRAIN_BYTES = 1048576
     BATCH_SIZE = 512        # about what a batch's Python objects take
+    FEW_MESSAGES = 2        # that need no memory of their own
 
 
 cdef int classify(const Header *header) noexcept nogil:
@@ -119,6 +120,7 @@ cdef class Received:
 
 @cython.final
 @cython.no_gc   # what it keeps are bytes: nothing of it leads back
+@cython.freelist(64)
 cdef class Store:
     """The memory that parts lie in, shared by a batch and its frames."""
 
@@ -212,6 +214,7 @@ cdef class Batch:
     cdef Indexed *messages
     cdef Py_ssize_t count
     cdef Py_ssize_t room
+    cdef Indexed few[FEW_MESSAGES]
     cdef readonly size_t nbytes
     cdef size_t refused_bytes       # of messages that were rejected: they cost their digests
     cdef Py_ssize_t by_class[CLASSES]
@@ -229,7 +232,8 @@ cdef class Batch:
 
     def __dealloc__(self):
         alive.messages -= self.count
-        free(self.messages)
+        if self.messages != self.few:
+            free(self.messages)
 
     # -- filling --
 
@@ -237,10 +241,12 @@ cdef class Batch:
         cdef Indexed *messages
         cdef Py_ssize_t room
         if self.count == self.room:
-            room = self.room * 4 if self.room else 4
-            messages = <Indexed *>realloc(self.messages, room * sizeof(Indexed))
+            room = self.room * 4
+            messages = <Indexed *>realloc(NULL if self.messages == self.few else self.messages, room * sizeof(Indexed))
             if messages == NULL:
                 raise MemoryError
+            if self.messages == self.few:
+                memcpy(messages, self.few, self.count * sizeof(Indexed))
             self.messages = messages
             self.room = room
         return &self.messages[self.count]
@@ -573,6 +579,8 @@ cdef int channel_number(str channel) except -1:
 cdef Batch new_batch(str channel):
     cdef Batch batch
     batch = Batch.__new__(Batch)
+    batch.messages = batch.few
+    batch.room = FEW_MESSAGES
     batch.channel = channel
     batch.channel_number = channel_number(channel)
     batch.store = Store.__new__(Store)
@@ -662,10 +670,7 @@ cdef Frames encode_batch(Batch batch, int protocol):
     cdef size_t size, copied = 0
     cdef tuple kept = tails_of(batch.channel_number, batch.channel, &tails)  # noqa: F841 - they lie in it
     frames.ends = Ends.__new__(Ends)
-    frames.ends.items = <uint64_t *>malloc((batch.count + 1) * sizeof(uint64_t))
-    if frames.ends.items == NULL:
-        raise MemoryError
-    frames.ends.count = batch.count
+    frames.ends.make(batch.count)
     for i in range(batch.count):
         m = &batch.messages[i]
         size = payload_size(m, protocol, &tails)
@@ -682,7 +687,9 @@ cdef Frames encode_batch(Batch batch, int protocol):
     frames.received = batch.received
     frames.block_size = copied + 1
     frames.block = <char *>block_get(&frames.block_size)
-    frames.segments = <Segment *>malloc((segments + 1) * sizeof(Segment))
+    frames.segments = &frames.one
+    if segments > 1:
+        frames.segments = <Segment *>malloc(segments * sizeof(Segment))
     if frames.block == NULL or frames.segments == NULL:
         raise MemoryError
     w.out = frames.block

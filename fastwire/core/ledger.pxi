@@ -50,6 +50,8 @@ cdef class Run:
     cdef readonly long long last
     cdef readonly long long asks
     cdef readonly uint64_t order
+    cdef PyObject *older            # of its ledger's runs, which has them all: who is forgotten before and after it
+    cdef PyObject *newer
     cdef long long counted          # its execution count
     cdef Py_ssize_t memory          # bytes, while its ledger has it
     cdef Date began_at, ended_at
@@ -119,12 +121,13 @@ cdef long long count_of(fw_span value) noexcept nogil:
 
 @cython.final
 cdef class Ledger:
-    cdef dict runs              # by msg_id, those that were not heard of for longest first
+    cdef dict runs              # by msg_id
     cdef Py_ssize_t most
     cdef Py_ssize_t memory      # bytes of them all
     cdef uint64_t count
     cdef Run running            # that began last
-    cdef Run newest             # behind all others in `runs`
+    cdef PyObject *oldest       # that was not heard of for longest
+    cdef PyObject *newest
     cdef readonly long long position
     # The last parent header, which nearly always is the next one's, and the run that it names.
     cdef char *parent
@@ -180,11 +183,14 @@ cdef class Ledger:
     cdef Run new(self, str msg_id, bytes header):
         """Of a request that comes again the last counts."""
         cdef Run run = Run.__new__(Run)
+        cdef Run before
         self.parent_size = 0
-        if msg_id in self.runs:
-            self.forget(msg_id)
+        before = self.runs.get(msg_id)
+        if before is not None:
+            self.forget(before)
         while len(self.runs) >= self.most or (len(self.runs) >= LEAST_RUNS and ledger_bytes > ledger_bytes_limit):
-            self.forget(next(iter(self.runs)))
+            before = <Run>self.oldest
+            self.forget(before)
         self.count += 1
         run.msg_id = msg_id
         run.header = header
@@ -196,14 +202,36 @@ cdef class Ledger:
         return run
 
     cdef int add(self, Run run) except -1:
-        self.runs[run.msg_id] = self.newest = run
+        self.runs[run.msg_id] = run
+        self.enter(run)
         self.count_bytes(run, RUN_SIZE + len(run.header))
         return 0
 
-    cdef int forget(self, str msg_id) except -1:
-        cdef Run run = self.runs.pop(msg_id)
+    cdef int forget(self, Run run) except -1:
+        del self.runs[run.msg_id]
+        self.leave(run)
         self.count_bytes(run, -run.memory)
         return 0
+
+    cdef void enter(self, Run run) noexcept:
+        """Behind all others."""
+        run.older = self.newest
+        run.newer = NULL
+        if self.newest == NULL:
+            self.oldest = <PyObject *>run
+        else:
+            (<Run>self.newest).newer = <PyObject *>run
+        self.newest = <PyObject *>run
+
+    cdef void leave(self, Run run) noexcept:
+        if run.older == NULL:
+            self.oldest = run.newer
+        else:
+            (<Run>run.older).newer = run.newer
+        if run.newer == NULL:
+            self.newest = run.older
+        else:
+            (<Run>run.newer).older = run.older
 
     cdef void count_bytes(self, Run run, Py_ssize_t more) noexcept:
         global ledger_bytes
@@ -311,10 +339,9 @@ cdef class Ledger:
 
     cdef int begin(self, Run run, const Indexed *m) except -1:
         if run.state == QUEUED_RUN or run.state == LOST_RUN:
-            if self.newest is not run:  # of those that are forgotten
-                if run.msg_id in self.runs:
-                    self.forget(run.msg_id)
-                self.add(run)
+            if self.newest != <PyObject *>run:  # of those that are forgotten
+                self.leave(run)
+                self.enter(run)
             run.state = RUNNING_RUN
             note_date(&run.began_at, m)
             if self.running is not None and self.running.state == RUNNING_RUN and self.running.replied:

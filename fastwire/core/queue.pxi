@@ -16,6 +16,7 @@ cdef enum:
     FIRST_BLOCK = 4096
     LARGEST_BLOCK = 65536
     SHARE_FROM = 2048       # frames of fewer bytes are copied into a queue, others are shared between queues
+    FEW_ENDS = 4            # frames of which the ends need no memory of their own
 
 
 cdef struct Segment:
@@ -24,17 +25,29 @@ cdef struct Segment:
 
 
 @cython.final
+@cython.freelist(64)
 cdef class Ends:
     """Where frames end, which may be asked long after their bytes have gone."""
 
     cdef uint64_t *items        # of each frame, in bytes from the first
     cdef Py_ssize_t count
+    cdef uint64_t few[FEW_ENDS]
 
     def __init__(self):
         raise TypeError("Ends are those of Frames")
 
     def __dealloc__(self):
-        free(self.items)
+        if self.items != self.few:
+            free(self.items)
+
+    cdef int make(self, Py_ssize_t count) except -1:
+        self.items = self.few
+        if count > FEW_ENDS:
+            self.items = <uint64_t *>malloc(count * sizeof(uint64_t))
+            if self.items == NULL:
+                raise MemoryError
+        self.count = count
+        return 0
 
     def __len__(self):
         return self.count
@@ -72,6 +85,7 @@ cdef class Frames:
     cdef size_t block_size
     cdef Segment *segments
     cdef Py_ssize_t segment_count
+    cdef Segment one            # nearly always there is no more
     cdef readonly Ends ends
     cdef Py_ssize_t count
     cdef uint64_t received      # when the batch was, in ns
@@ -84,7 +98,8 @@ cdef class Frames:
     def __dealloc__(self):
         if self.block != NULL:
             block_put(self.block, self.block_size)
-        free(self.segments)
+        if self.segments != &self.one:
+            free(self.segments)
 
     cdef size_t memory(self) noexcept:
         return self.block_size + self.count * sizeof(uint64_t) + self.segment_count * sizeof(Segment)

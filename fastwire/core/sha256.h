@@ -281,11 +281,16 @@ static void fw_hmac(const fw_hmac_key *k, const fw_span *spans, size_t count, ui
 }
 
 static void fw_hex(const uint8_t *bytes, size_t n, char *out) {
-    /* Computed, not looked up: compilers do sixteen at a time. */
-    for (size_t i = 0; i < n; i++) {
-        uint8_t high = bytes[i] >> 4, low = bytes[i] & 15;
-        out[2 * i] = (char)(high + '0' + (high > 9 ? 'a' - '0' - 10 : 0));
-        out[2 * i + 1] = (char)(low + '0' + (low > 9 ? 'a' - '0' - 10 : 0));
+    /* Computed, not looked up, four bytes at a time: which they are takes no different time. */
+    const uint64_t each = 0x0101010101010101u;
+    for (; n >= 4; n -= 4, bytes += 4, out += 8) {
+        uint64_t x = (uint64_t)bytes[0] | (uint64_t)bytes[1] << 16 | (uint64_t)bytes[2] << 32 | (uint64_t)bytes[3] << 48;
+        x = (x >> 4 | x << 8) & each * 15;          /* a digit in each byte, in order from the lowest */
+        x += each * '0' + ((x + each * 6) >> 4 & each) * ('a' - '0' - 10);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        x = __builtin_bswap64(x);
+#endif
+        memcpy(out, &x, 8);
     }
 }
 

@@ -2,6 +2,7 @@
 
 cdef enum:
     LONGEST_NEIGHBOUR = 65536       # bytes of a header that is kept to stand beside
+    LEAST_NEIGHBOUR = 64            # bytes of room for a longer one
     TELL_AFTER = 500000000          # ns, and a multiple of them: what many kernels do is told in one wake-up
     TELL_AGAIN = 2000000000         # ns between two tellings of one kernel
     LONGEST_WAIT = 32               # turns that a reply waits for output; more is a kernel that prints without an end
@@ -38,7 +39,7 @@ cdef class KernelSide(Part):
     cdef str unseen_state
     cdef uint64_t told_at               # ns; when observers heard last
     cdef char *neighbour                # the last message on iopub: its header and, behind that, its parent
-    cdef size_t header_size, neighbour_size
+    cdef size_t header_size, neighbour_size, neighbour_room
 
     def __cinit__(self, *args, **options):
         self.observers = []
@@ -200,13 +201,16 @@ cdef class KernelSide(Part):
         cdef fw_span header = message.parts[0]
         cdef fw_span parent = message.parts[1]
         cdef size_t size = header.len + parent.len
+        cdef size_t room
         cdef char *data = self.neighbour
         if size > LONGEST_NEIGHBOUR:
             return
-        if data == NULL or self.neighbour_size != size:
-            data = <char *>realloc(data, size + 1)
+        if size > self.neighbour_room or size + LEAST_NEIGHBOUR < self.neighbour_room // 2:
+            room = size + LEAST_NEIGHBOUR
+            data = <char *>realloc(data, room)
             if data == NULL:
                 return
+            self.neighbour_room = room
         self.neighbour = data
         self.header_size = header.len
         self.neighbour_size = size

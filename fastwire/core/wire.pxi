@@ -101,7 +101,7 @@ cdef class Wire(Part):
     cdef public FrameParser parser
     cdef readonly WriteQueue queue
     cdef Poller poller
-    cdef object stream              # Tornado's; without a socket when the application has closed it
+    cdef dict stream                # of Tornado's, what it has: no socket when the application has closed it
     cdef object owner               # the transport, which is told what happens
     cdef public int waits_for
     cdef readonly bint over         # nothing is read or written any more
@@ -128,7 +128,7 @@ cdef class Wire(Part):
     def __init__(self, int fd, stream, FrameParser parser not None, WriteQueue queue not None, Poller poller not None,
                  owner):
         self.fd = fd
-        self.stream = stream
+        self.stream = None if stream is None else stream.__dict__
         self.parser = parser
         self.queue = queue
         self.poller = poller
@@ -170,7 +170,7 @@ cdef class Wire(Part):
     cdef int flush(self) except -1:
         cdef uint64_t before = self.queue.written
         cdef int status
-        if self.fd < 0 or self.waits_for != FOR_TURN or self.stream.socket is None:
+        if self.fd < 0 or self.waits_for != FOR_TURN or self.stream["socket"] is None:
             self.poller.python_ran = True
             self.owner.flush()
             return 0
