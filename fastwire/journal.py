@@ -610,7 +610,8 @@ class Journal(Log):
             self._end_closed()
         while budget.used > limit and self._drop(max(budget.used - limit, limit // DROP)):
             pass
-        while budget.used > most and self._end_hindmost():
+        # However little there may be, a notice fits.
+        while budget.used > max(most, LEAST_SEGMENT) and self._end_hindmost():
             pass
 
     def _end_closed(self) -> None:

@@ -696,6 +696,8 @@ cdef class Log:
         if tail is not None and tail.end < segment.first:
             self.new_tail(segment.first)  # something between was lost
         for entry in segment.entries:
+            if not self.goes_together(entry, segment.first):
+                self.kept_until = max(self.kept_until, entry.end)
             for i in range(entry.batch.count):
                 number = entry.first + i
                 end = number + 1 if i < entry.batch.count - 1 else entry.end
@@ -716,6 +718,28 @@ cdef class Log:
             self.python_ran = True
             self.offer()
             self.is_offered = True
+        return True
+
+    cdef bint goes_together(self, LogEntry entry, long long begin) except -1:
+        """Which numbers the messages of a joined entry stand for is not known any more: they are in one block, and it
+        has room. False: all of them are too much."""
+        cdef Kept tail = self.tail()
+        cdef Py_ssize_t i
+        cdef size_t size = 0
+        if entry.batch.count < 2 or entry.end - entry.first == entry.batch.count or self.kept_until > entry.first:
+            return True
+        for i in range(entry.batch.count):
+            size += size_to_keep(&entry.batch.messages[i], False)
+        if tail is not None and self.has_room(tail, size):
+            return True
+        if <Py_ssize_t>size > self.history_limit:
+            self.python_ran = True
+            self.trim(0)
+            self.new_tail(entry.end)
+            return False
+        tail = self.new_tail(begin if tail is None else entry.first)
+        tail.most = max(tail.most, size)
+        self.has_room(tail, size)
         return True
 
     cdef Kept tail(self):
