@@ -70,12 +70,12 @@ class Logs(RuleBasedStateMachine):
 
     @initialize(
         merge=st.booleans(),
-        spill=st.sampled_from([0, 20 * KIB, PLENTY]),
+        spill=st.sampled_from([0, 8 * KIB, 20 * KIB, PLENTY]),
         limit=st.sampled_from([LIMIT // 4, LIMIT]),
         user=st.sampled_from([LIMIT // 4, PLENTY]),
         total=st.sampled_from([LIMIT // 2, PLENTY]),
-        user_spill=st.sampled_from([30 * KIB, PLENTY]),
-        total_spill=st.sampled_from([40 * KIB, PLENTY]),
+        user_spill=st.sampled_from([10 * KIB, 30 * KIB, PLENTY]),
+        total_spill=st.sampled_from([15 * KIB, 40 * KIB, PLENTY]),
         history=st.sampled_from([0, 10 * KIB, PLENTY]),
     )
     def begin(
@@ -144,6 +144,15 @@ class Logs(RuleBasedStateMachine):
                 client.hears(entry, said, has_room=bool(room >> index & 1))
             log.settle()
             self.end_those_who_had_to()
+
+    @rule(data=st.data())
+    def flood(self, data: st.DataObject) -> None:
+        """More than there is memory for, to whoever has no room; and the disk takes it."""
+        for _ in range(5):
+            self.say(data, ["line", "line", "status"], 9000, 0)
+        while self.disk.work():
+            pass
+        self.end_those_who_had_to()
 
     @precondition(lambda self: self.clients)
     @rule(data=st.data(), size=sizes, kind=st.sampled_from(["execute_reply", "input_request"]), room=st.booleans())
