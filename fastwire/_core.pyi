@@ -559,7 +559,7 @@ class ZmtpStream:
 
     def attach(self, fd: int, tell: int = -1, poller: Poller | None = None) -> None:
         """Let an `Uplink` write to this descriptor. With ``tell``, a non-blocking pipe's end, what comes on ``fd``
-        while a turn of ``poller`` lasts 25 ms or more is taken aside by a thread that needs no GIL. An octet in the
+        while a turn of ``poller`` lasts 20 ms or more is taken aside by a thread that needs no GIL. An octet in the
         pipe tells then that `drain` has something, also where the descriptor has not. Raises OSError when there can be
         no such thread."""
 

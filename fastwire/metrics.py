@@ -285,7 +285,7 @@ METRICS = (
     Metric(
         "fastwire_taken_aside_bytes_total",
         "counter",
-        "Bytes of kernels that were read by the standby reader: a turn of the loop lasted 25 ms or more, or there was "
+        "Bytes of kernels that were read by the standby reader: a turn of the loop lasted 20 ms or more, or there was "
         "no room for them.",
         counter("taken_aside"),
     ),

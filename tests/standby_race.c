@@ -56,7 +56,7 @@ int main(void) {
             fw_aside_rest(&links[turn / 50 % LINKS], turn % 100 == 0);
             usleep(80000); /* a loop that is blocked */
         }
-        fw_beat_turn(beat);
+        fw_beat_turn(beat, fw_now());
         while (read(tell[0], buffer, sizeof buffer) > 0) {}
         for (int i = 0; i < LINKS; i++) {
             if (links[i].fd < 0) continue;

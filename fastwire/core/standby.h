@@ -4,12 +4,13 @@
  * I/O thread always read; a loop that an extension blocks for ten seconds does not. So there is one thread, for the whole
  * process, that needs no GIL and knows no messages:
  *
- * - It sleeps in poll() until a connection is readable, then looks every 25 ms whether each loop goes on (`fw_beat`): that costs
+ * - It sleeps in poll() until a connection is readable, then looks every 50 ms whether each loop goes on (`fw_beat`): that costs
  *   a glance, where looking at a thousand connections costs as much as dozens of messages. When nothing comes it sleeps again.
- * - Of a loop whose turn has lasted 25 ms it takes what is readable, in the order it came, into memory of its own beside the
- *   connection (`fw_aside`), and tells the loop by an octet in a pipe: the descriptor need not be readable any more. In the 50 ms
- *   that this may be late, the fastest kernel says less than the system's buffers take. The same of a connection that its loop
- *   leaves alone for a while.
+ *   Not more often: for one kernel at 50 requests a second each wake-up costs as much as a message or two.
+ * - Of a loop whose turn has lasted 20 ms it takes what is readable, in the order it came, into memory of its own beside the
+ *   connection (`fw_aside`), and tells the loop by an octet in a pipe: the descriptor need not be readable any more. It looks
+ *   again when a turn that has begun will have lasted so long. So it comes after 50 ms, in which the fastest kernel says less
+ *   than the system's buffers take. The same of a connection that its loop leaves alone for a while.
  * - Whoever drains the connection is given that first (`fw_aside_recv`). A lock for each connection keeps the two from
  *   reading at once; no Python runs under it, and the thread takes no other but the registry's, which comes first.
  * - What it takes has bounds, of all together and of what each connection belongs to (`fw_purse`). At one the thread leaves
@@ -34,7 +35,8 @@
 
 #include "core/sys.h"
 
-#define FW_PAUSE 25000000u      /* ns between looks, and of a turn that lasts too long */
+#define FW_PAUSE 50000000u      /* ns between looks while loops go on */
+#define FW_PATIENCE 20000000u   /* ns of a turn that lasts too long */
 #define FW_AGAIN 5000000u       /* ns between looks while there is something to take */
 #define FW_ASIDE_STEP 1048576u  /* bytes of one connection before the next has its turn */
 #define FW_CHUNK 65536u         /* bytes of memory, its head among them */
@@ -60,8 +62,10 @@ typedef struct fw_purse {
 
 /* The turns of a loop. Its owners change with the registry's lock, as who has it in the list does. */
 typedef struct fw_beat {
-    uint64_t turns;             /* atomic */
-    uint64_t seen, since;       /* of these, at a look; and when that changed, in ns */
+    uint64_t turns;             /* atomic, as the next two */
+    uint64_t began;             /* when the last one did, in ns */
+    int waits;                  /* for descriptors, and not within a turn */
+    uint64_t seen;              /* of the turns, at a look */
     int late;
     size_t links, owners;
     struct fw_beat *next, *before;
@@ -156,7 +160,7 @@ static void fw_purse_move(fw_purse *purse, fw_purse *whole) {
 static fw_beat *fw_beat_new(void) {
     fw_beat *beat = (fw_beat *)calloc(1, sizeof *beat);
     if (!beat) return NULL;
-    beat->owners = 1, beat->since = fw_now();
+    beat->owners = 1, beat->began = fw_now();
     pthread_mutex_lock(&fw_standby.lock);
     beat->next = fw_standby.beats;
     if (beat->next) beat->next->before = beat;
@@ -182,14 +186,23 @@ static void fw_beat_release(fw_beat *beat) {
 
 static uint64_t fw_beat_turns(fw_beat *beat) { return __atomic_load_n(&beat->turns, __ATOMIC_RELAXED); }
 
-/* In the loop's thread alone. */
-static void fw_beat_turn(fw_beat *beat) { __atomic_store_n(&beat->turns, beat->turns + 1, __ATOMIC_RELAXED); }
+/* In the loop's thread alone, as what follows. */
+static void fw_beat_turn(fw_beat *beat, uint64_t now) {
+    __atomic_store_n(&beat->turns, beat->turns + 1, __ATOMIC_RELAXED);
+    __atomic_store_n(&beat->began, now, __ATOMIC_RELAXED);
+}
 
-/* With the registry's lock held, in the thread. */
-static void fw_beat_judge(fw_beat *beat, uint64_t now) {
-    uint64_t turns = fw_beat_turns(beat);
-    if (turns != beat->seen) beat->seen = turns, beat->since = now;
-    beat->late = now - beat->since >= FW_PAUSE;
+static void fw_beat_wait(fw_beat *beat, int waits) { __atomic_store_n(&beat->waits, waits, __ATOMIC_RELAXED); }
+
+/* With the registry's lock held, in the thread: whether there were turns since the last look. ``soon``: the time at which
+ * the first of the turns that have begun will have lasted too long. */
+static int fw_beat_judge(fw_beat *beat, uint64_t now, uint64_t *soon) {
+    uint64_t turns = fw_beat_turns(beat), late = __atomic_load_n(&beat->began, __ATOMIC_RELAXED) + FW_PATIENCE;
+    int goes_on = turns != beat->seen, waits = __atomic_load_n(&beat->waits, __ATOMIC_RELAXED);
+    beat->seen = turns;
+    beat->late = !waits && late <= now;
+    if (beat->links && !waits && late > now && late < *soon) *soon = late;
+    return beat->links && goes_on;
 }
 
 /* -- what was taken off one connection -- */
@@ -287,9 +300,6 @@ static void fw_standby_await(void) {
     free(list);
 }
 
-/* What a look came to. */
-enum { FW_IDLE, FW_GOES_ON, FW_TOOK };
-
 /* With the registry's lock held: takes what is readable where nobody drains it. */
 static int fw_standby_take(void) {
     struct pollfd *list = fw_standby_list(0), *next = list;
@@ -304,30 +314,31 @@ static int fw_standby_take(void) {
     return took;
 }
 
-/* One look after ``pause`` ns. */
-static int fw_standby_look(long pause) {
-    struct timespec time = {0, pause};
+/* One look after ``*pause`` ns, and how long to pause before the next. False: nothing comes. */
+static int fw_standby_look(uint64_t *pause) {
+    struct timespec time = {0, (long)*pause};
     fw_beat *beat;
-    uint64_t now;
+    uint64_t now, soon;
     int late = 0, goes_on = 0, took = 0;
     nanosleep(&time, NULL);
-    now = fw_now();
+    now = fw_now(), soon = now + FW_PAUSE;
     pthread_mutex_lock(&fw_standby.lock);
     for (beat = fw_standby.beats; beat; beat = beat->next) {
-        fw_beat_judge(beat, now);
-        if (beat->links) late |= beat->late, goes_on |= !beat->late;
+        goes_on |= fw_beat_judge(beat, now, &soon);
+        late |= beat->links && beat->late;
     }
     if (late || fw_standby.resting) took = fw_standby_take();
     pthread_mutex_unlock(&fw_standby.lock);
-    return took ? FW_TOOK : goes_on ? FW_GOES_ON : FW_IDLE;
+    *pause = took ? FW_AGAIN : soon - now;
+    return took || goes_on || *pause < FW_PAUSE;
 }
 
 static void *fw_standby_run(void *nothing) {
-    int found = FW_IDLE;
+    uint64_t pause = FW_PAUSE;
     (void)nothing;
     for (;;) {
-        if (found == FW_IDLE) fw_standby_await();
-        found = fw_standby_look(found == FW_TOOK ? FW_AGAIN : FW_PAUSE);
+        fw_standby_await();
+        while (fw_standby_look(&pause)) {}
     }
     return NULL;
 }

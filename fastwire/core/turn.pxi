@@ -270,7 +270,9 @@ cdef class Poller:
         if milliseconds == 0:
             return fw_poll_wait(fd, ready, 0)
         with nogil:
+            fw_beat_wait(self.beat, True)
             count = fw_poll_wait(fd, ready, milliseconds)
+            fw_beat_wait(self.beat, False)
         return count
 
     def turn(self):
@@ -285,8 +287,9 @@ cdef class Poller:
     cdef bint handle(self, const int *ready, int count) except -1:
         """Whether a descriptor of the loop's is ready."""
         cdef int i
+        cdef uint64_t now = nanoseconds()
         cdef bint is_loops = False
-        fw_beat_turn(self.beat)
+        fw_beat_turn(self.beat, now)
         self.in_turn = True
         try:
             for i in range(count):
@@ -294,7 +297,7 @@ cdef class Poller:
                     is_loops = True
                 else:
                     self.call(ready[i])
-            if len(self.waiting) and self.sweep_at <= nanoseconds():
+            if len(self.waiting) and self.sweep_at <= now:
                 self.sweep()
             if self.followers.count:
                 self.call_followers()
