@@ -76,7 +76,7 @@ class Conversation:
         parser = FrameParser(
             max_message_size, deflate=inflater is not None, max_fragments=limits.max_fragments, client=client
         )
-        self._application = application
+        self.application = application
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._close_timer: asyncio.TimerHandle | None = None
@@ -124,25 +124,18 @@ class Conversation:
 
     # -- what comes (`reading.Recipient`) --
 
-    @property
-    def consumer(self) -> Callable[[FrameParser], None] | None:
-        return self._application.consumer
-
-    def on_data(self, payload: str | bytes) -> Done:
-        return self._application.on_message(payload)
-
     def on_ping_frame(self, payload: bytes) -> None:
         self.writer.pong(payload)
-        self._application.on_ping(payload)
+        self.application.on_ping(payload)
 
     def on_pong_frame(self, payload: bytes) -> Done:
         if self.probe is not None and self.probe.answer(payload):
             return None
-        return self._application.on_pong(payload)
+        return self.application.on_pong(payload)
 
     def on_close_frame(self, payload: bytes) -> None:
         code, reason = parse_close(payload)
-        self._application.on_close_code(code, reason or None)
+        self.application.on_close_code(code, reason or None)
         if not self.closing.state.we_are_done:
             self._say_close(code, "")
         self._take(Happened.PEER_CLOSES)
@@ -150,7 +143,7 @@ class Conversation:
         self._finish_if_written()
 
     def on_exception(self, *error: Any) -> None:
-        self._application.log_exception(*error)
+        self.application.log_exception(*error)
         self.abort()
 
     # -- how the transport does (`transport.Listener`) --
@@ -179,7 +172,7 @@ class Conversation:
         self.on_sign_of_life()
 
     def on_sign_of_life(self) -> None:
-        self._application.on_sign_of_life()
+        self.application.on_sign_of_life()
 
     def on_silence(self) -> None:
         if self.probe is not None:
@@ -199,7 +192,7 @@ class Conversation:
     # -- what the peer has (`probe.Prober`) --
 
     def is_held(self) -> bool:
-        return self._application.is_held is not None and self._application.is_held()
+        return self.application.is_held is not None and self.application.is_held()
 
     def on_demoted(self) -> None:
         self._note("demoted", "answers no pings: what was written to it counts as received")
@@ -209,12 +202,12 @@ class Conversation:
         self.transport.wire.progress()
 
     def _on_stall(self) -> None:
-        if self._application.on_stalled is not None:
-            self._application.on_stalled()
+        if self.application.on_stalled is not None:
+            self.application.on_stalled()
 
     def _note(self, kind: str, text: str) -> None:
-        kernel, client = self._application.label
-        note(kind, text, kernel=kernel, client=client or self._application.peer)
+        kernel, client = self.application.label
+        note(kind, text, kernel=kernel, client=client or self.application.peer)
 
     # -- the end --
 
@@ -239,10 +232,10 @@ class Conversation:
         if not self._take(Happened.PEER_FAULT):
             return
         how = f"closing with {error.close_code}" if may_speak else "behind our Close frame"
-        log.warning("WebSocket client %s: %s; %s", self._application.peer, str(error), how)
+        log.warning("WebSocket client %s: %s; %s", self.application.peer, str(error), how)
         if may_speak:
             self._say_close(error.close_code, str(error))
-        self._application.on_failure(error)
+        self.application.on_failure(error)
         self._limit_closing()
         self._finish_if_written()
 
@@ -253,7 +246,7 @@ class Conversation:
             wire.we_are_done, wire.closes = state.we_are_done, state.we_are_done or state.peer_is_done
             self.reader.look_at_wire()
             self.writer.attend()
-            self._application.on_state(state)
+            self.application.on_state(state)
         return state
 
     def _say_close(self, code: int | None, reason: str) -> None:
@@ -284,7 +277,7 @@ class Conversation:
         if self.closing.state.is_over:
             return
         if isinstance(error, OSError) and not is_quiet(error):
-            log.warning("WebSocket client %s: %s", self._application.peer, str(error))
+            log.warning("WebSocket client %s: %s", self.application.peer, str(error))
         if error is None:  # after an error the system has thrown away what it had to send
             self.transport.sample()
         self._take(Happened.TCP_OVER)

@@ -32,6 +32,8 @@ from fastwire.transport import Transport
 
 __all__ = ["Inflater", "Reader", "Recipient"]
 
+DATA = (OP_TEXT, OP_BINARY)
+
 #: Messages handed to the application before the loop has its next turn: others wait for theirs.
 MESSAGES_A_TURN = 256
 
@@ -39,14 +41,19 @@ MESSAGES_A_TURN = 256
 Done = asyncio.Future[None] | None
 
 
+class Listener(Protocol):
+    """Who hears messages: one by one, or from the parser itself."""
+
+    consumer: Callable[[FrameParser], None] | None
+
+    def on_message(self, payload: str | bytes) -> Done: ...
+
+
 class Recipient(Protocol):
-    """Whom it is for."""
+    """Whom it is for: data messages are the application's."""
 
     @property
-    def consumer(self) -> Callable[[FrameParser], None] | None:
-        """Takes data messages from the parser itself."""
-
-    def on_data(self, payload: str | bytes) -> Done: ...
+    def application(self) -> Listener: ...
     def on_ping_frame(self, payload: bytes) -> None: ...
     def on_pong_frame(self, payload: bytes) -> Done: ...
     def on_close_frame(self, payload: bytes) -> None: ...
@@ -145,27 +152,28 @@ class Reader:
                 raise PolicyViolation("there are more pings and pongs than the server accepts")
 
     def _hand_out(self) -> None:
-        parser, recipient = self._transport.parser, self._recipient
-        if recipient.consumer is not None:
-            recipient.consumer(parser)
+        parser, application = self._transport.parser, self._recipient.application
+        if application.consumer is not None:
+            application.consumer(parser)
         for count, (opcode, payload) in enumerate(parser, 1):
             if self._closing.state.peer_is_done:
                 return
-            done = self._dispatch(opcode, payload)
+            # Nearly always there is nothing to decide.
+            done = application.on_message(payload) if opcode in DATA else self._dispatch(opcode, payload)
             if done is None and count == MESSAGES_A_TURN:
                 done = self._next_turn()
             if done is not None:
                 self._wait_for(done)
                 return
-            if recipient.consumer is not None:
-                recipient.consumer(parser)
+            if application.consumer is not None:
+                application.consumer(parser)
 
     def _dispatch(self, opcode: int, payload: str | bytes) -> Done:
         if opcode & RSV1:
             opcode &= ~RSV1
             payload = self._decompress(opcode, cast(bytes, payload))
-        if opcode in (OP_TEXT, OP_BINARY):
-            return self._recipient.on_data(payload)
+        if opcode in DATA:
+            return self._recipient.application.on_message(payload)
         control = cast(bytes, payload)
         if opcode == OP_PONG:
             return self._recipient.on_pong_frame(control)

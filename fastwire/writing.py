@@ -78,8 +78,8 @@ class Writer:
 
     def message(self, opcode: int, payload: str | bytes) -> Written:
         self._transport.schedule()
-        self._wire.data_end = self._queue.append_frame(opcode, payload)
-        return Written(self, self.data_end)
+        end = self._wire.data_end = self._queue.append_frame(opcode, payload)
+        return Written(self, end)
 
     def frames(self, frames: Frames) -> int:
         """Returns the position behind them."""
