@@ -37,7 +37,7 @@ class Event(enum.Enum):
     BROKE = "the connection of iopub broke, or a new one was made, or the kernel's process is another"
     LET_IN = "somebody is connected, whether or not it is heard"
     PROVEN = "it is heard, it has answered, and it can ask all who are connected"
-    GIVEN_UP = "it answers without a word on iopub, or it does not answer although it runs"
+    GIVEN_UP = "it answers without a word on iopub, lets nobody hear that, or does not answer although it runs"
     RESTART = "somebody is about to end its process and to start another"
     STARTED = "the restart has ended, in whichever way"
     CLOSE = "the kernel is gone"

@@ -457,6 +457,8 @@ class Kernel:
                 return
 
     async def _is_proven(self) -> bool:
+        if self._lets_nobody_hear:  # once more for each time that it is asked
+            self.open()
         event = await self._verdict()
         if event is None:
             await asyncio.sleep(0.05)
@@ -498,8 +500,10 @@ class Kernel:
             while self.relay.endpoint == place and not questions.closed:
                 if self._is_there(questions):
                     return Event.PROVEN
+                if self._lets_nobody_hear:
+                    return self._is_believed("lets nobody hear its iopub: what it publishes is lost")
                 if silent == SILENT_ANSWERS:
-                    return self._publishes_nothing()
+                    return self._is_believed("answers without a word on iopub: what it publishes is not waited for")
                 silent += await self._ask_once(questions) and not self.hearing.heard and self.relay.is_connected
                 if not self._is_wanted():
                     break
@@ -508,10 +512,14 @@ class Kernel:
     def _is_there(self, questions: Questions) -> bool:
         return self.hearing.heard and (self._state == "busy" or (questions.answers > 0 and self._state != "starting"))
 
-    def _publishes_nothing(self) -> Event:
-        name = self.manager.kernel_id
-        self.manager.log.warning("Kernel %s answers without a word on iopub: what it publishes is not waited for", name)
-        note("unproven", "answers without a word on iopub: what it publishes is not waited for", kernel=self.relay.name)
+    @property
+    def _lets_nobody_hear(self) -> bool:
+        """It has said ``ERROR`` to who subscribed: that connection is not made anew by itself."""
+        return self.relay.iopub is not None and self.relay.iopub.closed
+
+    def _is_believed(self, why: str) -> Event:
+        self.manager.log.warning("Kernel %s %s", self.manager.kernel_id, why)
+        note("unproven", why, kernel=self.relay.name)
         return Event.GIVEN_UP
 
     async def _ask_once(self, questions: Questions) -> bool:

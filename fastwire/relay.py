@@ -207,6 +207,7 @@ class KernelRelay(KernelSide):
     def _make_anew(self) -> None:
         if self.iopub is None:
             return
+        self.drain_iopub()
         self._close_iopub()
         self._open_iopub()
         self._lose()

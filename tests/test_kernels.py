@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmtp_oracle as peer
 from inside import execute, result, run, serving, until
 from jupyter_client import AsyncKernelManager
 from jupyter_client.connect import port_names
 from jupyter_server.auth import IdentityProvider, User
 from jupyter_server.base.handlers import JupyterHandler
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-from server import PATIENCE
+from server import PATIENCE, Message
 from traitlets import TraitError
 from traitlets.config import Config
 from websockets.exceptions import InvalidStatus
 
+from fastwire import events
 from fastwire.jupyter import FastwireMappingKernelManager
 from fastwire.kernels import Clients, kernel_of, kernels_of
+from fastwire.zmtp import Link
 
 
 def test_the_buffering_that_others_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +240,57 @@ def test_a_kernel_that_says_nothing_about_being_asked(tmp_path: Path, monkeypatc
                 for number in "1", "2":
                     assert await run(client, number) == "'1'"
                     await inside.manager.restart_kernel(kernel)
+
+    asyncio.run(use())
+
+
+def says_error(link: Link) -> None:
+    """The kernel's end does, behind all it has said."""
+    link.stream.feed(peer.command(b"ERROR", b"\x04full"))
+    link.wake()
+
+
+def test_a_kernel_that_says_error_on_iopub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: it is subscribed to anew, and heard."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch, MappingKernelManager={"kernel_info_timeout": 1000.0}) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with inside.client(kernel) as client:
+                assert await run(client, "1") == "4"
+                says_error(kernel_of(inside.manager.get_kernel(kernel)).relay.iopub._link)
+                assert await run(client, "2") == "4"
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_says_error_on_iopub_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is asked does not wait for ever, and is answered without output; who looks is told."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch, MappingKernelManager={"kernel_info_timeout": 1000.0}) as inside:
+            kernel = await inside.manager.start_kernel(kernel_name="light")
+            async with inside.client(kernel) as client:
+                assert await run(client, "1") == "4"
+                is_ready = Link._is_ready
+
+                def refused(link: Link) -> None:
+                    is_ready(link)
+                    if link.name == "iopub":
+                        says_error(link)
+
+                monkeypatch.setattr(Link, "_is_ready", refused)
+                says_error(kernel_of(inside.manager.get_kernel(kernel)).relay.iopub._link)
+                await execute(client, "2")
+                async with asyncio.timeout(PATIENCE):
+                    async for payload in client:
+                        got = Message.of(payload, None)
+                        if got.parent == "2":
+                            break
+                assert got.type == "execute_reply"
+            (told,) = [event for event in events.recent() if (event.kind, event.kernel) == ("unproven", kernel)]
+            assert "lets nobody hear" in told.text
+            assert told.times == 1
 
     asyncio.run(use())
 

@@ -214,3 +214,31 @@ def test_a_program_whose_shell_was_refused(stage: Stage, context: zmq.Context) -
         each.ends()
     stage.take_logs()
     kernel.close()
+
+
+@pytest.mark.usefixtures("nothing_is_taken_aside")
+def test_a_kernel_that_comes_back_as_zmtp_2(stage: Stage, context: zmq.Context) -> None:
+    """All its channels are made anew; what the old ones had to say comes first, in the order of any other turn."""
+    kernel = Kernel(context, tcp=True)
+    by_libzmq = kernel.open_socket
+
+    def open_socket(channel: str, identity: bytes | None) -> Any:
+        return by_libzmq(channel, identity) if stage.relay.foreign else Address.of(kernel.addresses[channel])
+
+    kernel.open_socket = open_socket
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.introduce(client)
+
+    def answer_and_come_back() -> None:
+        stage.relay.budgets.turn = 1000
+        kernel.publish(*stream(*range(6), size=1000))
+        kernel.reply("ann", message("execute_reply", "answer"))
+        until(lambda: unread(stage, "shell"), "the answer is there")
+        until(lambda: unread(stage, "iopub") > 6000, "the output is there")
+        stage.relay._on_foreign()
+
+    stage.run(answer_and_come_back)
+    assert client.ids(7) == [*map(str, range(6)), "answer"]
+    until(lambda: stage.relay.path == "libzmq", "it is left to libzmq")
+    kernel.close()
