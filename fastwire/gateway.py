@@ -239,18 +239,20 @@ class Remembered:
             os.close(fd)
             return
         self._lock = fd
-        with suppress(OSError, ValueError):  # there is none, or it is not what we write
-            self.ids = [each for each in json.loads(self._path.read_bytes()) if isinstance(each, str)]
+        with suppress(OSError, ValueError, RecursionError):  # there is none, or it is no JSON
+            ids = json.loads(self._path.read_bytes())
+            if isinstance(ids, list) and all(isinstance(each, str) for each in ids):
+                self.ids = ids
 
     def put(self, ids: Iterable[str]) -> None:
         ids = list(ids)
         if ids != self.ids and self._lock is not None:
-            self.ids = ids
-            with suppress(OSError):  # a full disk: what was put down before stays
+            with suppress(OSError):  # a full disk: what was put down before stays, until there is room
                 with os.fdopen(self._open("new"), "w") as file:
                     file.truncate()
                     file.write(json.dumps(ids))
                 self._path.with_suffix(".new").replace(self._path)
+                self.ids = ids
 
     def __del__(self) -> None:
         if self._lock is not None:

@@ -233,9 +233,18 @@ def test_kernels_are_remembered_by_one_server(monkeypatch: pytest.MonkeyPatch, t
     again = Remembered("http://a", "/root")
     assert again.ids == ["2"]
     del again
-    for file in tmp_path.glob("*.json"):
-        file.write_text('["2", "cut of')
-    assert Remembered("http://a", "/root").ids == []
+
+
+@pytest.mark.parametrize("text", ['["2", "cut of', "5", "null", '"2"', '{"2": 3}', '["2", 3]', "[" * 100_000, "\xff"])
+def test_a_file_that_is_none_of_ours_is_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str) -> None:
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    Remembered("http://a", "/root").put(["1"])
+    (file,) = tmp_path.glob("*.json")
+    file.write_text(text, encoding="latin-1")
+    kernels = Remembered("http://a", "/root")
+    assert kernels.ids == []
+    kernels.put(["4"])
+    assert json.loads(file.read_text()) == ["4"]
 
 
 def test_what_is_remembered_is_whole_where_the_disk_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -250,9 +259,9 @@ def test_what_is_remembered_is_whole_where_the_disk_is_full(monkeypatch: pytest.
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (file,) = tmp_path.glob("*.json")
-    assert json.loads(file.read_text()) == ["1", "2"]
-    kernels.put(["4"])
-    assert json.loads(file.read_text()) == ["4"]
+    assert json.loads(file.read_text()) == kernels.ids == ["1", "2"]
+    kernels.put(["3"] * 100)
+    assert json.loads(file.read_text()) == ["3"] * 100
     assert file.stat().st_mode & 0o777 == 0o600
 
 
