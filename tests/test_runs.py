@@ -122,6 +122,14 @@ def test_outputs_are_those_of_nbclient_however_they_came(messages: list, data: s
         assert run.messages == len(mine)
 
 
+def take_all(client: Client) -> None:
+    """A socket that takes everything."""
+    client.start(None)
+    while not client.cursor.is_live:
+        client.feed()
+        client.cursor.release(client.queued)
+
+
 def all_of(messages: Messages) -> list[Message]:
     async def read() -> list[Message]:
         try:
@@ -427,6 +435,23 @@ def test_a_message_that_is_larger_than_the_history_ends_it() -> None:
     read = Read(journal)
     read.to_where_it_ends()
     assert (read.found, read.lost) == ([3], [(0, 3)])
+    journal.close()
+
+
+def test_what_was_forgotten_of_runs_is_not_begun_again_by_what_they_said() -> None:
+    """More runs than are known, while a client was away: it comes back, and what it had missed becomes history."""
+    limits = Limits(history_limit=PLENTY)
+    journal, client = log_of(limits)
+    for number in range(600):
+        busy, idle = (said("status", {"execution_state": state}) for state in ("busy", "idle"))
+        parent = json.dumps({"msg_id": str(number), "msg_type": "execute_request"}).encode()
+        journal.append(batch_of(*([header, parent, *rest] for header, _, *rest in (busy, idle))))
+        journal.settle()
+    journal.learn()
+    known = [(run.msg_id, run.state, run.messages) for run in journal.ledger.all()]
+    assert known == [(str(number), "done", 2) for number in range(88, 600)]
+    take_all(client)
+    assert [(run.msg_id, run.state, run.messages) for run in journal.ledger.all()] == known
     journal.close()
 
 

@@ -254,23 +254,24 @@ cdef class Ledger:
         return 0
 
     cdef Run hear(self, const Indexed *m, long long number):
-        """Whose a message is. What was heard before is passed by."""
-        cdef Run run = self.run_of(m.text[1])
-        if number >= self.position:
+        """Whose a message is. What was heard before is passed by: no run that was forgotten since begins with it."""
+        cdef bint is_new = number >= self.position
+        cdef Run run = self.run_of(m.text[1], is_new)
+        if is_new:
             if run is not None:
                 self.follow(run, m, number)
             self.position = number + 1  # memory may run out at the next
         return run
 
-    cdef Run run_of(self, fw_span parent_header):
+    cdef Run run_of(self, fw_span parent_header, bint may_begin):
         """The messages of one request have the same parent, byte for byte."""
         cdef Run run
         cdef char *parent
         if self.parent_size and same_bytes(parent_header, fixed(self.parent, self.parent_size)):
             return self.named
-        run = self.find(parent_header)
+        run = self.find(parent_header, may_begin)
         self.parent_size = 0
-        if parent_header.len > LARGEST_REQUEST:
+        if parent_header.len > LARGEST_REQUEST or run is None and not may_begin:
             return run
         if parent_header.len > self.parent_room:
             parent = <char *>realloc(self.parent, parent_header.len)
@@ -283,7 +284,7 @@ cdef class Ledger:
         self.named = run
         return run
 
-    cdef Run find(self, fw_span parent_header):
+    cdef Run find(self, fw_span parent_header, bint may_begin):
         cdef Parent parent
         cdef Run run
         scan_parent(parent_header, &parent)
@@ -293,7 +294,7 @@ cdef class Ledger:
             return None
         msg_id = unescaped(parent.msg_id)
         run = self.runs.get(msg_id)
-        return self.new(msg_id, span_bytes(parent_header)) if run is None else run
+        return self.new(msg_id, span_bytes(parent_header)) if run is None and may_begin else run
 
     cdef int follow(self, Run run, const Indexed *m, long long number) except -1:
         cdef fw_span said
