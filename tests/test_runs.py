@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from journal_stage import KIB, MIB, PLENTY, Client, Disk, Read, batch_of, line, log_of, of_a_run
+from journal_stage import KIB, MIB, PLENTY, Client, Disk, Read, batch_of, line, log_of, of_a_run, other
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 
@@ -435,6 +435,30 @@ def test_a_message_that_is_larger_than_the_history_ends_it() -> None:
     read = Read(journal)
     read.to_where_it_ends()
     assert (read.found, read.lost) == ([3], [(0, 3)])
+    journal.close()
+
+
+def test_what_nobody_can_ask_for_takes_no_room_in_the_history() -> None:
+    """Nor does it end it, also where it was joined while a client was behind, and is together more than is kept."""
+    limits = Limits(client_memory_limit=1 * MIB, history_limit=10 * KIB, spill=False)
+    journal, client = log_of(limits)
+    for number in range(10):
+        journal.append(batch_of(of_a_run(other("display_data", number, 500))))
+        journal.settle()
+    take_all(client)
+    kept, memory = journal.history, journal.memory
+    client.lose_socket()
+    while not journal.needed.is_joined:
+        journal.append(batch_of(line(10, 800), line(11, 800), other("comm_msg", 12)))
+        journal.settle()
+    joined = [entry for entry in journal.needed.entries if 2 <= len(entry) < entry.end - entry.first]
+    assert max(entry.batch.nbytes for entry in joined) > 10 * KIB
+    take_all(client)
+    assert (journal.history, journal.memory) == (kept, memory)
+    read = Read(journal)
+    read.to_where_it_ends()
+    assert (read.found, read.lost) == ([*range(10)], [])
+    read.reader.close()
     journal.close()
 
 

@@ -203,6 +203,11 @@ cdef class Kept(LogSegment):
         return entries
 
 
+cdef inline bint is_to_keep(Ledger ledger, LogEntry entry, const Indexed *m, long long number) except -1:
+    """Whether it may be asked for. May be asked again: the ledger hears each number once."""
+    return entry.ours or ledger.hear(m, number) is not None or changes_display(m)
+
+
 cdef inline size_t size_to_keep(const Indexed *m, bint repeats) noexcept nogil:
     """Of a message's record."""
     cdef size_t size = sizeof(KeptHead) + m.count * sizeof(uint32_t) + sum_of(m.parts, m.count)

@@ -689,7 +689,6 @@ cdef class Log:
         cdef Kept tail = self.tail()
         cdef Py_ssize_t i
         cdef long long number, end
-        cdef bint is_wanted
         for each in segment.entries:
             if type(each) is not LogEntry:
                 return False
@@ -704,8 +703,7 @@ cdef class Log:
                 if number < self.kept_until:
                     continue
                 m = &entry.batch.messages[i]
-                is_wanted = entry.ours or self.ledger.hear(m, number) is not None or changes_display(m)
-                if is_wanted:
+                if is_to_keep(self.ledger, entry, m, number):
                     self.keep_message(entry, m, segment.first, number, end, cuts)
                 self.kept_until = end
         tail = self.tail()
@@ -722,15 +720,18 @@ cdef class Log:
 
     cdef bint goes_together(self, LogEntry entry, long long begin) except -1:
         """Which numbers the messages of a joined entry stand for is not known any more: they are in one block, and it
-        has room. False: all of them are too much."""
+        has room. False: all of them that are to be kept are too much."""
         cdef Kept tail = self.tail()
+        cdef Indexed *m
         cdef Py_ssize_t i
         cdef size_t size = 0
         if entry.batch.count < 2 or entry.end - entry.first == entry.batch.count or self.kept_until > entry.first:
             return True
         for i in range(entry.batch.count):
-            size += size_to_keep(&entry.batch.messages[i], False)
-        if tail is not None and self.has_room(tail, size):
+            m = &entry.batch.messages[i]
+            if is_to_keep(self.ledger, entry, m, entry.first + i):
+                size += size_to_keep(m, False)
+        if not size or tail is not None and self.has_room(tail, size):
             return True
         if <Py_ssize_t>size > self.history_limit:
             self.python_ran = True
