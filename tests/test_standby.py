@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable
 
 import oracle
 import pytest
@@ -103,6 +104,12 @@ def test_what_rests_is_taken_aside_although_the_loop_goes_on() -> None:
 def test_who_is_told_has_a_loop() -> None:
     with pytest.raises(TypeError, match="a poller"):
         _core.ZmtpStream("SUB").attach(0, 1)
+
+
+def test_who_is_charged_is_somebody() -> None:
+    charge: Callable[[object], None] = _core.ZmtpStream("SUB").charge  # a caller that mypy does not see
+    with pytest.raises(TypeError, match="budget"):
+        charge(None)
 
 
 def test_the_end_is_told_by_who_stands_by() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -232,6 +234,43 @@ def test_loops_leave_no_descriptors() -> None:
     for _ in range(20):
         run(body)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+#: Each makes one that was never begun, and lets go of it.
+NEVER_BEGUN = {
+    "a poller without its arguments": "try: _core.Poller()\nexcept TypeError: pass",
+    "a poller": "_core.Poller.__new__(_core.Poller)",
+    "a poller that is asked": "p = _core.Poller.__new__(_core.Poller); p.turn(); p.end_turn(); p.close(); del p",
+    "a stream without its arguments": "try: _core.ZmtpStream()\nexcept TypeError: pass",
+    "a stream": "_core.ZmtpStream.__new__(_core.ZmtpStream).close()",
+    "a stream that is asked": "s = _core.ZmtpStream.__new__(_core.ZmtpStream); s.feed(b'x'); s.send([b'']); s.renew()\n"
+    "assert s.fd == -1",
+}
+
+
+@pytest.mark.parametrize("code", NEVER_BEGUN.values(), ids=NEVER_BEGUN)
+def test_what_was_never_begun_has_nobodys_descriptor(code: str) -> None:
+    """0 is a number of one: the process's input."""
+    program = f"import os; from fastwire import _core\n{code}\nfor fd in range(3): os.fstat(fd)"
+    ended = subprocess.run([sys.executable, "-c", program], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_what_is_begun_twice_keeps_what_it_has() -> None:
+    """Its descriptors are watched, and its callbacks kept, as before."""
+
+    async def body(turns: Turns) -> None:
+        log: list[Any] = []
+        pipe = Pipe(turns, log, "read")
+        fd = turns.poller.fd
+        _core.Poller.__init__(turns.poller, turns._report, turns._later)
+        assert (turns.poller.fd, len(turns.poller)) == (fd, 1)
+        os.write(pipe.into, b"x")
+        await settle()
+        assert log == ["read"]
+        pipe.close()
+
+    run(body)
 
 
 def test_without_epoll_the_loop_watches_each(monkeypatch: pytest.MonkeyPatch) -> None:

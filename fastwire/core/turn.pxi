@@ -102,14 +102,11 @@ cdef class Poller:
     cdef int loop_fd
     cdef fw_beat *beat              # by which the standby reader knows that this goes on
 
-    def __cinit__(self, *args, **options):
+    def __cinit__(self):
+        self.fd = self.loop_fd = -1     # first: it may go no further, and 0 is somebody's
         self.beat = fw_beat_new()
         if self.beat == NULL:
             raise MemoryError
-
-    def __init__(self, report, later):
-        self.fd = -1
-        self.loop_fd = -1
         self.watched = {}
         self.followers = Parts()
         self.parts = Parts()
@@ -117,6 +114,8 @@ cdef class Poller:
         self.crowd = []
         self.callbacks = {}
         self.waiting = {}
+
+    def __init__(self, report, later):
         self.report = report
         self.later = later
 

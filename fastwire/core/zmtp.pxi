@@ -187,14 +187,14 @@ cdef class ZmtpStream:
             raise ValueError("an identity has at most 255 bytes, of which the first is not 0")
         self.socket_type = socket_type
         self.max_message_size = max_message_size
+
+    def __cinit__(self):
+        fw_aside_init(&self.aside)
         self.fd = -1
         self.unsent = []
         self.output = WriteQueue(acknowledge=True)
         self.output.counts = &uncounted
         self.greet()
-
-    def __cinit__(self):
-        fw_aside_init(&self.aside)
 
     def __dealloc__(self):
         global streams_with_unsent
@@ -221,7 +221,7 @@ cdef class ZmtpStream:
     def rest(self, bint rests):
         fw_aside_rest(&self.aside, rests)
 
-    cpdef charge(self, Budget budget):
+    def charge(self, Budget budget not None):
         fw_aside_charge(&self.aside, budget.purse)
 
     def detach(self):
