@@ -1,6 +1,7 @@
 """`tools/sanitized.sh`: what a sanitizer reports in any process fails the run, also where all seems well."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,20 @@ def test_a_race_in_a_process_that_a_test_starts(racing: Path) -> None:
 @pytest.mark.parametrize("code", [0, 3])
 def test_otherwise_the_commands_exit_code_is_its_own(tree: Path, code: int) -> None:
     assert sanitized(tree, f"exit {code}").returncode == code
+
+
+#: What a test names that has threads of ours: the standby reader, the disk's, connections that are read by both.
+OF_THREADS = re.compile(r"^from fastwire\.(disk|zmtp) |\b(limit_standby|taken_aside)\b", re.MULTILINE)
+
+
+def test_all_tests_of_threads_run_under_it() -> None:
+    """`make tsan` has a list of them, and `make nightly` those that need more time."""
+    makefile = (ROOT / "Makefile").read_text()
+    (listed,) = re.findall(r"^THREADED := (.*?[^\\])$", makefile, re.MULTILINE | re.DOTALL)
+    nightly = re.findall(r"\$\(MAKE\) tsan .*", makefile)
+    run = set(re.findall(r"\w+", listed)) | set(re.findall(r"tests/test_(\w+)\.py", "".join(nightly)))
+    tests = {path.stem.removeprefix("test_"): path.read_text() for path in Path(__file__).parent.glob("test_*.py")}
+    assert {name for name, text in tests.items() if OF_THREADS.search(text)} - {"sanitized"} <= run
 
 
 def test_the_standby_reader_races_with_nobody(tmp_path: Path) -> None:
