@@ -109,8 +109,8 @@ def test_otherwise_the_commands_exit_code_is_its_own(tree: Path, code: int) -> N
     assert sanitized(tree, f"exit {code}").returncode == code
 
 
-#: What a test names that has threads of ours: the standby reader, the disk's, connections that are read by both.
-OF_THREADS = re.compile(r"^from fastwire\.(disk|zmtp) |\b(limit_standby|taken_aside)\b", re.MULTILINE)
+#: What a test names that has to do with threads of ours: the standby reader's, the disk's.
+OF_THREADS = re.compile(r"^from fastwire\.disk |\b(limit_standby|taken_aside)\b", re.MULTILINE)
 
 
 def test_all_tests_of_threads_run_under_it() -> None:
