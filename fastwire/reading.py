@@ -41,7 +41,7 @@ MESSAGES_A_TURN = 256
 Done = asyncio.Future[None] | None
 
 
-class Listener(Protocol):
+class Hearer(Protocol):
     """Who hears messages: one by one, or from the parser itself."""
 
     consumer: Callable[[FrameParser], None] | None
@@ -53,7 +53,7 @@ class Recipient(Protocol):
     """Whom it is for: data messages are the application's."""
 
     @property
-    def application(self) -> Listener: ...
+    def application(self) -> Hearer: ...
     def on_ping_frame(self, payload: bytes) -> None: ...
     def on_pong_frame(self, payload: bytes) -> Done: ...
     def on_close_frame(self, payload: bytes) -> None: ...

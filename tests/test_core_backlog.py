@@ -159,6 +159,15 @@ def test_small_batches_take_less_memory_together() -> None:
     assert _core.live() == before
 
 
+def test_a_batch_counts_itself() -> None:
+    """With room for two messages in it, also where there are more: these are in a table of eight."""
+    batch = batch_of(*[printed("")] * 3)
+    of_one = (batch.part(0, 3).memory - batch.part(0, 2).memory) // (8 - 2)
+    objects = [kind.__basicsize__ + 16 for kind in (Batch, vars(_core)["Store"])]  # 16: what an allocation costs
+    assert 2 * of_one < Batch.__basicsize__
+    assert sum(objects) <= batch_of().memory - 2 * of_one
+
+
 def test_memory_counts_what_is_held() -> None:
     parts = [*builders.message("display_data"), bytes(5 * MIB)]
     batch = batch_of(parts)

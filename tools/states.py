@@ -1,4 +1,4 @@
-"""Writes docs/states.md: every state machine of the package, from the tables that the code goes by."""
+"""Writes docs/states.md: every state machine of the package, from the tables in its rooms."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,8 +14,9 @@ INTRODUCTION = """\
 
 <!-- Written by tools/states.py (`make docs`). -->
 
-Where something can be in several states, these have names, and a table says what leads from one to the next. These are
-the tables of the code; what is difficult about each says its room.
+Where something can be in several states, these have names, and a table says what leads from one to the next. The code
+goes by these tables; that of a run says what the compiled ledger does, and a test holds the ledger to it. What is
+difficult about each says its room.
 """
 
 CLOSING = """\

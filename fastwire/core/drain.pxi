@@ -22,7 +22,7 @@ cdef enum:
     LARGEST_CHUNK = 65536
     DRAIN_MESSAGES = 1024
     DRAIN_BYTES = 1048576
-    BATCH_SIZE = 512        # about what a batch's Python objects take
+    BATCH_SIZE = 512        # what a batch's Python objects take, at least, with the few messages that lie in them
     FEW_MESSAGES = 2        # that need no memory of their own
 
 
