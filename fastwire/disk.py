@@ -32,6 +32,9 @@ __all__ = ["Disk", "Job", "Record", "Runner", "SpillFile", "is_in_memory"]
 #: and at least so many in the narrowest bound: in one file all that lies there would have to go to make room at it.
 FILE_SIZE, FILES = 64 * MIB, 8
 
+#: Seconds until a thread is asked for again that the system did not give.
+RETRY = 1.0
+
 #: What is done in a thread.
 Job = Callable[[], Any]
 
@@ -66,6 +69,7 @@ class Worker:
         self._jobs: SimpleQueue[tuple[Job, Done]] = SimpleQueue()
         self._busy = False
         self._started = False
+        self._retry: asyncio.TimerHandle | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -76,15 +80,28 @@ class Worker:
         self._next()
 
     def _next(self) -> None:
-        while self._waiting and not self._busy:
+        while self._waiting and not self._busy and (self._started or self._start()):
             prepare, done = self._waiting.popleft()
             job = prepare()
             if job is not None:
                 self._busy = True
                 self._jobs.put((job, done))
-                if not self._started:
-                    self._started = True
-                    threading.Thread(target=self._run, name=self._name, daemon=True).start()
+
+    def _start(self) -> bool:
+        """Where the system has no thread to give, the disk is late."""
+        try:
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        except RuntimeError:
+            loop = self._loop()
+            if self._retry is None and loop is not None and not loop.is_closed():
+                self._retry = loop.call_later(RETRY, self._try_again)
+            return False
+        self._started = True
+        return True
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._next()
 
     def _run(self) -> None:
         while True:

@@ -171,6 +171,29 @@ def test_who_reads_does_not_wait_for_who_writes() -> None:
     asyncio.run(run())
 
 
+def test_a_thread_that_the_system_does_not_give_is_asked_for_again() -> None:
+    """Until then the disk is late; nothing that was to be done is forgotten."""
+
+    async def run() -> None:
+        disk = Disk.current()
+        done: asyncio.Queue[str] = asyncio.Queue()
+        before = threading.stack_size(1 << 46)  # more than there are addresses
+        try:
+            disk.write(lambda: lambda: "written", done.put_nowait)
+            disk.write(lambda: lambda: "the next", done.put_nowait)
+            disk.read(lambda: lambda: "read", done.put_nowait)
+            assert disk.is_writing
+            assert done.empty()
+        finally:
+            threading.stack_size(before)
+        got = [await done.get() for _ in range(3)]
+        assert sorted(got) == ["read", "the next", "written"]
+        assert got.index("written") < got.index("the next")
+        assert not disk.is_writing
+
+    asyncio.run(run())
+
+
 HANGS = """
 import asyncio, threading
 from fastwire.disk import Disk
