@@ -754,9 +754,7 @@ class Uplink:
 # -- the compiled turn: bases of classes in other rooms, which tell of what they do ----------------
 
 class Part:
-    """What a turn of the loop calls without Python. Called, it looks at its descriptor."""
-
-    def __call__(self) -> None: ...
+    """What a turn of the loop calls without Python."""
 
 class Poller:
     """The turns of one loop: which descriptors are ready, who writes at the end, whose time has come (`fastwire.turns`
@@ -779,7 +777,9 @@ class Poller:
         """It stands where the loop waits."""
 
     @property
-    def turns(self) -> int: ...
+    def turns(self) -> int:
+        """That have begun: by them, and by when it waits, the standby reader knows whether the loop goes on."""
+
     def open(self) -> bool:
         """Whether there is an epoll now: not on every system, nor when descriptors have run out."""
 
@@ -800,6 +800,9 @@ class Poller:
 
     def turn(self) -> None:
         """Everything that is ready now, where the loop calls us."""
+
+    def ready(self, callback: Callable[[], None] | Part) -> None:
+        """One descriptor is, where the loop watches each."""
 
     def wake(self, part: Part) -> None:
         """As if its descriptor were ready."""

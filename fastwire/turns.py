@@ -24,7 +24,7 @@ from math import ceil
 from selectors import EpollSelector
 from typing import Any
 
-from fastwire._core import Poller
+from fastwire._core import Part, Poller
 
 __all__ = ["Timer", "Timers", "Turns"]
 
@@ -145,13 +145,13 @@ class Turns:
 
     # -- descriptors --
 
-    def watch(self, fd: int, callback: Callback) -> None:
+    def watch(self, fd: int, callback: Callback | Part) -> None:
         """Call ``callback`` in each turn in which ``fd`` is readable."""
         if not len(self.poller):
             self._open_poller()
         self.poller.watch(fd, callback)
         if self.poller.fd < 0:
-            self._loop.add_reader(fd, callback)
+            self._loop.add_reader(fd, self.poller.ready, callback)
 
     def _open_poller(self) -> None:
         if not hasattr(select, "epoll") or not self.poller.open():  # not Linux; EMFILE
@@ -161,7 +161,7 @@ class Turns:
             # In an empty context: the loop would keep that of who comes first, and give it to everybody.
             Context().run(self._loop.add_reader, self.poller.fd, self.poller.turn)
 
-    def unwatch(self, fd: int, callback: Callback) -> None:
+    def unwatch(self, fd: int, callback: Callback | Part) -> None:
         """No more of ``callback``. Call it before ``fd`` is closed; should that have happened already, somebody
         else's descriptor of the same number is left alone."""
         if not self.poller.unwatch(fd, callback):

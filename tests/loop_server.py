@@ -9,6 +9,7 @@ import fastwire.turns
 
 if __name__ == "__main__":
     loop = sys.argv.pop(1)
+    sys.path.insert(0, "")  # as `python -m` has it
     if loop == "uvloop":
         import uvloop
 

@@ -225,6 +225,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Poller.give_back": taken_over(lambda it, _: it.poller.give_back(), has_taken_over=True),
     "Poller.select": in_the_loops_place(busy, done),
     "Poller.turn": turning(lambda it: it.poller.turn(), received, before=ready),
+    "Poller.ready": turning(lambda it: it.poller.ready(_core.Part())),
     "Poller.wake": turning(lambda it: it.poller.wake(_core.Part()), before=ready),
     "Poller.at_end": at_end,
     "Poller.end_turn": [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefixes import make_with
 from server import PROTOCOL_V1, WITHOUT_EXTENSIONS, Client, Server, serving
 
 MIB = 1 << 20
@@ -67,15 +68,26 @@ def _load_jupyter_server_extension(app):
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("seconds", "lines", "flood"), [(0, 5_000, 10_000), (10, 100_000, 200_000)], ids=["short", "ten seconds"]
+    ("seconds", "lines", "flood", "loop"),
+    [
+        (0, 5_000, 10_000, "asyncio"),
+        (0, 5_000, 10_000, "asyncio without epoll"),
+        (0, 5_000, 10_000, "uvloop"),
+        (10, 100_000, 200_000, "asyncio"),
+    ],
+    ids=["short", "without epoll", "uvloop", "ten seconds"],
 )
-def test_nothing_is_lost_while_the_loop_stands_still(tmp_path: Path, seconds: int, lines: int, flood: int) -> None:
+def test_nothing_is_lost_while_the_loop_stands_still(
+    tmp_path: Path, seconds: int, lines: int, flood: int, loop: str
+) -> None:
     """The loop stands still until ipykernel has printed its last line: with nobody who stands by it would wait at its
     high-water mark for ever. The light kernel has no mark, and sends as fast as it can."""
+    how = (str(Path(__file__).with_name("loop_server.py")), loop)
+    python: dict[str, Any] = {"python": make_with("uvloop")} if loop == "uvloop" else {}
     (tmp_path / "z_blocks.py").write_text(EXTENSION)
     printed = tmp_path / "printed"
     with (
-        serving(tmp_path, extensions=WITHOUT_EXTENSIONS | {"z_blocks": True}) as server,
+        serving(tmp_path, extensions=WITHOUT_EXTENSIONS | {"z_blocks": True}, how=how, **python) as server,
         server.kernel() as real,
         server.kernel("light") as light,
         Client(server, real, PROTOCOL_V1) as one,

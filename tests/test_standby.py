@@ -3,14 +3,17 @@
 import contextlib
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import oracle
 import pytest
 import zmtp_oracle as peer
 from builders import KEY, loop_at_rest, message, wire
 from patience import SLOW
+from server import ROOT
 
 from fastwire import _core
 from fastwire._core import Signer
@@ -99,6 +102,16 @@ def test_what_rests_is_taken_aside_although_the_loop_goes_on() -> None:
         stream.close()
     os.close(told)
     os.close(tell)
+
+
+def test_a_loop_that_goes_on_is_told_from_one_that_is_blocked(tmp_path: Path) -> None:
+    """Also where its waiting is not seen, look by look at made-up times."""
+    program, source = tmp_path / "looks", Path(__file__).with_name("standby_looks.c")
+    command = [os.environ.get("CC", "cc"), "-g", f"-I{ROOT / 'fastwire'}", str(source), "-o", str(program), "-lpthread"]
+    subprocess.run(command, check=True, timeout=PATIENCE)
+    alone = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    looked = subprocess.run([program], capture_output=True, text=True, check=False, timeout=PATIENCE, env=alone)
+    assert (looked.returncode, looked.stderr) == (0, "")
 
 
 def test_who_is_told_has_a_loop() -> None:

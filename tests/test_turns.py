@@ -279,12 +279,38 @@ def test_without_epoll_the_loop_watches_each(monkeypatch: pytest.MonkeyPatch) ->
     async def body(plain: Turns) -> None:
         log: list[Any] = []
         pipe = Pipe(plain, log, "plain")
+        turns = plain.poller.turns
         os.write(pipe.into, b"x")
         await settle()
         assert log == ["plain"]
+        assert plain.poller.turns > turns, "and the standby reader hears that it goes on"
+        turns = plain.poller.turns
+        plain.at_end(partial(log.append, "end"))
+        await settle()
+        assert log == ["plain", "end"]
+        assert plain.poller.turns > turns
         pipe.close()
 
     run(body)
+
+
+def test_of_very_many_that_are_ready_each_has_its_turn_before_one_has_it_twice() -> None:
+    """A turn has 256 at most. So who is read in no turn waits for few of them."""
+    poller = _core.Poller(lambda who, error: None, lambda callback: None)
+    assert poller.open()
+    heard: list[int] = []
+    out, into = zip(*[os.pipe() for _ in range(600)], strict=True)
+    for number, fd in enumerate(out):
+        poller.watch(fd, partial(heard.append, number))
+    for fd in into:
+        os.write(fd, b"x")  # and nobody reads it
+    for _ in range(3):
+        poller.turn()
+    assert len(heard) == 3 * 256
+    assert sorted(heard[:600]) == [*range(600)]
+    poller.close()
+    for fd in (*out, *into):
+        os.close(fd)
 
 
 @contextmanager

@@ -34,7 +34,10 @@ cdef extern from "core/standby.h" nogil:
     void fw_beat_release(fw_beat *beat)
     uint64_t fw_beat_turns(fw_beat *beat)
     void fw_beat_turn(fw_beat *beat, uint64_t now)
-    void fw_beat_wait(fw_beat *beat, bint waits)
+    enum: FW_UNSEEN
+    enum: FW_WAITS
+    enum: FW_IN_TURN
+    void fw_beat_does(fw_beat *beat, int what)
     int fw_aside_watch(fw_aside *a, int fd, int tell, fw_beat *beat)
     void fw_aside_rest(fw_aside *a, bint rests)
     void fw_aside_leave(fw_aside *a)

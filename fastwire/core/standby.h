@@ -8,9 +8,13 @@
  *   a glance, where looking at a thousand connections costs as much as dozens of messages. When nothing comes it sleeps again.
  *   Not more often: for one kernel at 50 requests a second each wake-up costs as much as a message or two.
  * - Of a loop whose turn has lasted 20 ms it takes what is readable, in the order it came, into memory of its own beside the
- *   connection (`fw_aside`), and tells the loop by an octet in a pipe: the descriptor need not be readable any more. It looks
- *   again when a turn that has begun will have lasted so long. So it comes after 50 ms, in which the fastest kernel says less
- *   than the system's buffers take. The same of a connection that its loop leaves alone for a while.
+ *   connection (`fw_aside`), and tells the loop by an octet in a pipe: the descriptor need not be readable any more. So it
+ *   comes within 70 ms, in which the fastest kernel says less than the system's buffers take. The same of a connection that
+ *   its loop leaves alone for a while.
+ * - A loop in whose place our poller waits says when it does. Of another, uvloop or one without epoll, only the turns are seen:
+ *   one that has none may be idle. What is readable tells, if it still is 5 ms later and no turn has begun: 75 ms.
+ * - Turns go on, so a loop does. Where more than 256 descriptors are ready (FW_POLLED) a turn has those that epoll says first;
+ *   they stand last then, and each has its turn before one has it twice. One of a thousand waits for four turns.
  * - Whoever drains the connection is given that first (`fw_aside_recv`). A lock for each connection keeps the two from
  *   reading at once; no Python runs under it, and the thread takes no other but the registry's, which comes first.
  * - What it takes has bounds, of all together and of what each connection belongs to (`fw_purse`). At one the thread leaves
@@ -60,13 +64,18 @@ typedef struct fw_purse {
     struct fw_purse *whole;
 } fw_purse;
 
+/* What a loop is seen to do between two turns, */
+enum { FW_UNSEEN, FW_WAITS, FW_IN_TURN };
+/* and what the thread makes of it: no turn was seen for long, what was readable then is to be gone at the next look, it was not. */
+enum { FW_GOES_ON, FW_QUIET, FW_ASKED, FW_BLOCKED };
+
 /* The turns of a loop. Its owners change with the registry's lock, as who has it in the list does. */
 typedef struct fw_beat {
     uint64_t turns;             /* atomic, as the next two */
     uint64_t began;             /* when the last one did, in ns */
-    int waits;                  /* for descriptors, and not within a turn */
+    int does;
     uint64_t seen;              /* of the turns, at a look */
-    int late;
+    int state;
     size_t links, owners;
     struct fw_beat *next, *before;
 } fw_beat;
@@ -186,22 +195,23 @@ static void fw_beat_release(fw_beat *beat) {
 
 static uint64_t fw_beat_turns(fw_beat *beat) { return __atomic_load_n(&beat->turns, __ATOMIC_RELAXED); }
 
-/* In the loop's thread alone, as what follows. */
+/* In the loop's thread alone, as the next. */
 static void fw_beat_turn(fw_beat *beat, uint64_t now) {
-    __atomic_store_n(&beat->turns, beat->turns + 1, __ATOMIC_RELAXED);
     __atomic_store_n(&beat->began, now, __ATOMIC_RELAXED);
+    __atomic_store_n(&beat->turns, beat->turns + 1, __ATOMIC_RELEASE);
 }
 
-static void fw_beat_wait(fw_beat *beat, int waits) { __atomic_store_n(&beat->waits, waits, __ATOMIC_RELAXED); }
+/* FW_IN_TURN behind `fw_beat_turn`: who sees it sees when. */
+static void fw_beat_does(fw_beat *beat, int what) { __atomic_store_n(&beat->does, what, __ATOMIC_RELEASE); }
 
-/* With the registry's lock held, in the thread: whether there were turns since the last look. ``soon``: the time at which
- * the first of the turns that have begun will have lasted too long. */
-static int fw_beat_judge(fw_beat *beat, uint64_t now, uint64_t *soon) {
-    uint64_t turns = fw_beat_turns(beat), late = __atomic_load_n(&beat->began, __ATOMIC_RELAXED) + FW_PATIENCE;
-    int goes_on = turns != beat->seen, waits = __atomic_load_n(&beat->waits, __ATOMIC_RELAXED);
+/* With the registry's lock held, in the thread: whether there were turns since the last look. */
+static int fw_beat_judge(fw_beat *beat, uint64_t now) {
+    int does = __atomic_load_n(&beat->does, __ATOMIC_ACQUIRE), asked = beat->state >= FW_ASKED;
+    uint64_t turns = __atomic_load_n(&beat->turns, __ATOMIC_ACQUIRE);
+    int goes_on = turns != beat->seen;
     beat->seen = turns;
-    beat->late = !waits && late <= now;
-    if (beat->links && !waits && late > now && late < *soon) *soon = late;
+    if (does == FW_WAITS || __atomic_load_n(&beat->began, __ATOMIC_RELAXED) + FW_PATIENCE > now) beat->state = FW_GOES_ON;
+    else beat->state = does == FW_IN_TURN || (asked && !goes_on) ? FW_BLOCKED : FW_QUIET;
     return beat->links && goes_on;
 }
 
@@ -280,7 +290,7 @@ static struct pollfd *fw_standby_list(int all) {
     next->fd = fw_standby.wake[0], next->events = POLLIN;
     for (a = fw_standby.first; a; a = a->next) {
         next++;
-        next->fd = !a->ended && (all || a->rests || a->beat->late) ? a->fd : -1, next->events = POLLIN;
+        next->fd = !a->ended && (all || a->rests || a->beat->state != FW_GOES_ON) ? a->fd : -1, next->events = POLLIN;
     }
     return list;
 }
@@ -300,37 +310,37 @@ static void fw_standby_await(void) {
     free(list);
 }
 
-/* With the registry's lock held: takes what is readable where nobody drains it. */
+/* With the registry's lock held: takes what is readable where nobody drains it. Whether it is to look again soon. */
 static int fw_standby_take(void) {
     struct pollfd *list = fw_standby_list(0), *next = list;
     fw_aside *a;
-    int took = 0;
+    int again = 0;
     if (list && poll(list, (nfds_t)(fw_standby.count + 1), 0) > 0) {
         for (a = fw_standby.first; a; a = a->next) {
-            if ((++next)->revents) took |= fw_aside_take(a);
+            if (!(++next)->revents) continue;
+            if (a->rests || a->beat->state == FW_BLOCKED) again |= fw_aside_take(a);
+            else a->beat->state = FW_ASKED, again = 1;
         }
     }
     free(list);
-    return took;
+    return again;
 }
 
 /* One look after ``*pause`` ns, and how long to pause before the next. False: nothing comes. */
 static int fw_standby_look(uint64_t *pause) {
     struct timespec time = {0, (long)*pause};
     fw_beat *beat;
-    uint64_t now, soon;
-    int late = 0, goes_on = 0, took = 0;
+    int late = 0, goes_on = 0, again = 0;
     nanosleep(&time, NULL);
-    now = fw_now(), soon = now + FW_PAUSE;
     pthread_mutex_lock(&fw_standby.lock);
     for (beat = fw_standby.beats; beat; beat = beat->next) {
-        goes_on |= fw_beat_judge(beat, now, &soon);
-        late |= beat->links && beat->late;
+        goes_on |= fw_beat_judge(beat, fw_now());
+        late |= beat->links && beat->state != FW_GOES_ON;
     }
-    if (late || fw_standby.resting) took = fw_standby_take();
+    if (late || fw_standby.resting) again = fw_standby_take();
     pthread_mutex_unlock(&fw_standby.lock);
-    *pause = took ? FW_AGAIN : soon - now;
-    return took || goes_on || *pause < FW_PAUSE;
+    *pause = again ? FW_AGAIN : FW_PAUSE;
+    return again || goes_on;
 }
 
 static void *fw_standby_run(void *nothing) {

@@ -43,10 +43,6 @@ cdef class Part:
     cdef int on_time(self, uint64_t now) except -1:
         return 0
 
-    def __call__(self):
-        """Where the loop watches its descriptor."""
-        self.on_ready()
-
 
 @cython.final
 @cython.internal
@@ -101,6 +97,7 @@ cdef class Poller:
     cdef object loop_select         # that of the loop's selector, whose place this has
     cdef int loop_fd
     cdef fw_beat *beat              # by which the standby reader knows that this goes on
+    cdef uint64_t began             # ns; when the last turn did
 
     def __cinit__(self):
         self.fd = self.loop_fd = -1     # first: it may go no further, and 0 is somebody's
@@ -129,6 +126,11 @@ cdef class Poller:
     @property
     def turns(self):
         return fw_beat_turns(self.beat)
+
+    cdef inline void begin(self) noexcept nogil:
+        """A turn of the loop's."""
+        self.began = nanoseconds()
+        fw_beat_turn(self.beat, self.began)
 
     # -- descriptors --
 
@@ -202,6 +204,8 @@ cdef class Poller:
             raise
         self.loop_fd = fd
         self.loop_select = theirs
+        self.begin()
+        fw_beat_does(self.beat, FW_IN_TURN)
         return True
 
     @property
@@ -213,6 +217,7 @@ cdef class Poller:
             return
         fw_poll_remove(self.fd, self.loop_fd)
         self.loop_fd = -1
+        fw_beat_does(self.beat, FW_UNSEEN)
         selector = self.loop_select.__self__
         self.loop_select = None
         del selector.select
@@ -267,11 +272,13 @@ cdef class Poller:
             now = nanoseconds()
             milliseconds = 0 if until <= now else <int>min((until - now + 999999) // 1000000, <uint64_t>86400000)
         if milliseconds == 0:
+            self.begin()
             return fw_poll_wait(fd, ready, 0)
         with nogil:
-            fw_beat_wait(self.beat, True)
+            fw_beat_does(self.beat, FW_WAITS)
             count = fw_poll_wait(fd, ready, milliseconds)
-            fw_beat_wait(self.beat, False)
+            self.begin()  # before the GIL is ours: who keeps it from us keeps the loop
+            fw_beat_does(self.beat, FW_IN_TURN)
         return count
 
     def turn(self):
@@ -280,15 +287,19 @@ cdef class Poller:
         cdef int count
         if self.fd < 0:
             return
+        self.begin()
         count = fw_poll_wait(self.fd, ready, 0)
         self.handle(ready, count)
+
+    def ready(self, callback not None):
+        """One descriptor is, where the loop watches each."""
+        self.begin()
+        self.call_ready(callback)
 
     cdef bint handle(self, const int *ready, int count) except -1:
         """Whether a descriptor of the loop's is ready."""
         cdef int i
-        cdef uint64_t now = nanoseconds()
         cdef bint is_loops = False
-        fw_beat_turn(self.beat, now)
         self.in_turn = True
         try:
             for i in range(count):
@@ -296,7 +307,7 @@ cdef class Poller:
                     is_loops = True
                 else:
                     self.call(ready[i])
-            if len(self.waiting) and self.sweep_at <= now:
+            if len(self.waiting) and self.sweep_at <= self.began:
                 self.sweep()
             if self.followers.count:
                 self.call_followers()
@@ -397,6 +408,7 @@ cdef class Poller:
         return 0
 
     def end_turn(self):
+        self.begin()
         self.end_is_due = False
         self.in_turn = True
         try:
@@ -481,6 +493,7 @@ cdef class Poller:
 
     def tick(self):
         """What the loop calls then."""
+        self.begin()
         self.timer_is_set = False
         try:
             self.sweep()
