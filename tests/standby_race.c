@@ -1,5 +1,5 @@
 /* The loop's thread and the standby reader on the same connections, for ThreadSanitizer: what comes is in order and whole,
- * while connections come and go. */
+ * while connections come and go, and beside a loop that says when it waits another that never does. */
 #include <assert.h>
 #include <stdio.h>
 
@@ -26,54 +26,94 @@ static void *kernel(void *argument) {
     return NULL;
 }
 
-int main(void) {
-    int tell[2];
-    pthread_t threads[LINKS];
-    pair pairs[LINKS];
-    fw_aside links[LINKS], idle;
-    size_t got[LINKS] = {0}, ended = 0;
+/* What came of a connection, behind ``*got``; 0 at its end. */
+static ssize_t hear(fw_aside *a, int fd, size_t *got) {
     unsigned char buffer[65536];
+    ssize_t n = fw_aside_recv(a, fd, buffer, sizeof buffer);
+    for (ssize_t k = 0; k < n; k++) assert(buffer[k] == (unsigned char)((*got + (size_t)k) % 251));
+    if (n > 0) *got += (size_t)n;
+    assert(n || *got == BYTES);
+    return n;
+}
+
+/* A loop that waits, and does what comes at once. */
+static void *waiting_loop(void *argument) {
+    pair *p = (pair *)argument;
+    int tell[2];
+    size_t got = 0;
+    char octets[64];
+    fw_aside link;
     fw_beat *beat = fw_beat_new();
     assert(!pipe(tell));
     fcntl(tell[0], F_SETFL, O_NONBLOCK), fcntl(tell[1], F_SETFL, O_NONBLOCK);
+    struct pollfd ready[2] = {{p->ours, POLLIN, 0}, {tell[0], POLLIN, 0}};
+    fw_aside_init(&link);
+    fw_beat_turn(beat, fw_now());
+    fw_beat_does(beat, FW_IN_TURN);
+    assert(!fw_aside_watch(&link, p->ours, tell[1], beat));
+    do {
+        fw_beat_does(beat, FW_WAITS);
+        assert(poll(ready, 2, -1) > 0);
+        fw_beat_turn(beat, fw_now());
+        fw_beat_does(beat, FW_IN_TURN);
+        while (read(tell[0], octets, sizeof octets) > 0) {}
+    } while (hear(&link, p->ours, &got));
+    fw_aside_destroy(&link);
+    fw_beat_release(beat);
+    close(p->ours), close(tell[0]), close(tell[1]);
+    return NULL;
+}
+
+static pair make_pair(void) {
+    int ends[2];
+    assert(!socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
+    fcntl(ends[0], F_SETFL, O_NONBLOCK);
+    return (pair){ends[0], ends[1]};
+}
+
+int main(void) {
+    int tell[2];
+    pthread_t threads[LINKS], beside[2];
+    pair other = make_pair();
+    pair pairs[LINKS];
+    fw_aside links[LINKS], idle;
+    size_t got[LINKS] = {0}, ended = 0;
+    unsigned char octets[64];
+    fw_beat *beat = fw_beat_new();
+    assert(!pipe(tell));
+    fcntl(tell[0], F_SETFL, O_NONBLOCK), fcntl(tell[1], F_SETFL, O_NONBLOCK);
+    assert(!pthread_create(&beside[0], NULL, kernel, &other));
+    assert(!pthread_create(&beside[1], NULL, waiting_loop, &other));
     for (int i = 0; i < LINKS; i++) {
-        int ends[2];
-        assert(!socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
-        fcntl(ends[0], F_SETFL, O_NONBLOCK);
-        pairs[i].ours = ends[0], pairs[i].theirs = ends[1];
+        pairs[i] = make_pair();
         fw_aside_init(&links[i]);
-        assert(!fw_aside_watch(&links[i], ends[0], tell[1], beat));
+        assert(!fw_aside_watch(&links[i], pairs[i].ours, tell[1], beat));
         assert(!pthread_create(&threads[i], NULL, kernel, &pairs[i]));
     }
     for (int turn = 0; ended < LINKS; turn++) {
         if (turn % 50 == 0) {
-            int ends[2];
-            assert(!socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
+            pair p = make_pair();
             fw_aside_init(&idle);
-            assert(!fw_aside_watch(&idle, ends[0], tell[1], beat));
+            assert(!fw_aside_watch(&idle, p.ours, tell[1], beat));
             fw_aside_destroy(&idle);
-            close(ends[0]), close(ends[1]);
+            close(p.ours), close(p.theirs);
             fw_aside_rest(&links[turn / 50 % LINKS], turn % 100 == 0);
             usleep(80000); /* a loop that is blocked */
         }
         fw_beat_turn(beat, fw_now());
-        while (read(tell[0], buffer, sizeof buffer) > 0) {}
+        while (read(tell[0], octets, sizeof octets) > 0) {}
         for (int i = 0; i < LINKS; i++) {
-            if (links[i].fd < 0) continue;
-            ssize_t n = fw_aside_recv(&links[i], pairs[i].ours, buffer, sizeof buffer);
-            for (ssize_t k = 0; k < n; k++) assert(buffer[k] == (unsigned char)((got[i] + (size_t)k) % 251));
-            if (n > 0) got[i] += (size_t)n;
-            if (n == 0) {
-                assert(got[i] == BYTES);
-                fw_aside_destroy(&links[i]);
-                links[i].fd = -1;
-                close(pairs[i].ours);
-                ended++;
-            }
+            if (links[i].fd < 0 || hear(&links[i], pairs[i].ours, &got[i])) continue;
+            fw_aside_destroy(&links[i]);
+            links[i].fd = -1;
+            close(pairs[i].ours);
+            ended++;
         }
         usleep(200);
     }
     for (int i = 0; i < LINKS; i++) pthread_join(threads[i], NULL), close(pairs[i].theirs);
+    for (int i = 0; i < 2; i++) pthread_join(beside[i], NULL);
+    close(other.theirs);
     printf("%llu bytes were taken aside, %zu are held\n",
            (unsigned long long)__atomic_load_n(&fw_standby.taken, __ATOMIC_RELAXED),
            fw_standby_held());
