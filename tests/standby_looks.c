@@ -17,6 +17,7 @@ static void begin(void) {
     int ends[2];
     assert(!socketpair(AF_UNIX, SOCK_STREAM, 0, ends));
     beat = fw_beat_new();
+    fw_beat_turn(beat, 1000 * MS); /* and not when the program began */
     fw_aside_init(&a);
     a.fd = ends[0], kernel = ends[1], a.beat = beat, beat->links = 1, beat->owners = 2;
     fw_standby.first = &a, fw_standby.count = 1;
@@ -45,7 +46,6 @@ static int look(uint64_t ms, int *again) {
 static void a_loop_that_says_when_it_waits(void) {
     int again;
     begin();
-    fw_beat_turn(beat, 1000 * MS);
     fw_beat_does(beat, FW_WAITS);
     say();
     assert(look(HOUR, &again) == FW_GOES_ON && !again && !fw_aside_has(&a));
@@ -63,7 +63,6 @@ static void a_loop_that_says_when_it_waits(void) {
 static void a_loop_that_is_idle(void) {
     int again;
     begin();
-    fw_beat_turn(beat, 1000 * MS);
     assert(look(1050, &again) == FW_QUIET && !again);
     assert(look(HOUR, &again) == FW_QUIET && !again);
     say(); /* and before the loop wakes up there is a look */
@@ -84,7 +83,6 @@ static void a_loop_that_is_idle(void) {
 static void a_loop_of_which_only_turns_are_seen_is_blocked(void) {
     int again;
     begin();
-    fw_beat_turn(beat, 1000 * MS);
     assert(look(1019, &again) == FW_GOES_ON && !again);
     say();
     assert(look(1069, &again) == FW_ASKED && again && !fw_aside_has(&a));
