@@ -104,15 +104,24 @@ class Standby:
     def attach(self, link: Link, fd: int) -> None:
         try:
             if self._pipe is None:
-                self._pipe = os.pipe()
-                for end in self._pipe:
-                    os.set_blocking(end, False)
-                self._turns.watch(self._pipe[0], self._on_told)
+                self._pipe = self._watched_pipe()
             link.stream.attach(fd, self._pipe[1], self._turns.poller)
         except OSError as error:  # neither descriptors nor threads are left
             log.warning("what kernels say while the loop is blocked may be lost: %s", error)
             link.stream.attach(fd)
         self._links.add(link)
+
+    def _watched_pipe(self) -> tuple[int, int]:
+        pipe = os.pipe()
+        try:
+            for end in pipe:
+                os.set_blocking(end, False)
+            self._turns.watch(pipe[0], self._on_told)
+        except BaseException:
+            for end in pipe:
+                os.close(end)
+            raise
+        return pipe
 
     def detach(self, link: Link) -> None:
         link.stream.detach()

@@ -1,9 +1,12 @@
 """The standby reader: what kernels say while the loop that drains them stands still, and its bounds."""
 
+import asyncio
 import contextlib
+import errno
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,8 @@ from fastwire._core import Signer
 from fastwire.budgets import Budgets
 from fastwire.flow import KIB, MIB, Limits
 from fastwire.journal import Journal
+from fastwire.turns import Turns
+from fastwire.zmtp import Address, Link, Standby
 
 PATIENCE = 20.0 * SLOW
 HANDSHAKE = peer.greeting() + peer.ready(b"ROUTER", Identity=b"")
@@ -117,6 +122,75 @@ def test_a_loop_that_goes_on_is_told_from_one_that_is_blocked(tmp_path: Path) ->
 def test_who_is_told_has_a_loop() -> None:
     with pytest.raises(TypeError, match="a poller"):
         _core.ZmtpStream("SUB").attach(0, 1)
+
+
+def test_a_loop_that_cannot_be_told_now_is_told_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The system had no room to watch its pipe: nothing is left of that, and the next connection has one."""
+
+    async def body() -> None:
+        standby, turns = Standby.current(), Turns.current()
+        links = [Link("iopub", Address(socket.AF_UNIX, "\0nobody"), None, lambda: None) for _ in range(2)]
+        one, two = socket.socketpair()
+        with one, two:
+            with monkeypatch.context() as system:
+                system.setattr(turns, "watch", no_room)
+                before = descriptors()
+                standby.attach(links[0], one.fileno())
+                assert descriptors() == before
+            standby.attach(links[1], two.fileno())
+            assert len(turns.poller) == 1
+            for link in links:
+                standby.detach(link)
+            assert len(turns.poller) == 0
+        for link in links:
+            link.close()
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def no_room(fd: int, callback: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    asyncio.run(body())
+    assert "may be lost: [Errno 28]" in caplog.text
+
+
+FORK = """
+import os, socket, sys, threading, time
+sys.path.insert(0, {tests!r})
+from builders import loop_at_rest
+from fastwire import _core
+
+stream, (ours, theirs), (told, tell) = _core.ZmtpStream("SUB"), socket.socketpair(), os.pipe()
+stream.attach(ours.fileno(), tell, loop_at_rest())
+threading.Thread(target=lambda: [theirs.sendall(bytes(10_000)) for _ in range(1_000_000)], daemon=True).start()
+os.read(told, 1)  # the standby reader is at work
+for number in range(100):
+    child = os.fork()
+    if child == 0:
+        {child}
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    time.sleep(0.001)
+os._exit(0)
+"""
+
+CHILDREN = {
+    "lets go of its parent's": "stream.close(); del stream",
+    "makes its own": "_core.ZmtpStream('SUB'); loop_at_rest(); _core.limit_standby(1 << 20)",
+    "has nothing of its parent's": "assert not stream.taken_aside",
+}
+
+
+@pytest.mark.parametrize("child", CHILDREN.values(), ids=CHILDREN)
+def test_a_child_of_fork_waits_for_no_thread(child: str) -> None:
+    """The one that had the lock is not there."""
+    program = FORK.format(tests=str(Path(__file__).parent), child=child)
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program]  # of a fork beside threads
+    ended = subprocess.run(command, capture_output=True, check=False, timeout=PATIENCE)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_who_is_charged_is_somebody() -> None:

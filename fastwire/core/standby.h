@@ -21,6 +21,9 @@
  *   the bytes where they are: in the system's buffers, then with the kernel, whose PUB socket drops.
  * - It is in pages of its own, which the system has back as they are drained: what the C library keeps counts for nobody.
  *
+ * A child of fork has no thread, and nothing of its parent's connections: they are taken off its registry, whose lock the fork
+ * waits for, so that nobody who is not there holds it. (A connection's lock is held with the registry's, or under the GIL.)
+ *
  * poll() keeps a file open that was closed meanwhile: who takes a connection off the registry wakes the thread before. */
 #ifndef FW_STANDBY_H
 #define FW_STANDBY_H
@@ -96,11 +99,12 @@ static struct {
     fw_aside *first;
     size_t count, resting;
     fw_beat *beats;
-    pid_t pid;                  /* in which the thread runs */
+    int runs;                   /* the thread, in this process */
+    int forks;                  /* are seen to */
     int wake[2];
     fw_purse all;
     uint64_t taken;             /* bytes since the process began; atomic */
-} fw_standby = {PTHREAD_MUTEX_INITIALIZER, NULL, 0, 0, NULL, 0, {-1, -1}, {SIZE_MAX, 0, 1, NULL}, 0};
+} fw_standby = {PTHREAD_MUTEX_INITIALIZER, NULL, 0, 0, NULL, 0, 0, {-1, -1}, {SIZE_MAX, 0, 1, NULL}, 0};
 
 static uint64_t fw_now(void) {
     struct timespec t;
@@ -353,12 +357,44 @@ static void *fw_standby_run(void *nothing) {
     return NULL;
 }
 
-/* With the registry's lock held; 0, or an errno. A child of fork has no thread. */
+/* With the registry's lock held. What was taken and not drained is dropped. */
+static void fw_aside_strike(fw_aside *a) {
+    if (a->before) a->before->next = a->next;
+    else fw_standby.first = a->next;
+    if (a->next) a->next->before = a->before;
+    fw_standby.count--;
+    fw_standby.resting -= (size_t)a->rests, a->rests = 0;
+    a->beat->links--, fw_beat_drop(a->beat), a->beat = NULL;
+    pthread_mutex_lock(&a->lock);
+    fw_aside_empty(a);
+    a->ended = a->error = 0;
+    a->fd = a->tell = -1;
+    pthread_mutex_unlock(&a->lock);
+}
+
+static void fw_standby_before_fork(void) { pthread_mutex_lock(&fw_standby.lock); }
+
+static void fw_standby_after_fork(void) { pthread_mutex_unlock(&fw_standby.lock); }
+
+static void fw_standby_in_child(void) {
+    int i;
+    while (fw_standby.first) fw_aside_strike(fw_standby.first);
+    for (i = 0; i < 2; i++) close(fw_standby.wake[i]), fw_standby.wake[i] = -1;
+    fw_standby.runs = 0;
+    pthread_mutex_unlock(&fw_standby.lock);
+}
+
+/* With the registry's lock held; 0, or an errno. */
 static int fw_standby_start(void) {
     sigset_t all, before;
     pthread_t thread;
     int problem, i;
-    if (fw_standby.pid == getpid()) return 0;
+    if (fw_standby.runs) return 0;
+    if (!fw_standby.forks) {
+        problem = pthread_atfork(fw_standby_before_fork, fw_standby_after_fork, fw_standby_in_child);
+        if (problem) return problem;
+        fw_standby.forks = 1;
+    }
     if (fw_standby.wake[0] < 0) {
         if (pipe(fw_standby.wake)) return errno;
         for (i = 0; i < 2; i++) {
@@ -372,7 +408,7 @@ static int fw_standby_start(void) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (problem) return problem;
     pthread_detach(thread);
-    fw_standby.pid = getpid();
+    fw_standby.runs = 1;
     return 0;
 }
 
@@ -407,20 +443,11 @@ static int fw_aside_watch(fw_aside *a, int fd, int tell, fw_beat *beat) {
     return problem;
 }
 
-/* Before its descriptor is closed. What was taken and not drained is dropped. */
+/* Before its descriptor is closed. */
 static void fw_aside_leave(fw_aside *a) {
     if (a->fd < 0) return;
     pthread_mutex_lock(&fw_standby.lock);
-    if (a->before) a->before->next = a->next;
-    else fw_standby.first = a->next;
-    if (a->next) a->next->before = a->before;
-    fw_standby.count--;
-    fw_standby.resting -= (size_t)a->rests, a->rests = 0;
-    a->beat->links--, fw_beat_drop(a->beat), a->beat = NULL;
-    pthread_mutex_lock(&a->lock);
-    fw_aside_empty(a);
-    a->fd = a->tell = -1;
-    pthread_mutex_unlock(&a->lock);
+    fw_aside_strike(a);
     fw_standby_wake();
     pthread_mutex_unlock(&fw_standby.lock);
 }
