@@ -12,11 +12,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from selectors import EpollSelector
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from journal_stage import Disk, batch_of, line
 
 from fastwire import _core
+from fastwire.budgets import Budgets
+from fastwire.flow import Limits
+from fastwire.journal import Journal
 from fastwire.turns import Timers, Turns
 
 
@@ -311,6 +317,124 @@ def test_of_very_many_that_are_ready_each_has_its_turn_before_one_has_it_twice()
     poller.close()
     for fd in (*out, *into):
         os.close(fd)
+
+
+# -- what ends the loop ------------------------------------------------------------------------------
+
+
+class Interrupted:
+    """A loop that is ended in the middle of a turn, and runs again."""
+
+    def __init__(self) -> None:
+        self.asked: list[Callable[[], None] | None] = []
+        self.done: list[str] = []
+        self.poller = _core.Poller(lambda who, error: None, self.asked.append)
+
+    def go_on(self) -> int:
+        """How often it was ended before it had nothing to do."""
+        ends = 0
+        while self.asked:
+            try:
+                (self.asked.pop(0) or self.poller.tick)()
+            except KeyboardInterrupt:
+                ends += 1
+        return ends
+
+    def does(self, name: str) -> Callable[[], None]:
+        """Once, and is interrupted at the first."""
+
+        def work() -> None:
+            self.done.append(name)
+            if len(self.done) == 1:
+                raise KeyboardInterrupt
+
+        return work
+
+    def wire(self, name: str) -> _core.Wire:
+        work = self.does(name)
+        owner = SimpleNamespace(flush=work, on_silence=work, on_lost=pytest.fail)
+        return _core.Wire(-1, None, _core.FrameParser(), _core.WriteQueue(), self.poller, owner)
+
+
+class Side(_core.KernelSide):
+    """A kernel whose replies wait for output."""
+
+    def __init__(self, loop: Interrupted, name: str) -> None:
+        limits = Limits(spill=False)
+        self.journal = Journal(limits, Budgets(limits), Disk())
+        self.poller = loop.poller
+        self.look = loop.does(name)
+
+    def iopub_is_behind(self) -> bool:
+        self.look()
+        return False
+
+    def try_later(self) -> None:
+        self.look_at_replies()
+
+
+def test_who_was_to_write_when_the_loop_was_ended_does_when_it_runs_again() -> None:
+    loop = Interrupted()
+    wires = [loop.wire(name) for name in "abc"]
+    for wire in wires:
+        wire.schedule()
+    assert loop.go_on() == 1
+    assert sorted(loop.done) == ["a", "a", "b", "c"], "who was in the middle of it does so again"
+
+
+def test_what_was_due_at_a_turn_s_end_when_the_loop_was_ended_is_done() -> None:
+    loop = Interrupted()
+    for name in "abc":
+        loop.poller.at_end(loop.does(name))
+    assert loop.go_on() == 1
+    assert sorted(loop.done) == ["a", "b", "c"]
+
+
+def test_whose_time_had_come_when_the_loop_was_ended_is_looked_at() -> None:
+    loop, selector, ends = Interrupted(), EpollSelector(), 0
+    assert loop.poller.open()
+    assert loop.poller.take_over(selector)
+    for name in "abc":
+        wire = loop.wire(name)
+        wire.asks = _core.Asking(b"12345678", 1.0, 1.0, 1)
+        wire.asks.ask(1, 0.0)
+        wire.look_after(0.0)
+    for _ in range(5):  # as often as it takes, and no time of its own would end it
+        if len(loop.done) < 4:
+            try:
+                loop.poller.select(1.0)
+            except KeyboardInterrupt:
+                ends += 1
+    assert (sorted(loop.done), ends) == (["a", "a", "b", "c"], 1)
+    loop.poller.close()
+    selector.close()
+
+
+def test_replies_that_were_to_be_given_when_the_loop_was_ended_are_given() -> None:
+    loop = Interrupted()
+    given: list[str] = []
+    sides = [Side(loop, name) for name in "abc"]
+    for side in sides:
+        side.after_output(lambda batch: given.append("x"), batch_of(line(1)))
+    assert loop.go_on() == 1
+    assert len(given) == 3
+
+
+def test_replies_behind_one_that_ended_the_loop_are_given() -> None:
+    loop = Interrupted()
+    loop.done.append("looked")
+    side = Side(loop, "a")
+    given: list[str] = []
+
+    def give(batch: _core.Batch) -> None:
+        given.append("x")
+        if len(given) == 1:
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        side.after_output(give, batch_of(line(1)))
+    assert loop.go_on() == 1
+    assert len(given) == 4
 
 
 @contextmanager

@@ -127,7 +127,7 @@ cdef class KernelSide(Part):
         raise NotImplementedError
 
     cdef int take_back(self, list replies) except -1:
-        """There was no memory for the first of them, and no later one may come before it."""
+        """There was no memory for the first of them, or the loop was to end; and no later one may come before it."""
         cdef Batch batch
         self.replies = replies + self.replies
         for _, batch in replies:
@@ -153,9 +153,9 @@ cdef class KernelSide(Part):
                 else:
                     self.poller.python_ran = True
                     give(batch)
-            except Exception as error:  # others' replies are not kept waiting
-                self.poller.tell(give, error)
-                if isinstance(error, MemoryError) and not (<Batch>batch).logged:
+            except BaseException as error:  # others' replies are not kept waiting
+                interrupted = self.poller.tell(give, error)
+                if (interrupted or isinstance(error, MemoryError)) and not (<Batch>batch).logged:
                     self.take_back(replies[i:])
                     break
         self.journal.tell_of_python(self.poller)

@@ -94,6 +94,7 @@ cdef class Poller:
     cdef bint end_is_due            # the loop was told
     cdef bint timer_is_set          # the loop will call `tick`
     cdef bint python_ran            # in this turn
+    cdef object interrupt           # what was raised to end the loop: after this turn
     cdef object loop_select         # that of the loop's selector, whose place this has
     cdef int loop_fd
     cdef fw_beat *beat              # by which the standby reader knows that this goes on
@@ -336,10 +337,16 @@ cdef class Poller:
             self.tell(callback, error)
         return 0
 
-    cdef void tell(self, object who, object error) noexcept:
-        """One that raises does not keep the others from their turn, and neither does who is told."""
+    cdef bint tell(self, object who, object error) noexcept:
+        """One that raises does not keep the others from their turn, and neither does who is told. True: it was
+        interrupted, by what is to end the loop, and does so when all have had theirs."""
         self.python_ran = True
-        self.report(who, error)
+        if isinstance(error, Exception):
+            self.report(who, error)
+            return False
+        self.interrupt = error
+        self.see_to_the_end()
+        return True
 
     # -- what is read last --
 
@@ -364,8 +371,9 @@ cdef class Poller:
             part.follows = False
             try:
                 part.on_all_read()
-            except Exception as error:
-                self.tell(part, error)
+            except BaseException as error:
+                if self.tell(part, error):
+                    self.follow(part)
         return self.keep_room(followers)
 
     cdef Parts spare_room(self):
@@ -384,7 +392,10 @@ cdef class Poller:
 
     cdef inline bint ends_soon(self) noexcept:
         """Something is to be done at this turn's end, or at the next one's."""
-        return self.parts.count > 0 or self.followers.count > 0 or len(self.callbacks) > 0 or len(self.crowd) > 0
+        return (
+            self.parts.count > 0 or self.followers.count > 0 or len(self.callbacks) > 0 or len(self.crowd) > 0
+            or self.interrupt is not None
+        )
 
     cdef int flush_later(self, Part part) except -1:
         if not part.at_end:
@@ -424,6 +435,9 @@ cdef class Poller:
         finally:
             if self.ends_soon():
                 self.see_to_the_end()
+        if self.interrupt is not None:
+            interrupt, self.interrupt = self.interrupt, None
+            raise interrupt
         return 0
 
     cdef int end_all(self) except -1:
@@ -448,7 +462,7 @@ cdef class Poller:
             for callback in callbacks:
                 try:
                     callback()
-                except Exception as error:
+                except BaseException as error:
                     self.tell(callback, error)
         return 0
 
@@ -458,8 +472,9 @@ cdef class Poller:
         part.at_end = False
         try:
             part.on_end()
-        except Exception as error:
-            self.tell(part, error)
+        except BaseException as error:
+            if self.tell(part, error):
+                self.flush_later(part)
         return 0
 
     cdef int forget(self, Part part) except -1:
@@ -523,6 +538,7 @@ cdef class Poller:
             part.look_at = 0
             try:
                 part.on_time(now)
-            except Exception as error:
-                self.tell(part, error)
+            except BaseException as error:
+                if self.tell(part, error):
+                    self.call_at(part, now)
         return 0

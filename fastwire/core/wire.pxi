@@ -329,7 +329,7 @@ cdef class Wire(Part):
                 self.answered += 1
                 try:
                     self.is_acknowledged()
-                except Exception as error:  # what came behind it is not kept waiting
+                except BaseException as error:  # what came behind it is not kept waiting
                     self.poller.tell(self, error)
             else:
                 return False
