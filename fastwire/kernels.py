@@ -50,6 +50,9 @@ CULLED_AT_ONCE = 16
 #: Times that a kernel answers without a word on iopub until it is clear that it publishes none: half a second each.
 SILENT_ANSWERS = 6
 
+#: Seconds for which a kernel that lets nobody hear its iopub is not asked again by each who comes.
+REFUSAL = 60.0
+
 #: Traits of a kernel manager that say where its kernel listens.
 PLACE = ("ip", *port_names)
 
@@ -267,6 +270,9 @@ class Kernel:
         self.missing = False
         self.proof: asyncio.Task[None] | None = None
         self._process: object = None
+        #: In this proof, after it had let nobody hear; and until when it is not for who comes.
+        self._subscribed_anew = False
+        self._refused_until = 0.0
         self._waiting = 0
         self._news = asyncio.Event()
         self._heard = asyncio.Event()
@@ -289,6 +295,15 @@ class Kernel:
 
     def open(self) -> None:
         """Subscribe; anew when the kernel moved, with doubt when it was started again since."""
+        if not self._is_still_refused():
+            self._open()
+
+    def _is_still_refused(self) -> bool:
+        if not self._lets_nobody_hear or asyncio.get_running_loop().time() >= self._refused_until:
+            return False
+        return self.relay.endpoint == endpoint(self.manager) and self._process == process_of(self.manager)
+
+    def _open(self) -> None:
         moved = self.relay.endpoint != endpoint(self.manager)
         self.relay.open(endpoint(self.manager), signer_of(self.manager))
         if moved:
@@ -442,7 +457,7 @@ class Kernel:
     async def _prove(self) -> None:
         """Until it is proven, given up, or not wanted any more. A proof that cannot be made lets nobody's requests go:
         they wait until it can."""
-        told = False
+        told = self._subscribed_anew = False
         while True:
             try:
                 if await self._is_proven():
@@ -457,8 +472,9 @@ class Kernel:
                 return
 
     async def _is_proven(self) -> bool:
-        if self._lets_nobody_hear:  # once more for each time that it is asked
-            self.open()
+        if self._lets_nobody_hear and not self._subscribed_anew:  # once in each proof
+            self._subscribed_anew = True
+            self._open()
         event = await self._verdict()
         if event is None:
             await asyncio.sleep(0.05)
@@ -501,7 +517,7 @@ class Kernel:
                 if self._is_there(questions):
                     return Event.PROVEN
                 if self._lets_nobody_hear:
-                    return self._is_believed("lets nobody hear its iopub: what it publishes is lost")
+                    return self._is_refused()
                 if silent == SILENT_ANSWERS:
                     return self._is_believed("answers without a word on iopub: what it publishes is not waited for")
                 silent += await self._ask_once(questions) and not self.hearing.heard and self.relay.is_connected
@@ -516,6 +532,14 @@ class Kernel:
     def _lets_nobody_hear(self) -> bool:
         """It has said ``ERROR`` to who subscribed: that connection is not made anew by itself."""
         return self.relay.iopub is not None and self.relay.iopub.closed
+
+    def _is_refused(self) -> Event | None:
+        """The first time it is subscribed to once more. Who comes in the next while does not have the others wait for
+        another refusal."""
+        if not self._subscribed_anew:
+            return None
+        self._refused_until = asyncio.get_running_loop().time() + REFUSAL
+        return self._is_believed("lets nobody hear its iopub: what it publishes is lost")
 
     def _is_believed(self, why: str) -> Event:
         self.manager.log.warning("Kernel %s %s", self.manager.kernel_id, why)

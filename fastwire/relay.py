@@ -205,9 +205,9 @@ class KernelRelay(KernelSide):
             asyncio.get_running_loop().call_soon(self._make_anew)
 
     def _make_anew(self) -> None:
-        if self.iopub is None:
-            return
         self.drain_iopub()
+        if self.iopub is None:  # or it was closed by who heard that
+            return
         self._close_iopub()
         self._open_iopub()
         self._lose()

@@ -250,7 +250,8 @@ def says_error(link: Link) -> None:
     link.wake()
 
 
-def test_a_kernel_that_says_error_on_iopub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("proof", ["over", "under way"])
+def test_a_kernel_that_says_error_on_iopub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proof: str) -> None:
     """Once: it is subscribed to anew, and heard."""
 
     async def use() -> None:
@@ -258,7 +259,12 @@ def test_a_kernel_that_says_error_on_iopub(tmp_path: Path, monkeypatch: pytest.M
             kernel = await inside.manager.start_kernel(kernel_name="light")
             async with inside.client(kernel) as client:
                 assert await run(client, "1") == "4"
-                says_error(kernel_of(inside.manager.get_kernel(kernel)).relay.iopub._link)
+                known = kernel_of(inside.manager.get_kernel(kernel))
+                await until(lambda: known.proof is None, "it is proven")
+                if proof == "under way":
+                    known.relay.doubt()
+                    await asyncio.sleep(0)
+                says_error(known.relay.iopub._link)
                 assert await run(client, "2") == "4"
 
     asyncio.run(use())
@@ -288,6 +294,9 @@ def test_a_kernel_that_says_error_on_iopub_each_time(tmp_path: Path, monkeypatch
                         if got.parent == "2":
                             break
                 assert got.type == "execute_reply"
+                refused = kernel_of(inside.manager.get_kernel(kernel))
+                async with inside.client(kernel, "late"):
+                    assert not refused.hearing.held, "who comes later does not have the others wait"
             (told,) = [event for event in events.recent() if (event.kind, event.kernel) == ("unproven", kernel)]
             assert "lets nobody hear" in told.text
             assert told.times == 1

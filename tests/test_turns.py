@@ -300,6 +300,36 @@ def test_without_epoll_the_loop_watches_each(monkeypatch: pytest.MonkeyPatch) ->
     run(body)
 
 
+def test_without_epoll_a_round_of_the_loop_is_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are ready in it: to the standby reader a round of many that take their time is one that lasts."""
+    monkeypatch.setattr("fastwire.turns.select", object())
+
+    async def body(plain: Turns) -> None:
+        seen: list[int] = []
+        pipes = [os.pipe() for _ in range(5)]
+
+        def on_readable(end: int) -> None:
+            os.read(end, 1)
+            seen.append(plain.poller.turns)
+
+        callbacks = {end: partial(on_readable, end) for end, _ in pipes}
+        for end, callback in callbacks.items():
+            plain.watch(end, callback)
+        for again in (1, 2):
+            for _, begin in pipes:
+                os.write(begin, b"x")
+            await settle()
+            assert len(seen) == 5 * again
+            assert len(set(seen[-5:])) == 1
+        assert seen[0] < seen[5]
+        for end, callback in callbacks.items():
+            plain.unwatch(end, callback)
+        for fd in sum(pipes, ()):
+            os.close(fd)
+
+    run(body)
+
+
 def test_of_very_many_that_are_ready_each_has_its_turn_before_one_has_it_twice() -> None:
     """A turn has 256 at most. So who is read in no turn waits for few of them."""
     poller = _core.Poller(lambda who, error: None, lambda callback: None)

@@ -293,8 +293,11 @@ cdef class Poller:
         self.handle(ready, count)
 
     def ready(self, callback not None):
-        """One descriptor is, where the loop watches each."""
-        self.begin()
+        """One descriptor is, where the loop watches each. The first of a round begins a turn, which the next one ends:
+        a round that lasts is seen to."""
+        if not self.end_is_due:
+            self.begin()
+            self.see_to_the_end()
         self.call_ready(callback)
 
     cdef bint handle(self, const int *ready, int count) except -1:
