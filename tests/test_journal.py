@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,11 +35,11 @@ from journal_stage import (
 
 import fastwire
 from fastwire import _core
-from fastwire._core import PROTOCOL_V1, Batch
+from fastwire._core import ENTRY, PROTOCOL_V1, Batch, LogSegment
 from fastwire.budgets import Budget, Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal, totals
-from fastwire.segments import Entry, Segment, State, size_of
+from fastwire.segments import Entry, Gap, Segment, State, size_of
 
 ROOT = Path(fastwire.__file__).parents[1]
 
@@ -47,6 +47,9 @@ pytest_plugins = "journal_stage"  # the fixture `limits`
 
 
 NO_HISTORY = Limits(history_limit=0)
+
+#: Bytes of the head of a record in a block of history.
+HEAD = 40
 
 #: What answers no request to run something.
 NOBODYS = ("line of nobody", "comm_msg")
@@ -235,6 +238,17 @@ class Logs(RuleBasedStateMachine):
         if data.draw(st.booleans()):
             client.cursor.release(client.received)
 
+    @rule(data=st.data())
+    def take_all(self, data: st.DataObject) -> None:
+        """Whoever of a kernel's clients has a socket: where all have, what there was is history."""
+        log = self.log(data)
+        for client in self.clients:
+            if client.journal is log and client.cursor.is_connected:
+                while client.feed():
+                    pass
+                client.written = client.taken = client.received = client.queued
+                client.cursor.release(client.received)
+
     @precondition(lambda self: self.clients)
     @rule(data=st.data(), closed=st.booleans())
     def break_off(self, data: st.DataObject, closed: bool) -> None:
@@ -276,17 +290,19 @@ class Logs(RuleBasedStateMachine):
                 entries = segment.entries or []
                 if segment.state is State.KEPT:
                     kept += segment.memory
-                    history += segment.weight
+                    least, most = size_of_records(segment)
+                    assert least <= segment.weight <= most
                     assert segment.weight <= segment.memory
                 else:
-                    assert segment.memory == sum(entry.memory for entry in entries)
+                    assert segment.memory == sum(map(size_of_entry, entries))
+                if segment.first < log.needed.first:
+                    history += segment.weight
                 memory += segment.memory
                 assert (segment.entries is None) == (segment.state in (State.ON_DISK, State.READING))
                 for before, after in pairwise(entries):
                     assert before.end <= after.first
                 assert all(stander.stands is segment for stander in segment.standers)
-            assert (memory, kept) == (log.memory, log.budget.kept)
-            assert history <= log.history
+            assert (memory, kept, history) == (log.memory, log.budget.kept, log.history)
             behind = log.behind()
             assert behind.keys() == {cursor for cursor in log.cursors.values() if cursor.stands is not None}
             needed = sum(each.nbytes for each in segments_of(log) if each.first >= log.needed.first)
@@ -300,6 +316,9 @@ class Logs(RuleBasedStateMachine):
         if self.logs:
             assert self.budgets.total.used == sum(log.memory for log in self.logs)
             assert self.budgets.total.kept == sum(log.budget.kept for log in self.logs)
+            for user in {log.user_budget for log in self.logs}:
+                mine = [log for log in self.logs if log.user_budget is user]
+                assert (user.used, user.kept) == (sum(log.memory for log in mine), sum(log.budget.kept for log in mine))
             assert self.budgets.disk.used == sum(log.shelf.nbytes for log in self.logs)
 
     @invariant()
@@ -389,6 +408,29 @@ def segments_of(log: Journal) -> list[Segment]:
         segments.append(segment)
         segment = segment.next
     return segments
+
+
+def size_of_entry(entry: Entry) -> int:
+    """What it takes now, with what it was encoded to."""
+    if isinstance(entry, Gap):
+        return entry.memory
+    parts = [entry.batch[index] for index in range(len(entry))]
+    assert entry.batch.memory >= sum(map(len, chain.from_iterable(parts)))
+    return entry.batch.memory + ENTRY
+
+
+def size_of_records(block: LogSegment) -> tuple[int, int]:
+    """What a block's records take at least and at most: their bytes, a parent once where it is the one before it; and
+    a head, a length for each part, and what aligns them."""
+    least = count = 0
+    parent = None
+    for entry in block.read(block.first):
+        for index in range(len(entry)):
+            header, parent_header, *rest = entry.batch[index]
+            least += len(header) + sum(map(len, rest)) + (len(parent_header) if parent_header != parent else 0)
+            parent = parent_header
+            count += 1
+    return least, least + count * (HEAD + 4 * 4 + 7)
 
 
 TestLogs = Logs.TestCase
