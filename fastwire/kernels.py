@@ -517,9 +517,9 @@ class Kernel:
                 if self._is_there(questions):
                     return Event.PROVEN
                 if self._lets_nobody_hear:
-                    return self._is_refused()
+                    return self._believe_refusal()
                 if silent == SILENT_ANSWERS:
-                    return self._is_believed("answers without a word on iopub: what it publishes is not waited for")
+                    return self._believe("answers without a word on iopub: what it publishes is not waited for")
                 silent += await self._ask_once(questions) and not self.hearing.heard and self.relay.is_connected
                 if not self._is_wanted():
                     break
@@ -533,15 +533,15 @@ class Kernel:
         """It has said ``ERROR`` to who subscribed: that connection is not made anew by itself."""
         return self.relay.iopub is not None and self.relay.iopub.closed
 
-    def _is_refused(self) -> Event | None:
+    def _believe_refusal(self) -> Event | None:
         """The first time it is subscribed to once more. Who comes in the next while does not have the others wait for
         another refusal."""
         if not self._subscribed_anew:
             return None
         self._refused_until = asyncio.get_running_loop().time() + REFUSAL
-        return self._is_believed("lets nobody hear its iopub: what it publishes is lost")
+        return self._believe("lets nobody hear its iopub: what it publishes is lost")
 
-    def _is_believed(self, why: str) -> Event:
+    def _believe(self, why: str) -> Event:
         self.manager.log.warning("Kernel %s %s", self.manager.kernel_id, why)
         note("unproven", why, kernel=self.relay.name)
         return Event.GIVEN_UP

@@ -9,8 +9,8 @@
  *   Not more often: for one kernel at 50 requests a second each wake-up costs as much as a message or two.
  * - Of a loop whose turn has lasted 20 ms it takes what is readable, in the order it came, into memory of its own beside the
  *   connection (`fw_aside`), and tells the loop by an octet in a pipe: the descriptor need not be readable any more. So it
- *   comes within 70 ms: what is said meanwhile lies in the system's buffers, and beyond them in the kernel's own. The same of a connection that
- *   its loop leaves alone for a while.
+ *   comes within 70 ms: what is said meanwhile lies in the system's buffers, and beyond them in the kernel's own. The same of a
+ *   connection that its loop leaves alone for a while.
  * - A loop in whose place our poller waits says when it does. Of another, uvloop or one without epoll, only the turns are seen:
  *   one that has none may be idle. What is readable tells, if it still is 5 ms later and no turn has begun: 75 ms.
  * - Turns go on, so a loop does. Where more than 256 descriptors are ready (FW_POLLED) a turn has those that epoll says first;
