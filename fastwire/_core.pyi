@@ -822,17 +822,18 @@ class Asking:
     demoted: bool
     _answered: bool
     _asked: int
-    _due: float
+    _since: float
+    _again: float
 
-    def __new__(cls, prefix: bytes, interval: float, tail: float, much: int) -> Self: ...
+    def __new__(cls, prefix: bytes, delay: float, tail: float, interval: float, much: int) -> Self: ...
     @property
     def _number(self) -> int: ...
     @property
     def _payload(self) -> bytes: ...
     def wanted(self, position: int, now: float) -> bool:
-        """Whether a ping that goes out now is to ask about the bytes before ``position``."""
+        """The bytes before ``position`` go out now. Returns whether a ping is to go with them and ask about them."""
 
-    def delay(self, position: int, now: float) -> float | None:
+    def wait(self, position: int, now: float) -> float | None:
         """Seconds until the bytes before ``position`` are asked about although nothing follows them; None when they
         have been."""
 

@@ -281,33 +281,36 @@ LEAST_RESERVE = 48
 class Acknowledgements(Asking):
     """Which bytes of a connection its peer has received, as the pongs of numbered pings tell.
 
-    A pong says that the peer's WebSocket stack has taken everything before its ping (RFC 6455 section 5.5.3). At most
-    one ping is outstanding, and none is sent while nothing is unacknowledged. One that is due goes with the next
-    bytes; the last bytes of a burst have nothing to ride with and are asked about by themselves (`delay`). Who is
-    behind gets more when it has answered, and is asked again as soon as it has. A peer that never answers, although
-    its TCP took a ping `PATIENCE` ago and takes more bytes or has them all, is believed to have received what was
-    written (`demoted`), until it does answer. One that has answered before is only slow: a browser does not while its
-    page's script is busy. Where more is kept back until it answers (``held``), and nothing says that it ever will, it
-    is believed after `HELD_PATIENCE`: there are clients that answer no pings, and it would have to wait for nothing.
+    A pong says that the peer's WebSocket stack has taken everything before its ping (RFC 6455 section 5.5.3). At
+    most one ping is outstanding, and none is sent while nothing is unacknowledged. Each costs a wake-up here and
+    one there, so bytes wait for one a while: it goes with the next ones after that, or by itself behind the last of
+    a burst (`wait`). Only a connection's first does not: whether its client answers at all decides what is
+    believed. Who is behind gets more when it has answered, and is asked again as soon as it has. A peer that never
+    answers, although its TCP took a ping `PATIENCE` ago and takes more bytes or has them all, is believed to have
+    received what was written (`demoted`), until it does answer. One that has answered before is only slow: a
+    browser does not while its page's script is busy. Where more is kept back until it answers (``held``), and
+    nothing says that it ever will, it is believed after `HELD_PATIENCE`: there are clients that answer no pings,
+    and it would have to wait for nothing.
 
     What is asked and answered with each burst is compiled (`fastwire._core.Asking`), what silence means is here.
     """
 
     PREFIX = b"fastwire"
 
-    #: Seconds between two pings, at least, to one that is not behind.
-    INTERVAL = 0.050
+    #: Seconds that bytes wait until others take a ping with them, and until one goes without.
+    DELAY = 0.150
+    TAIL = 0.300
 
-    #: Seconds until the last bytes of a burst are asked about, unless so many bytes are unacknowledged that whoever
-    #: gives them out may be waiting for that.
-    TAIL = 0.100
+    #: Where so many bytes are unacknowledged that whoever gives them out may be waiting for that, they wait for none of
+    #: both: seconds between two pings then, at least, to one that is not behind.
     MUCH = 32 * KIB
+    INTERVAL = 0.050
 
     PATIENCE = 30.0
     HELD_PATIENCE = 2.0
 
     def __new__(cls) -> Acknowledgements:
-        return super().__new__(cls, cls.PREFIX, cls.INTERVAL, cls.TAIL, cls.MUCH)
+        return super().__new__(cls, cls.PREFIX, cls.DELAY, cls.TAIL, cls.INTERVAL, cls.MUCH)
 
     def __init__(self) -> None:
         self._taken = 0

@@ -249,7 +249,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Part": pure(Part, callable),
     "Asking": pure(questions, lambda it: it.interval),
     "Asking.wanted": pure(lambda: questions().wanted(1, 1.0)),
-    "Asking.delay": pure(lambda: questions().delay(1, 1.0)),
+    "Asking.wait": pure(lambda: questions().wait(1, 1.0)),
     "Asking.ask": pure(lambda: questions().ask(0, 1.0)),
     "Asking.answer": pure(lambda: questions().answer(b"12345678" * 2, 1)),
     "Marks": pure(Marks, lambda it: it.turn),

@@ -276,7 +276,7 @@ def received(turn: Turn) -> bool:
 
 def asking(turn: Turn) -> None:
     for wire in turn.wires:
-        wire.asks = Asking(b"12345678", 0.0, 0.0, 1 << 20)
+        wire.asks = Asking(b"12345678", 0.0, 0.0, 0.0, 1 << 20)
 
 
 def silent(turn: Turn) -> None:
@@ -481,7 +481,7 @@ def kept(call: Callable[[Journal], object]) -> Case:
 
 
 def questions() -> Asking:
-    return Asking(b"12345678", 0.0, 0.0, 1)
+    return Asking(b"12345678", 0.0, 0.0, 0.0, 1)
 
 
 def given() -> Given:

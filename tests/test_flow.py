@@ -133,6 +133,10 @@ def test_clients_that_are_one_too_many(of_kernel: int, of_user: int, why: str | 
     assert refusal is why is None or why in refusal
 
 
+#: Seconds after which something becomes due.
+TIMES = (Acknowledgements.INTERVAL, Acknowledgements.DELAY, Acknowledgements.TAIL)
+
+
 class Acknowledging(RuleBasedStateMachine):
     """Pings and pongs in flight, against the positions they stand for."""
 
@@ -145,30 +149,49 @@ class Acknowledging(RuleBasedStateMachine):
         self.old: list[bytes] = []
         self.received = 0
         self.now = 0.0
-        self.due = 0.0
+        self.since: float | None = None
+        self.again = 0.0
 
-    @rule(seconds=st.floats(0.0, 2 * Acknowledgements.INTERVAL))
+    def due(self, delay: float) -> float:
+        assert self.since is not None
+        if not self.old:
+            return 0.0
+        is_much = self.written - self.received >= Acknowledgements.MUCH
+        return self.again if is_much else self.since + delay
+
+    @rule(seconds=st.sampled_from(TIMES) | st.floats(0.0, Acknowledgements.TAIL))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(size=st.integers(1, 100))
+    @rule(size=st.integers(1, 100) | st.just(Acknowledgements.MUCH))
     def write(self, size: int) -> None:
         self.written += size
+        wanted = self.acknowledgements.wanted(self.written, self.now)
+        if self.since is None:
+            self.since = self.now
+        due = self.due(Acknowledgements.DELAY)
+        assert wanted == (self.in_flight is None and self.now >= due)
+        if wanted:
+            self.ask()
 
     @rule()
+    def look(self) -> None:
+        """What `Wire.on_time` does."""
+        wait = self.acknowledgements.wait(self.written, self.now)
+        if self.in_flight is not None or self.written == self.asked:
+            assert wait is None
+            return
+        assert wait == max(self.due(Acknowledgements.TAIL) - self.now, 0.0)
+        if wait == 0.0:
+            assert self.acknowledgements.wanted(self.written, self.now), "it would ride, too"
+            self.ask()
+
     def ask(self) -> None:
-        wanted = self.acknowledgements.wanted(self.written, self.now)
-        has_more = self.in_flight is None and self.written > self.asked
-        assert wanted == (has_more and self.now >= self.due)
-        delay = self.acknowledgements.delay(self.written, self.now)
-        assert (delay is not None) == has_more
-        assert delay is None or self.due <= self.now + delay <= max(self.due + Acknowledgements.TAIL, self.now)
-        if wanted:
-            self.in_flight = self.acknowledgements.ask(self.written, self.now)
-            self.asked = self.written
-            self.due = self.now + Acknowledgements.INTERVAL
-            assert len(self.in_flight) <= 125
-            assert self.in_flight not in self.old
+        self.in_flight = self.acknowledgements.ask(self.written, self.now)
+        self.asked = self.written
+        self.since, self.again = None, self.now + Acknowledgements.INTERVAL
+        assert len(self.in_flight) <= 125
+        assert self.in_flight not in self.old
 
     @precondition(lambda self: self.in_flight)
     @rule(written=st.integers(0, 100))

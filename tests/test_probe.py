@@ -3,6 +3,7 @@
 import os
 import time
 
+import pytest
 from builders import client_frame
 from websocket_site import MB, Site, eventually, on_ours
 from wsclient import Client
@@ -86,44 +87,54 @@ def test_who_takes_a_little_is_slow_and_not_stalled(site: Site) -> None:
 
 
 @on_ours
-def test_pings_ride(site: Site) -> None:
-    """One that is due is written with the bytes that it asks about, and none before it is due."""
+def test_pings_ride(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is due is written with the bytes that it asks about: a connection's first at once, and the next when
+    bytes have waited for it, or are many."""
+    monkeypatch.setattr(Acknowledgements, "TAIL", 3600.0)
     client, handler = site.open(site.Handler)
     connection = handler.connection
     site.run(connection.acknowledge)
     acknowledgements = connection.conversation.probe.acknowledgements
 
-    def written_at_once(text: str) -> list[int]:
-        """The opcodes of what is queued by one message and written in its flush."""
-        site.run(handler.write_message, text)
+    def written_at_once(text: str, waited: float = 0.0, again: float = 0.0) -> list[int]:
+        """The opcodes of what is queued by one message and written in its flush. The bytes before it have ``waited``
+        so many seconds, and more are not asked about before ``again`` have passed."""
+
+        def write() -> None:
+            acknowledgements._since = acknowledgements._since if acknowledgements._since < 0 else now() - waited
+            acknowledgements._again = now() + again
+            handler.write_message(text)
+
+        site.run(write)
         opcodes = [client._frame()[0]]
         while acknowledgements._asked > acknowledgements.position and opcodes[-1] != OP_PING:
             opcodes.append(client._frame()[0])
         return opcodes
 
-    assert written_at_once("one") == [OP_TEXT, OP_PING]
-    ping = acknowledgements._payload
-    assert not site.run(acknowledgements.wanted, 1 << 40, site.loop.time()), "one is outstanding"
-    client.send(client_frame(OP_PONG, ping))
-    eventually(lambda: acknowledgements.position)
+    def answer() -> None:
+        client.send(client_frame(OP_PONG, acknowledgements._payload))
+        eventually(lambda: not acknowledgements.outstanding)
 
-    def pretend(due: float) -> None:
-        acknowledgements._due = due
-
-    site.run(pretend, 1e9)
-    assert written_at_once("two") == [OP_TEXT]
-    site.run(pretend, 0.0)
-    assert written_at_once("three") == [OP_TEXT, OP_PING]
+    now, much, delay = site.loop.time, RANDOM[: 2 * Acknowledgements.MUCH].hex(), Acknowledgements.DELAY
+    assert written_at_once("zero") == [OP_TEXT, OP_PING]
+    answer()
+    assert written_at_once("one", waited=delay) == [OP_TEXT], "none has waited yet"
+    assert written_at_once("two", waited=0.0) == [OP_TEXT]
+    assert written_at_once("three", waited=delay) == [OP_TEXT, OP_PING]
+    assert not site.run(acknowledgements.wanted, 1 << 40, now() + 60), "one is outstanding"
+    answer()
+    assert written_at_once(much, again=60.0) == [OP_TEXT]
+    assert written_at_once("four") == [OP_TEXT, OP_PING]
 
 
 @on_ours
 def test_the_end_of_a_burst_is_asked_about(site: Site) -> None:
-    """Nothing follows that a ping could ride with."""
+    """Nothing follows that a ping could ride with. Who has answered is asked once about all of it."""
     client, handler = site.open(site.Handler)
     connection = handler.connection
     site.run(connection.acknowledge)
-    for text in ("begin", "end"):
-        site.run(handler.write_message, text)
+    site.run(handler.write_message, "begin")
+    site.run(lambda: [handler.write_message(text) for text in ("middle", "end")] and None)
     pings = 0
     while connection.received < connection.conversation.writer.data_end:
         opcode, payload = client._frame()

@@ -158,8 +158,16 @@ def test_close_codes_of_the_protocol_are_those_of_errors() -> None:
 def test_the_pings_of_the_protocol_are_those_of_flow() -> None:
     text = (ROOT / "docs" / "protocol.md").read_text()
     assert f"`{Acknowledgements.PREFIX.decode()}` and a number of eight bytes" in text
+    assert f"after {1000 * Acknowledgements.DELAY:g} ms in which" in text
+    assert f"without one after {1000 * Acknowledgements.TAIL:g} ms" in text
+    assert f"where {Acknowledgements.MUCH // 1024} KiB" in text
     assert f"at least {1000 * Acknowledgements.INTERVAL:g} ms apart" in text
     assert f"has had it for {Acknowledgements.PATIENCE:g} s" in text
+
+
+def test_what_comes_twice_is_what_was_not_asked_about() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    assert f"wait {Acknowledgements.TAIL:g} s at most until they are asked about" in text
 
 
 def test_every_reason_to_close_a_kernels_client_is_told() -> None:

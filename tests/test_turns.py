@@ -426,7 +426,7 @@ def test_whose_time_had_come_when_the_loop_was_ended_is_looked_at() -> None:
     assert loop.poller.take_over(selector)
     for name in "abc":
         wire = loop.wire(name)
-        wire.asks = _core.Asking(b"12345678", 1.0, 1.0, 1)
+        wire.asks = _core.Asking(b"12345678", 1.0, 1.0, 1.0, 1)
         wire.asks.ask(1, 0.0)
         wire.look_after(0.0)
     for _ in range(5):  # as often as it takes, and no time of its own would end it

@@ -18,45 +18,61 @@ cdef enum:
 cdef class Asking:
     """The numbers of `fastwire.flow.Acknowledgements`, which tells of them."""
 
-    cdef readonly double interval
+    cdef readonly double delay
     cdef readonly double tail
+    cdef readonly double interval
     cdef readonly uint64_t much
     cdef public uint64_t position
     cdef public bint outstanding
     cdef public bint demoted
     cdef public bint _answered
     cdef public uint64_t _asked
-    cdef public double _due
+    cdef public double _since       # the first bytes after `_asked` went out; negative: there are none
+    cdef public double _again       # not before
     cdef readonly uint64_t _number
     cdef char payload[16]
 
-    def __cinit__(self, bytes prefix not None, double interval, double tail, uint64_t much):
+    def __cinit__(self, bytes prefix not None, double delay, double tail, double interval, uint64_t much):
         if len(prefix) != 8:
             raise ValueError("the prefix of a ping has 8 bytes")
         memcpy(self.payload, PyBytes_AS_STRING(prefix), 8)
         memset(self.payload + 8, 0, 8)
-        self.interval = interval
+        self.delay = delay
         self.tail = tail
+        self.interval = interval
         self.much = much
+        self._since = -1.0
 
-    cpdef bint wanted(self, uint64_t position, double now) noexcept:
-        """Whether a ping that goes out now is to ask about the bytes before ``position``."""
-        return position > self._asked and not self.outstanding and now >= self._due
+    cdef bint is_wanted(self, uint64_t position, double now) noexcept:
+        if position <= self._asked:
+            return False
+        if self._since < 0:
+            self._since = now
+        return not self.outstanding and now >= self.time_of(position, self.delay)
 
-    cdef double delay_of(self, uint64_t position, double now) noexcept:
-        """Negative for never."""
-        cdef double rest = self.tail - self.interval
+    cdef double time_of(self, uint64_t position, double delay) noexcept:
+        """When bytes that wait ``delay`` are to be asked about."""
+        if not self._answered:
+            return 0.0
+        return self._again if position >= self.position + self.much else self._since + delay
+
+    def wanted(self, uint64_t position, double now):
+        """The bytes before ``position`` go out now. Returns whether a ping is to go with them and ask about them."""
+        return self.is_wanted(position, now)
+
+    cdef double wait_of(self, uint64_t position, double now) noexcept:
+        """Negative for ever."""
         if position <= self._asked or self.outstanding:
             return -1.0
-        if position >= self.position + self.much:
-            rest = 0.0
-        return max(self._due + rest - now, 0.0)
+        if self._since < 0:
+            self._since = now
+        return max(self.time_of(position, self.tail) - now, 0.0)
 
-    def delay(self, uint64_t position, double now):
+    def wait(self, uint64_t position, double now):
         """Seconds until the bytes before ``position`` are asked about although nothing follows them; None when they
         have been."""
-        cdef double delay = self.delay_of(position, now)
-        return None if delay < 0 else delay
+        cdef double wait = self.wait_of(position, now)
+        return None if wait < 0 else wait
 
     cdef void ask_about(self, uint64_t position, double now) noexcept:
         cdef int i
@@ -64,7 +80,8 @@ cdef class Asking:
         for i in range(8):
             self.payload[8 + i] = <char>(self._number >> (56 - 8 * i))
         self._asked = position
-        self._due = now + self.interval
+        self._since = -1.0
+        self._again = now + self.interval
         self.outstanding = True
 
     def ask(self, uint64_t position, double now):
@@ -232,13 +249,16 @@ cdef class Wire(Part):
         try:
             if not self.look_at and self.data_end > asks.position and not asks.demoted:
                 self.look_after(asks.tail)
-            if not asks.outstanding and self.data_end > asks._asked and not self.we_are_done:
+            if self.data_end > asks._asked and not self.we_are_done:
                 now = nanoseconds() / 1e9
-                if now >= asks._due or (self.outlet is not None and self.outlet.is_behind()):
+                if asks.is_wanted(self.data_end, now) or (not asks.outstanding and self.is_behind()):
                     self.ask(now)
         except MemoryError:
             pass
         return 0
+
+    cdef bint is_behind(self) noexcept:
+        return self.outlet is not None and self.outlet.is_behind()
 
     cdef int ask_soon(self) except -1:
         """It gets more only when it has answered, and there may be nothing that would take a ping with it."""
@@ -261,17 +281,17 @@ cdef class Wire(Part):
 
     cdef int on_time(self, uint64_t now) except -1:
         """Is the last ping answered? Is there something to ask about, and nothing that would take a ping with it?"""
-        cdef double delay
+        cdef double wait
         if self.over or self.asks is None:
             return 0
         if self.asks.outstanding:
             self.poller.python_ran = True
             self.owner.on_silence()
             return 0
-        delay = self.asks.delay_of(self.data_end, now / 1e9)
-        if delay > 0:
-            self.look_after(delay)
-        elif delay == 0 and not self.we_are_done:
+        wait = self.asks.wait_of(self.data_end, now / 1e9)
+        if wait > 0:
+            self.look_after(wait)
+        elif wait == 0 and not self.we_are_done:
             self.schedule()
         return 0
 
