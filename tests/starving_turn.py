@@ -274,20 +274,20 @@ def received(turn: Turn) -> bool:
     return all(events(wire.parser) in (EVENTS, [OutOfMemory]) for wire in turn.wires)
 
 
-def asking(turn: Turn) -> None:
+def asking(turn: Turn, tail: float = 0.0) -> None:
     for wire in turn.wires:
-        wire.asks = Asking(b"12345678", 0.0, 0.0, 0.0, 1 << 20)
+        wire.asks = Asking(b"12345678", 0.0, tail, 0.0, 1 << 20)
 
 
-def silent(turn: Turn) -> None:
-    asking(turn)
+def silent(turn: Turn, tail: float = 0.0) -> None:
+    asking(turn, tail)
     for wire in turn.wires:
         assert wire.asks is not None
         wire.asks.ask(0, 0.0)
 
 
-def looked_after(turn: Turn) -> None:
-    silent(turn)
+def looked_after(turn: Turn, tail: float = 0.0) -> None:
+    silent(turn, tail)
     for wire in turn.wires:
         wire.look_after(0.0)
 
@@ -301,7 +301,7 @@ def busy(turn: Turn) -> None:
     """Something to read, to write and to look after."""
     ready(turn)
     full(turn)
-    looked_after(turn)
+    looked_after(turn, tail=3600.0)  # one look each: a machine that stalls would have the next one come, too
 
 
 def done(turn: Turn) -> object:
