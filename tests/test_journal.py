@@ -143,7 +143,9 @@ class Logs(RuleBasedStateMachine):
     @rule(data=st.data(), kinds=kinds, size=sizes, room=st.integers(0, 63))
     def say(self, data: st.DataObject, kinds: list[str], size: int, room: int) -> None:
         """To all clients of a kernel, some of whose sockets have room."""
-        log = self.log(data)
+        self.say_on(self.log(data), kinds, size, room)
+
+    def say_on(self, log: Journal, kinds: list[str], size: int, room: int) -> None:
         heard_by = [client for client in self.clients if client.journal is log]
         if heard_by:
             batch, said = self.new(kinds, size, "iopub")
@@ -155,6 +157,21 @@ class Logs(RuleBasedStateMachine):
                 client.hears(entry, said, has_room=bool(room >> index & 1))
             log.settle()
             self.end_those_who_had_to()
+
+    @rule(data=st.data(), count=st.integers(2, 12), size=sizes, behind=st.integers(0, 8))
+    def go_on(self, data: st.DataObject, count: int, size: int, behind: int) -> None:
+        """To clients that take all of it, and that have had it but for the last few messages."""
+        log = self.log(data)
+        for _ in range(count):
+            self.say_on(log, ["line"], size, 63)
+        for client in self.clients:
+            if client.journal is log and client.cursor.is_live and len(client.messages) > behind:
+                end, _ = client.messages[-1 - behind]
+                if end > client.received:
+                    client.received = end
+                    client.taken = max(end, client.taken)
+                    client.written = max(end, client.written)
+                    client.cursor.release(end)
 
     @rule(data=st.data())
     def flood(self, data: st.DataObject) -> None:
@@ -459,6 +476,61 @@ def test_who_is_live_costs_a_message_nothing_when_it_has_it() -> None:
     client.messages.clear()
     assert journal.memory == 0
     assert _core.live() == before
+
+
+@pytest.mark.parametrize("history", [0, PLENTY])
+def test_who_always_has_something_on_its_way_lets_go_what_it_has(history: int) -> None:
+    """What is open is never without it, and need not become whole for that: what has passed goes, and can be read."""
+    limits = Limits(history_limit=history, merge=False)
+    journal = Journal(limits, Budgets(limits))
+    client, read, begin = Client(journal), Read(journal), journal.open
+    for number in range(1000):
+        client.hears(journal.append(batch_of(of_a_run(line(number, 1000)))), [number])
+        journal.settle()
+        (*_, (before, _), _) = [(0, []), *client.messages]
+        client.cursor.release(before)
+        assert sum(begin.counts.values()) == len(begin.entries or ()) == begin.end - begin.first
+        assert begin.memory == sum(entry.memory for entry in begin.entries or ())
+    assert journal.open is journal.needed is begin, "it never became whole"
+    assert begin.memory <= 2 * journal.segment_size // 16
+    assert client.cursor.needed == 999 >= begin.first
+    read.to_where_it_ends()
+    assert read.found == [*range(1000)] if history else read.found[-1] == 999
+    client.cursor.release(client.queued)
+    assert begin.entries == []
+    read.reader.close()
+
+
+@pytest.mark.parametrize("has", [1, 10, 19, 20, 21, 39])
+def test_what_is_on_its_way_is_not_let_go(has: int) -> None:
+    limits = Limits(history_limit=0, merge=False)
+    journal = Journal(limits, Budgets(limits))
+    client = Client(journal)
+    for number in range(40):
+        client.hears(journal.append(batch_of(line(number, 1000))), [number])
+        journal.settle()
+    client.received = client.taken = client.written = client.messages[has - 1][0]
+    client.cursor.release(client.received)
+    assert journal.open.first == (20 if has >= 20 else 0), "half of it goes at a time"
+    client.lose_socket()
+    assert all_of(client) == [*range(has, 40)]
+
+
+def test_what_another_client_needs_is_not_let_go() -> None:
+    limits = Limits(history_limit=PLENTY, merge=False)
+    journal = Journal(limits, Budgets(limits))
+    quick, slow = Client(journal), Client(journal)
+    for number in range(50):
+        entry = journal.append(batch_of(of_a_run(line(number, 1000))))
+        for client in (quick, slow):
+            client.hears(entry, [number])
+        journal.settle()
+        (*_, (before, _), _) = [(0, []), *quick.messages]
+        quick.cursor.release(before)
+    assert slow.cursor.needed == journal.needed.first == 0
+    slow.received = slow.taken = 0
+    slow.lose_socket()
+    assert all_of(slow) == [*range(50)]
 
 
 def test_a_message_that_was_begun_comes_again_as_a_whole() -> None:

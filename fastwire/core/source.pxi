@@ -94,6 +94,9 @@ cdef class KernelSide(Part):
         return 0
 
     def holds_enough(self):
+        return self.has_enough()
+
+    cdef bint has_enough(self) noexcept:
         """What is said besides is not read yet: as much as may be read in a turn waits for output."""
         return self.reply_bytes >= self.budgets.turn
 
@@ -113,7 +116,7 @@ cdef class KernelSide(Part):
         else:
             return 0 if iopub is None else iopub.wake()
         if not behind or self.waits >= LONGEST_WAIT:
-            return self.give_replies()
+            return self.give_all()
         if len(self.replies):
             self.waits += not (pressed and self.iopub_waits())
         return 0
@@ -138,7 +141,10 @@ cdef class KernelSide(Part):
     def try_later(self):
         raise NotImplementedError
 
-    cpdef int give_replies(self) except -1:
+    def give_replies(self):
+        self.give_all()
+
+    cdef int give_all(self) except -1:
         """Now, whatever may still come."""
         self.waits = 0
         if not len(self.replies):
@@ -280,7 +286,7 @@ cdef class Source(Part):
             return self.wake()
         if self.outlet is None:
             return self.poller.follow(kernel)
-        if kernel.holds_enough():
+        if kernel.has_enough():
             return self.wake()
         self.receive()
         if self.kernel is not None and (self.uplink is None or self.uplink.count_waiting()):
