@@ -303,7 +303,7 @@ class Acknowledgements(Asking):
 
     #: Where so many bytes are unacknowledged that whoever gives them out may be waiting for that, they wait for none of
     #: both: seconds between two pings then, at least, to one that is not behind.
-    MUCH = 32 * KIB
+    MUCH = 16 * KIB
     INTERVAL = 0.050
 
     PATIENCE = 30.0
