@@ -1,6 +1,7 @@
 """The ledger of runs: what is learned of requests, from clients and from kernels."""
 
 import gc
+import itertools
 import json
 
 import builders
@@ -133,6 +134,19 @@ def test_what_was_learned_is_passed_by() -> None:
         assert facts(ledger.get("a")) == ("done", 4, 5, 8, 1, False)
     ledger.learn([entry(batch, 7)])  # of which half is new
     assert facts(ledger.get("a"))[1:4] == (6, 5, 10)
+
+
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_a_run_is_found_however_its_id_is_spelled(ascii_only: bool) -> None:
+    """The newest is looked at first, and no string is made of what the kernel says: no other id may look like it."""
+    names = ["a", "", "é", "\u00c3\u00a9", "\\", "\\\\", "\\u00e9", '"', "\n", "\\n", "😀", "\ud800", "a\x00"]
+    for newest, heard in itertools.product(names, names):
+        ledger = learned(Ledger(), *(batch_of(a_run(name)[0]) for name in {heard: None, newest: None}))
+        parts = a_run(heard)[2]
+        parts[1] = json.dumps(request(heard, session="t"), ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+        if ascii_only or heard != "\ud800":
+            learned(ledger, batch_of(parts))
+            assert {run.msg_id: run.messages for run in ledger.all()} == {newest: 1, heard: 1} | {heard: 2}
 
 
 def test_other_requests_are_no_runs() -> None:
