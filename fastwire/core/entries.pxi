@@ -1,4 +1,4 @@
-# What a kernel's log consists of: entries in segments, the bytes that they take, and what each client was given of them.
+# What a kernel's log consists of: entries in segments, the bytes they take, and what each client was given of them.
 
 cdef enum:
     ENTRY_SIZE = 128        # bytes, about what an entry takes beside its batch
