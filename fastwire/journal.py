@@ -15,6 +15,10 @@ Here a segment of the log is held by whoever stands in it, is put on the disk on
 log when nobody stands in the first one: nothing is searched for what can go. A message costs the same whether
 nothing is kept or gigabytes (``python -m bench.journal``).
 
+*Who keeps up leaves what is open empty.* One who is spoken to without a pause has something on its way at each moment:
+what was open became whole, and passed through Python, again and again. Where one client alone stands there, the half
+that it has goes at once (`test_who_always_has_something_on_its_way_lets_go_what_it_has`).
+
 *When the disk is late, the loop waits for it.* Then everybody waits. Here no disk call is made on the loop: at the
 bound of what may be kept the oldest output goes, and whoever had still to get it is told in its place.
 
