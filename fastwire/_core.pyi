@@ -1013,6 +1013,10 @@ class LogSegment:
     version: int
     weight: int
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes, in memory or else on the disk."""
+
     def read(self, position: int) -> list[LogEntry]:
         """Its entries that end behind a number."""
 
@@ -1088,7 +1092,10 @@ class LogCursor:
         ``begin``."""
 
     def release(self, position: int) -> None:
-        """The client has received everything before a position of its socket."""
+        """The client has received everything before a position of its socket: what nobody needs then goes."""
+
+    def release_only(self, position: int) -> None:
+        """The same, and of the segment that is open nothing goes yet."""
 
 class Log:
     """The base of `fastwire.journal.Journal`: `append`, then give the entry to whom it is for, then `settle`; or all
@@ -1159,13 +1166,16 @@ class Log:
 
     @property
     def ledger(self) -> Ledger:
-        """What became of what clients asked. It is told of a segment when that is whole, and of what is open by
-        `learn`, before it is read."""
+        """What became of what clients asked. It is told of a segment when that is whole, of what is open when that
+        goes, and else by `learn`, before it is read."""
 
     def learn(self) -> None: ...
     def keep(self, segment: LogSegment) -> bool:
         """The first that is needed is not any more: what may be asked for is copied. False: something is missing there,
         and it stays as it is. What raises (there is no memory) may be called again."""
+
+    def count_as_history(self, segment: LogSegment) -> None:
+        """It has passed as it is."""
 
     def drop_front(self) -> None:
         """The oldest of what is kept."""

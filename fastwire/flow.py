@@ -301,8 +301,8 @@ class Acknowledgements(Asking):
     DELAY = 0.150
     TAIL = 0.300
 
-    #: Where so many bytes are unacknowledged that whoever gives them out may be waiting for that, they wait for none of
-    #: both: seconds between two pings then, at least, to one that is not behind.
+    #: Where so many bytes are unacknowledged that whoever gives them out may wait for that, they wait for neither:
+    #: seconds between two pings then, at least, to one that is not behind.
     MUCH = 16 * KIB
     INTERVAL = 0.050
 

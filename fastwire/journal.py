@@ -12,7 +12,8 @@ What is difficult, and was believed and is wrong
 next, made what one of them kept compete with what the others kept, and bounded by number what only bytes can bound: the
 fifth that was away was forgotten without a word (`test_twenty_clients_that_break_at_once_come_back_to_everything`).
 Here a segment of the log is held by whoever stands in it, is put on the disk once, and is let go from the front of the
-log when nobody stands in the first one: nothing is searched for what can go. A message costs the same whether
+log when nobody stands in the first one (and of what is open the half that is not needed, see below): nothing is
+searched for what can go. A message costs the same whether
 nothing is kept or gigabytes (``python -m bench.journal``).
 
 *Who keeps up leaves what is open empty.* One who is spoken to without a pause has something on its way at each moment:
@@ -79,7 +80,7 @@ __all__ = ["Countable", "Cursor", "Journal", "Waiter", "end_of", "totals"]
 SEGMENT, LIVE_SEGMENT, LEAST_SEGMENT = 1 * MIB, 256 * KIB, 4 * KIB
 
 #: From this part of what all logs may have on, those of which nobody is behind have segments of so much: what is not
-#: whole can neither go nor be put aside, and in a thousand logs it was all there may be.
+#: whole cannot be put aside, and in a thousand logs it was all there may be.
 CROWDED_AT, CROWDED_SEGMENT = 8, 16 * KIB
 
 #: Lines are joined from this part of a limit on.
@@ -237,7 +238,7 @@ class Cursor(LogCursor):
     def rewind(self, received: int, taken: int, written: int) -> None:
         """The socket is gone: go back to what the client has not received. ``written`` bytes were given to TCP, whose
         other end has ``taken`` some of them."""
-        self.release(received)
+        self.release_only(received)
         self.is_connected = False
         journal = self.journal
         totals["repeated"] += self._messages_before(written) - self._messages_before(received)
@@ -429,8 +430,7 @@ class Journal(Log):
             self._take_out(segment)
         else:
             self.needed = segment.next
-            segment.weight = segment.nbytes
-            self.history += segment.weight
+            self.count_as_history(segment)
             self.trim(self.history_limit)
             self.offer()
 

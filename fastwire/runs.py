@@ -98,6 +98,7 @@ class Reader:
 
     def __init__(self, journal: Journal, position: int) -> None:
         self.position = position
+        self._end = position  # of what it was handed last
         self.lost: list[Zone] = []
         self.on_ready: Callable[[], None] | None = self._is_there
         self.wake: Callable[[], None] | None = None
@@ -109,6 +110,18 @@ class Reader:
     def next(self) -> Sequence[Entry] | None:
         """The entries of a segment from its position on; empty at the end of the log. None: they lie on the disk, and
         ``wake`` is called when it is worth to ask again."""
+        entries = self._next()
+        if entries:
+            self._end = entries[-1].end
+        return entries
+
+    @property
+    def zone(self) -> Zone:
+        """The numbers in which it may stop, and somebody go on: it was handed entries, and not all are read. What is
+        joined there would come twice."""
+        return (self.position, max(self.position, self._end))
+
+    def _next(self) -> Sequence[Entry] | None:
         caught, self._caught = self._caught, None
         if caught and (rest := self._from(caught)):
             return rest

@@ -129,11 +129,6 @@ class Segment(LogSegment):
     def concerns(self, audience: int) -> bool:
         return None in self.counts or audience in self.counts
 
-    @property
-    def nbytes(self) -> int:
-        """What it takes, in memory or else on the disk."""
-        return self.record.size if self.entries is None and self.record is not None else self.memory
-
 
 def in_zones(entry: Entry, zones: Iterable[Zone]) -> bool:
     return any(begin < entry.end and end > entry.first for begin, end in zones)

@@ -453,6 +453,55 @@ def released() -> tuple[Any, Any]:
     return lambda: cursor.release(end), outcome
 
 
+def released_by_half() -> tuple[Any, Any]:
+    """While the rest is on its way. Without memory it stays, and goes with what comes next."""
+    limits = Limits(spill=False)
+    journal = Journal(limits, Budgets(limits), Disk())
+    cursor, ends = journal.cursor(""), [0]
+    for _ in range(8):
+        entry = journal.append(batch(*RUN))
+        frames = entry.batch.frames(PROTOCOL_V1)
+        ends.append(ends[-1] + frames.nbytes)
+        cursor.given(entry, ends[-2], ends[-1], frames.ends)
+        journal.settle()
+
+    def outcome(_: object) -> object:
+        opened = journal.open
+        assert opened.memory == sum(entry.memory for entry in opened.entries)
+        assert sum(opened.counts.values()) == sum(map(len, opened.entries))
+        cursor.release(ends[-1])
+        journal.settle()
+        kept = journal.front.read(0)
+        return len(cursor.flight), opened.entries, [(entry.first, entry.end) for entry in kept], journal.history
+
+    return lambda: cursor.release(ends[5]), outcome
+
+
+def passing_as_it_is(call: Callable[[Journal, Any], Callable[[], object]]) -> Case:
+    """A segment that is too large to be copied is history as it is."""
+
+    def case() -> tuple[Any, Any]:
+        limits = Limits(spill=False, history_limit=1 << 30, client_memory_limit=1 << 30)
+        journal = Journal(limits, Budgets(limits), Disk())
+        cursor = journal.cursor("")
+        for parts in ([*PARTS[:3], b'{"name": "stdout", "text": "%s"}' % (b"x" * (5 << 20))], PARTS):
+            entry = journal.append(batch(parts))
+            cursor.given(entry, entry.first, entry.end, entry.batch.frames(PROTOCOL_V1).ends)
+            journal.settle()
+
+        def outcome(_: object) -> object:
+            passed = []
+            segment = journal.front
+            while segment is not journal.needed:
+                passed.append(segment.nbytes)
+                segment = segment.next
+            return journal.history == sum(passed)
+
+        return call(journal, cursor), outcome
+
+    return case
+
+
 def keeping() -> tuple[Any, Any]:
     """What everybody has is kept once, in order, and can go when others need its room."""
     limits = Limits(spill=False)

@@ -516,6 +516,27 @@ def test_what_is_on_its_way_is_not_let_go(has: int) -> None:
     assert all_of(client) == [*range(has, 40)]
 
 
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_who_stopped_among_what_it_was_handed_goes_on_there(in_flight: int) -> None:
+    """What a reader was handed is not joined, when all clients have it, before it was read."""
+    limits = Limits(history_limit=PLENTY, spill=False)
+    journal = Journal(limits, Budgets(limits))
+    client, read = Client(journal), Read(journal)
+    for number in range(40):
+        client.hears(journal.append(batch_of(of_a_run(line(number, 1000)))), [number])
+        journal.settle()
+    handed = read.reader.next()
+    for entry in handed[:3]:
+        read.reader.pass_by(entry)
+    client.cursor.release(client.messages[-1 - in_flight][0])
+    for entry in handed[3:6]:
+        read.reader.pass_by(entry)
+    read.go_on_elsewhere()
+    read.to_where_it_ends()
+    assert read.found == [*range(6, 40)]
+    read.reader.close()
+
+
 def test_what_another_client_needs_is_not_let_go() -> None:
     limits = Limits(history_limit=PLENTY, merge=False)
     journal = Journal(limits, Budgets(limits))

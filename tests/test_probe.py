@@ -146,6 +146,36 @@ def test_the_end_of_a_burst_is_asked_about(site: Site) -> None:
 
 
 @on_ours
+@pytest.mark.parametrize("outstanding", [False, True])
+def test_many_bytes_do_not_wait_for_a_look_that_was_set_for_few(
+    site: Site, monkeypatch: pytest.MonkeyPatch, outstanding: bool
+) -> None:
+    """And nothing follows them, before the next ping may go out."""
+    monkeypatch.setattr(Acknowledgements, "TAIL", 3600.0)
+    client, handler = site.open(site.Handler)
+    site.run(handler.connection.acknowledge)
+    site.run(handler.write_message, "few")
+    assert [client._frame()[0], client._frame()[0]] == [OP_TEXT, OP_PING]
+    acknowledgements = handler.connection.conversation.probe.acknowledgements
+    pong = client_frame(OP_PONG, acknowledgements._payload)
+
+    def write() -> None:
+        acknowledgements._again = site.loop.time() + 0.02
+        handler.write_message(RANDOM[: 2 * Acknowledgements.MUCH], binary=True)
+
+    if outstanding:
+        site.run(write)
+        client.send(pong)
+    else:
+        client.send(pong)
+        eventually(lambda: not acknowledgements.outstanding)
+        site.run(handler.write_message, "few")
+        site.run(write)
+    while client._frame()[0] != OP_PING:  # fails where none comes
+        pass
+
+
+@on_ours
 def test_silence_is_looked_at_ever_less_often(site: Site) -> None:
     client, handler = site.open(site.Handler)
     connection = handler.connection

@@ -167,7 +167,7 @@ def test_the_pings_of_the_protocol_are_those_of_flow() -> None:
 
 def test_what_comes_twice_is_what_was_not_asked_about() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text()
-    assert f"wait {Acknowledgements.TAIL:g} s at most until they are asked about" in text
+    assert f"behind its answer messages wait {Acknowledgements.TAIL:g} s at most until they are asked about" in text
 
 
 def test_every_reason_to_close_a_kernels_client_is_told() -> None:

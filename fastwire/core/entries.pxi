@@ -144,6 +144,13 @@ cdef class LogSegment:
     cdef public Py_ssize_t weight       # what it counts as history
 
     @property
+    def nbytes(self):
+        return self.size()
+
+    cdef Py_ssize_t size(self) except -1:
+        return self.record.size if self.entries is None and self.record is not None else self.memory
+
+    @property
     def counts(self):
         """Of each audience: messages."""
         self.settle_counts()

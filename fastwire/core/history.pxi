@@ -253,11 +253,11 @@ cdef int fill(Batch batch, Indexed *message, KeptHead *head, fw_span parent) exc
 
 
 cdef bint is_cut(list cuts, Kept tail, long long number) except -1:
-    """Whether somebody reads on between the last record and what has this number."""
-    cdef long long cut
+    """Whether somebody may read on between the last record and what has this number."""
+    cdef long long begin, end
     if cuts is not None:
-        for cut in cuts:
-            if tail.last.first < cut <= number:
+        for begin, end in cuts:
+            if tail.last.first < end and begin <= number:
                 return True
     return False
 

@@ -91,6 +91,17 @@ cdef class LogCursor:
 
     def release(self, uint64_t position):
         self.release_until(position)
+        self.let_go()
+
+    def release_only(self, uint64_t position):
+        self.release_until(position)
+
+    cdef int let_go(self) except -1:
+        """What nobody needs any more of the segment that is open."""
+        cdef Given oldest = self.flight.first()
+        if oldest is not None and self.place is None and len(self.stands.standers) == 1:
+            self.journal.shorten_open(self.stands, oldest.first)
+        return 0
 
     cdef int release_until(self, uint64_t position) except -1:
         """The client has received everything before a position of its socket."""
@@ -102,9 +113,6 @@ cdef class LogCursor:
         elif self.stands is None:  # else it could not leave when it had nothing more to wait for
             return 0
         self.take_stand()
-        oldest = self.flight.first()
-        if oldest is not None and self.place is None and len(self.stands.standers) == 1:
-            self.journal.shorten_open(self.stands, oldest.first)
         return 0
 
 
@@ -335,7 +343,7 @@ cdef class Log:
         return max(min(most, self.share() // 16), self.least_segment)
 
     cdef bint has_plenty(self) noexcept:
-        """Where nobody is behind there may be a thousand logs, and what is open can neither go nor be put aside."""
+        """Where nobody is behind there may be a thousand logs, and what is open cannot be put aside."""
         return (self.user_budget.used - self.user_budget.kept < self.user_budget.limit // self.crowded_at and
                 self.total.used - self.total.kept < self.total.limit // self.crowded_at)
 
@@ -404,8 +412,8 @@ cdef class Log:
 
     cdef int shorten_open(self, LogSegment segment, long long first) except -1:
         """Who alone stands there needs nothing before ``first``: with messages on their way at each moment it never is
-        without anybody, and would be whole, and in Python's hands, again and again. Half of it at least goes at a time,
-        so that each entry is looked at once or twice."""
+        without anybody, and would be whole, and in Python's hands, again and again. Half of its entries go at a time:
+        each is copied to another list once or twice."""
         cdef list entries = segment.entries
         cdef Py_ssize_t count
         if segment is not self.open or segment is not self.needed or segment.memory < self.size_of_segment() // 16:
@@ -503,7 +511,7 @@ cdef class Log:
             self.trim(0)
             self.new_tail(entry.end)
             return False
-        tail = self.new_tail(begin if tail is None else entry.first)
+        tail = self.new_tail(max(begin, self.kept_until) if tail is None else entry.first)
         tail.most = max(tail.most, size)
         self.has_room(tail, size)
         return True
@@ -553,7 +561,7 @@ cdef class Log:
                 self.trim(0)  # what is kept is all from some number on
                 self.new_tail(end)
                 return 0
-            tail = self.new_tail(begin if tail is None else number)
+            tail = self.new_tail(max(begin, self.kept_until) if tail is None else number)
             tail.most = max(tail.most, size)
             self.has_room(tail, size)
         tail.add(m, entry, number, end, size, repeats)
@@ -580,6 +588,10 @@ cdef class Log:
                 self.trim(self.history_limit)
         return 0
 
+    def count_as_history(self, LogSegment segment not None):
+        segment.weight = segment.size()
+        self.history += segment.weight
+
     def drop_front(self):
         self.drop_block()
 
@@ -596,12 +608,12 @@ cdef class Log:
         return 0
 
     cdef list cuts(self):
-        """Numbers from which on somebody reads, or may read."""
+        """Zones in which somebody reads, or may read on: of each the first number, and the last."""
         cdef long long number
-        cdef list cuts = [reader.position for reader in self.readers]
+        cdef list cuts = [reader.zone for reader in self.readers]
         if self.told:
             self.told = {number for number in self.told if number >= self.kept_until}
-            cuts += self.told
+            cuts += [(number, number) for number in self.told]
         return cuts
 
     def empty(self):
@@ -719,6 +731,7 @@ cdef class Outlet:
         """The client has more, or its socket has room."""
         cdef Poller poller = self.wire.poller
         self.cursor.release_until(self.wire.received_bytes())
+        self.cursor.let_go()
         self.cursor.journal.tell_of_python(poller)
         if self.cursor.place is not None:
             poller.python_ran = True

@@ -54,7 +54,10 @@ cdef class Asking:
         """When bytes that wait ``delay`` are to be asked about."""
         if not self._answered:
             return 0.0
-        return self._again if position >= self.position + self.much else self._since + delay
+        return self._again if self.is_much(position) else self._since + delay
+
+    cdef bint is_much(self, uint64_t position) noexcept:
+        return position >= self.position + self.much
 
     def wanted(self, uint64_t position, double now):
         """The bytes before ``position`` go out now. Returns whether a ping is to go with them and ask about them."""
@@ -253,8 +256,17 @@ cdef class Wire(Part):
                 now = nanoseconds() / 1e9
                 if asks.is_wanted(self.data_end, now) or (not asks.outstanding and self.is_behind()):
                     self.ask(now)
+                elif asks.is_much(self.data_end):
+                    self.look_by(now)
         except MemoryError:
             pass
+        return 0
+
+    cdef int look_by(self, double now) except -1:
+        """Many bytes do not wait for a look that was set for few."""
+        cdef double wait = self.asks.wait_of(self.data_end, now)
+        if wait >= 0 and (not self.look_at or self.look_at > <uint64_t>((now + wait) * 1e9)):
+            self.look_after(wait)
         return 0
 
     cdef bint is_behind(self) noexcept:
@@ -298,8 +310,9 @@ cdef class Wire(Part):
     cpdef int is_acknowledged(self) except -1:
         """A pong has said so."""
         cdef uint64_t now = nanoseconds()
-        if self.look_at and self.look_delay > self.asks.interval:
-            # It was long in coming: what was written meanwhile is not kept waiting for the next look.
+        cdef Asking asks = self.asks
+        if not self.look_at or self.look_delay > asks.interval or asks.is_much(self.data_end):
+            # It was long in coming, or much was written meanwhile: that is not kept waiting for the next look.
             self.look_at = 0
             self.on_time(now)
         if now - self.told_alive >= SIGN_OF_LIFE:
