@@ -124,7 +124,7 @@ cdef class Log:
     cdef public Py_ssize_t history_limit
     cdef public Py_ssize_t history      # bytes of what everybody has: what is before ``needed``
     cdef long long kept_until           # the number of what may be next in it
-    cdef readonly set readers           # who reads, at their ``position``
+    cdef readonly set readers           # who reads, each in its ``zone``
     cdef readonly set told              # where others stopped who may come back
     cdef bint has_grown                 # it has
     cdef bint is_offered                # budgets know that there is some
