@@ -176,6 +176,25 @@ def test_many_bytes_do_not_wait_for_a_look_that_was_set_for_few(
 
 
 @on_ours
+def test_a_look_leaves_a_ping_time_to_be_answered(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was set for the bytes that it asks about would find no answer yet, and is Python."""
+    monkeypatch.setattr(Acknowledgements, "INTERVAL", 3600.0)
+    client, handler = site.open(site.Handler)
+    site.run(handler.connection.acknowledge)
+    probe, looks = handler.connection.conversation.probe, []
+    monkeypatch.setattr(probe, "look_at_silence", lambda: looks.append(1))
+
+    def write() -> None:
+        handler.connection.wire.look_after(0.001)
+        handler.write_message("asked about at once")
+
+    site.run(write)
+    assert [client._frame()[0], client._frame()[0]] == [OP_TEXT, OP_PING]
+    time.sleep(0.1)
+    assert not looks
+
+
+@on_ours
 def test_silence_is_looked_at_ever_less_often(site: Site) -> None:
     client, handler = site.open(site.Handler)
     connection = handler.connection

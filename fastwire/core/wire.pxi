@@ -286,6 +286,8 @@ cdef class Wire(Part):
         out[1] = 16
         memcpy(out + 2, self.asks.payload, 16)
         self.look_delay = self.asks.interval
+        if self.look_at:  # for what is asked about now; whether that is answered is seen later
+            self.look_at = max(self.look_at, <uint64_t>((now + self.asks.interval) * 1e9))
         return 0
 
     cpdef int look_after(self, double seconds) except -1:
