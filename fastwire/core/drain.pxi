@@ -232,17 +232,23 @@ cdef class Batch:
 
     def __dealloc__(self):
         alive.messages -= self.count
+        if self.messages != self.few:
+            free(self.messages)
 
     # -- filling --
 
     cdef Indexed *new_message(self) except NULL:
-        """Where the next one comes. A table that was too short stays in the store until that goes."""
         cdef Indexed *messages
+        cdef Py_ssize_t room
         if self.count == self.room:
-            messages = <Indexed *>self.store.get(4 * self.room * sizeof(Indexed))
-            memcpy(messages, self.messages, self.count * sizeof(Indexed))
+            room = self.room * 4
+            messages = <Indexed *>realloc(NULL if self.messages == self.few else self.messages, room * sizeof(Indexed))
+            if messages == NULL:
+                raise MemoryError
+            if self.messages == self.few:
+                memcpy(messages, self.few, self.count * sizeof(Indexed))
             self.messages = messages
-            self.room *= 4
+            self.room = room
         return &self.messages[self.count]
 
     cdef int index(self, Indexed *message) except -1:
@@ -487,7 +493,7 @@ cdef class Batch:
         return self.memory_size()
 
     cdef size_t memory_size(self) noexcept:
-        cdef size_t size = BATCH_SIZE + sizeof(self.few) + self.store.memory()
+        cdef size_t size = BATCH_SIZE + self.room * sizeof(Indexed) + self.store.memory()
         if self.v1_frames is not None:
             size += self.v1_frames.memory()
         if self.legacy_frames is not None:

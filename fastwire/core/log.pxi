@@ -511,7 +511,7 @@ cdef class Log:
             self.trim(0)
             self.new_tail(entry.end)
             return False
-        tail = self.new_tail(max(begin, self.kept_until) if tail is None else entry.first)
+        tail = self.new_tail(begin if tail is None else entry.first)
         tail.most = max(tail.most, size)
         self.has_room(tail, size)
         return True
@@ -561,7 +561,7 @@ cdef class Log:
                 self.trim(0)  # what is kept is all from some number on
                 self.new_tail(end)
                 return 0
-            tail = self.new_tail(max(begin, self.kept_until) if tail is None else number)
+            tail = self.new_tail(begin if tail is None else number)
             tail.most = max(tail.most, size)
             self.has_room(tail, size)
         tail.add(m, entry, number, end, size, repeats)
