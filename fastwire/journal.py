@@ -13,8 +13,7 @@ next, made what one of them kept compete with what the others kept, and bounded 
 fifth that was away was forgotten without a word (`test_twenty_clients_that_break_at_once_come_back_to_everything`).
 Here a segment of the log is held by whoever stands in it, is put on the disk once, and is let go from the front of the
 log when nobody stands in the first one (and of what is open the half that is not needed, see below): nothing is
-searched for what can go. A message costs the same whether
-nothing is kept or gigabytes (``python -m bench.journal``).
+searched for what can go. A message costs the same whether nothing is kept or gigabytes (``python -m bench.journal``).
 
 *Who keeps up leaves what is open empty.* One who is spoken to without a pause has something on its way at each moment:
 what was open became whole, and passed through Python, again and again. Where one client alone stands there, the half

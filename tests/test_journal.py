@@ -516,6 +516,25 @@ def test_what_is_on_its_way_is_not_let_go(has: int) -> None:
     assert all_of(client) == [*range(has, 40)]
 
 
+def test_who_stands_nowhere_as_memory_ran_out_lets_nothing_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(NO_HISTORY, Budgets(NO_HISTORY))
+    client = Client(journal, "ann")
+
+    def none_left(_: Journal, user: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "charge_to", none_left)
+        with pytest.raises(MemoryError):
+            client.hears(journal.append(batch_of(line(0, 9000), line(1, 9000))), [0, 1])
+    assert (client.cursor.stands, len(client.cursor.flight)) == (None, 1)
+    client.cursor.release(0)
+    client.hears(journal.append(batch_of(line(2))), [2])
+    journal.settle()
+    client.cursor.release(client.queued)
+    assert journal.memory == 0, "all of it goes with what comes next"
+
+
 @pytest.mark.parametrize("in_flight", [0, 1])
 def test_who_stopped_among_what_it_was_handed_goes_on_there(in_flight: int) -> None:
     """What a reader was handed is not joined, when all clients have it, before it was read."""

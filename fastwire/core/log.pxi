@@ -97,10 +97,11 @@ cdef class LogCursor:
         self.release_until(position)
 
     cdef int let_go(self) except -1:
-        """What nobody needs any more of the segment that is open."""
+        """What nobody needs any more of the segment that is open. It may stand nowhere: memory ran out as it was to."""
         cdef Given oldest = self.flight.first()
-        if oldest is not None and self.place is None and len(self.stands.standers) == 1:
-            self.journal.shorten_open(self.stands, oldest.first)
+        cdef LogSegment stands = self.stands
+        if oldest is not None and self.place is None and stands is not None and len(stands.standers) == 1:
+            self.journal.shorten_open(stands, oldest.first)
         return 0
 
     cdef int release_until(self, uint64_t position) except -1:
