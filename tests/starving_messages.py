@@ -436,13 +436,18 @@ def put_aside() -> tuple[Any, Any]:
 
 
 def runs_of(call: Callable[[Ledger, list[LogEntry]], object], *, is_known: bool = True) -> Case:
-    """What a kernel said of a request, and what is known of that then."""
+    """What a kernel said of a request, and what is known of that then. Two others were asked, and nobody has looked."""
 
     def case() -> tuple[Any, Any]:
-        ledger, said = Ledger(2), batch(*RUN)
+        ledger, said = Ledger(3), batch(*RUN)
         entries = [LogEntry(0, len(said), said)]
         if is_known:
             ledger.learn(entries)
+        sockets = dict.fromkeys(("shell", "control", "stdin"), ZmtpStream("DEALER", b"me"))
+        uplink = Uplink(PROTOCOL_V1, Signer(KEY), sockets, ledger=ledger)
+        uplink.held = True
+        for name in ("one", "two"):
+            uplink.send(OP_BINARY, _core.encode_v1("shell", message("execute_request", name, {"code": "1"})))
 
         def outcome(_: object) -> object:
             known = [(run.msg_id, run.state, run.messages, run.first, run.last) for run in ledger.all()]

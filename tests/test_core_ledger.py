@@ -23,6 +23,8 @@ from fastwire._core import (
 from fastwire.runs import TRANSITIONS, Event, State
 
 SIGNER = _core.Signer(b"")
+LARGEST_REQUEST = 8192
+NO_RUN = 30  # what asks nothing
 
 
 def request(name: str, msg_type: str = "execute_request", session: str = "s") -> dict:
@@ -205,6 +207,38 @@ def test_what_a_client_asks_is_queued(context: zmq.Context, protocol: str | None
     ]
     learned(ledger, batch_of(*a_run("a")))
     assert (ledger.get("a").cell, ledger.get("a").state) == ("c\u00e4", "done")
+
+
+def test_what_is_asked_is_a_run_when_somebody_looks(context: zmq.Context) -> None:
+    """In its order, however much it is. Some have no room with others, one is too long for a run, one asks nothing."""
+    ledger = Ledger()
+    uplink = uplink_of(context, PROTOCOL_V1, ledger)
+    uplink.held = True
+    long, expected = {20: 3900, 21: 5000, 22: 9000}, []
+    for number in range(60):
+        name = f"r{number}"
+        header = request(name, "kernel_info_request" if number == NO_RUN else "execute_request")
+        metadata = {"rest": "x" * (700 if number % 7 == 0 else 10), "cellId": f"cell {number}"}
+        text = json.dumps(header | {"rest": "x" * long.get(number, 0)}).encode()
+        parts = [text, b"{}", json.dumps(metadata).encode(), b"{}"]
+        uplink.send(2, builders.client_message(parts, "shell", PROTOCOL_V1))
+        if len(text) <= LARGEST_REQUEST and number != NO_RUN:
+            expected.append((name, f"cell {number}", text))
+        if number % 25 == 0:
+            assert ledger.get(name).cell == f"cell {number}"
+    assert [(run.msg_id, run.cell, run.header) for run in ledger.all()] == expected
+    assert len(ledger) == 58
+
+
+def test_what_was_asked_goes_with_its_ledger(context: zmq.Context) -> None:
+    uplink = uplink_of(context, PROTOCOL_V1, Ledger())
+    uplink.held = True
+    before = _core.live()["blocks"]
+    parts = [json.dumps(request("a")).encode(), b"{}", b"{}", b"{}"]
+    uplink.send(2, builders.client_message(parts, "shell", PROTOCOL_V1))
+    assert _core.live()["blocks"] == before + 1, "nobody has looked"
+    del uplink
+    assert _core.live()["blocks"] == before
 
 
 def test_the_oldest_are_forgotten_first() -> None:

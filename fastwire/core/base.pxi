@@ -209,6 +209,10 @@ cdef Py_ssize_t log_bytes = 0   # what logs count as theirs, most of it blocks
 memset(spare_blocks, 0, sizeof(spare_blocks))
 
 
+cdef inline size_t aligned(size_t size) noexcept nogil:
+    return (size + 7) & ~<size_t>7
+
+
 cdef inline int block_size_of(size_t size) noexcept nogil:
     """Which of the sizes; BLOCK_SIZES for more than there is."""
     cdef int which = 0

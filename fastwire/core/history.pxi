@@ -39,10 +39,6 @@ cdef inline char *bytes_of(KeptHead *head) noexcept nogil:
     return <char *>(head + 1) + head.count * sizeof(uint32_t)
 
 
-cdef inline size_t aligned(size_t size) noexcept nogil:
-    return (size + 7) & ~<size_t>7
-
-
 @cython.final
 cdef class Kept(LogSegment):
     """A block."""

@@ -1,5 +1,6 @@
 # The runs of a kernel: what became of each execute_request, at a cost of each request. What clients ask passes
-# `Uplink`; the rest is learned from messages in the log, a segment at a time.
+# `Uplink`; the rest is learned from messages in the log, a segment at a time. What is asked is copied as it is, and
+# becomes runs when somebody looks: by then it is several requests, at hardly more than the price of one.
 
 RUN_STATES = ("queued", "running", "done", "aborted", "lost")
 
@@ -11,10 +12,17 @@ cdef enum:
     LARGEST_NAME = 512          # of a cell's id
     LARGEST_DATE = 64
     UNKNOWN = -1                # an execution count
+    ASKED_ROOM = 4096           # bytes of requests that are no runs yet
     RUN_SIZE = 512              # bytes that one takes, with its place and its name, beside what is kept of its request
     LEAST_RUNS = 32             # of a kernel that are known however much others' take
 
 cdef size_t ledger_bytes_limit = 8 << 20
+
+
+# Behind it lie a request's header and its metadata.
+cdef struct Asked:
+    uint32_t header             # bytes
+    uint32_t metadata
 
 
 cdef struct Date:
@@ -136,6 +144,10 @@ cdef class Ledger:
     cdef Run running            # that began last
     cdef PyObject *oldest       # that was not heard of for longest
     cdef PyObject *newest
+    cdef char *asked            # requests that are no runs yet, each behind its `Asked`; NULL where there are none
+    cdef size_t asked_room
+    cdef size_t asked_start
+    cdef size_t asked_end
     cdef readonly long long position
     # The last parent header, which nearly always is the next one's, and the run that it names.
     cdef char *parent
@@ -152,33 +164,82 @@ cdef class Ledger:
         global ledger_bytes
         ledger_bytes -= self.memory
         free(self.parent)
+        self.forget_asked()
 
     def __len__(self):
+        self.settle()
         return len(self.runs)
 
     def get(self, str msg_id not None):
+        self.settle()
         return self.runs.get(msg_id)
 
     def all(self):
+        self.settle()
         return sorted(self.runs.values(), key=_order_of)
 
     # -- what clients ask --
 
-    cdef int ask(self, const fw_span *parts, const Header *header) except -1:
+    cdef int ask(self, const fw_span *parts) except -1:
         """A message for shell, as it goes to the kernel."""
+        cdef size_t size = aligned(sizeof(Asked) + parts[0].len + parts[2].len)
+        cdef Asked *asked
+        cdef char *data
+        if parts[0].len > LARGEST_REQUEST:
+            return 0
+        if size > ASKED_ROOM - self.asked_end:
+            self.settle()
+        if size > ASKED_ROOM:
+            return self.be_asked(parts[0], parts[2])
+        if self.asked == NULL:
+            self.asked_room = ASKED_ROOM
+            self.asked = <char *>block_get(&self.asked_room)
+            if self.asked == NULL:
+                raise MemoryError
+        asked = <Asked *>(self.asked + self.asked_end)
+        asked.header = <uint32_t>parts[0].len
+        asked.metadata = <uint32_t>parts[2].len
+        data = <char *>(asked + 1)
+        memcpy(data, parts[0].ptr, asked.header)
+        memcpy(data + asked.header, parts[2].ptr, asked.metadata)
+        self.asked_end += size
+        return 0
+
+    cdef int settle(self) except -1:
+        """What was asked are runs now. Where there is no memory for one, it and those behind it are so the next time."""
+        cdef Asked *asked
+        cdef const char *data
+        while self.asked_start < self.asked_end:
+            asked = <Asked *>(self.asked + self.asked_start)
+            data = <const char *>(asked + 1)
+            self.be_asked(fixed(data, asked.header), fixed(data + asked.header, asked.metadata))
+            self.asked_start += aligned(sizeof(Asked) + asked.header + asked.metadata)
+        self.forget_asked()
+        return 0
+
+    cdef void forget_asked(self) noexcept:
+        if self.asked != NULL:
+            block_put(self.asked, self.asked_room)
+        self.asked = NULL
+        self.asked_start = self.asked_end = 0
+
+    cdef int be_asked(self, fw_span text, fw_span metadata) except -1:
+        cdef Header header
         cdef Run run
+        if scan_header(text, &header) == NOT_JSON:
+            return 0
         if header.msg_type.ptr == NULL or not is_string(header.msg_type):
             return 0
         if not spells(inside(header.msg_type), b"execute_request", 15):
             return 0
-        if header.msg_id.ptr == NULL or not is_string(header.msg_id) or parts[0].len > LARGEST_REQUEST:
+        if header.msg_id.ptr == NULL or not is_string(header.msg_id):
             return 0
-        run = self.new(unescaped(header.msg_id), span_bytes(parts[0]))
-        if parts[2].len <= LARGEST_NAME:
-            run.metadata = span_bytes(parts[2])
+        run = self.new(unescaped(header.msg_id), span_bytes(text))
+        if metadata.len <= LARGEST_NAME:
+            run.metadata = span_bytes(metadata)
             self.count_bytes(run, len(run.metadata))
         else:
-            run.cell_name = name_in(parts[2], b"cellId", 6)
+            run.cell_name = name_in(metadata, b"cellId", 6)
         return 0
 
     cdef int answer(self) except -1:
@@ -264,7 +325,10 @@ cdef class Ledger:
     cdef Run hear(self, const Indexed *m, long long number):
         """Whose a message is. What was heard before is passed by: no run that was forgotten since begins with it."""
         cdef bint is_new = number >= self.position
-        cdef Run run = self.run_of(m.text[1], is_new)
+        cdef Run run
+        if self.asked != NULL:
+            self.settle()
+        run = self.run_of(m.text[1], is_new)
         if is_new:
             if run is not None:
                 self.follow(run, m, number)
@@ -369,6 +433,7 @@ cdef class Ledger:
 
     def begin_anew(self):
         cdef Run run
+        self.settle()
         for run in self.runs.values():
             run.asks = -1
             if run.state == QUEUED_RUN or run.state == RUNNING_RUN:

@@ -278,13 +278,7 @@ cdef class Uplink:
 
     cdef int tell(self, int target) except -1:
         """What is asked, or answered. Before it goes: what fails here is tried again."""
-        cdef Header header
-        cdef fw_span *parts = self.message.parts.items
-        if target == STDIN:
-            self.ledger.answer()
-        elif scan_header(parts[0], &header) != NOT_JSON:
-            self.ledger.ask(parts, &header)
-        return 0
+        return self.ledger.answer() if target == STDIN else self.ledger.ask(self.message.parts.items)
 
     cdef bint is_allowed(self) except -1:
         cdef Header header
