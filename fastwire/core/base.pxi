@@ -67,6 +67,7 @@ cdef extern from "core/sha256.h" nogil:
     void fw_hmac_outer(const fw_hmac_key *k, const uint8_t *inner, uint8_t *digest)
     void fw_hmac(const fw_hmac_key *k, const fw_span *spans, size_t count, uint8_t *digest)
     void fw_hex(const uint8_t *data, size_t n, char *out)
+    void fw_unhex(const char *text, size_t n, uint8_t *out)
     int fw_equal_constant_time(const void *a, const void *b, size_t n)
 
 cdef extern from "core/text.h" nogil:
@@ -196,17 +197,17 @@ def live():
 cdef enum:
     LEAST_BLOCK = 11        # 2 KiB
     BLOCK_SIZES = 8         # up to 256 KiB
+    MOST_SPARE = 1024       # of a size: FW_SPARE_BYTES of the least
 
-cdef struct Spare:
-    Spare *next
-
-cdef Spare *spare_blocks[BLOCK_SIZES]
+# A stack each: what was given back last comes first, and is not looked into, as a list through the blocks would be.
+cdef void *spare_blocks[BLOCK_SIZES][MOST_SPARE]
+cdef int spare_counts[BLOCK_SIZES]
 cdef size_t spare_bytes = 0
 cdef size_t block_bytes = 0     # of those that are in use
 cdef size_t history_bytes = 0   # of what refuses replays, of all sockets (`sign`)
 cdef size_t ledger_bytes = 0    # of what is known of runs, of all kernels (`ledger`)
 cdef Py_ssize_t log_bytes = 0   # what logs count as theirs, most of it blocks
-memset(spare_blocks, 0, sizeof(spare_blocks))
+memset(spare_counts, 0, sizeof(spare_counts))
 
 
 cdef inline size_t aligned(size_t size) noexcept nogil:
@@ -225,17 +226,16 @@ cdef void *block_get(size_t *size) noexcept:
     """At least ``size`` bytes, how many is written there; NULL without memory."""
     global spare_bytes, block_bytes
     cdef int which = block_size_of(size[0])
-    cdef Spare *block
+    cdef void *block
     if which < BLOCK_SIZES:
         size[0] = <size_t>1 << (LEAST_BLOCK + which)
-        block = spare_blocks[which]
-        if block != NULL:
-            spare_blocks[which] = block.next
+        if spare_counts[which]:
+            spare_counts[which] -= 1
             spare_bytes -= size[0]
             block_bytes += size[0]
             alive.blocks += 1
-            return block
-    block = <Spare *>malloc(size[0])
+            return spare_blocks[which][spare_counts[which]]
+    block = malloc(size[0])
     if block != NULL:
         block_bytes += size[0]
         alive.blocks += 1
@@ -248,11 +248,11 @@ cdef void block_put(void *block, size_t size) noexcept:
     cdef int which = block_size_of(size)
     block_bytes -= size
     alive.blocks -= 1
-    if which == BLOCK_SIZES or spare_bytes + size > FW_SPARE_BYTES:
+    if which == BLOCK_SIZES or spare_bytes + size > FW_SPARE_BYTES or spare_counts[which] == MOST_SPARE:
         free(block)
         return
-    (<Spare *>block).next = spare_blocks[which]
-    spare_blocks[which] = <Spare *>block
+    spare_blocks[which][spare_counts[which]] = block
+    spare_counts[which] += 1
     spare_bytes += size
 
 

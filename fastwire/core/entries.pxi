@@ -102,6 +102,9 @@ cdef class LogEntry:
         self.ours = ours
         self.memory = batch.memory_size() + ENTRY_SIZE
 
+    cdef Py_ssize_t messages(self) except -1:
+        return self.batch.count if type(self) is LogEntry else self.count
+
     def __len__(self):
         return self.batch.count
 
@@ -193,8 +196,9 @@ cdef class LogSegment:
         cdef list rest = self.entries[count:]
         cdef dict counted = {}
         cdef Py_ssize_t memory = 0
+        cdef LogEntry each
         for each in rest:
-            counted[each.audience] = counted.get(each.audience, 0) + each.count
+            counted[each.audience] = counted.get(each.audience, 0) + each.messages()
             memory += each.memory
         self.entries = rest
         self.counts = counted

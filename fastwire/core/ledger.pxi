@@ -206,7 +206,7 @@ cdef class Ledger:
         return 0
 
     cdef int settle(self) except -1:
-        """What was asked are runs now. Where there is no memory for one, it and those behind it are so the next time."""
+        """What was asked are runs now. Where there is no memory for one, it and those behind it are the next time."""
         cdef Asked *asked
         cdef const char *data
         while self.asked_start < self.asked_end:

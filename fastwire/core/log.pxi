@@ -207,10 +207,13 @@ cdef class Log:
 
     cdef int say_all(self, Batch batch, bint ours) except -1:
         cdef LogEntry entry = self.add(batch, None, False, ours)
+        cdef tuple listeners = self.listeners
         cdef Outlet outlet
         cdef object failure = None
-        cdef bint is_crowd = len(self.listeners) > CROWD
-        for outlet in self.listeners:
+        cdef bint is_crowd = len(listeners) > CROWD
+        cdef Py_ssize_t i
+        for i in range(len(listeners)):
+            outlet = <Outlet>listeners[i]
             if outlet.wire is not None:
                 outlet.wire.is_of_crowd = is_crowd
             try:
@@ -416,13 +419,17 @@ cdef class Log:
         without anybody, and would be whole, and in Python's hands, again and again. Half of its entries go at a time:
         each is copied to another list once or twice."""
         cdef list entries = segment.entries
+        cdef LogEntry last
         cdef Py_ssize_t count
         if segment is not self.open or segment is not self.needed or segment.memory < self.size_of_segment() // 16:
             return 0
         count = len(entries) // 2
-        if not count or entries[count - 1].end > first:
+        if not count:
             return 0
-        first = entries[count - 1].end
+        last = entries[count - 1]
+        if last.end > first:
+            return 0
+        first = last.end
         try:
             if self.history_limit and not self.keep_entries(entries[:count], segment.first, first):
                 return 0

@@ -294,6 +294,14 @@ static void fw_hex(const uint8_t *bytes, size_t n, char *out) {
     }
 }
 
+/* The bytes that `fw_hex` spelled like this; of anything else, some. */
+static void fw_unhex(const char *text, size_t n, uint8_t *out) {
+    for (size_t i = 0; i < n; i++, text += 2) {
+        unsigned high = (unsigned char)text[0], low = (unsigned char)text[1];
+        out[i] = (uint8_t)(((high & 15) + (high >> 6) * 9) << 4 | ((low & 15) + (low >> 6) * 9));
+    }
+}
+
 /* Takes the same time wherever the two differ. */
 static int fw_equal_constant_time(const void *a, const void *b, size_t n) {
     const uint8_t *x = (const uint8_t *)a, *y = (const uint8_t *)b;

@@ -65,9 +65,12 @@ cdef inline uint32_t history_home(const History *h, uint64_t digest) noexcept no
     return <uint32_t>((digest * slot_multiplier) >> h.shift)
 
 
-cdef inline void history_expect(const History *h, uint64_t digest) noexcept nogil:
-    """Its slot, and that of the oldest, will be looked at: they lie anywhere in what caches do not hold."""
-    if h.count:
+cdef inline void history_expect(const History *h, fw_span signature) noexcept nogil:
+    """The slot of what a signature claims to be, and that of the oldest, will be looked at: they lie anywhere in what
+    caches do not hold, and come while the message is hashed."""
+    cdef uint64_t digest
+    if h.count and signature.len >= 2 * sizeof(digest):
+        fw_unhex(<const char *>signature.ptr, sizeof(digest), <uint8_t *>&digest)
         prefetch(&h.table[history_home(h, digest)])
         prefetch(&h.table[history_home(h, h.ring[h.oldest])])
 
@@ -312,9 +315,9 @@ cdef class Signer:
         if self.scheme == UNSIGNED:
             return TRUSTED
         if self.scheme == SHA256:
+            history_expect(&self.history, signature)
             self.sha256(parts, digest)
             memcpy(digest_of, digest, 8)
-            history_expect(&self.history, digest_of[0])
             fw_hex(digest, 32, expected)
             if signature.len != 64 or not fw_equal_constant_time(signature.ptr, expected, 64):
                 return FORGED

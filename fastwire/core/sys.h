@@ -90,6 +90,15 @@ static int fw_cut(struct iovec *iov, int count, size_t limit) {
     return count;
 }
 
+/* One piece needs no list of pieces, which the system would have to copy and check. */
+static ssize_t fw_send_pieces(int fd, struct iovec *iov, int count) {
+    struct msghdr m;
+    if (count == 1) return send(fd, iov->iov_base, iov->iov_len, MSG_NOSIGNAL | MSG_DONTWAIT);
+    memset(&m, 0, sizeof m);
+    m.msg_iov = iov, m.msg_iovlen = (size_t)count;
+    return sendmsg(fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
 static ssize_t fw_sendmsg(int fd, struct iovec *iov, int count) {
     for (;;) {
         fw_step *step = fw_scripted(FW_SENDMSG);
@@ -99,11 +108,7 @@ static ssize_t fw_sendmsg(int fd, struct iovec *iov, int count) {
         } else if (step && !step->bytes) {
             n = 0;
         } else {
-            struct msghdr m;
-            memset(&m, 0, sizeof m);
-            m.msg_iov = iov;
-            m.msg_iovlen = (size_t)(step ? fw_cut(iov, count, (size_t)step->bytes) : count);
-            n = sendmsg(fd, &m, MSG_NOSIGNAL | MSG_DONTWAIT);
+            n = fw_send_pieces(fd, iov, step ? fw_cut(iov, count, (size_t)step->bytes) : count);
         }
         if (n >= 0 || errno != EINTR) return n;
     }

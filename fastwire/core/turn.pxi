@@ -74,11 +74,17 @@ cdef class Parts:
         return 0
 
 
+# Who is to hear that a descriptor is ready.
+cdef struct Watcher:
+    PyObject *who                   # NULL: nobody
+    bint is_part
+
+
 @cython.final
 cdef class Poller:
     cdef readonly int fd
     cdef dict watched               # of each descriptor: a `Part`, or what is called
-    cdef PyObject **by_fd           # the same, at their numbers
+    cdef Watcher *by_fd             # the same, at their numbers
     cdef int fd_room
     cdef Parts followers            # `on_all_read` of them is called in this turn
     cdef Parts parts                # that are flushed at this turn's end; who left meanwhile has no `at_end`
@@ -86,11 +92,12 @@ cdef class Poller:
     cdef list crowd                 # that are flushed then, or at the end of the next turns, in this order
     cdef dict callbacks             # that are called then, once each
     cdef dict waiting               # parts that wait for a time; as keys, so that one can leave
-    cdef uint64_t sweep_at          # the next look at them
+    cdef uint64_t sweep_at          # the next look at them, UINT64_MAX for none
     cdef uint64_t swept             # the last one
     cdef object report              # called with whoever raised, and the exception
     cdef object later               # makes the loop call `end`, when no turn is running
     cdef bint in_turn
+    cdef bint ends_soon             # something is to be done at this turn's end, or at the next one's
     cdef bint end_is_due            # the loop was told
     cdef bint timer_is_set          # the loop will call `tick`
     cdef bint python_ran            # in this turn
@@ -112,6 +119,7 @@ cdef class Poller:
         self.crowd = []
         self.callbacks = {}
         self.waiting = {}
+        self.sweep_at = UINT64_MAX
 
     def __init__(self, report, later):
         self.report = report
@@ -159,19 +167,19 @@ cdef class Poller:
             else:
                 self.watched[fd] = before
             raise OSError(error, os.strerror(error))
-        self.by_fd[fd] = <PyObject *>callback
+        self.by_fd[fd] = Watcher(<PyObject *>callback, isinstance(callback, Part))
 
     cdef int make_room(self, int fd) except -1:
         cdef int room = max(2 * fd, 64)
-        cdef PyObject **by_fd
+        cdef Watcher *by_fd
         if fd < 0:
             raise ValueError("a descriptor is not negative")
         if fd < self.fd_room:
             return 0
-        by_fd = <PyObject **>realloc(self.by_fd, room * sizeof(PyObject *))
+        by_fd = <Watcher *>realloc(self.by_fd, room * sizeof(Watcher))
         if by_fd == NULL:
             raise MemoryError
-        memset(by_fd + self.fd_room, 0, (room - self.fd_room) * sizeof(PyObject *))
+        memset(by_fd + self.fd_room, 0, (room - self.fd_room) * sizeof(Watcher))
         self.by_fd = by_fd
         self.fd_room = room
         return 0
@@ -180,7 +188,7 @@ cdef class Poller:
         """Whether it was watched."""
         if self.watched.get(fd) != callback:
             return False
-        self.by_fd[fd] = NULL
+        self.by_fd[fd].who = NULL
         del self.watched[fd]
         if self.fd >= 0:
             fw_poll_remove(self.fd, fd)
@@ -223,7 +231,7 @@ cdef class Poller:
         self.loop_select = None
         del selector.select
         # Who counted on the next wait has only the loop now: connections that nobody watches here, over TLS.
-        if self.ends_soon():
+        if self.ends_soon:
             self.see_to_the_end()
         if len(self.waiting):
             self.see_to_the_time()
@@ -263,10 +271,10 @@ cdef class Poller:
         cdef int count, milliseconds = -1
         cdef uint64_t now
         cdef int fd = self.fd
-        if self.ends_soon():
+        if self.ends_soon:
             forever = False
             until = 0
-        elif len(self.waiting) and (forever or self.sweep_at < until):
+        elif self.sweep_at != UINT64_MAX and (forever or self.sweep_at < until):
             forever = False
             until = self.sweep_at
         if not forever:
@@ -298,7 +306,7 @@ cdef class Poller:
         if not self.end_is_due:
             self.begin()
             self.see_to_the_end()
-        self.call_ready(callback)
+        self.call_ready(callback, isinstance(callback, Part))
 
     cdef bint handle(self, const int *ready, int count) except -1:
         """Whether a descriptor of the loop's is ready."""
@@ -311,7 +319,7 @@ cdef class Poller:
                     is_loops = True
                 else:
                     self.call(ready[i])
-            if len(self.waiting) and self.sweep_at <= self.began:
+            if self.sweep_at <= self.began:
                 self.sweep()
             if self.followers.count:
                 self.call_followers()
@@ -321,17 +329,17 @@ cdef class Poller:
         return is_loops
 
     cdef int call(self, int fd) except -1:
-        if fd >= self.fd_room or self.by_fd[fd] == NULL:  # one before it has unwatched it
+        if fd >= self.fd_room or self.by_fd[fd].who == NULL:  # one before it has unwatched it
             return 0
-        return self.call_ready(<object>self.by_fd[fd])
+        return self.call_ready(<object>self.by_fd[fd].who, self.by_fd[fd].is_part)
 
     def wake(self, Part part not None):
         """As if its descriptor were ready."""
-        self.call_ready(part)
+        self.call_ready(part, True)
 
-    cdef int call_ready(self, object callback) except -1:
+    cdef int call_ready(self, object callback, bint is_part) except -1:
         try:
-            if isinstance(callback, Part):
+            if is_part:
                 (<Part>callback).on_ready()
             else:
                 self.python_ran = True
@@ -393,13 +401,6 @@ cdef class Poller:
 
     # -- the end of a turn --
 
-    cdef inline bint ends_soon(self) noexcept:
-        """Something is to be done at this turn's end, or at the next one's."""
-        return (
-            self.parts.count > 0 or self.followers.count > 0 or len(self.callbacks) > 0 or len(self.crowd) > 0
-            or self.interrupt is not None
-        )
-
     cdef int flush_later(self, Part part) except -1:
         if not part.at_end:
             self.see_to_the_end()
@@ -416,6 +417,7 @@ cdef class Poller:
         self.callbacks[callback] = None
 
     cdef int see_to_the_end(self) except -1:
+        self.ends_soon = True
         if not self.in_turn and self.loop_fd < 0 and not self.end_is_due:
             self.later(self.end_turn)
             self.end_is_due = True
@@ -432,11 +434,21 @@ cdef class Poller:
             self.in_turn = False
             self.end()
 
+    cdef inline bint is_left(self) noexcept:
+        """Something is for the next turn's end."""
+        return (
+            self.parts.count > 0 or self.followers.count > 0 or len(self.callbacks) > 0 or len(self.crowd) > 0
+            or self.interrupt is not None
+        )
+
     cdef int end(self) except -1:
+        if not self.ends_soon:
+            return 0
         try:
             self.end_all()
         finally:
-            if self.ends_soon():
+            self.ends_soon = False
+            if self.is_left():
                 self.see_to_the_end()
         if self.interrupt is not None:
             interrupt, self.interrupt = self.interrupt, None
@@ -491,14 +503,11 @@ cdef class Poller:
 
     cdef int call_at(self, Part part, uint64_t when) except -1:
         """`on_time` of it then, or at most a `SWEEP` later. Cheap for very many, most of whom leave early."""
-        cdef bint first = len(self.waiting) == 0
         if not part.awaits:
             self.waiting[part] = None
             part.awaits = True
         part.look_at = when
-        when = max(when, self.swept + SWEEP)
-        if first or when < self.sweep_at:
-            self.sweep_at = when
+        self.sweep_at = min(self.sweep_at, max(when, self.swept + SWEEP))
         self.see_to_the_time()
         return 0
 
@@ -530,7 +539,7 @@ cdef class Poller:
             else:
                 next_one = min(next_one, part.look_at)
         self.swept = now
-        self.sweep_at = max(next_one, now + SWEEP)
+        self.sweep_at = max(next_one, now + SWEEP)  # for ever, where there is none
         for part in due:
             if not part.awaits or part.look_at > now:  # one before it had it forgotten, or called later
                 continue

@@ -152,6 +152,7 @@ cdef class Uplink:
     cdef list sockets           # of shell, control, stdin
     cdef Line waiting[UPLINKS]  # per socket: messages it had no room for
     cdef fw_account *account    # of what libzmq has, and of what uplinks that were adopted gave it
+    cdef bint libzmq_has_some   # or had
     cdef object tracked         # the same by pyzmq: (MessageTracker, bytes)
     cdef size_t tracked_bytes
     cdef size_t line_bytes      # of all that stand in `waiting`
@@ -386,6 +387,7 @@ cdef class Uplink:
         cdef int problem, result
         cdef void *handle = handle_of(self.sockets[target])
         make_frames(record)
+        self.libzmq_has_some = True
         # From here to the last frame nothing of Python's runs.
         fw_record_charge(record, self.account)
         result = give(handle, record, &problem)
@@ -498,6 +500,7 @@ cdef class Uplink:
         for target in range(UPLINKS):
             line_put_before(&self.waiting[target], &other.waiting[target])
         fw_account_adopt(self.account, other.account)
+        self.libzmq_has_some |= other.libzmq_has_some
         other.account = fresh
         self.tracked = tracked
         other.tracked = nothing
@@ -611,7 +614,7 @@ cdef class Uplink:
         """Whether something is left to do after sending: notes, what waits, or more on its way than is for free."""
         if len(self.notes) or self.count_waiting():
             return True
-        if not self.unwritten and not self.tracked_bytes and not fw_account_bytes(self.account):
+        if not self.unwritten and not self.tracked_bytes and not self.libzmq_has_some:
             return False
         return self.on_their_way() > free_bytes
 
