@@ -516,8 +516,9 @@ class Run:
 @final
 class Ledger:
     """The last ``most`` runs of a kernel. An `Uplink` tells what is asked, `learn` what the kernel says. A header of
-    more than 8 KiB is no run's. Where all ledgers have what they may have together (`limit_ledgers`), a run that is
-    asked takes the place of older ones, of all but 32."""
+    more than 8 KiB is no run's. What was asked becomes a run when the ledger is looked at or learns something; where
+    that raises MemoryError it does so the next time. Where all ledgers have what they may have together
+    (`limit_ledgers`), a run that is asked takes the place of older ones, of all but 32."""
 
     def __init__(self, most: int = 512) -> None: ...
     def __len__(self) -> int: ...

@@ -337,8 +337,9 @@ class Returning:
         return message
 
     def closed(self) -> None:
-        """Wait for the end of the connection."""
-        with suppress(Closed):
+        """Wait for the end of the connection. Caddy says Close in the middle of a message that it passes on: so what
+        cannot be read is the end, too."""
+        with suppress(Closed, ValueError):
             while True:
                 self.receive()
 

@@ -55,6 +55,12 @@ def uplink_of(context: zmq.Context, protocol: str | None, ledger: Ledger) -> Upl
     return Uplink(protocol, SIGNER, sockets, ledger=ledger)
 
 
+def ask(uplink: Uplink, *names: str) -> None:
+    for name in names:
+        parts = [json.dumps(request(name)).encode(), b"{}", b"{}", b"{}"]
+        uplink.send(2, builders.client_message(parts, "shell", PROTOCOL_V1))
+
+
 def a_run(name: str, *, count: int = 1) -> list[list[bytes]]:
     parent = request(name)
     return [
@@ -233,12 +239,52 @@ def test_what_is_asked_is_a_run_when_somebody_looks(context: zmq.Context) -> Non
 def test_what_was_asked_goes_with_its_ledger(context: zmq.Context) -> None:
     uplink = uplink_of(context, PROTOCOL_V1, Ledger())
     uplink.held = True
-    before = _core.live()["blocks"]
-    parts = [json.dumps(request("a")).encode(), b"{}", b"{}", b"{}"]
-    uplink.send(2, builders.client_message(parts, "shell", PROTOCOL_V1))
-    assert _core.live()["blocks"] == before + 1, "nobody has looked"
+    before = _core.memory_beside_logs()
+    ask(uplink, "a")
+    assert _core.memory_beside_logs() == before + 2048, "nobody has looked"
     del uplink
-    assert _core.live()["blocks"] == before
+    assert _core.memory_beside_logs() == before
+
+
+def test_what_was_asked_before_a_kernel_began_anew_is_lost(context: zmq.Context) -> None:
+    """Also where nobody has looked since."""
+    ledger = Ledger()
+    uplink = uplink_of(context, PROTOCOL_V1, ledger)
+    uplink.held = True
+    ask(uplink, "a", "b")
+    ledger.begin_anew()
+    ask(uplink, "c")
+    assert [(run.msg_id, run.state) for run in ledger.all()] == [("a", "lost"), ("b", "lost"), ("c", "queued")]
+    ask(uplink, "d")
+    assert ledger.get("d").state == "queued"
+
+
+def test_what_was_asked_is_known_when_its_kernel_answers(context: zmq.Context) -> None:
+    ledger = Ledger()
+    uplink = uplink_of(context, PROTOCOL_V1, ledger)
+    uplink.held = True
+    ask(uplink, "a", "b")
+    learned(ledger, batch_of(*a_run("a")))
+    assert [(run.msg_id, run.state, run.order) for run in ledger.all()] == [("a", "done", 1), ("b", "queued", 2)]
+    assert ledger.get("a").header == json.dumps(request("a")).encode(), "as it was asked"
+
+
+def test_what_python_has_to_read_is_read_at_once(context: zmq.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs then may look, and finds all that was asked before."""
+    ledger = Ledger()
+    uplink = uplink_of(context, PROTOCOL_V1, ledger)
+    uplink.held = True
+    seen: list[list[str]] = []
+    loads = json.loads
+
+    def looking(text: str) -> object:
+        seen.append([run.msg_id for run in ledger.all()])
+        return loads(text)
+
+    monkeypatch.setattr(json, "loads", looking)
+    ask(uplink, "a", "b", "\u00e4", "c", "\u00f6")
+    assert seen == [["a", "b"], ["a", "b", "\u00e4", "c"]]
+    assert [run.msg_id for run in ledger.all()] == ["a", "b", "\u00e4", "c", "\u00f6"]
 
 
 def test_the_oldest_are_forgotten_first() -> None:

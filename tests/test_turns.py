@@ -210,6 +210,46 @@ def test_one_timer_of_the_loop_is_enough_for_all_who_wait() -> None:
     wire.end()
 
 
+def test_nobody_is_woken_up_for_who_has_left() -> None:
+    async def body(turns: Turns) -> None:
+        pipe = Pipe(turns, [], "a")
+        wire = _core.Wire(-1, None, _core.FrameParser(), _core.WriteQueue(), turns.poller, None)
+
+        async def turns_of_a_while() -> int:
+            before = turns.poller.turns
+            await asyncio.sleep(0.2)
+            return turns.poller.turns - before
+
+        usual = await turns_of_a_while()
+        wire.look_after(0.05)
+        wire.end()
+        assert await turns_of_a_while() == usual
+        pipe.close()
+
+    run(body)
+
+
+def test_what_ends_the_loop_leaves_nothing_to_do() -> None:
+    """A loop that is closed then can be asked for nothing more, and the epoll is closed all the same."""
+    loop = asyncio.new_event_loop()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    async def main() -> tuple[Turns, Pipe]:
+        turns = Turns.current()
+        pipe = Pipe(turns, [], "a")
+        loop.call_soon(turns.at_end, stop)
+        return turns, pipe
+
+    turns, pipe = loop.run_until_complete(main())
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_forever()
+    loop.close()
+    pipe.close()
+    assert turns.poller.fd == -1
+
+
 def test_turns_have_nobodys_context() -> None:
     """Who watches first would be held as long as anybody watches, and what he has set be seen by others."""
     who: ContextVar[str] = ContextVar("who", default="nobody")

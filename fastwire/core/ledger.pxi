@@ -12,7 +12,7 @@ cdef enum:
     LARGEST_NAME = 512          # of a cell's id
     LARGEST_DATE = 64
     UNKNOWN = -1                # an execution count
-    ASKED_ROOM = 4096           # bytes of requests that are no runs yet
+    ASKED_ROOM = 2048           # bytes of requests that are no runs yet
     RUN_SIZE = 512              # bytes that one takes, with its place and its name, beside what is kept of its request
     LEAST_RUNS = 32             # of a kernel that are known however much others' take
 
@@ -36,6 +36,11 @@ cdef inline void note_date(Date *date, const Indexed *m) noexcept nogil:
     if is_string(said) and said.len <= LARGEST_DATE:
         memcpy(date.text, said.ptr, said.len)
         date.size = <uint8_t>said.len
+
+
+cdef inline bint is_escaped(fw_span text) noexcept nogil:
+    """Something in it is: Python's json is to read it."""
+    return text.len > 0 and memchr(text.ptr, 92, text.len) != NULL
 
 
 cdef inline str date_of(const Date *date):
@@ -145,9 +150,9 @@ cdef class Ledger:
     cdef PyObject *oldest       # that was not heard of for longest
     cdef PyObject *newest
     cdef char *asked            # requests that are no runs yet, each behind its `Asked`; NULL where there are none
-    cdef size_t asked_room
     cdef size_t asked_start
     cdef size_t asked_end
+    cdef size_t asked_anew      # those before it were asked of a process that is gone
     cdef readonly long long position
     # The last parent header, which nearly always is the next one's, and the run that it names.
     cdef char *parent
@@ -182,65 +187,78 @@ cdef class Ledger:
 
     cdef int ask(self, const fw_span *parts) except -1:
         """A message for shell, as it goes to the kernel."""
+        global ledger_bytes
         cdef size_t size = aligned(sizeof(Asked) + parts[0].len + parts[2].len)
         cdef Asked *asked
         cdef char *data
+        cdef bint at_once = size > ASKED_ROOM or is_escaped(parts[0]) or is_escaped(parts[2])
         if parts[0].len > LARGEST_REQUEST:
             return 0
-        if size > ASKED_ROOM - self.asked_end:
+        if not at_once and memmem(parts[0].ptr, parts[0].len, b"execute_request", 15) == NULL:
+            return 0
+        if at_once or size > ASKED_ROOM - self.asked_end:
             self.settle()
-        if size > ASKED_ROOM:
-            return self.be_asked(parts[0], parts[2])
+        if at_once:
+            self.be_asked(parts[0], parts[2])
+            return 0
         if self.asked == NULL:
-            self.asked_room = ASKED_ROOM
-            self.asked = <char *>block_get(&self.asked_room)
+            self.asked = <char *>malloc(ASKED_ROOM)
             if self.asked == NULL:
                 raise MemoryError
+            ledger_bytes += ASKED_ROOM
         asked = <Asked *>(self.asked + self.asked_end)
         asked.header = <uint32_t>parts[0].len
         asked.metadata = <uint32_t>parts[2].len
         data = <char *>(asked + 1)
         memcpy(data, parts[0].ptr, asked.header)
-        memcpy(data + asked.header, parts[2].ptr, asked.metadata)
+        if asked.metadata:
+            memcpy(data + asked.header, parts[2].ptr, asked.metadata)
         self.asked_end += size
         return 0
 
     cdef int settle(self) except -1:
-        """What was asked are runs now. Where there is no memory for one, it and those behind it are the next time."""
+        """What was asked are runs now. Where there is no memory for one, it and those behind it are the next time. No
+        Python runs meanwhile: nothing that lies there is escaped."""
         cdef Asked *asked
         cdef const char *data
+        cdef Run run
         while self.asked_start < self.asked_end:
             asked = <Asked *>(self.asked + self.asked_start)
             data = <const char *>(asked + 1)
-            self.be_asked(fixed(data, asked.header), fixed(data + asked.header, asked.metadata))
+            run = self.be_asked(fixed(data, asked.header), fixed(data + asked.header, asked.metadata))
+            if run is not None and self.asked_start < self.asked_anew:
+                run.state = LOST_RUN
             self.asked_start += aligned(sizeof(Asked) + asked.header + asked.metadata)
         self.forget_asked()
         return 0
 
     cdef void forget_asked(self) noexcept:
+        global ledger_bytes
         if self.asked != NULL:
-            block_put(self.asked, self.asked_room)
+            ledger_bytes -= ASKED_ROOM
+        free(self.asked)
         self.asked = NULL
-        self.asked_start = self.asked_end = 0
+        self.asked_start = self.asked_end = self.asked_anew = 0
 
-    cdef int be_asked(self, fw_span text, fw_span metadata) except -1:
+    cdef Run be_asked(self, fw_span text, fw_span metadata):
+        """None where it is no execute_request."""
         cdef Header header
         cdef Run run
         if scan_header(text, &header) == NOT_JSON:
-            return 0
+            return None
         if header.msg_type.ptr == NULL or not is_string(header.msg_type):
-            return 0
+            return None
         if not spells(inside(header.msg_type), b"execute_request", 15):
-            return 0
+            return None
         if header.msg_id.ptr == NULL or not is_string(header.msg_id):
-            return 0
+            return None
         run = self.new(unescaped(header.msg_id), span_bytes(text))
         if metadata.len <= LARGEST_NAME:
             run.metadata = span_bytes(metadata)
             self.count_bytes(run, len(run.metadata))
         else:
             run.cell_name = name_in(metadata, b"cellId", 6)
-        return 0
+        return run
 
     cdef int answer(self) except -1:
         """An input_reply goes to the kernel."""
@@ -433,7 +451,7 @@ cdef class Ledger:
 
     def begin_anew(self):
         cdef Run run
-        self.settle()
+        self.asked_anew = self.asked_end
         for run in self.runs.values():
             run.asks = -1
             if run.state == QUEUED_RUN or run.state == RUNNING_RUN:

@@ -444,14 +444,15 @@ cdef class Poller:
     cdef int end(self) except -1:
         if not self.ends_soon:
             return 0
+        self.ends_soon = False
         try:
             self.end_all()
         finally:
-            self.ends_soon = False
             if self.is_left():
                 self.see_to_the_end()
         if self.interrupt is not None:
             interrupt, self.interrupt = self.interrupt, None
+            self.ends_soon = self.is_left()
             raise interrupt
         return 0
 
@@ -495,6 +496,8 @@ cdef class Poller:
     cdef int forget(self, Part part) except -1:
         """It is over: nothing is called any more."""
         self.waiting.pop(part, None)
+        if not len(self.waiting):
+            self.sweep_at = UINT64_MAX
         part.follows = part.at_end = part.awaits = False
         part.look_at = 0
         return 0
