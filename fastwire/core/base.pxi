@@ -200,17 +200,17 @@ def live():
 cdef enum:
     LEAST_BLOCK = 11        # 2 KiB
     BLOCK_SIZES = 8         # up to 256 KiB
-    MOST_SPARE = 1024       # of a size: FW_SPARE_BYTES of the least
 
-# A stack each: what was given back last comes first, and is not looked into, as a list through the blocks would be.
-cdef void *spare_blocks[BLOCK_SIZES][MOST_SPARE]
-cdef int spare_counts[BLOCK_SIZES]
+cdef struct Spare:
+    Spare *next
+
+cdef Spare *spare_blocks[BLOCK_SIZES]
 cdef size_t spare_bytes = 0
 cdef size_t block_bytes = 0     # of those that are in use
 cdef size_t history_bytes = 0   # of what refuses replays, of all sockets (`sign`)
 cdef size_t ledger_bytes = 0    # of what is known of runs, of all kernels (`ledger`)
 cdef Py_ssize_t log_bytes = 0   # what logs count as theirs, most of it blocks
-memset(spare_counts, 0, sizeof(spare_counts))
+memset(spare_blocks, 0, sizeof(spare_blocks))
 
 
 cdef inline size_t aligned(size_t size) noexcept nogil:
@@ -229,16 +229,17 @@ cdef void *block_get(size_t *size) noexcept:
     """At least ``size`` bytes, how many is written there; NULL without memory."""
     global spare_bytes, block_bytes
     cdef int which = block_size_of(size[0])
-    cdef void *block
+    cdef Spare *block
     if which < BLOCK_SIZES:
         size[0] = <size_t>1 << (LEAST_BLOCK + which)
-        if spare_counts[which]:
-            spare_counts[which] -= 1
+        block = spare_blocks[which]
+        if block != NULL:
+            spare_blocks[which] = block.next
             spare_bytes -= size[0]
             block_bytes += size[0]
             alive.blocks += 1
-            return spare_blocks[which][spare_counts[which]]
-    block = malloc(size[0])
+            return block
+    block = <Spare *>malloc(size[0])
     if block != NULL:
         block_bytes += size[0]
         alive.blocks += 1
@@ -251,11 +252,11 @@ cdef void block_put(void *block, size_t size) noexcept:
     cdef int which = block_size_of(size)
     block_bytes -= size
     alive.blocks -= 1
-    if which == BLOCK_SIZES or spare_bytes + size > FW_SPARE_BYTES or spare_counts[which] == MOST_SPARE:
+    if which == BLOCK_SIZES or spare_bytes + size > FW_SPARE_BYTES:
         free(block)
         return
-    spare_blocks[which][spare_counts[which]] = block
-    spare_counts[which] += 1
+    (<Spare *>block).next = spare_blocks[which]
+    spare_blocks[which] = <Spare *>block
     spare_bytes += size
 
 

@@ -38,11 +38,6 @@ cdef inline void note_date(Date *date, const Indexed *m) noexcept nogil:
         date.size = <uint8_t>said.len
 
 
-cdef inline bint is_escaped(fw_span text) noexcept nogil:
-    """Something in it is: Python's json is to read it."""
-    return text.len > 0 and memchr(text.ptr, 92, text.len) != NULL
-
-
 cdef inline str date_of(const Date *date):
     return unescaped(fixed(date.text, date.size)) if date.size else None
 
@@ -135,7 +130,7 @@ cdef long long count_of(fw_span value) noexcept nogil:
 cdef inline bint is_called(Run run, fw_span text) noexcept:
     """Whether the inside of a JSON string is its id: of the usual ones, that no character is escaped in."""
     cdef str name = run.msg_id
-    if not PyUnicode_IS_ASCII(name) or memchr(text.ptr, 92, text.len) != NULL:
+    if not PyUnicode_IS_ASCII(name) or is_escaped(text):
         return False
     return same_bytes(text, fixed(<char *>PyUnicode_1BYTE_DATA(name), PyUnicode_GET_LENGTH(name)))
 
@@ -187,33 +182,38 @@ cdef class Ledger:
 
     cdef int ask(self, const fw_span *parts) except -1:
         """A message for shell, as it goes to the kernel."""
+        cdef fw_span header = parts[0]
+        cdef fw_span metadata = parts[2]
+        cdef size_t size = aligned(sizeof(Asked) + header.len + metadata.len)
+        if header.len > LARGEST_REQUEST:
+            return 0
+        if size > ASKED_ROOM or is_escaped(header) or is_escaped(metadata):
+            self.settle()
+            self.be_asked(header, metadata)
+        elif memmem(header.ptr, header.len, b"execute_request", 15) != NULL:
+            if size > ASKED_ROOM - self.asked_end:
+                self.settle()
+            self.note_asked(header, metadata)
+            self.asked_end += size
+        return 0
+
+    cdef int note_asked(self, fw_span header, fw_span metadata) except -1:
+        """There is room for it."""
         global ledger_bytes
-        cdef size_t size = aligned(sizeof(Asked) + parts[0].len + parts[2].len)
         cdef Asked *asked
         cdef char *data
-        cdef bint at_once = size > ASKED_ROOM or is_escaped(parts[0]) or is_escaped(parts[2])
-        if parts[0].len > LARGEST_REQUEST:
-            return 0
-        if not at_once and memmem(parts[0].ptr, parts[0].len, b"execute_request", 15) == NULL:
-            return 0
-        if at_once or size > ASKED_ROOM - self.asked_end:
-            self.settle()
-        if at_once:
-            self.be_asked(parts[0], parts[2])
-            return 0
         if self.asked == NULL:
             self.asked = <char *>malloc(ASKED_ROOM)
             if self.asked == NULL:
                 raise MemoryError
             ledger_bytes += ASKED_ROOM
         asked = <Asked *>(self.asked + self.asked_end)
-        asked.header = <uint32_t>parts[0].len
-        asked.metadata = <uint32_t>parts[2].len
+        asked.header = <uint32_t>header.len
+        asked.metadata = <uint32_t>metadata.len
         data = <char *>(asked + 1)
-        memcpy(data, parts[0].ptr, asked.header)
-        if asked.metadata:
-            memcpy(data + asked.header, parts[2].ptr, asked.metadata)
-        self.asked_end += size
+        memcpy(data, header.ptr, header.len)
+        if metadata.len:
+            memcpy(data + header.len, metadata.ptr, metadata.len)
         return 0
 
     cdef int settle(self) except -1:

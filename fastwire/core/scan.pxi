@@ -332,10 +332,15 @@ cdef inline bint is_blank(fw_span text) noexcept nogil:
     return skip_space(<const uint8_t *>text.ptr, end) == end
 
 
+cdef inline bint is_escaped(fw_span text) noexcept nogil:
+    """Whether something in it is, which Python's json is to read."""
+    return text.len > 0 and memchr(text.ptr, 92, text.len) != NULL
+
+
 cdef object unescaped(fw_span string):
     """The str of a JSON string, quotes included. Bytes that are not UTF-8 become U+FFFD."""
     cdef fw_span text = inside(string)
-    if memchr(text.ptr, 92, text.len) == NULL:
+    if not is_escaped(text):
         return PyUnicode_DecodeUTF8(<const char *>text.ptr, <Py_ssize_t>text.len, b"replace")
     return json.loads(span_bytes(string).decode("utf-8", "replace"))
 

@@ -123,7 +123,7 @@ cdef int channel_index(fw_span channel, bint quoted) noexcept nogil:
         if not is_string(channel):
             return -1
         channel = inside(channel)
-    elif memchr(channel.ptr, 92, channel.len) != NULL:
+    elif is_escaped(channel):
         return -1
     if spells(channel, b"shell", 5):
         return SHELL
@@ -140,7 +140,7 @@ cdef bint is_request(fw_span text) noexcept:
     if said.ptr == NULL or not is_string(said):
         return True
     said = inside(said)
-    if memchr(said.ptr, 92, said.len) != NULL:
+    if is_escaped(said):
         return True
     return said.len >= 8 and memcmp(<const char *>said.ptr + said.len - 8, b"_request", 8) == 0
 
@@ -152,7 +152,6 @@ cdef class Uplink:
     cdef list sockets           # of shell, control, stdin
     cdef Line waiting[UPLINKS]  # per socket: messages it had no room for
     cdef fw_account *account    # of what libzmq has, and of what uplinks that were adopted gave it
-    cdef bint libzmq_has_some   # or had
     cdef object tracked         # the same by pyzmq: (MessageTracker, bytes)
     cdef size_t tracked_bytes
     cdef size_t line_bytes      # of all that stand in `waiting`
@@ -387,7 +386,6 @@ cdef class Uplink:
         cdef int problem, result
         cdef void *handle = handle_of(self.sockets[target])
         make_frames(record)
-        self.libzmq_has_some = True
         # From here to the last frame nothing of Python's runs.
         fw_record_charge(record, self.account)
         result = give(handle, record, &problem)
@@ -500,7 +498,6 @@ cdef class Uplink:
         for target in range(UPLINKS):
             line_put_before(&self.waiting[target], &other.waiting[target])
         fw_account_adopt(self.account, other.account)
-        self.libzmq_has_some |= other.libzmq_has_some
         other.account = fresh
         self.tracked = tracked
         other.tracked = nothing
@@ -614,7 +611,7 @@ cdef class Uplink:
         """Whether something is left to do after sending: notes, what waits, or more on its way than is for free."""
         if len(self.notes) or self.count_waiting():
             return True
-        if not self.unwritten and not self.tracked_bytes and not self.libzmq_has_some:
+        if not self.unwritten and not self.tracked_bytes and not fw_account_bytes(self.account):
             return False
         return self.on_their_way() > free_bytes
 
