@@ -386,8 +386,14 @@ class Journal(Log):
     def count_behind(self, more: int) -> None:
         """Cursors that are."""
         self.count_of_behind += more
+        self._enlist()
+
+    def _enlist(self) -> None:
+        """Among those that have something which can be put aside: somebody is behind, or something that is whole was
+        not acknowledged. Many who keep up may have most of a bound, and who was behind lost its output for them."""
+        has_some = self.count_of_behind or self.needed is not self.open
         for budget in (self.user_budget, self._budgets.total):
-            if self.count_of_behind:
+            if has_some:
                 budget.logs.add(self)
             else:
                 budget.logs.discard(self)
@@ -405,6 +411,8 @@ class Journal(Log):
         self._droppable.append(segment)
         self.shelf.add(segment)
         self.open = segment.next = Segment(self.end, segment)
+        if segment is self.needed:
+            self._enlist()
         self.leave(segment)
 
     def set_entries(self, segment: Segment, entries: list[Entry] | None) -> None:
@@ -432,6 +440,8 @@ class Journal(Log):
             self.count_as_history(segment)
             self.trim(self.history_limit)
             self.offer()
+        if self.needed is self.open:
+            self._enlist()
 
     # -- what everybody has --
 

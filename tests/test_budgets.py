@@ -183,3 +183,28 @@ def test_many_of_whom_nobody_is_behind_keep_little() -> None:
     for client in clients:
         client.journal.close()
     assert budgets.total.used == 0
+
+
+def test_what_waits_for_acknowledgements_is_put_aside_before_another_loses_output(limits: Limits) -> None:
+    """Many who keep up and have not acknowledged have most; who is behind has little, and was given up for them."""
+    limits = changed(limits, total_memory_limit=2 * MIB, client_memory_limit=2 * MIB)
+    budgets, disk = Budgets(limits), Disk()
+    behind, *keeping_up = (Client(Journal(limits, budgets, disk)) for _ in range(9))
+    behind.lose_socket()
+    for number in range(60):
+        for client in keeping_up:
+            client.hears(client.journal.append(batch_of(line(number, 5000))), [number])
+            client.journal.settle()
+        if not number % 10:
+            say(behind.journal, batch_of(line(number, 5000)))
+        while disk.work():
+            pass
+        assert budgets.total.used <= budgets.total.limit
+    assert all_of(behind, disk) == [*range(0, 60, 10)]
+    for client in keeping_up:
+        client.written = client.taken = client.queued // 2
+        client.lose_socket()
+        assert all_of(client, disk) == [*range(60)]
+        client.journal.close()
+    behind.journal.close()
+    assert budgets.total.used == 0
