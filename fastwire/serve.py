@@ -32,7 +32,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
@@ -57,6 +57,7 @@ try:
     from tornado.http1connection import HTTP1Connection
     from tornado.httpserver import HTTPServer
     from tornado.netutil import bind_sockets
+    from tornado.platform.asyncio import BaseAsyncIOLoop
     from tornado.web import HTTPError
     from traitlets import default
     from traitlets.config import Config, Configurable
@@ -208,11 +209,12 @@ class FastwireServer(ServerApp):
             offer_lab_extension(self)
 
     def init_signal(self) -> None:
-        """Extends ``ServerApp.init_signal``, which asks at Ctrl-C, or ends without cleaning up."""
+        """Extends ``ServerApp.init_signal``, which asks at Ctrl-C, or ends without cleaning up. The loop's handlers,
+        because they wake it: one of Python that comes just before an idle loop waits is run after that."""
         super().init_signal()
-        signal.signal(signal.SIGINT, self._signal_stop)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-            signal.signal(signal.SIGHUP, self._signal_stop)
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if each is not signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN:  # nohup
+                cast(BaseAsyncIOLoop, self.io_loop).asyncio_loop.add_signal_handler(each, self._signal_stop, each, None)
 
     def init_httpserver(self) -> None:
         """Extends ``ServerApp.init_httpserver``: the last step, every class with options is imported."""

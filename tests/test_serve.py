@@ -365,6 +365,32 @@ def test_a_signal_ends_it_and_its_kernels(home: Home, signals: tuple[signal.Sign
         assert "[E " not in server.stderr
 
 
+ELSEWHERE = """
+import signal, threading
+
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
+"""
+
+
+def sleeps(process: subprocess.Popen, seconds: float) -> bool:
+    """Its main thread is not woken for so long."""
+    before = psutil.Process(process.pid).num_ctx_switches()
+    time.sleep(seconds)
+    return psutil.Process(process.pid).num_ctx_switches() == before
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda how: how.name)
+def test_a_signal_that_interrupts_no_wait_ends_it(home: Home, how: signal.Signals) -> None:
+    """Here another thread gets it. One that comes just before an idle loop begins to wait does the same: Python had
+    noted it, and the server ended with the next request, or never."""
+    (home.config / "jupyter_server_config.py").write_text(ELSEWHERE)
+    with serving(home) as server:
+        poll(lambda: sleeps(server.process, 3), "a server that has nothing to do")
+        assert server.stop(how) == 0
+        assert home.left_behind == set()
+
+
 def test_ctrl_c_on_a_terminal_asks_nothing(home: Home) -> None:
     ours, theirs = pty.openpty()
     try:
