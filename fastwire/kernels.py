@@ -526,6 +526,7 @@ class Kernel:
         return None
 
     def _is_there(self, questions: Questions) -> bool:
+        self.relay.tell_observers()  # otherwise its manager's state is the one of up to two seconds ago
         return self.hearing.heard and (self._state == "busy" or (questions.answers > 0 and self._state != "starting"))
 
     @property

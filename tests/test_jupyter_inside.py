@@ -17,8 +17,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
 from fastwire._core import PROTOCOL_V1
+from fastwire.hearing import Event
 from fastwire.jupyter import FastwireWebsocketConnection
-from fastwire.kernels import kernel_of, kernels_of
+from fastwire.kernels import Questions, kernel_of, kernels_of
 
 
 def test_a_connection_that_is_disconnected_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +63,35 @@ def test_a_message_that_is_handed_over(tmp_path: Path, monkeypatch: pytest.Monke
                 async with asyncio.timeout(PATIENCE):
                     await client.wait_closed()
                 assert client.close_code == 1007
+
+    asyncio.run(use())
+
+
+def test_a_proof_ends_with_the_word_that_proves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not when its manager is told the kernel's state the next time: for two seconds it was asked again and again,
+    and looked at a hundred times a second."""
+    ask = Questions.ask
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            name = await inside.manager.start_kernel(kernel_name="light")
+            manager: Any = inside.manager.get_kernel(name)
+            kernel = kernel_of(manager)
+            in_vain: list[bool] = []
+
+            def noting(self: Questions, session: object) -> None:
+                in_vain.append(kernel.hearing.heard and self.answers > 0)
+                ask(self, session)
+
+            await until(lambda: kernel.relay.is_connected, "the kernel is there")
+            kernel.relay.tell_observers()  # the next time is in two seconds
+            assert manager.execution_state == "starting"
+            kernel._waiting += 1  # somebody comes
+            monkeypatch.setattr(Questions, "ask", noting)
+            await kernel.prove()
+            assert manager.execution_state == "idle"
+            assert in_vain
+            assert not any(in_vain)
 
     asyncio.run(use())
 
