@@ -17,7 +17,6 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
 from fastwire._core import PROTOCOL_V1
-from fastwire.hearing import Event
 from fastwire.jupyter import FastwireWebsocketConnection
 from fastwire.kernels import Questions, kernel_of, kernels_of
 
