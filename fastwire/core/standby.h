@@ -4,16 +4,16 @@
  * I/O thread always read; a loop that an extension blocks for ten seconds does not. So there is one thread, for the whole
  * process, that needs no GIL and knows no messages:
  *
- * - It sleeps in poll() until a connection is readable, then looks every 100 ms whether each loop goes on (`fw_beat`): that costs
+ * - It sleeps in poll() until a connection is readable, then looks every 200 ms whether each loop goes on (`fw_beat`): that costs
  *   a glance, where looking at a thousand connections costs as much as dozens of messages. When nothing comes it sleeps again.
  *   Not more often: for one kernel at 50 requests a second each wake-up costs as much as a message or two. The system's
  *   buffers hold more than 400 ms of what ipykernel prints as fast as it can.
  * - Of a loop whose turn has lasted 20 ms it takes what is readable, in the order it came, into memory of its own beside the
  *   connection (`fw_aside`), and tells the loop by an octet in a pipe: the descriptor need not be readable any more. So it
- *   comes within 120 ms: what is said meanwhile lies in the system's buffers, and beyond them in the kernel's own. The same of a
+ *   comes within 220 ms: what is said meanwhile lies in the system's buffers, and beyond them in the kernel's own. The same of a
  *   connection that its loop leaves alone for a while.
  * - A loop in whose place our poller waits says when it does. Of another, uvloop or one without epoll, only the turns are seen:
- *   one that has none may be idle. What is readable tells, if it still is 5 ms later and no turn has begun: 125 ms.
+ *   one that has none may be idle. What is readable tells, if it still is 5 ms later and no turn has begun: 225 ms.
  * - Turns go on, so a loop does. Where more than 256 descriptors are ready (FW_POLLED) a turn has those that epoll says first;
  *   they stand last then, and each has its turn before one has it twice. One of a thousand waits for four turns.
  * - Whoever drains the connection is given that first (`fw_aside_recv`). A lock for each connection keeps the two from
@@ -43,7 +43,7 @@
 
 #include "core/sys.h"
 
-#define FW_PAUSE 100000000u     /* ns between looks while loops go on */
+#define FW_PAUSE 200000000u     /* ns between looks while loops go on */
 #define FW_PATIENCE 20000000u   /* ns of a turn that lasts too long */
 #define FW_AGAIN 5000000u       /* ns between looks while there is something to take */
 #define FW_ASIDE_STEP 1048576u  /* bytes of one connection before the next has its turn */
