@@ -848,10 +848,12 @@ class Asking:
 class Wire(Part):
     """One client's connection, where nothing happens but messages (`fastwire.transport`). ``owner`` is told the rest.
 
-    With an `uplink` messages go to the kernel from here; ``settle(readable)`` is called when something is left to do
-    after that (`Uplink.relay`): always while ``watched``, and when more than ``free_bytes`` are on their way.
+    ``fd`` is -1 where Tornado's stream has it, and when it is closed. With an `uplink` messages go to the kernel from
+    here; ``settle(readable)`` is called when something is left to do after that (`Uplink.relay`): always while
+    ``watched``, and when more than ``free_bytes`` are on their way.
     """
 
+    fd: int
     parser: FrameParser
     waits_for: int
     data_end: int
@@ -868,13 +870,7 @@ class Wire(Part):
     free_bytes: int
     watched: bool
 
-    def __init__(
-        self, fd: int, stream: object, parser: FrameParser, queue: WriteQueue, poller: Poller, owner: object
-    ) -> None: ...
-    @property
-    def fd(self) -> int:
-        """-1 where Tornado's stream has it."""
-
+    def __init__(self, fd: int, parser: FrameParser, queue: WriteQueue, poller: Poller, owner: object) -> None: ...
     @property
     def queue(self) -> WriteQueue: ...
     @property

@@ -119,7 +119,7 @@ class Transport(ABC):
         #: How far the system had our bytes at the end, None before.
         self._final: int | None = None
         #: What of this connection is compiled: it calls the methods from here to `on_refused`.
-        self.wire = Wire(self._descriptor(stream), stream, parser, queue, self._turns.poller, self)
+        self.wire = Wire(self._descriptor(stream), parser, queue, self._turns.poller, self)
         self.schedule = self.wire.schedule
         self.on_lost = listener.on_lost
         self.on_received = listener.on_received
@@ -239,12 +239,17 @@ class PlainSocket(Transport):
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
         self._delay = RETRY_FIRST
+        vars(stream)["close_fd"] = self._close_fd
+
+    def _close_fd(self) -> None:
+        """The application may close the stream without our knowing, and `_on_closed` comes a turn of the loop later."""
+        self.wire.fd = -1  # it may be somebody else's soon
+        type(self.stream).close_fd(self.stream)
 
     def _descriptor(self, stream: IOStream) -> int:
         return cast(socket.socket, stream.fileno()).fileno()
 
     def start(self) -> None:
-        """From here on the application may close the stream without our knowing."""
         if self.stream.closed():
             self._on_closed()
         # Not set_close_callback: that would make Tornado listen on the socket again.

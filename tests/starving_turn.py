@@ -126,11 +126,7 @@ class Turn:
             raise MemoryError
 
     def wire(self, owner: Owner, ours: builders.socket.socket) -> Wire:
-        return Wire(ours.fileno(), self.Stream(ours), FrameParser(), WriteQueue(acknowledge=True), self.poller, owner)
-
-    class Stream:
-        def __init__(self, ours: builders.socket.socket) -> None:
-            self.socket = ours
+        return Wire(ours.fileno(), FrameParser(), WriteQueue(acknowledge=True), self.poller, owner)
 
     def go_on(self) -> None:
         """The loop calls what it was asked to."""

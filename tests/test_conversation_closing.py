@@ -440,6 +440,31 @@ def test_the_application_closes_the_stream_itself(site: Site) -> None:
     eventually(lambda: handler.closes == [(None, None)])
 
 
+@on("fastwire", "fastwire-no-epoll")
+def test_what_was_to_be_written_as_the_stream_closes_is_for_nobody_else(site: Site) -> None:
+    """Its descriptor may be another's before the turn ends."""
+    client, handler = site.open(site.Handler)
+    pairs = []
+
+    def close() -> None:
+        stream = handler.ws_connection.stream
+        fd = stream.socket.fileno()
+        handler.write_message("for the client alone")
+        stream.close()
+        pairs.extend(socket.socketpair())
+        assert fd in [each.fileno() for each in pairs]
+
+    site.run(close)
+    assert client.ended()
+    eventually(lambda: handler.closes == [(None, None)])
+    for each in pairs:
+        each.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            each.recv(100)
+    for each in pairs:
+        each.close()
+
+
 @PROMPT
 @pytest.mark.parametrize("coroutine", [False, True])
 def test_the_application_closes_the_stream_in_open(site: Site, coroutine: bool) -> None:

@@ -23,11 +23,6 @@ pytest_plugins = "relay_stage"  # the fixture `stage`
 CHUNK, MANY = 256, 300
 
 
-class Stream:
-    def __init__(self, ours: socket.socket) -> None:
-        self.socket = ours
-
-
 class Loop:
     """Does what it is asked for, one call at a time."""
 
@@ -56,7 +51,7 @@ class Log:
             ours, theirs = socket.socketpair()
             ours.setblocking(False)
             theirs.setblocking(False)
-            wire = Wire(ours.fileno(), Stream(ours), FrameParser(), WriteQueue(), loop.poller, Owner())
+            wire = Wire(ours.fileno(), FrameParser(), WriteQueue(), loop.poller, Owner())
             self.outlets.append(Listener(self.journal.cursor(""), wire, budgets))
             self.journal.listen(self.outlets[-1])
             self.wires.append(wire)

@@ -197,13 +197,13 @@ def test_one_timer_of_the_loop_is_enough_for_all_who_wait() -> None:
     timers: list[Any] = []
     poller = _core.Poller(lambda who, error: None, timers.append)
     for _ in range(100):
-        wire = _core.Wire(-1, None, _core.FrameParser(), _core.WriteQueue(), poller, None)
+        wire = _core.Wire(-1, _core.FrameParser(), _core.WriteQueue(), poller, None)
         wire.look_after(1.0)
         assert timers == [None]
         wire.end()
     poller.tick()
     assert timers == [None]
-    wire = _core.Wire(-1, None, _core.FrameParser(), _core.WriteQueue(), poller, None)
+    wire = _core.Wire(-1, _core.FrameParser(), _core.WriteQueue(), poller, None)
     wire.look_after(1.0)
     poller.tick()
     assert timers == [None] * 3
@@ -213,7 +213,7 @@ def test_one_timer_of_the_loop_is_enough_for_all_who_wait() -> None:
 def test_nobody_is_woken_up_for_who_has_left() -> None:
     async def body(turns: Turns) -> None:
         pipe = Pipe(turns, [], "a")
-        wire = _core.Wire(-1, None, _core.FrameParser(), _core.WriteQueue(), turns.poller, None)
+        wire = _core.Wire(-1, _core.FrameParser(), _core.WriteQueue(), turns.poller, None)
 
         async def turns_of_a_while() -> int:
             before = turns.poller.turns
@@ -423,7 +423,7 @@ class Interrupted:
     def wire(self, name: str) -> _core.Wire:
         work = self.does(name)
         owner = SimpleNamespace(flush=work, on_silence=work, on_lost=pytest.fail)
-        return _core.Wire(-1, None, _core.FrameParser(), _core.WriteQueue(), self.poller, owner)
+        return _core.Wire(-1, _core.FrameParser(), _core.WriteQueue(), self.poller, owner)
 
 
 class Side(_core.KernelSide):

@@ -261,9 +261,7 @@ cdef class Poller:
                 return ()
             if is_loops:
                 return self.loop_select(0) if self.loop_select is not None else ()
-            if self.python_ran or self.fd < 0 or self.loop_fd < 0:
-                return ()
-            if not forever and nanoseconds() >= until:
+            if self.python_ran or self.fd < 0 or self.loop_fd < 0 or (not forever and self.began >= until):
                 return ()
 
     cdef int wait(self, int *ready, bint forever, uint64_t until) noexcept:

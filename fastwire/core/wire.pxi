@@ -117,11 +117,10 @@ cdef class Outlet
 
 @cython.final
 cdef class Wire(Part):
-    cdef readonly int fd            # -1: Tornado's stream has it
+    cdef public int fd              # -1: Tornado's stream has it, or it is closed
     cdef public FrameParser parser
     cdef readonly WriteQueue queue
     cdef Poller poller
-    cdef dict stream                # of Tornado's, what it has: no socket when the application has closed it
     cdef object owner               # the transport, which is told what happens
     cdef public int waits_for
     cdef readonly bint over         # nothing is read or written any more
@@ -145,10 +144,8 @@ cdef class Wire(Part):
     cdef public bint watched        # settle each time
     cdef readonly uint64_t answered     # of our pings
 
-    def __init__(self, int fd, stream, FrameParser parser not None, WriteQueue queue not None, Poller poller not None,
-                 owner):
+    def __init__(self, int fd, FrameParser parser not None, WriteQueue queue not None, Poller poller not None, owner):
         self.fd = fd
-        self.stream = None if stream is None else stream.__dict__
         self.parser = parser
         self.queue = queue
         self.poller = poller
@@ -190,7 +187,7 @@ cdef class Wire(Part):
     cdef int flush(self) except -1:
         cdef uint64_t before = self.queue.written
         cdef int status
-        if self.fd < 0 or self.waits_for != FOR_TURN or self.stream["socket"] is None:
+        if self.fd < 0 or self.waits_for != FOR_TURN:
             self.poller.python_ran = True
             self.owner.flush()
             return 0
@@ -327,7 +324,7 @@ cdef class Wire(Part):
 
     cdef int on_ready(self) except -1:
         cdef ssize_t received
-        if self.over:
+        if self.over or self.fd < 0:
             return 0
         try:
             received = self.parser.receive_from(self.fd)
