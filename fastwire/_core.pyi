@@ -949,6 +949,10 @@ class Budget:
     @property
     def logs(self) -> set[Any]: ...
     @property
+    def sealed(self) -> set[Any]:
+        """The logs that have something whole which somebody needs."""
+
+    @property
     def histories(self) -> set[Any]:
         """Those that keep what everybody has."""
 

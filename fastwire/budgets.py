@@ -43,7 +43,7 @@ FLOOR = 2 * MIB
 
 class Budget(_core.Budget):
     """Bytes that something takes, which are a part of what a larger ``whole`` takes. ``logs`` are those that are a part
-    of it and have something which can be put aside; ``share`` is what each of them may have where all have the same."""
+    of it and have somebody who is behind; ``share`` is what each of them may have where all have the same."""
 
     whole: Budget | None
 

@@ -386,17 +386,19 @@ class Journal(Log):
     def count_behind(self, more: int) -> None:
         """Cursors that are."""
         self.count_of_behind += more
-        self._enlist()
-
-    def _enlist(self) -> None:
-        """Among those that have something which can be put aside: somebody is behind, or something that is whole was
-        not acknowledged. Many who keep up may have most of a bound, and who was behind lost its output for them."""
-        has_some = self.count_of_behind or self.needed is not self.open
         for budget in (self.user_budget, self._budgets.total):
-            if has_some:
+            if self.count_of_behind:
                 budget.logs.add(self)
             else:
                 budget.logs.discard(self)
+
+    def _has_sealed(self) -> None:
+        """Something, or nothing more, that somebody needs, and be it an acknowledgement of who keeps up."""
+        for budget in (self.user_budget, self._budgets.total):
+            if self.needed is not self.open:
+                budget.sealed.add(self)
+            else:
+                budget.sealed.discard(self)
 
     # -- in --
 
@@ -412,7 +414,7 @@ class Journal(Log):
         self.shelf.add(segment)
         self.open = segment.next = Segment(self.end, segment)
         if segment is self.needed:
-            self._enlist()
+            self._has_sealed()
         self.leave(segment)
 
     def set_entries(self, segment: Segment, entries: list[Entry] | None) -> None:
@@ -441,7 +443,7 @@ class Journal(Log):
             self.trim(self.history_limit)
             self.offer()
         if self.needed is self.open:
-            self._enlist()
+            self._has_sealed()
 
     # -- what everybody has --
 
@@ -533,13 +535,17 @@ class Journal(Log):
 
     def charge_to(self, user: User) -> None:
         """The user of the hindmost cursor."""
-        self.user_budget.logs.discard(self)
-        self.user_budget.histories.discard(self)
+        self._leave_budget(self.user_budget)
         self.user_budget = user
         self.budget.move(user)
         self.shelf.charge(user.disk)
         self.offer()
         self.count_behind(0)
+        self._has_sealed()
+
+    def _leave_budget(self, budget: Budget) -> None:
+        for logs in (budget.logs, budget.sealed, budget.histories):
+            logs.discard(self)
 
     def behind(self) -> dict[Cursor, tuple[int, int]]:
         """What each cursor is behind by that needs something: the messages for it that it is not known to have, and the
@@ -565,7 +571,8 @@ class Journal(Log):
         self.history_limit = 0
         self.leave(self.needed)
         self.trim(0)
-        self.offer()
+        for budget in (self.budget, self.user_budget, self._budgets.total):
+            self._leave_budget(budget)
         self.shelf.close()
 
     def fetch(self, segment: Segment, cursor: Waiter) -> None:
@@ -582,7 +589,8 @@ class Journal(Log):
         budget: Budget | None = self.budget if self.shelf.disk_is_writing else None
         while budget is not None:
             is_full = budget.used > budget.limit // PRESSED_AT[1] * PRESSED_AT[0]
-            if is_full and (self.shelf.is_writing or self.memory > budget.share // 2):
+            fair = budget.limit // max(len(budget.sealed), 1)
+            if is_full and (self.shelf.is_writing or self.memory > fair // 2):
                 return True
             budget = budget.whole
         return False
@@ -609,6 +617,8 @@ class Journal(Log):
             self._join(self._raw.popleft())
         if budget.used > limit // SPILL_AT:
             self.shelf.relieve(budget)
+            if not self.shelf.disk_is_writing:
+                self._have_others_put_aside(budget)
         else:
             self._is_dropping = False
         # Nothing is lost for what takes the others' room for a moment, as long as the disk makes some.
@@ -626,6 +636,13 @@ class Journal(Log):
         # However little there may be, a notice fits.
         while budget.used > max(most, LEAST_SEGMENT) and self._end_hindmost():
             pass
+
+    def _have_others_put_aside(self, budget: Budget) -> None:
+        """Whoever has most that is whole, also where all clients keep up and have not acknowledged it: nothing of it is
+        lost, and this log would lose output for it that was not written."""
+        other = max(budget.sealed, key=needed_by, default=self)
+        if other is not self:
+            other.shelf.put_aside(budget)
 
     def _end_closed(self) -> None:
         """Who has said goodbye, where that makes room for who has not."""

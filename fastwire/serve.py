@@ -32,7 +32,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
@@ -56,8 +56,8 @@ try:
     from jupyter_server.utils import unix_socket_in_use, url_path_join
     from tornado.http1connection import HTTP1Connection
     from tornado.httpserver import HTTPServer
+    from tornado.ioloop import IOLoop
     from tornado.netutil import bind_sockets
-    from tornado.platform.asyncio import BaseAsyncIOLoop
     from tornado.web import HTTPError
     from traitlets import default
     from traitlets.config import Config, Configurable
@@ -95,6 +95,26 @@ python -m fastwire.serve --port=0                       # any free port
 python -m fastwire.serve --IdentityProvider.token=...   # instead of a new one at each start
 python -m fastwire.serve --ip=0.0.0.0 --certfile=cert.pem --keyfile=key.pem
 """
+
+
+def wake_at_signals(loop: IOLoop) -> tuple[socket.socket, socket.socket]:
+    """A signal wakes the loop, and Python's handler of it runs: one that came just before an idle loop waits would run
+    after that. Returns what is to be kept while there are signals.
+
+    Not asyncio's ``add_signal_handler``: a child of fork has its handlers, and the same pipe; what is said to the child
+    would be done here.
+    """
+    here, there = socket.socketpair()
+    here.setblocking(False)
+    there.setblocking(False)
+    signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+
+    def empty(*_: object) -> None:
+        with suppress(BlockingIOError):
+            here.recv(4096)
+
+    loop.add_handler(here, empty, IOLoop.READ)
+    return here, there
 
 
 class FastwireServer(ServerApp):
@@ -209,12 +229,12 @@ class FastwireServer(ServerApp):
             offer_lab_extension(self)
 
     def init_signal(self) -> None:
-        """Extends ``ServerApp.init_signal``, which asks at Ctrl-C, or ends without cleaning up. The loop's handlers,
-        because they wake it: one of Python that comes just before an idle loop waits is run after that."""
+        """Extends ``ServerApp.init_signal``, which asks at Ctrl-C, or ends without cleaning up."""
         super().init_signal()
-        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if each is not signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN:  # nohup
-                cast(BaseAsyncIOLoop, self.io_loop).asyncio_loop.add_signal_handler(each, self._signal_stop, each, None)
+        signal.signal(signal.SIGINT, self._signal_stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, self._signal_stop)
+        self._waker = wake_at_signals(self.io_loop)
 
     def init_httpserver(self) -> None:
         """Extends ``ServerApp.init_httpserver``: the last step, every class with options is imported."""

@@ -101,7 +101,7 @@ class Shelf:
 
     def add(self, segment: Segment) -> None:
         """It was sealed."""
-        if self._file is not None and not self._failed:
+        if self._takes_more:
             is_small = segment.memory < min(SMALL, self._journal.segment_size // 2)
             (self._small if is_small else self._unwritten).append(segment)
 
@@ -146,19 +146,28 @@ class Shelf:
         self._full = False
 
     def relieve(self, budget: Budget) -> None:
-        """Have less in memory."""
+        """Have less in memory. Where the disk is full, what is oldest goes."""
         self._journal.give_history(budget)
+        self.put_aside(budget)
+        excess = budget.used - budget.limit // SPILL_AT
+        if excess > 0 and self._full and self._takes_more and not self._journal.forget_history(excess):
+            self._strip_oldest()
+
+    def put_aside(self, budget: Budget) -> None:
+        """Let go of what is on the disk, too, and begin to write what is not."""
         while budget.used > budget.limit // SPILL_AT and self._evict(hard=False):
             pass
         while budget.used > budget.limit // SPILL_AT and self._evict(hard=budget.used > budget.limit):
             pass
-        if budget.used > budget.limit // SPILL_AT and self._file is not None and not self._failed:
-            if self._full:
-                if not self._journal.forget_history(budget.used - budget.limit // SPILL_AT):
-                    self._strip_oldest()
-            elif not self._writes and (self._unwritten or self._small):
-                self._writes = True
-                self._start(self._runner.write, self._prepare_write, self._written)  # type: ignore[union-attr]
+        is_idle = self._takes_more and not self._full and not self._writes
+        if budget.used > budget.limit // SPILL_AT and is_idle and (self._unwritten or self._small):
+            self._writes = True
+            self._start(self._runner.write, self._prepare_write, self._written)  # type: ignore[union-attr]
+
+    @property
+    def _takes_more(self) -> bool:
+        """There is a disk, and it did not fail for good."""
+        return self._file is not None and not self._failed
 
     def _evict(self, *, hard: bool) -> bool:
         """Let go of a segment that is on the disk, too: one that nobody reads, if there is one."""

@@ -1,5 +1,6 @@
 """Who gives way when logs together need too much."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from journal_stage import MIB, Client, Disk, all_of, batch_of, changed, line, other, say
@@ -208,3 +209,42 @@ def test_what_waits_for_acknowledgements_is_put_aside_before_another_loses_outpu
         client.journal.close()
     behind.journal.close()
     assert budgets.total.used == 0
+
+
+def test_who_keeps_up_may_have_as_much_on_its_way_however_many_others_do(limits: Limits) -> None:
+    """What they have not acknowledged is no reason to give any of them less: they fell behind, and lost output."""
+    limits = changed(limits, client_memory_limit=16 * MIB, total_memory_limit=16 * MIB, spill=False)
+    budgets = Budgets(limits)
+    clients = [Client(Journal(limits, budgets)) for _ in range(40)]
+    window = clients[0].journal.window
+    for number in range(10):
+        for client in clients:
+            assert client.journal.window == window
+            client.hears(client.journal.append(batch_of(line(number, 20_000))), [number])
+            client.journal.settle()
+    assert len(budgets.total.sealed) == 40
+    for client in clients:
+        assert client.cursor.is_live
+        client.cursor.release(client.queued)
+        client.journal.close()
+    assert budgets.total.used == 0
+
+
+def test_a_log_that_is_closed_is_in_no_set(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when something failed as it passed from what is needed to what is not."""
+    limits = changed(limits, history_limit=0)
+    budgets = Budgets(limits)
+    client = Client(Journal(limits, budgets))
+    client.hears(client.journal.append(batch_of(line(0, 2 * MIB))), [0])
+    client.journal.settle()
+    assert budgets.total.sealed
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(client.journal, "trim", fail)
+    with pytest.raises(MemoryError):
+        client.cursor.release(client.queued)
+    monkeypatch.undo()
+    client.journal.close()
+    assert not budgets.total.sealed | budgets.total.logs | budgets.total.histories

@@ -336,8 +336,10 @@ class Logs(RuleBasedStateMachine):
             for user in {log.user_budget for log in self.logs}:
                 mine = [log for log in self.logs if log.user_budget is user]
                 assert (user.used, user.kept) == (sum(log.memory for log in mine), sum(log.budget.kept for log in mine))
-                assert user.logs == {log for log in mine if log.count_of_behind or log.needed is not log.open}
+                assert user.logs == {log for log in mine if log.count_of_behind}
+                assert user.sealed == {log for log in mine if log.needed is not log.open}
             assert self.budgets.total.logs == set().union(*(log.user_budget.logs for log in self.logs))
+            assert self.budgets.total.sealed == set().union(*(log.user_budget.sealed for log in self.logs))
             assert self.budgets.disk.used == sum(log.shelf.nbytes for log in self.logs)
 
     @invariant()
@@ -383,7 +385,7 @@ class Logs(RuleBasedStateMachine):
         for log in self.logs:
             assert log.memory == log.shelf.nbytes == log.history == 0
         assert not self.logs or self.budgets.total.used == self.budgets.disk.used == 0
-        assert not self.logs or not self.budgets.total.logs
+        assert not self.logs or not (self.budgets.total.logs or self.budgets.total.sealed)
         self.directory.cleanup()
 
     def check_that_it_was_told(self, read: Read, said: dict[int, int]) -> None:

@@ -391,6 +391,44 @@ def test_a_signal_that_interrupts_no_wait_ends_it(home: Home, how: signal.Signal
         assert home.left_behind == set()
 
 
+FORKS = """
+import os, pathlib, signal, threading, time
+
+def fork():
+    while not pathlib.Path("fork").exists():
+        time.sleep(0.1)
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGTERM)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    pathlib.Path("forked").touch()
+
+threading.Thread(target=fork, daemon=True).start()
+"""
+
+
+def test_a_signal_to_a_forked_child_is_not_the_servers(home: Home) -> None:
+    """As `multiprocessing` ends its processes. They have the server's handlers, and all its descriptors."""
+    (home.config / "jupyter_server_config.py").write_text(FORKS)
+    with serving(home) as server:
+        (home.path / "fork").touch()
+        poll((home.path / "forked").exists, "the child has come and gone")
+        assert not ends_soon(server.process)
+        assert server.stop(signal.SIGTERM) == 0
+
+
+def ends_soon(process: subprocess.Popen) -> bool:
+    """Within two seconds."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(2)
+    return process.poll() is not None
+
+
 def test_ctrl_c_on_a_terminal_asks_nothing(home: Home) -> None:
     ours, theirs = pty.openpty()
     try:

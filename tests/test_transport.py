@@ -1,20 +1,25 @@
 """What is asked of the system: calls of recv and sendmsg that do not go through, and how few there are."""
 
 import asyncio
+import gc
 import os
 import random
 import selectors
+import socket
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from builders import client_frame
+from tornado.iostream import IOStream
 from tornado.websocket import WebSocketClosedError
 from websocket_site import HUNDRED, MB, NOISE, Site, echo_of, eventually, filled, gone, on
 from wsclient import PATIENCE
 
 from fastwire import _core
 from fastwire._core import OP_PING, OP_PONG
+from fastwire.transport import PlainSocket
 from fastwire.websocket import Connection
 
 pytest_plugins = "websocket_site"  # the fixture `site`
@@ -289,3 +294,27 @@ def test_a_long_queue_leaves_in_pieces_of_a_megabyte(site: Site) -> None:
     writing.result(PATIENCE)
     assert max(written) <= (1, MB)
     assert len([count for count, _ in written if count]) >= 3
+
+
+def test_who_holds_a_closed_stream_holds_nothing_of_ours() -> None:
+    class Listener:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    async def use() -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        stream = IOStream(ours)
+        transport = PlainSocket(stream, _core.FrameParser(), _core.WriteQueue(), cast("Any", Listener()))
+        transport.start()
+        transport.read_on()
+        transport.release()
+        stream.close()
+        theirs.close()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        transport = weakref.ref(transport)
+        gc.collect()
+        assert transport() is None
+
+    asyncio.run(use())

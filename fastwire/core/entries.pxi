@@ -22,6 +22,7 @@ cdef class Budget:
     cdef readonly Budget whole
     cdef readonly Py_ssize_t kept       # of these, what everybody has: it goes first
     cdef readonly set logs
+    cdef readonly set sealed            # the logs that have something whole which somebody needs
     cdef readonly set histories         # the logs that keep what everybody has
     cdef fw_purse *purse                # what the standby reader takes
 
@@ -37,6 +38,7 @@ cdef class Budget:
     def __init__(self, Py_ssize_t limit, Budget whole=None):
         self.limit = limit
         self.logs = set()
+        self.sealed = set()
         self.histories = set()
         if whole is not None:
             self.move(whole)
