@@ -392,8 +392,8 @@ class Journal(Log):
             else:
                 budget.logs.discard(self)
 
-    def _has_sealed(self) -> None:
-        """Something, or nothing more, that somebody needs, and be it an acknowledgement of who keeps up."""
+    def _note_sealed(self) -> None:
+        """Something that is whole is needed now, or nothing more: if only until who keeps up has acknowledged it."""
         for budget in (self.user_budget, self._budgets.total):
             if self.needed is not self.open:
                 budget.sealed.add(self)
@@ -414,7 +414,7 @@ class Journal(Log):
         self.shelf.add(segment)
         self.open = segment.next = Segment(self.end, segment)
         if segment is self.needed:
-            self._has_sealed()
+            self._note_sealed()
         self.leave(segment)
 
     def set_entries(self, segment: Segment, entries: list[Entry] | None) -> None:
@@ -443,7 +443,7 @@ class Journal(Log):
             self.trim(self.history_limit)
             self.offer()
         if self.needed is self.open:
-            self._has_sealed()
+            self._note_sealed()
 
     # -- what everybody has --
 
@@ -541,7 +541,7 @@ class Journal(Log):
         self.shelf.charge(user.disk)
         self.offer()
         self.count_behind(0)
-        self._has_sealed()
+        self._note_sealed()
 
     def _leave_budget(self, budget: Budget) -> None:
         for logs in (budget.logs, budget.sealed, budget.histories):
@@ -585,7 +585,7 @@ class Journal(Log):
 
     def is_pressed(self) -> bool:
         """Little room is left, and the disk is at work: what comes next may wait a few turns of the loop for that. A
-        log that has little itself does not wait because others have much."""
+        log that has little itself, of what all have that could be put aside, does not wait because others have much."""
         budget: Budget | None = self.budget if self.shelf.disk_is_writing else None
         while budget is not None:
             is_full = budget.used > budget.limit // PRESSED_AT[1] * PRESSED_AT[0]
