@@ -47,6 +47,9 @@ class Budget(_core.Budget):
 
     whole: Budget | None
 
+    #: What was taken when no log was found that has more to put aside.
+    in_vain = 0
+
     @property
     def most(self) -> int:
         """What may be taken while the disk is about to make room."""

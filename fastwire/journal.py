@@ -585,12 +585,14 @@ class Journal(Log):
 
     def is_pressed(self) -> bool:
         """Little room is left, and the disk is at work: what comes next may wait a few turns of the loop for that. A
-        log that has little itself, of what all have that could be put aside, does not wait because others have much."""
+        log that has little itself does not wait because others have much: where there is no room at all, little of what
+        all have that could be put aside."""
         budget: Budget | None = self.budget if self.shelf.disk_is_writing else None
         while budget is not None:
             is_full = budget.used > budget.limit // PRESSED_AT[1] * PRESSED_AT[0]
-            fair = budget.limit // max(len(budget.sealed), 1)
-            if is_full and (self.shelf.is_writing or self.memory > fair // 2):
+            if is_full and (self.shelf.is_writing or self.memory > budget.share // 2):
+                return True
+            if budget.used > budget.limit and self.budget.needed > budget.limit // max(len(budget.sealed), 1) // 2:
                 return True
             budget = budget.whole
         return False
@@ -617,8 +619,8 @@ class Journal(Log):
             self._join(self._raw.popleft())
         if budget.used > limit // SPILL_AT:
             self.shelf.relieve(budget)
-            if not self.shelf.disk_is_writing:
-                self._have_others_put_aside(budget)
+            if budget.used > limit and not self.shelf.disk_is_writing:
+                self._have_another_put_aside(budget)
         else:
             self._is_dropping = False
         # Nothing is lost for what takes the others' room for a moment, as long as the disk makes some.
@@ -637,12 +639,17 @@ class Journal(Log):
         while budget.used > max(most, LEAST_SEGMENT) and self._end_hindmost():
             pass
 
-    def _have_others_put_aside(self, budget: Budget) -> None:
-        """Whoever has most that is whole, also where all clients keep up and have not acknowledged it: nothing of it is
-        lost, and this log would lose output for it that was not written."""
-        other = max(budget.sealed, key=needed_by, default=self)
-        if other is not self:
-            other.shelf.put_aside(budget)
+    def _have_another_put_aside(self, budget: Budget) -> None:
+        """Whoever has most that is whole, be it until clients who keep up have acknowledged it: nothing is lost of it,
+        and this log is about to lose output that was not written. Not before that, for it takes room on the disk. Where
+        nobody has anything, others are looked at again when there is as much more as is dropped at once."""
+        if not self.shelf.takes_more or abs(budget.used - budget.in_vain) < budget.limit // DROP:
+            return
+        others = [log for log in budget.sealed if log.shelf.may_write]
+        if others:
+            max(others, key=needed_by).shelf.put_aside(budget)
+        else:
+            budget.in_vain = budget.used
 
     def _end_closed(self) -> None:
         """Who has said goodbye, where that makes room for who has not."""

@@ -97,24 +97,23 @@ python -m fastwire.serve --ip=0.0.0.0 --certfile=cert.pem --keyfile=key.pem
 """
 
 
-def wake_at_signals(loop: IOLoop) -> tuple[socket.socket, socket.socket]:
+def wake_at_signals(loop: IOLoop) -> None:
     """A signal wakes the loop, and Python's handler of it runs: one that came just before an idle loop waits would run
-    after that. Returns what is to be kept while there are signals.
+    after that.
 
     Not asyncio's ``add_signal_handler``: a child of fork has its handlers, and the same pipe; what is said to the child
     would be done here.
     """
-    here, there = socket.socketpair()
-    here.setblocking(False)
-    there.setblocking(False)
-    signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+    ends = socket.socketpair()
+    for end in ends:
+        end.setblocking(False)
 
     def empty(*_: object) -> None:
-        with suppress(BlockingIOError):
-            here.recv(4096)
+        with suppress(BlockingIOError):  # both are held as long as the loop has this: others' are written to otherwise
+            ends[0].recv(4096)
 
-    loop.add_handler(here, empty, IOLoop.READ)
-    return here, there
+    loop.add_handler(ends[0], empty, IOLoop.READ)
+    signal.set_wakeup_fd(ends[1].fileno(), warn_on_full_buffer=False)
 
 
 class FastwireServer(ServerApp):
@@ -234,7 +233,7 @@ class FastwireServer(ServerApp):
         signal.signal(signal.SIGINT, self._signal_stop)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
             signal.signal(signal.SIGHUP, self._signal_stop)
-        self._waker = wake_at_signals(self.io_loop)
+        wake_at_signals(self.io_loop)
 
     def init_httpserver(self) -> None:
         """Extends ``ServerApp.init_httpserver``: the last step, every class with options is imported."""

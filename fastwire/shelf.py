@@ -101,7 +101,7 @@ class Shelf:
 
     def add(self, segment: Segment) -> None:
         """It was sealed."""
-        if self._takes_more:
+        if self.takes_more:
             is_small = segment.memory < min(SMALL, self._journal.segment_size // 2)
             (self._small if is_small else self._unwritten).append(segment)
 
@@ -146,11 +146,12 @@ class Shelf:
         self._full = False
 
     def relieve(self, budget: Budget) -> None:
-        """Have less in memory. Where the disk is full, what is oldest goes."""
+        """Have less in memory. Where the disk was full before, what is oldest goes: a job under way makes room."""
+        was_full = self._full
         self._journal.give_history(budget)
         self.put_aside(budget)
         excess = budget.used - budget.limit // SPILL_AT
-        if excess > 0 and self._full and self._takes_more and not self._journal.forget_history(excess):
+        if excess > 0 and was_full and self._full and not self._journal.forget_history(excess):
             self._strip_oldest()
 
     def put_aside(self, budget: Budget) -> None:
@@ -159,15 +160,20 @@ class Shelf:
             pass
         while budget.used > budget.limit // SPILL_AT and self._evict(hard=budget.used > budget.limit):
             pass
-        is_idle = self._takes_more and not self._full and not self._writes
-        if budget.used > budget.limit // SPILL_AT and is_idle and (self._unwritten or self._small):
+        if budget.used > budget.limit // SPILL_AT and self.may_write:
             self._writes = True
             self._start(self._runner.write, self._prepare_write, self._written)  # type: ignore[union-attr]
 
     @property
-    def _takes_more(self) -> bool:
+    def takes_more(self) -> bool:
         """There is a disk, and it did not fail for good."""
         return self._file is not None and not self._failed
+
+    @property
+    def may_write(self) -> bool:
+        """There is something to be written, and room for it as far as is known."""
+        is_free = self.takes_more and not self._full and not self._writes
+        return is_free and bool(self._unwritten or self._small)
 
     def _evict(self, *, hard: bool) -> bool:
         """Let go of a segment that is on the disk, too: one that nobody reads, if there is one."""

@@ -244,7 +244,7 @@ class PlainSocket(Transport):
     def _close_fd(self) -> None:
         """The application may close the stream without our knowing, and `_on_closed` comes a turn of the loop later."""
         self.wire.fd = -1  # it may be somebody else's soon
-        del vars(self.stream)["close_fd"]  # and with it what leads from the stream to us
+        vars(self.stream).pop("close_fd", None)  # and with it what leads from the stream to us
         self.stream.close_fd()
 
     def _descriptor(self, stream: IOStream) -> int:

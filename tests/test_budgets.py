@@ -187,28 +187,55 @@ def test_many_of_whom_nobody_is_behind_keep_little() -> None:
 
 
 def test_what_waits_for_acknowledgements_is_put_aside_before_another_loses_output(limits: Limits) -> None:
-    """Many who keep up and have not acknowledged have most; who is behind has little, and was given up for them."""
+    """Many who keep up and have not acknowledged have most, and what is in no log takes room; who is behind has little,
+    which lies on the disk but for the last, and was given up for them."""
     limits = changed(limits, total_memory_limit=2 * MIB, client_memory_limit=2 * MIB)
-    budgets, disk = Budgets(limits), Disk()
+    beside = 0
+    budgets, disk = Budgets(limits, beside=lambda: beside), Disk()
     behind, *keeping_up = (Client(Journal(limits, budgets, disk)) for _ in range(9))
     behind.lose_socket()
-    for number in range(60):
+    for number in range(18):
         for client in keeping_up:
             client.hears(client.journal.append(batch_of(line(number, 5000))), [number])
             client.journal.settle()
-        if not number % 10:
+        if number == 15:
+            beside = MIB
+        if not number % 5:
             say(behind.journal, batch_of(line(number, 5000)))
         while disk.work():
             pass
-        assert budgets.total.used <= budgets.total.limit
-    assert all_of(behind, disk) == [*range(0, 60, 10)]
+    assert all_of(behind, disk) == [0, 5, 10, 15]
     for client in keeping_up:
         client.written = client.taken = client.queued // 2
         client.lose_socket()
-        assert all_of(client, disk) == [*range(60)]
+        assert all_of(client, disk) == [*range(18)]
         client.journal.close()
     behind.journal.close()
     assert budgets.total.used == 0
+
+
+def test_what_waits_for_acknowledgements_takes_no_room_on_the_disk_while_there_is_memory(limits: Limits) -> None:
+    """It comes back from there late: others, whose clients are away, found the disk full."""
+    limits = changed(limits, total_memory_limit=2 * MIB, client_memory_limit=2 * MIB)
+    budgets, disk = Budgets(limits), Disk()
+    away, *keeping_up = (Client(Journal(limits, budgets, disk)) for _ in range(9))
+    away.lose_socket()
+    most = 0
+    for number in range(1000):
+        for client in keeping_up:
+            client.hears(client.journal.append(batch_of(line(number, 5000))), [number])
+            client.journal.settle()
+            client.cursor.release(max(client.queued - 70_000, 0))
+        if not number % 10:
+            say(away.journal, batch_of(line(number, 5000)))
+        most = max(most, budgets.total.used)
+        while disk.work():
+            pass
+        assert not any(client.journal.shelf.nbytes for client in keeping_up)
+    assert budgets.total.limit // 2 < most < budgets.total.limit
+    assert all_of(away, disk) == [*range(0, 1000, 10)]
+    for client in (away, *keeping_up):
+        client.journal.close()
 
 
 def test_who_keeps_up_may_have_as_much_on_its_way_however_many_others_do(limits: Limits) -> None:

@@ -2,10 +2,27 @@
 
 import errno
 import json
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import pytest
-from journal_stage import KIB, LIMIT, LOGS, Client, Disk, all_of, batch_of, changed, line, log_of, numbers, other, say
+from journal_stage import (
+    KIB,
+    LIMIT,
+    LOGS,
+    MIB,
+    Client,
+    Disk,
+    all_of,
+    batch_of,
+    changed,
+    line,
+    log_of,
+    numbers,
+    other,
+    say,
+)
 
 from fastwire._core import PROTOCOL_V1
 from fastwire.budgets import Budgets
@@ -215,3 +232,36 @@ def test_a_kernel_waits_a_moment_for_a_disk_that_is_at_work(limits: Limits) -> N
         pass
     assert not journal.is_pressed()
     assert all_of(client, disk) == [*range(number)]
+
+
+class Prompt(Disk):
+    """Prepares a job at once when it has no other, as the disk's thread does."""
+
+    def write(self, prepare: Callable[[], Any], done: Callable[[Any], None]) -> None:
+        super().write(prepare, done)
+        if not self.begun:
+            self.begin()
+
+    def work(self) -> bool:
+        if not self.begun:
+            return super().work()
+        self.finish(self.begun[0])
+        return True
+
+
+def test_nothing_is_dropped_while_the_job_that_fills_the_disk_is_under_way(limits: Limits) -> None:
+    """It makes room, and is known to be the last only when it has begun."""
+    limits = changed(limits, client_memory_limit=8 * MIB, client_spill_limit=5 * MIB)
+    disk = Prompt()
+    journal, client = log_of(limits, disk)
+    count = 0
+    while not journal.shelf._full:
+        while disk.work():
+            pass
+        say(journal, batch_of(line(count, 20_000)))
+        count += 1
+    assert disk.begun
+    assert totals["dropped"] == 0
+    while disk.work():
+        pass
+    assert all_of(client, disk) == [*range(count)]
