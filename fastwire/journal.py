@@ -387,18 +387,12 @@ class Journal(Log):
         """Cursors that are."""
         self.count_of_behind += more
         for budget in (self.user_budget, self._budgets.total):
-            if self.count_of_behind:
-                budget.logs.add(self)
-            else:
-                budget.logs.discard(self)
+            self._stand_in(budget.logs, self.count_of_behind > 0)
 
     def _note_sealed(self) -> None:
         """Something that is whole is needed now, or nothing more: if only until who keeps up has acknowledged it."""
         for budget in (self.user_budget, self._budgets.total):
-            if self.needed is not self.open:
-                budget.sealed.add(self)
-            else:
-                budget.sealed.discard(self)
+            self._stand_in(budget.sealed, self.needed is not self.open)
 
     # -- in --
 
@@ -469,10 +463,13 @@ class Journal(Log):
     def offer(self) -> None:
         """To give way where there is something to give."""
         for budget in (self.budget, self.user_budget, self._budgets.total):
-            if self.front is not self.needed:
-                budget.histories.add(self)
-            else:
-                budget.histories.discard(self)
+            self._stand_in(budget.histories, self.front is not self.needed)
+
+    def _stand_in(self, logs: set[Any], belongs: bool) -> None:
+        if belongs:
+            logs.add(self)
+        else:
+            logs.discard(self)
 
     def trim(self, limit: int) -> None:
         """So much of it may stay."""
@@ -631,6 +628,7 @@ class Journal(Log):
             # A message that is larger than there may be passes, one at a time.
             limit += self._huge.memory
             most += self._huge.memory
+        before = budget.used
         if budget.used > limit:
             self._end_closed()
         while budget.used > limit and self._drop(max(budget.used - limit, limit // DROP)):
@@ -638,11 +636,14 @@ class Journal(Log):
         # However little there may be, a notice fits.
         while budget.used > max(most, LEAST_SEGMENT) and self._end_hindmost():
             pass
+        if budget.used < before:  # the next time that something is to go others are asked again
+            budget.in_vain = 0
 
     def _have_another_put_aside(self, budget: Budget) -> None:
         """Whoever has most that is whole, be it until clients who keep up have acknowledged it: nothing is lost of it,
         and this log is about to lose output that was not written. Not before that, for it takes room on the disk. Where
-        nobody has anything, others are looked at again when there is as much more as is dropped at once."""
+        nobody has anything, and nothing of this log can go, others are looked at again when there is as much more as is
+        dropped at once."""
         if not self.shelf.takes_more or abs(budget.used - budget.in_vain) < budget.limit // DROP:
             return
         others = [log for log in budget.sealed if log.shelf.may_write]

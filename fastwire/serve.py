@@ -108,8 +108,9 @@ def wake_at_signals(loop: IOLoop) -> None:
     for end in ends:
         end.setblocking(False)
 
+    # Both ends live as long as the loop has this: the number of one that is closed is somebody else's soon.
     def empty(*_: object) -> None:
-        with suppress(BlockingIOError):  # both are held as long as the loop has this: others' are written to otherwise
+        with suppress(BlockingIOError):
             ends[0].recv(4096)
 
     loop.add_handler(ends[0], empty, IOLoop.READ)

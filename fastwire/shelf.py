@@ -64,7 +64,7 @@ class Shelf:
     """The part of a log that is on the disk, or on its way.
 
     A segment is written when memory is short, the oldest first; it is read when a cursor wants it, or to be stripped
-    where the disk is full: the oldest output goes first, and it lies there. Sixteen attributes, because a disk can be
+    where the disk is full: the oldest output goes first, and it lies there. Fifteen attributes, because a disk can be
     late, full, failed for now or for good, and each is told once.
     """
 
@@ -73,7 +73,6 @@ class Shelf:
         self._directory = limits.spill_dir
         more = min(limits.user_memory_limit, limits.total_memory_limit)
         self._most = min(JOB, limits.client_memory_limit // JOB_AT, more // JOB_OF_MORE_AT)
-        self._runner = runner
         self._file: SpillFile | None = None
         if runner is not None:
             budget = Budget(limits.client_spill_limit, budgets.of("").disk)
@@ -132,7 +131,7 @@ class Shelf:
     @property
     def disk_is_writing(self) -> bool:
         """For this log or for another."""
-        return self._runner is not None and self._runner.is_writing
+        return self._file is not None and self._file.runner.is_writing
 
     def is_empty(self) -> None:
         """The log is: a disk that was full may have room now."""
@@ -160,9 +159,9 @@ class Shelf:
             pass
         while budget.used > budget.limit // SPILL_AT and self._evict(hard=budget.used > budget.limit):
             pass
-        if budget.used > budget.limit // SPILL_AT and self.may_write:
+        if budget.used > budget.limit // SPILL_AT and self._file is not None and self.may_write:
             self._writes = True
-            self._start(self._runner.write, self._prepare_write, self._written)  # type: ignore[union-attr]
+            self._start(self._file.runner.write, self._prepare_write, self._written)
 
     @property
     def takes_more(self) -> bool:
@@ -267,9 +266,9 @@ class Shelf:
 
     def read(self, segment: Segment) -> None:
         if segment.state is State.ON_DISK:
-            assert self._runner is not None
+            assert self._file is not None
             segment.become(State.READING)
-            self._start(self._runner.read, partial(self._prepare_read, segment), partial(self._was_read, segment))
+            self._start(self._file.runner.read, partial(self._prepare_read, segment), partial(self._was_read, segment))
 
     def _prepare_read(self, segment: Segment) -> Job | None:
         assert self._file is not None

@@ -7,27 +7,13 @@ from itertools import chain
 from typing import Any
 
 import pytest
-from journal_stage import (
-    KIB,
-    LIMIT,
-    LOGS,
-    MIB,
-    Client,
-    Disk,
-    all_of,
-    batch_of,
-    changed,
-    line,
-    log_of,
-    numbers,
-    other,
-    say,
-)
+from journal_stage import KIB, LIMIT, LOGS, Client, Disk, all_of, batch_of, changed, line, log_of, numbers, other, say
 
 from fastwire._core import PROTOCOL_V1
 from fastwire.budgets import Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal, totals
+from fastwire.shelf import Shelf
 
 pytest_plugins = "journal_stage"  # the fixture `limits`
 
@@ -251,7 +237,7 @@ class Prompt(Disk):
 
 def test_nothing_is_dropped_while_the_job_that_fills_the_disk_is_under_way(limits: Limits) -> None:
     """It makes room, and is known to be the last only when it has begun."""
-    limits = changed(limits, client_memory_limit=8 * MIB, client_spill_limit=5 * MIB)
+    limits = changed(limits, client_memory_limit=8192 * KIB, client_spill_limit=5120 * KIB)
     disk = Prompt()
     journal, client = log_of(limits, disk)
     count = 0
@@ -265,3 +251,37 @@ def test_nothing_is_dropped_while_the_job_that_fills_the_disk_is_under_way(limit
     while disk.work():
         pass
     assert all_of(client, disk) == [*range(count)]
+
+
+def test_others_are_looked_at_before_each_loss_and_not_at_each_message(
+    limits: Limits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether they have something that could be put aside instead: there may be a thousand."""
+    looks = []
+
+    def looked_at(shelf: Shelf) -> bool:
+        looks.append(shelf)
+        return False
+
+    limits = changed(limits, client_memory_limit=4096 * KIB, total_memory_limit=1024 * KIB)
+    budgets, disk = Budgets(limits), Disk()
+    behind, other_one = (Client(Journal(limits, budgets, disk)) for _ in range(2))
+    behind.lose_socket()
+    other_one.hears(other_one.journal.append(batch_of(line(0, 100_000))), [0])
+    other_one.journal.settle()
+    assert other_one.journal in budgets.total.sealed
+    monkeypatch.setattr(Shelf, "may_write", property(looked_at))
+    lost, looked = [], []
+    for number in range(400):
+        before = totals["dropped"]
+        looks.clear()
+        say(behind.journal, batch_of(line(number, 5000)))
+        if totals["dropped"] > before:
+            lost.append(number)
+        if other_one.journal.shelf in looks:
+            looked.append(number)
+    assert lost == looked
+    assert 10 < len(lost) < 390
+    monkeypatch.undo()
+    for client in (behind, other_one):
+        client.journal.close()
