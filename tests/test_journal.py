@@ -412,7 +412,8 @@ class Logs(RuleBasedStateMachine):
                 client.client += client.before(client.queued)
                 return True
             client.feed()
-            client.cursor.release(client.queued)
+            client.written = client.taken = client.received = client.queued
+            client.cursor.release(client.received)
             self.settle()
         pytest.fail("it never gets there")
 
