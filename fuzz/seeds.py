@@ -277,7 +277,7 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "frames": frames, "passing": passing, "close": close, "json_text": json_text, "header": header, "v1": v1,
     "legacy_text": legacy_text, "legacy_binary": legacy_binary, "split": multiparts, "batch": batch,
     "spill": spill, "compact": compact, "drain": drain, "activity": activity, "uplink": uplink,
-    "zmtp": zmtp, "segment": segment,
+    "zmtp": zmtp, "segment": segment, "history": multiparts,
 }  # fmt: skip
 
 

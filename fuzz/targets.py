@@ -22,7 +22,10 @@ import zmq
 import zmq.utils.garbage
 
 from fastwire import _core
+from fastwire.budgets import Budgets
 from fastwire.errors import FrameError, MalformedMessage, MessageError, ZmtpError
+from fastwire.flow import Limits
+from fastwire.journal import Journal
 from fastwire.segments import Entry, Gap, Segment, packed, unpacked
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -36,6 +39,7 @@ TARGETS: dict[str, Target] = {}
 KEY = b"a key"
 PROTOCOLS = (None, _core.PROTOCOL_V1)
 DEPTH = 1000  # of JSON, as _core.pyi has it
+KEEPS_ALL = Limits(history_limit=1 << 30, merge=False)
 
 
 def target(function: Target) -> Target:
@@ -453,6 +457,29 @@ def segment(data: memoryview) -> None:
         whole = Segment(0)
         whole.entries = entries
         agree(list(map(told, unpacked(bytes(packed(whole))))), list(map(told, entries)))
+
+
+@target
+def history(data: memoryview) -> None:
+    """What everybody has is kept in blocks, and read again as it was."""
+    messages = multipart(data, b"")
+    if is_too_deep(messages):
+        return
+    made = _core.batch_of("iopub", messages, _core.Signer(b""))
+    accepted, _, _ = judged(messages, oracle.Signer(b""), permissive=False)
+    journal = Journal(KEEPS_ALL, Budgets(KEEPS_ALL))
+    if accepted:
+        journal.append(made, ours=True)  # the server's own may be asked for, whatever they answer
+        journal.settle()
+    found = []
+    while journal.front is not journal.needed:
+        block = journal.front
+        kept = [entry.batch[index] for entry in block.read(0) for index in range(len(entry))]
+        agree(block.weight, oracle.size_of_block(kept))
+        found += kept
+        journal.drop_front()
+    agree(found, accepted)
+    journal.close()
 
 
 def told(entry: Entry) -> tuple[object, ...]:

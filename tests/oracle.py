@@ -11,6 +11,7 @@ import struct
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
+from os.path import commonprefix
 
 from fastwire.errors import (
     DuplicateSignature,
@@ -577,6 +578,50 @@ def payloads_of(data: bytes) -> Iterator[bytes]:
             raise MalformedMessage("not a frame of ours")
         yield data[start : start + length]
         data = data[start + length :]
+
+
+# -- history ---------------------------------------------------------------------------------------
+
+HEAD = 40  # bytes of a record's
+
+
+def difference(other: bytes, text: bytes) -> bytes:
+    """How a text differs from another: steps of what is the same, what is passed by there, and what is new."""
+    steps = b""
+    while text:
+        same = len(commonprefix([other[:255], text[:255]]))
+        passed = new = 0
+        if same < 255:
+            passed, new = to_quote(other[same:]), to_quote(text[same:])
+            if len(other) == same and len(text) > same:
+                new = max(new, 1)
+        steps += bytes([same, passed, new]) + text[same : same + new]
+        other, text = other[same + passed :], text[same + new :]
+    return steps
+
+
+def to_quote(text: bytes) -> int:
+    return len(text[:255].partition(b'"')[0])
+
+
+def size_of_block(messages: Sequence[Sequence[bytes]]) -> int:
+    """Bytes that messages take in one block of history: headers by what differs from the last whole one, where that
+    halves them, and a parent header once where it is the one before it."""
+    whole: list[bytes | None] = [None, None]
+    before = None
+    total = 0
+    for parts in messages:
+        total += HEAD + 4 * len(parts) + sum(map(len, parts[2:]))
+        for place, text in enumerate(parts[:2]):
+            if place == 1 and text == before:
+                continue
+            steps = b"" if (other := whole[place]) is None else difference(other, text)
+            if not 0 < len(steps) <= len(text) // 2:
+                steps = whole[place] = text
+            total += len(steps)
+        before = parts[1]
+        total += -total % 8
+    return total
 
 
 # -- queue -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import oracle
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -47,9 +48,6 @@ pytest_plugins = "journal_stage"  # the fixture `limits`
 
 
 NO_HISTORY = Limits(history_limit=0)
-
-#: Bytes of the head of a record in a block of history.
-HEAD = 40
 
 #: What answers no request to run something.
 NOBODYS = ("line of nobody", "comm_msg")
@@ -307,8 +305,7 @@ class Logs(RuleBasedStateMachine):
                 entries = segment.entries or []
                 if segment.state is State.KEPT:
                     kept += segment.memory
-                    least, most = size_of_records(segment)
-                    assert least <= segment.weight <= most
+                    assert segment.weight == oracle.size_of_block(messages_of(segment))
                     assert segment.weight <= segment.memory
                 else:
                     assert segment.memory == sum(map(size_of_entry, entries))
@@ -442,18 +439,8 @@ def size_of_entry(entry: Entry) -> int:
     return entry.batch.memory + ENTRY
 
 
-def size_of_records(block: LogSegment) -> tuple[int, int]:
-    """What a block's records take at least and at most: their bytes, a parent once where it is the one before it; and
-    a head, a length for each part, and what aligns them."""
-    least = count = 0
-    parent = None
-    for entry in block.read(block.first):
-        for index in range(len(entry)):
-            header, parent_header, *rest = entry.batch[index]
-            least += len(header) + sum(map(len, rest)) + (len(parent_header) if parent_header != parent else 0)
-            parent = parent_header
-            count += 1
-    return least, least + count * (HEAD + 4 * 4 + 7)
+def messages_of(block: LogSegment) -> list[list[bytes]]:
+    return [entry.batch[index] for entry in block.read(block.first) for index in range(len(entry))]
 
 
 TestLogs = Logs.TestCase

@@ -84,6 +84,14 @@ cdef extern from "core/text.h" nogil:
     const uint8_t *fw_json_plain(const uint8_t *p, const uint8_t *end)
     void fw_unmask(uint8_t *out, const uint8_t *p, size_t n, const uint8_t *key, uint64_t offset)
 
+cdef extern from "core/difference.h" nogil:
+    size_t fw_difference(
+        uint8_t *out, size_t room, const uint8_t *other, size_t other_size, const uint8_t *text, size_t size
+    )
+    const uint8_t *fw_from_difference(uint8_t *out, size_t size, const uint8_t *other, const uint8_t *difference)
+    const uint8_t *fw_end_of_difference(size_t size, const uint8_t *difference)
+    bint fw_is_difference_of(const uint8_t *text, size_t size, const uint8_t *other, const uint8_t *difference)
+
 cdef extern from "core/zmq_api.h" nogil:
     enum: FW_ZMQ_DONTWAIT
     enum: FW_ZMQ_SNDMORE

@@ -2,9 +2,10 @@
 # those go round as if nothing were kept. They lie in blocks, one behind the other, each a segment of the log before
 # those that are needed; the oldest block goes first.
 #
-# In a block lie records: a head, the lengths of the message's parts, the parts. A parent header that is the one before
-# it is left out, and a line of output is joined to the line before it. What cannot be asked for is not kept: a message
-# that answers no execute_request and changes no display.
+# In a block lie records: a head, the lengths of the message's parts, the parts. A header lies there as what differs
+# from one before it (core/difference.h), which halves what a short message takes. A parent header that is the one
+# before it is left out, and a line of output is joined to the line before it. What cannot be asked for is not kept: a
+# message that answers no execute_request and changes no display.
 
 cdef enum:
     KEPT_BLOCK = 65536          # bytes of a block, at most, unless a message is larger
@@ -17,6 +18,8 @@ cdef enum:                      # of a record
     IS_MOMENTARY = 2
     HAS_PARENT_BEFORE = 4       # its parent header is that of the record before it
     IS_JOINED = 8               # it stands for several messages
+    HEADER_IS_DIFFERENCE = 16
+    PARENT_IS_DIFFERENCE = 32
 
 LARGEST_TO_KEEP = LARGEST_KEPT
 
@@ -29,6 +32,13 @@ cdef struct KeptHead:
     uint32_t count              # of parts
     uint8_t channel
     uint8_t flags
+
+
+# A header, or a parent header, in a block.
+cdef struct KeptText:
+    size_t at           # where it lies; 0 for none
+    size_t size         # of the text
+    size_t other        # where the text lies that it is told by; 0: it lies there as it is
 
 
 cdef inline uint32_t *lengths_of(KeptHead *head) noexcept nogil:
@@ -48,7 +58,10 @@ cdef class Kept(LogSegment):
     cdef size_t used
     cdef size_t most            # that may be used
     cdef KeptHead *last
-    cdef fw_span parent         # of the last record
+    cdef size_t end_of_last     # of its parts
+    cdef KeptText parent            # of the last
+    cdef KeptText whole_header      # the last that lie there as they are
+    cdef KeptText whole_parent
     cdef size_t name_at, name_size      # in the last, where that is output to which more can be joined
 
     def __dealloc__(self):
@@ -60,6 +73,7 @@ cdef class Kept(LogSegment):
         self.data = NULL
         self.last = NULL
         self.room = self.used = self.most = self.name_size = 0
+        self.parent.at = self.whole_header.at = self.whole_parent.at = 0
 
     cdef bint make_room(self, size_t size) except -1:
         """For so many bytes more. False: there is to be another block."""
@@ -75,7 +89,6 @@ cdef class Kept(LogSegment):
         if self.data != NULL:
             memcpy(data, self.data, self.used)
             self.last = <KeptHead *>(data + (<char *>self.last - self.data))
-            self.parent.ptr = data + (<const char *>self.parent.ptr - self.data)
             block_put(self.data, self.room)
         self.data = data
         self.room = room
@@ -83,17 +96,51 @@ cdef class Kept(LogSegment):
 
     cdef bint repeats(self, const Indexed *m) noexcept:
         """Whether a message's parent header is the one before it."""
-        return self.last != NULL and same_bytes(self.parent, m.parts[1])
+        return self.is_text(&self.parent, m.parts[1])
 
-    cdef void add(self, const Indexed *m, LogEntry entry, long long number, long long end, size_t size,
-                  bint repeats) noexcept:
-        """Behind `make_room`."""
+    cdef bint is_text(self, const KeptText *kept, fw_span text) noexcept:
+        if kept.at == 0 or kept.size != text.len:
+            return False
+        if kept.other == 0:
+            return memcmp(self.data + kept.at, text.ptr, text.len) == 0
+        return fw_is_difference_of(
+            <const uint8_t *>text.ptr, text.len, <const uint8_t *>self.data + kept.other,
+            <const uint8_t *>self.data + kept.at
+        )
+
+    cdef size_t keep_text(self, KeptText *kept, KeptText *whole, size_t at, fw_span text) noexcept:
+        """Writes a text there, as what differs from the last whole one where that makes it half as long; elsewhere it
+        is the whole one for those that come. Returns where it ends, which is not behind where the text would."""
+        cdef size_t size = 0
+        kept.at = at
+        kept.size = text.len
+        kept.other = whole.at
+        if whole.at:
+            size = fw_difference(
+                <uint8_t *>self.data + at, text.len // 2, <const uint8_t *>self.data + whole.at, whole.size,
+                <const uint8_t *>text.ptr, text.len
+            )
+        if size:
+            return at + size
+        memcpy(self.data + at, text.ptr, text.len)
+        kept.other = 0
+        whole[0] = kept[0]
+        return at + text.len
+
+    cdef size_t end_of(self, const KeptText *kept) noexcept:
+        if kept.other == 0:
+            return kept.at + kept.size
+        return fw_end_of_difference(kept.size, <const uint8_t *>self.data + kept.at) - <const uint8_t *>self.data
+
+    cdef size_t add(self, const Indexed *m, LogEntry entry, long long number, long long end, bint repeats) noexcept:
+        """Behind `make_room`. Returns how many bytes it took: they may be fewer."""
         cdef KeptHead *head = <KeptHead *>(self.data + self.used)
         cdef StreamText stream
+        cdef KeptText header
         cdef fw_span run            # parts that lie one behind the other
+        cdef size_t at
         cdef uint32_t i
         cdef char *p
-        head.size = size
         head.first = number
         head.end = end
         head.audience = NOBODYS if entry.audience is None else <long long>entry.audience
@@ -102,15 +149,21 @@ cdef class Kept(LogSegment):
         head.flags = entry.ours * IS_OURS | entry.momentary * IS_MOMENTARY
         if end - number > 1:
             head.flags |= IS_JOINED
-        p = bytes_of(head)
-        run = m.parts[0]
         for i in range(m.count):
             lengths_of(head)[i] = <uint32_t>m.parts[i].len
-            if i == 0:
-                continue
-            if i == 1 and repeats:
-                head.flags |= HAS_PARENT_BEFORE
-            elif m.parts[i].ptr == <const char *>run.ptr + run.len:
+        at = self.keep_text(&header, &self.whole_header, bytes_of(head) - self.data, m.parts[0])
+        if header.other:
+            head.flags |= HEADER_IS_DIFFERENCE
+        if repeats:
+            head.flags |= HAS_PARENT_BEFORE
+        else:
+            at = self.keep_text(&self.parent, &self.whole_parent, at, m.parts[1])
+            if self.parent.other:
+                head.flags |= PARENT_IS_DIFFERENCE
+        p = self.data + at
+        run = m.parts[2]
+        for i in range(3, m.count):
+            if m.parts[i].ptr == <const char *>run.ptr + run.len:
                 run.len += m.parts[i].len
             else:
                 memcpy(p, run.ptr, run.len)
@@ -118,10 +171,10 @@ cdef class Kept(LogSegment):
                 run = m.parts[i]
         memcpy(p, run.ptr, run.len)
         p += run.len
-        if not repeats:
-            self.parent = fixed(bytes_of(head) + m.parts[0].len, m.parts[1].len)
+        self.end_of_last = p - self.data
+        head.size = aligned(p - <char *>head)
         self.last = head
-        self.used += size
+        self.used += head.size
         self.name_size = 0
         if m.kind == STREAM and head.audience == NOBODYS and not head.flags & (IS_OURS | IS_MOMENTARY):
             if stream_text(m, &stream) and is_end_of(stream.text, m.parts[3]):
@@ -129,37 +182,29 @@ cdef class Kept(LogSegment):
                 self.name_size = stream.name.len
                 self.name_at = p - self.data - m.parts[3].len + (
                     <const char *>stream.name.ptr - <const char *>m.parts[3].ptr)
+        return head.size
 
     cdef bint joins(self, const Indexed *m, LogEntry entry, StreamText *stream) noexcept:
         """Whether a message is more of the output that came last."""
-        cdef KeptHead *head = self.last
-        cdef char *end
+        cdef fw_span text
         if not self.name_size or m.kind != STREAM or entry.audience is not None or entry.ours or entry.momentary:
             return False
-        if not same_bytes(self.parent, m.parts[1]) or not stream_text(m, stream):
+        if not self.repeats(m) or not stream_text(m, stream):
             return False
         if not same_bytes(stream.name, fixed(self.data + self.name_at, self.name_size)):
             return False
-        end = self.end_of_last()
-        return not ends_in_half(fixed(self.data + self.name_at, end - 2 - (self.data + self.name_at)))
-
-    cdef char *end_of_last(self) noexcept:
-        cdef KeptHead *head = self.last
-        cdef char *p = bytes_of(head)
-        cdef uint32_t i
-        for i in range(head.count):
-            if i != 1 or not head.flags & HAS_PARENT_BEFORE:
-                p += lengths_of(head)[i]
-        return p
+        text = fixed(self.data + self.name_at, self.end_of_last - 2 - self.name_at)
+        return not ends_in_half(text)
 
     cdef size_t join(self, fw_span text, long long end) noexcept:
         """Behind `make_room`. Returns how many bytes it took."""
         cdef KeptHead *head = self.last
-        cdef char *p = self.end_of_last() - 2
+        cdef char *p = self.data + self.end_of_last - 2
         cdef size_t before = head.size
         memcpy(p, text.ptr, text.len)
         memcpy(p + text.len, b'"}', 2)
         lengths_of(head)[3] += <uint32_t>text.len
+        self.end_of_last += text.len
         head.size = aligned(p + text.len + 2 - <char *>head)
         head.end = end
         head.flags |= IS_JOINED
@@ -171,15 +216,21 @@ cdef class Kept(LogSegment):
         cdef LogEntry entry = None
         cdef KeptHead *before = NULL
         cdef KeptHead *head
-        cdef fw_span parent
-        cdef size_t at = 0
+        cdef KeptText header, parent, whole_header, whole_parent
+        cdef size_t at = 0, place
         cdef Indexed *message
-        parent.ptr = NULL
+        memset(&whole_header, 0, sizeof(KeptText))
+        memset(&whole_parent, 0, sizeof(KeptText))
         while at < self.used:
             head = <KeptHead *>(self.data + at)
             at += head.size
+            header.at = bytes_of(head) - self.data
+            self.find_text(&header, &whole_header, lengths_of(head)[0], head.flags & HEADER_IS_DIFFERENCE)
+            place = self.end_of(&header)
             if not head.flags & HAS_PARENT_BEFORE:
-                parent = fixed(bytes_of(head) + lengths_of(head)[0], lengths_of(head)[1])
+                parent.at = place
+                self.find_text(&parent, &whole_parent, lengths_of(head)[1], head.flags & PARENT_IS_DIFFERENCE)
+                place = self.end_of(&parent)
             if head.end <= position:
                 continue
             if before == NULL or not belongs(before, head):
@@ -191,12 +242,47 @@ cdef class Kept(LogSegment):
                 entry.momentary = head.flags & IS_MOMENTARY != 0
                 entries.append(entry)
             message = entry.batch.new_message()
-            fill(entry.batch, message, head, parent)
+            self.fill(entry.batch, message, head, &header, &parent, place)
             entry.end = head.end
             before = head
         for entry in entries:
             entry.memory = entry.batch.memory_size() + ENTRY_SIZE
         return entries
+
+    cdef void find_text(self, KeptText *kept, KeptText *whole, size_t size, bint is_difference) noexcept:
+        """One that `keep_text` has written, from the first on."""
+        kept.size = size
+        kept.other = whole.at if is_difference else 0
+        if not is_difference:
+            whole[0] = kept[0]
+
+    cdef int fill(self, Batch batch, Indexed *message, KeptHead *head, const KeptText *header, const KeptText *parent,
+                  size_t place) except -1:
+        """A record becomes the next message of a batch, all its bytes copied. Behind its headers comes ``place``."""
+        cdef char *copy
+        cdef size_t size = 0
+        cdef uint32_t i
+        for i in range(head.count):
+            size += lengths_of(head)[i]
+        message.count = head.count
+        message.parts = <fw_span *>batch.store.get(head.count * sizeof(fw_span))
+        copy = <char *>batch.store.get(size)
+        for i in range(head.count):
+            message.parts[i] = fixed(copy, lengths_of(head)[i])
+            copy += lengths_of(head)[i]
+        self.copy_text(<char *>message.parts[0].ptr, header)
+        self.copy_text(<char *>message.parts[1].ptr, parent)
+        memcpy(<char *>message.parts[2].ptr, self.data + place, copy - <char *>message.parts[2].ptr)
+        scan_header(message.parts[0], &message.header)
+        return batch.index(message)
+
+    cdef void copy_text(self, char *to, const KeptText *kept) noexcept:
+        if kept.other:
+            fw_from_difference(
+                <uint8_t *>to, kept.size, <const uint8_t *>self.data + kept.other, <const uint8_t *>self.data + kept.at
+            )
+        else:
+            memcpy(to, self.data + kept.at, kept.size)
 
 
 cdef inline bint is_to_keep(Ledger ledger, LogEntry entry, const Indexed *m, long long number) except -1:
@@ -223,29 +309,6 @@ cdef inline bint belongs(KeptHead *before, KeptHead *head) noexcept nogil:
         and before.audience == head.audience and before.channel == head.channel
         and not (before.flags ^ head.flags) & (IS_OURS | IS_MOMENTARY)
     )
-
-
-cdef int fill(Batch batch, Indexed *message, KeptHead *head, fw_span parent) except -1:
-    """A record becomes the next message of a batch, all its bytes copied."""
-    cdef size_t size = bytes_of(head) - <char *>head
-    cdef const char *p = bytes_of(head)
-    cdef char *copy
-    cdef uint32_t i
-    message.count = head.count
-    message.parts = <fw_span *>batch.store.get(head.count * sizeof(fw_span))
-    copy = <char *>batch.store.get(head.size - size + parent.len)
-    for i in range(head.count):
-        size = lengths_of(head)[i]
-        message.parts[i] = fixed(copy, size)
-        if i == 1:
-            memcpy(copy, parent.ptr, size)
-        else:
-            memcpy(copy, p, size)
-        if i != 1 or not head.flags & HAS_PARENT_BEFORE:
-            p += size
-        copy += size
-    scan_header(message.parts[0], &message.header)
-    return batch.index(message)
 
 
 cdef bint is_cut(list cuts, Kept tail, long long number) except -1:

@@ -572,8 +572,7 @@ cdef class Log:
             tail = self.new_tail(begin if tail is None else number)
             tail.most = max(tail.most, size)
             self.has_room(tail, size)
-        tail.add(m, entry, number, end, size, repeats)
-        return self.has_kept(tail, size, end)
+        return self.has_kept(tail, tail.add(m, entry, number, end, repeats), end)
 
     cdef bint has_room(self, Kept tail, size_t size) except -1:
         cdef size_t before = tail.room
