@@ -11,7 +11,6 @@ import struct
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
-from os.path import commonprefix
 
 from fastwire.errors import (
     DuplicateSignature,
@@ -589,7 +588,7 @@ def difference(other: bytes, text: bytes) -> bytes:
     """How a text differs from another: steps of what is the same, what is passed by there, and what is new."""
     steps = b""
     while text:
-        same = len(commonprefix([other[:255], text[:255]]))
+        same = in_common(other[:255], text[:255])
         passed = new = 0
         if same < 255:
             passed, new = to_quote(other[same:]), to_quote(text[same:])
@@ -598,6 +597,11 @@ def difference(other: bytes, text: bytes) -> bytes:
         steps += bytes([same, passed, new]) + text[same : same + new]
         other, text = other[same + passed :], text[same + new :]
     return steps
+
+
+def in_common(one: bytes, other: bytes) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def to_quote(text: bytes) -> int:
