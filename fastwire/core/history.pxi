@@ -38,7 +38,7 @@ cdef struct KeptHead:
 cdef struct KeptText:
     size_t at           # where it lies; 0 for none
     size_t size         # of the text
-    size_t other        # where the text lies that it is told by; 0: it lies there as it is
+    size_t other        # where the whole one lies that it is told by; 0: it is one itself
 
 
 cdef inline uint32_t *lengths_of(KeptHead *head) noexcept nogil:
@@ -59,8 +59,8 @@ cdef class Kept(LogSegment):
     cdef size_t most            # that may be used
     cdef KeptHead *last
     cdef size_t end_of_last     # of its parts
-    cdef KeptText parent            # of the last
-    cdef KeptText whole_header      # the last that lie there as they are
+    cdef KeptText parent        # of the last
+    cdef KeptText whole_header  # the last that lie there as they are
     cdef KeptText whole_parent
     cdef size_t name_at, name_size      # in the last, where that is output to which more can be joined
 
