@@ -10,7 +10,7 @@ import pytest
 from builders import wire
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from journal_stage import KIB, PLENTY, SIGNER, log_of
+from journal_stage import KIB, MIB, PLENTY, SIGNER, all_of, batch_of, log_of, say
 
 from fastwire import _core
 from fastwire._core import LogSegment
@@ -34,10 +34,11 @@ NAMES = b'"msg_id": "m", "msg_type": "t"'
 
 @st.composite
 def alike(draw: st.DrawFn) -> list[bytes]:
-    """JSON objects that have much in common, and one that need not."""
+    """JSON objects that have much in common, one that need not, and one that begins as another."""
     begin, middle, end = draw(members), draw(members), draw(members)
     several = [[*begin, *new, *middle, *draw(members), *end] for new in draw(st.lists(members, min_size=1, max_size=6))]
-    return [b"{" + b", ".join([*each, NAMES]) + b"}" for each in [*several, draw(members)]]
+    texts = [b"{" + b", ".join([*each, NAMES]) + b"}" for each in [*several, draw(members)]]
+    return [*texts, texts[0] + b" " * 50]
 
 
 def kept(messages: Messages, limit: int = PLENTY) -> Journal:
@@ -98,13 +99,28 @@ def test_the_oracle_can_be_read(texts: list[bytes]) -> None:
             assert found == text
 
 
-def header_of(number: int, msg_type: str, session: str) -> bytes:
+def test_a_difference_is_kept_where_it_is_half_as_long_at_most() -> None:
+    parent = b"{%b}" % NAMES
+    first, *others = [b'{"e": "%b", %b}' % (b"z" * size, NAMES) for size in range(1, 60)]
+    is_half = set()
+    for header in others:
+        messages = [[each, parent, b"{}", b"{}"] for each in (first, header, header)]
+        journal = kept(messages)
+        (block,) = blocks_of(journal)
+        assert read(block) == messages
+        assert block.weight == oracle.size_of_block(messages)
+        is_half.add(len(oracle.difference(first, header)) - len(header) // 2)
+        journal.close()
+    assert {-1, 0, 1} <= is_half
+
+
+def header_of(number: int, msg_type: str, session: str, username: str = "root") -> bytes:
     """As ipykernel has them."""
     return json.dumps(
         {
             "msg_id": f"{session}_4711_{number}",
             "msg_type": msg_type,
-            "username": "root",
+            "username": username,
             "session": session,
             "date": f"2026-11-30T07:{number // 60 % 60:02}:{number % 60:02}.{number * 7919 % 10**6:06}Z",
             "version": "5.3",
@@ -126,4 +142,28 @@ def test_the_headers_of_a_kernel_take_a_fraction(limit: int) -> None:
     headers = sum(len(header) + len(parent) / 5 for header, parent, *_ in messages)
     heads = len(messages) * (oracle.HEAD + 4 * 4 + 4 + 7)
     assert sum(block.weight for block in blocks) - heads < headers / 3
+    journal.close()
+
+
+def test_what_was_joined_while_a_client_was_away_takes_what_it_takes() -> None:
+    """Of entries that are to be in one block the room is not taken that their headers would need as they are."""
+    limits = Limits(history_limit=2 * MIB, client_memory_limit=32 * MIB, spill=False)
+    journal, client = log_of(limits)
+    session, clients = uuid.uuid4().hex, uuid.uuid4().hex
+    number = 0
+    for _ in range(3):
+        for _ in range(1000):
+            messages = []
+            for msg_type in ("status", "stream", "stream", "display_data", "status"):
+                number += 1
+                header = header_of(number, msg_type, session, "root" * 500)
+                parent = header_of(number // 5, "execute_request", clients, "root" * 500)
+                messages.append([header, parent, b"{}", b'{"name": "stdout", "text": "1"}'])
+            say(journal, batch_of(*messages))
+        all_of(client)
+        client.lose_socket()
+        blocks = list(blocks_of(journal))
+        assert sum(len(read(block)) for block in blocks) > 1000
+        for block in blocks:
+            assert block.memory <= 2 * (block.weight + 5 * KIB), "and a message"
     journal.close()

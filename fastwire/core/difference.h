@@ -43,8 +43,9 @@ static inline size_t fw_to_quote(const uint8_t *p, size_t size) {
     return n;
 }
 
-/* Writes how `text` differs from `other`, and returns how long that is; 0 where it is longer than `room`. What it costs
- * is bounded by the room, whatever the texts are: a step takes FW_STEP bytes of it, and looks at FW_MOST of each. */
+/* Writes how `text` differs from `other`, and returns how long that is; 0 where it is longer than `room`. Whatever they
+ * are, it is linear in both: a step passes what it looks at, but for a byte of each. It takes FW_STEP bytes of the room,
+ * so that a short text costs little beside a long one. */
 static size_t fw_difference(uint8_t *out, size_t room, const uint8_t *other, size_t other_size, const uint8_t *text,
                             size_t size) {
     const uint8_t *other_end = other + other_size, *end = text + size;

@@ -56,7 +56,8 @@ cdef class Kept(LogSegment):
     cdef char *data
     cdef size_t room            # bytes there are
     cdef size_t used
-    cdef size_t most            # that may be used
+    cdef size_t usual           # bytes that may be used,
+    cdef size_t most            # and while there is what is to be in one block
     cdef KeptHead *last
     cdef size_t end_of_last     # of its parts
     cdef KeptText parent        # of the last
@@ -72,14 +73,26 @@ cdef class Kept(LogSegment):
             block_put(self.data, self.room)
         self.data = NULL
         self.last = NULL
-        self.room = self.used = self.most = self.name_size = 0
+        self.room = self.used = self.usual = self.most = self.name_size = 0
         self.parent.at = self.whole_header.at = self.whole_parent.at = 0
+
+    cdef inline bint may_use(self, size_t size) noexcept:
+        """So many bytes more."""
+        return self.used + size <= self.most
+
+    cdef inline void allow(self, size_t size) noexcept:
+        """So many more, for what is to be in one block."""
+        self.most = max(self.most, self.used + size)
+
+    cdef inline void allow_usual(self) noexcept:
+        """All of that is there."""
+        self.most = max(self.usual, self.used)
 
     cdef bint make_room(self, size_t size) except -1:
         """For so many bytes more. False: there is to be another block."""
         cdef size_t room = max(self.room * 2, aligned(self.used + size))
         cdef char *data
-        if self.used + size > self.most:
+        if not self.may_use(size):
             return False
         if self.used + size <= self.room:
             return True
@@ -185,11 +198,11 @@ cdef class Kept(LogSegment):
         return head.size
 
     cdef bint joins(self, const Indexed *m, LogEntry entry, StreamText *stream) noexcept:
-        """Whether a message is more of the output that came last."""
+        """Whether a message that `repeats` is more of the output that came last."""
         cdef fw_span text
         if not self.name_size or m.kind != STREAM or entry.audience is not None or entry.ours or entry.momentary:
             return False
-        if not self.repeats(m) or not stream_text(m, stream):
+        if not stream_text(m, stream):
             return False
         if not same_bytes(stream.name, fixed(self.data + self.name_at, self.name_size)):
             return False

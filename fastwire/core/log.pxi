@@ -487,6 +487,9 @@ cdef class Log:
                 if is_to_keep(self.ledger, entry, m, number):
                     self.keep_message(entry, m, first, number, end, cuts)
                 self.kept_until = end
+            tail = self.tail()
+            if tail is not None:
+                tail.allow_usual()
         tail = self.tail()
         if tail is None and (self.readers or self.front is not self.needed):
             tail = self.new_tail(first)
@@ -500,8 +503,8 @@ cdef class Log:
         return True
 
     cdef bint goes_together(self, LogEntry entry, long long begin) except -1:
-        """Which numbers the messages of a joined entry stand for is not known any more: they are in one block, and it
-        has room. False: all of them that are to be kept are too much."""
+        """Which numbers the messages of a joined entry stand for is not known any more: they are in one block. False:
+        all of them that are to be kept are too much."""
         cdef Kept tail = self.tail()
         cdef Indexed *m
         cdef Py_ssize_t i
@@ -512,16 +515,15 @@ cdef class Log:
             m = &entry.batch.messages[i]
             if is_to_keep(self.ledger, entry, m, entry.first + i):
                 size += size_to_keep(m, False)
-        if not size or tail is not None and self.has_room(tail, size):
+        if not size or tail is not None and tail.may_use(size):
             return True
         if <Py_ssize_t>size > self.history_limit:
             self.python_ran = True
             self.trim(0)
             self.new_tail(entry.end)
             return False
-        tail = self.new_tail(begin if tail is None else entry.first)
-        tail.most = max(tail.most, size)
-        self.has_room(tail, size)
+        # They take less: the room is made as they come.
+        self.new_tail(begin if tail is None else entry.first).allow(size)
         return True
 
     cdef Kept tail(self):
@@ -538,7 +540,7 @@ cdef class Log:
         tail.waiters = []
         tail.state = self.states[0]
         tail.first = tail.end = first
-        tail.most = min(<size_t>KEPT_BLOCK, <size_t>(self.history_limit // KEPT_BLOCKS))
+        tail.usual = tail.most = min(<size_t>KEPT_BLOCK, <size_t>(self.history_limit // KEPT_BLOCKS))
         tail.previous = before
         tail.next = self.needed
         self.needed.previous = tail
@@ -555,11 +557,10 @@ cdef class Log:
         cdef Kept tail = self.tail()
         cdef StreamText stream
         cdef size_t size
-        cdef bint repeats
-        if tail is not None and self.joins and tail.joins(m, entry, &stream) and not is_cut(cuts, tail, number):
+        cdef bint repeats = tail is not None and tail.repeats(m)
+        if repeats and self.joins and tail.joins(m, entry, &stream) and not is_cut(cuts, tail, number):
             if self.has_room(tail, stream.text.len + 8):
                 return self.has_kept(tail, tail.join(stream.text, end), end)
-        repeats = tail is not None and tail.repeats(m)
         size = size_to_keep(m, repeats)
         if tail is None or not self.has_room(tail, size):
             size = size_to_keep(m, False)
@@ -570,7 +571,7 @@ cdef class Log:
                 self.new_tail(end)
                 return 0
             tail = self.new_tail(begin if tail is None else number)
-            tail.most = max(tail.most, size)
+            tail.allow(size)
             self.has_room(tail, size)
         return self.has_kept(tail, tail.add(m, entry, number, end, repeats), end)
 
