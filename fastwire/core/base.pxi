@@ -88,7 +88,7 @@ cdef extern from "core/difference.h" nogil:
     size_t fw_difference(
         uint8_t *out, size_t room, const uint8_t *other, size_t other_size, const uint8_t *text, size_t size
     )
-    const uint8_t *fw_from_difference(uint8_t *out, size_t size, const uint8_t *other, const uint8_t *difference)
+    void fw_from_difference(uint8_t *out, size_t size, const uint8_t *other, const uint8_t *difference)
     const uint8_t *fw_end_of_difference(size_t size, const uint8_t *difference)
     bint fw_is_difference_of(const uint8_t *text, size_t size, const uint8_t *other, const uint8_t *difference)
 

@@ -71,8 +71,8 @@ static size_t fw_difference(uint8_t *out, size_t room, const uint8_t *other, siz
     return (size_t)(out - start);
 }
 
-/* Writes a text of `size` bytes. Returns the end of its difference. */
-static const uint8_t *fw_from_difference(uint8_t *out, size_t size, const uint8_t *other, const uint8_t *difference) {
+/* Writes a text of `size` bytes. */
+static void fw_from_difference(uint8_t *out, size_t size, const uint8_t *other, const uint8_t *difference) {
     uint8_t *end = out + size;
     while (out < end) {
         size_t same = difference[0], passed = difference[1], new_ones = difference[2];
@@ -82,7 +82,6 @@ static const uint8_t *fw_from_difference(uint8_t *out, size_t size, const uint8_
         other += same + passed;
         difference += FW_STEP + new_ones;
     }
-    return difference;
 }
 
 /* Where the difference of a text of `size` bytes ends. */
