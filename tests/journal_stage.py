@@ -15,7 +15,7 @@ import builders
 import pytest
 
 from fastwire import _core
-from fastwire._core import Batch
+from fastwire._core import Batch, LogSegment
 from fastwire.budgets import Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal, totals
@@ -302,6 +302,11 @@ def say(journal: Journal, batch: Batch, audience: int | None = None) -> Entry:
     entry = journal.append(batch, audience)
     journal.settle()
     return entry
+
+
+def messages_of(segment: LogSegment, position: int = 0) -> list[list[bytes]]:
+    """Those behind a number."""
+    return [entry.batch[index] for entry in segment.read(position) for index in range(len(entry))]
 
 
 def all_of(client: Client, disk: Disk | None = None, protocol: str | None = None) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from builders import wire
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from journal_stage import KIB, MIB, PLENTY, SIGNER, all_of, batch_of, log_of, say
+from journal_stage import KIB, MIB, PLENTY, SIGNER, all_of, batch_of, log_of, messages_of, say
 
 from fastwire import _core
 from fastwire._core import LogSegment
@@ -60,10 +60,6 @@ def blocks_of(journal: Journal) -> Iterator[LogSegment]:
         segment = segment.next
 
 
-def read(block: LogSegment, position: int = 0) -> Messages:
-    return [entry.batch[index] for entry in block.read(position) for index in range(len(entry))]
-
-
 @settings(deadline=None)
 @given(st.data(), alike(), alike(), st.sampled_from([b"{}", b'"x"', b'"' + b"x" * 3000 + b'"']))
 def test_what_was_kept_is_read_as_it_was(
@@ -76,11 +72,11 @@ def test_what_was_kept_is_read_as_it_was(
     ]
     journal = kept(messages)
     blocks = list(blocks_of(journal))
-    assert [parts for block in blocks for parts in read(block)] == messages
+    assert [parts for block in blocks for parts in messages_of(block)] == messages
     for block in blocks:
         for first in range(block.first, block.end + 1):
-            assert read(block, first) == messages[first : block.end], "whatever was passed by"
-        assert block.weight == oracle.size_of_block(read(block))
+            assert messages_of(block, first) == messages[first : block.end], "whatever was passed by"
+        assert block.weight == oracle.size_of_block(messages_of(block))
     journal.close()
 
 
@@ -107,7 +103,7 @@ def test_a_difference_is_kept_where_it_is_half_as_long_at_most() -> None:
         messages = [[each, parent, b"{}", b"{}"] for each in (first, header, header)]
         journal = kept(messages)
         (block,) = blocks_of(journal)
-        assert read(block) == messages
+        assert messages_of(block) == messages
         assert block.weight == oracle.size_of_block(messages)
         is_half.add(len(oracle.difference(first, header)) - len(header) // 2)
         journal.close()
@@ -138,7 +134,7 @@ def test_the_headers_of_a_kernel_take_a_fraction(limit: int) -> None:
     ]
     journal = kept(messages, limit)
     blocks = list(blocks_of(journal))
-    assert [parts for block in blocks for parts in read(block)] == messages
+    assert [parts for block in blocks for parts in messages_of(block)] == messages
     headers = sum(len(header) + len(parent) / 5 for header, parent, *_ in messages)
     heads = len(messages) * (oracle.HEAD + 4 * 4 + 4 + 7)
     assert sum(block.weight for block in blocks) - heads < headers / 3
@@ -163,7 +159,7 @@ def test_what_was_joined_while_a_client_was_away_takes_what_it_takes() -> None:
         all_of(client)
         client.lose_socket()
         blocks = list(blocks_of(journal))
-        assert sum(len(read(block)) for block in blocks) > 1000
+        assert sum(len(messages_of(block)) for block in blocks) > 1000
         for block in blocks:
             assert block.memory <= 2 * (block.weight + 5 * KIB), "and a message"
     journal.close()

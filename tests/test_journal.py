@@ -28,6 +28,7 @@ from journal_stage import (
     changed,
     line,
     log_of,
+    messages_of,
     numbers,
     of_a_run,
     other,
@@ -36,7 +37,7 @@ from journal_stage import (
 
 import fastwire
 from fastwire import _core
-from fastwire._core import ENTRY, PROTOCOL_V1, Batch, LogSegment
+from fastwire._core import ENTRY, PROTOCOL_V1, Batch
 from fastwire.budgets import Budget, Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal, totals
@@ -437,10 +438,6 @@ def size_of_entry(entry: Entry) -> int:
     parts = [entry.batch[index] for index in range(len(entry))]
     assert entry.batch.memory >= sum(map(len, chain.from_iterable(parts)))
     return entry.batch.memory + ENTRY
-
-
-def messages_of(block: LogSegment) -> list[list[bytes]]:
-    return [entry.batch[index] for entry in block.read(block.first) for index in range(len(entry))]
 
 
 TestLogs = Logs.TestCase

@@ -148,10 +148,7 @@ cdef class Kept(LogSegment):
     cdef size_t add(self, const Indexed *m, LogEntry entry, long long number, long long end, bint repeats) noexcept:
         """Behind `make_room`. Returns how many bytes it took: they may be fewer."""
         cdef KeptHead *head = <KeptHead *>(self.data + self.used)
-        cdef StreamText stream
-        cdef KeptText header
-        cdef fw_span run            # parts that lie one behind the other
-        cdef size_t at
+        cdef fw_span run = m.parts[2]       # parts that lie one behind the other
         cdef uint32_t i
         cdef char *p
         head.first = number
@@ -164,17 +161,7 @@ cdef class Kept(LogSegment):
             head.flags |= IS_JOINED
         for i in range(m.count):
             lengths_of(head)[i] = <uint32_t>m.parts[i].len
-        at = self.keep_text(&header, &self.whole_header, bytes_of(head) - self.data, m.parts[0])
-        if header.other:
-            head.flags |= HEADER_IS_DIFFERENCE
-        if repeats:
-            head.flags |= HAS_PARENT_BEFORE
-        else:
-            at = self.keep_text(&self.parent, &self.whole_parent, at, m.parts[1])
-            if self.parent.other:
-                head.flags |= PARENT_IS_DIFFERENCE
-        p = self.data + at
-        run = m.parts[2]
+        p = self.data + self.keep_headers(head, m, repeats)
         for i in range(3, m.count):
             if m.parts[i].ptr == <const char *>run.ptr + run.len:
                 run.len += m.parts[i].len
@@ -188,14 +175,33 @@ cdef class Kept(LogSegment):
         head.size = aligned(p - <char *>head)
         self.last = head
         self.used += head.size
-        self.name_size = 0
-        if m.kind == STREAM and head.audience == NOBODYS and not head.flags & (IS_OURS | IS_MOMENTARY):
-            if stream_text(m, &stream) and is_end_of(stream.text, m.parts[3]):
-                # Joined text goes where this one ends.
-                self.name_size = stream.name.len
-                self.name_at = p - self.data - m.parts[3].len + (
-                    <const char *>stream.name.ptr - <const char *>m.parts[3].ptr)
+        self.note_name(m)
         return head.size
+
+    cdef size_t keep_headers(self, KeptHead *head, const Indexed *m, bint repeats) noexcept:
+        """Returns where they end."""
+        cdef KeptText header
+        cdef size_t at = self.keep_text(&header, &self.whole_header, bytes_of(head) - self.data, m.parts[0])
+        if header.other:
+            head.flags |= HEADER_IS_DIFFERENCE
+        if repeats:
+            head.flags |= HAS_PARENT_BEFORE
+            return at
+        at = self.keep_text(&self.parent, &self.whole_parent, at, m.parts[1])
+        if self.parent.other:
+            head.flags |= PARENT_IS_DIFFERENCE
+        return at
+
+    cdef void note_name(self, const Indexed *m) noexcept:
+        """Of the last record: text that is joined to it goes where it ends."""
+        cdef StreamText stream
+        self.name_size = 0
+        if m.kind != STREAM or self.last.audience != NOBODYS or self.last.flags & (IS_OURS | IS_MOMENTARY):
+            return
+        if stream_text(m, &stream) and is_end_of(stream.text, m.parts[3]):
+            self.name_size = stream.name.len
+            self.name_at = self.end_of_last - m.parts[3].len + (
+                <const char *>stream.name.ptr - <const char *>m.parts[3].ptr)
 
     cdef bint joins(self, const Indexed *m, LogEntry entry, StreamText *stream) noexcept:
         """Whether a message that `repeats` is more of the output that came last."""
