@@ -35,8 +35,8 @@ WARNINGS = [
 ]
 # A request that finds the caches empty pays for each page of memory that its code lies in. So code is small (-O2)
 # and what runs lies closely: sorted by name, C's own functions stand apart from Python's ways to them, and what leads
-# to an exception apart from both (core/base.pxi).
-CLOSELY = ["-O2", "-ffunction-sections", "-fvisibility=hidden"]
+# to an exception apart from both (core/base.pxi). What is not the core's is called without the linker's stubs between.
+CLOSELY = ["-O2", "-ffunction-sections", "-fvisibility=hidden", *(["-fno-plt"] if sys.platform == "linux" else [])]
 LINKED_CLOSELY = ["-Wl,--sort-section=name", "-Wl,-z,now"] if sys.platform == "linux" else []
 # Distributions build Python with _FORTIFY_SOURCE, which needs -O2 and hides from the sanitizers.
 UNOPTIMISED = ["-g", "-U_FORTIFY_SOURCE"]

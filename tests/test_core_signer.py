@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import builders
@@ -174,6 +175,16 @@ def test_an_empty_key_signs_nothing_and_accepts_anything() -> None:
 def test_unknown_schemes(scheme: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         _core.Signer(builders.KEY, scheme)
+
+
+def test_a_hash_whose_signature_is_longer_than_any_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = SimpleNamespace(block_size=128, digest_size=65, update=lambda text: None, hexdigest=lambda: "00" * 65)
+    wide.copy = lambda: wide
+    wide.digest = lambda: bytes(65)
+    monkeypatch.setattr(hashlib, "wide", lambda text=b"": wide, raising=False)
+    assert len(hmac.new(b"key", digestmod=hashlib.wide).hexdigest()) == 130
+    with pytest.raises(ValueError, match="hmac-wide"):
+        _core.Signer(builders.KEY, "hmac-wide")
 
 
 # -- verify ----------------------------------------------------------------------------------------

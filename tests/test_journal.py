@@ -5,6 +5,7 @@ import errno
 import json
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable
 from itertools import chain, pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import oracle
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from journal_stage import (
@@ -489,6 +491,26 @@ def test_who_always_has_something_on_its_way_lets_go_what_it_has(history: int) -
     client.cursor.release(client.queued)
     assert begin.entries == []
     read.reader.close()
+
+
+@given(st.lists(st.none() | st.integers(1, 30), max_size=200))
+def test_what_is_on_its_way_stands_in_order(steps: list[int | None]) -> None:
+    """Something more is given, or a client has the oldest so many. What that takes grows and shrinks with it."""
+    journal = Journal(NO_HISTORY, Budgets(NO_HISTORY))
+    client, expected = Client(journal), deque[int]()
+    for number, step in enumerate(steps):
+        if step is None:
+            client.hears(journal.append(batch_of(line(number))), [number])
+            journal.settle()
+            expected.append(client.queued)
+        elif expected:
+            has = [expected.popleft() for _ in range(min(step, len(expected)))][-1]
+            client.cursor.release_only(has - 1)
+            assert len(client.cursor.flight) == len(expected) + 1
+            client.cursor.release(has)
+        flight = client.cursor.flight
+        assert [each.end for each in flight] == [*expected]
+        assert (len(flight), getattr(flight.oldest, "end", None)) == (len(expected), expected[0] if expected else None)
 
 
 @pytest.mark.parametrize("has", [1, 10, 19, 20, 21, 39])

@@ -573,6 +573,24 @@ def test_a_message_that_was_written_in_half_is_said_again_as_a_whole() -> None:
     run(play)
 
 
+@pytest.mark.parametrize("buffers", [0, 10, 11, 500])
+@pytest.mark.parametrize("scheme", ["hmac-sha256", "hmac-sha512"])
+def test_a_message_with_many_buffers_is_sent_as_it_is(buffers: int, scheme: str) -> None:
+    async def play(script: Peer, ours: Ours) -> None:
+        reader, _ = await script.shaken()
+        await eventually(lambda: ours.channel.connected)
+        others = {name: ZmtpStream("DEALER") for name in ("control", "stdin")}
+        uplink = Uplink(_core.PROTOCOL_V1, Signer(KEY, scheme), {"shell": ours.channel.socket, **others})
+        parts = [*message("comm_msg", "many"), *(bytes([each % 256]) * each for each in range(buffers))]
+        uplink.send(_core.OP_BINARY, client_message(parts, "shell", _core.PROTOCOL_V1))
+        expected = peer.multipart(wire(oracle.Signer(KEY, scheme), parts))
+        async with asyncio.timeout(PATIENCE):
+            assert await reader.readexactly(len(expected)) == expected
+        assert (uplink.sent, uplink.waiting_messages, _core.live()["records"]) == (1, 0, 0)
+
+    run(play)
+
+
 def test_a_kernel_that_stops_reading() -> None:
     """What does not fit waits in the uplink, and goes when there is room; nothing is lost and nothing comes twice."""
 

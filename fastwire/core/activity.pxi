@@ -53,6 +53,19 @@ cdef list OF_CONTROL = [
     b"create_subshell_request", b"delete_subshell_request", b"list_subshell_request",
 ]
 
+# Each is one object, to be compared by `is`: comparing texts is a call into a part of Python that no turn needs.
+cdef str BUSY = "busy"
+cdef str IDLE = "idle"
+cdef str STARTING = "starting"
+
+
+cdef str known_state(str name):
+    for known in (BUSY, IDLE, STARTING):
+        if name == known:
+            return known
+    return name
+
+
 cdef enum:
     MOST_BUSY = 64          # requests; of more, which no kernel works on at a time, the oldest are forgotten
     LARGEST_STATUS = 8192   # bytes of a status that is kept
@@ -117,9 +130,9 @@ cdef class Activity:
     def __dealloc__(self):
         self.end_all()
 
-    def __init__(self, untracked_message_types, str state not None="starting"):
+    def __init__(self, untracked_message_types, str state not None=STARTING):
         self.untracked = [name.encode() for name in untracked_message_types]
-        self.state = state
+        self.state = known_state(state)
 
     cdef bint is_tracked(self, fw_span msg_type) noexcept:
         """A message type that is missing is tracked, as in jupyter_server."""
@@ -155,7 +168,7 @@ cdef class Activity:
                 scan_parent(before, &parent)
                 self.learn_type(parent.msg_type)
             if not active:
-                active = self.type_is_tracked or self.state == "busy" or self.is_tracked(m.header.msg_type)
+                active = self.type_is_tracked or self.state is BUSY or self.is_tracked(m.header.msg_type)
             self.shown += m.kind == STREAM or m.kind == DISPLAY or m.kind == ERROR
             if m.kind == STATUS and self.follow(m, &parent):
                 said[0] = True
@@ -169,8 +182,8 @@ cdef class Activity:
         if self.type_is_tracked and not self.type_is_of_control:
             self.hear(m, parent, state_name(said))
             return True
-        if self.state == "starting" and not spells(inside(said), b"starting", 8):
-            self.state = "idle"
+        if self.state is STARTING and not spells(inside(said), b"starting", 8):
+            self.state = IDLE
             return True
         return False
 
@@ -179,14 +192,14 @@ cdef class Activity:
         them all."""
         cdef uint64_t request = 0
         cdef bint is_named = names_request(parent, &request)
-        if said == "busy":
+        if said is BUSY:
             if is_named and self.place_of(request)[0] == NULL:
                 self.begin(m, request)
-        elif said == "starting" or not is_named:
+        elif said is STARTING or not is_named:
             self.end_all()
-        elif said == "idle":
+        elif said is IDLE:
             self.end_one(self.place_of(request))
-        self.state = "busy" if said == "idle" and self.busy != NULL else said
+        self.state = BUSY if said is IDLE and self.busy != NULL else said
         return 0
 
     cdef Busy **place_of(self, uint64_t request) noexcept:
@@ -239,7 +252,7 @@ cdef class Activity:
     @property
     def status(self):
         cdef Busy *busy = self.busy
-        if self.state == "busy":
+        if self.state is BUSY:
             while busy != NULL and busy.count == 0:
                 busy = busy.next
             if busy != NULL:
@@ -251,8 +264,8 @@ cdef class Activity:
 
     def begin_anew(self):
         self.forget()
-        if self.state == "busy":
-            self.state = "starting"
+        if self.state is BUSY:
+            self.state = STARTING
 
 
 cdef bint is_of_control(fw_span msg_type) noexcept:
@@ -285,7 +298,7 @@ cdef uint64_t secret_hash(fw_span text, uint64_t state) noexcept nogil:
 
 cdef str state_name(fw_span said):
     if spells(inside(said), b"busy", 4):
-        return "busy"
+        return BUSY
     if spells(inside(said), b"idle", 4):
-        return "idle"
-    return unescaped(said)
+        return IDLE
+    return known_state(unescaped(said))

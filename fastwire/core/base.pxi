@@ -7,9 +7,6 @@ cdef extern from "core/memory.h" nogil:
     void *realloc "fw_realloc"(void *, size_t)
     size_t fw_allocations_left
 
-cdef extern from "<string.h>" nogil:
-    void *memmem(const void *text, size_t size, const void *word, size_t length)
-
 cdef extern from "core/sys.h" nogil:
     enum: FW_RECV
     enum: FW_SENDMSG

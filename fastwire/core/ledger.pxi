@@ -180,8 +180,8 @@ cdef class Ledger:
 
     # -- what clients ask --
 
-    cdef int ask(self, const fw_span *parts) except -1:
-        """A message for shell, as it goes to the kernel."""
+    cdef int ask(self, const fw_span *parts, fw_span msg_type) except -1:
+        """A message for shell, as it goes to the kernel; ``msg_type`` is as `type_of` has it."""
         cdef fw_span header = parts[0]
         cdef fw_span metadata = parts[2]
         cdef size_t size = aligned(sizeof(Asked) + header.len + metadata.len)
@@ -190,7 +190,7 @@ cdef class Ledger:
         if size > ASKED_ROOM or is_escaped(header) or is_escaped(metadata):
             self.settle()
             self.be_asked(header, metadata)
-        elif memmem(header.ptr, header.len, b"execute_request", 15) != NULL:
+        elif msg_type.ptr != NULL and spells(msg_type, b"execute_request", 15):
             if size > ASKED_ROOM - self.asked_end:
                 self.settle()
             self.note_asked(header, metadata)

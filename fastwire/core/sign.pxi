@@ -20,6 +20,7 @@ cdef enum:
     MAX_HISTORY = 1 << 30
     # However much memory the others take, each may remember so many.
     LEAST_HISTORY = 1024
+    MOST_SIGNATURE = 128    # bytes: SHA-512's
 
 # The frames of the message that is being received. Small ones are copied behind each other as they come, and the next
 # takes their place in libzmq's hands: an eighth less work for libzmq than to keep each, and HMAC reads them in one go.
@@ -204,7 +205,8 @@ def _keyed(bytes key, str signature_scheme):
     digestmod = getattr(hashlib, name, None) if prefix == "hmac" else None
     try:
         keyed = hmac.new(key, digestmod=digestmod)
-        keyed.hexdigest()
+        if len(keyed.hexdigest()) > MOST_SIGNATURE:
+            raise ValueError
     except (TypeError, ValueError, AttributeError):
         raise ValueError(
             f"signature_scheme must be 'hmac-' and the name of a hash in hashlib, got {signature_scheme!r}"
@@ -295,17 +297,19 @@ cdef class Signer:
             fw_hmac(&self.key, parts, 4, digest)
         return 0
 
-    cdef bytes hex_signature(self, const fw_span *parts):
+    cdef size_t hex_signature(self, const fw_span *parts, char *out) except? MOST_SIGNATURE:
+        """Into ``out``, which has room for MOST_SIGNATURE bytes. How many they are."""
         cdef uint8_t digest[32]
-        cdef bytes signature
+        cdef bytes by_hashlib
         if self.scheme == UNSIGNED:
-            return b""
+            return 0
         if self.scheme == HASHLIB:
-            return self.digest(parts).hex().encode()
+            by_hashlib = self.digest(parts)
+            fw_hex(<const uint8_t *>PyBytes_AS_STRING(by_hashlib), PyBytes_GET_SIZE(by_hashlib), out)
+            return 2 * PyBytes_GET_SIZE(by_hashlib)
         self.sha256(parts, digest)
-        signature = PyBytes_FromStringAndSize(NULL, 64)
-        fw_hex(digest, 32, PyBytes_AS_STRING(signature))
-        return signature
+        fw_hex(digest, 32, out)
+        return 64
 
     cdef int judge(self, fw_span signature, const fw_span *parts, uint64_t *digest_of) except -1:
         """TRUSTED, FORGED or REPLAYED. Of one that is TRUSTED the digest is to be remembered, and there is room for it:
@@ -338,9 +342,12 @@ cdef class Signer:
 
     def sign(self, parts):
         cdef Views views = Views(parts)
+        cdef char signature[MOST_SIGNATURE]
+        cdef size_t size
         if views.count < 4:
             raise need_four(views.count)
-        return self.hex_signature(views.spans)
+        size = self.hex_signature(views.spans, signature)
+        return signature[:size]
 
     def verify(self, signature, parts):
         cdef Views views = Views(parts)

@@ -4,8 +4,8 @@ from collections import deque
 
 # -- sending --
 
-# There is one sender. A message is made a record (core/outgoing.h); what libzmq does not take waits as that record, and
-# is given again as a whole.
+# There is one sender. A message that waits, or that libzmq is given, is made a record (core/outgoing.h), which is given
+# again as a whole until it is taken.
 
 cdef struct Line:
     fw_record *first
@@ -32,6 +32,15 @@ cdef void line_drop(Line *line) noexcept:
         let_go(line_pop(line))
 
 
+cdef fw_record *new_record(fw_span signature, const fw_span *parts, size_t count, bint asks) except NULL:
+    cdef fw_record *record = fw_record_new(signature, parts, count)
+    if record == NULL:
+        raise MemoryError
+    record.asks = asks
+    alive.records += 1
+    return record
+
+
 cdef void let_go(fw_record *record) noexcept:
     alive.records -= 1
     fw_record_let_go(record)
@@ -50,6 +59,7 @@ cdef void line_put_before(Line *line, Line *other) noexcept nogil:
 
 cdef enum:
     USUAL_FRAMES = 64
+    FEW_PARTS = 14          # of a message: its four, and buffers
 
 # Frames on their way to libzmq. All of a message are made before the first is sent: one that is begun can only be ended
 # by its other frames.
@@ -134,15 +144,20 @@ cdef int channel_index(fw_span channel, bint quoted) noexcept nogil:
     return -1
 
 
-cdef bint is_request(fw_span text) noexcept:
-    """Whether a reply to a message with this header is to come. Comms have none; what cannot be read may have one."""
-    cdef fw_span said = member_of(text, b"msg_type", 8)
-    if said.ptr == NULL or not is_string(said):
+cdef fw_span type_of(fw_span header) noexcept:
+    """The inside of its msg_type; a NULL ptr where there is none."""
+    cdef fw_span said = member_of(header, b"msg_type", 8)
+    if said.ptr != NULL and is_string(said):
+        return inside(said)
+    said.ptr = NULL
+    return said
+
+
+cdef bint is_request(fw_span msg_type) noexcept:
+    """Whether a reply to a message of this type is to come. Comms have none; what cannot be read may have one."""
+    if msg_type.ptr == NULL or is_escaped(msg_type):
         return True
-    said = inside(said)
-    if is_escaped(said):
-        return True
-    return said.len >= 8 and memcmp(<const char *>said.ptr + said.len - 8, b"_request", 8) == 0
+    return msg_type.len >= 8 and memcmp(<const char *>msg_type.ptr + msg_type.len - 8, b"_request", 8) == 0
 
 
 @cython.final
@@ -254,6 +269,7 @@ cdef class Uplink:
     cdef int pass_on(self, int opcode, fw_span payload) except -1:
         cdef const char *problem
         cdef int target
+        cdef fw_span msg_type
         self.message.parts.count = 0
         if self.protocol == V1 and opcode == BINARY:
             problem = v1_message(payload, &self.message)
@@ -272,13 +288,14 @@ cdef class Uplink:
         if len(self.allowed) and not self.is_allowed():
             return 0
         kept = mend(&self.message) if self.protocol == LEGACY else None  # noqa: F841 - the parts lie in it
+        msg_type = type_of(self.message.parts.items[0])
         if self.ledger is not None and target != CONTROL:
-            self.tell(target)
-        return self.dispatch(target)
+            self.tell(target, msg_type)
+        return self.dispatch(target, msg_type)
 
-    cdef int tell(self, int target) except -1:
+    cdef int tell(self, int target, fw_span msg_type) except -1:
         """What is asked, or answered. Before it goes: what fails here is tried again."""
-        return self.ledger.answer() if target == STDIN else self.ledger.ask(self.message.parts.items)
+        return self.ledger.answer() if target == STDIN else self.ledger.ask(self.message.parts.items, msg_type)
 
     cdef bint is_allowed(self) except -1:
         cdef Header header
@@ -297,14 +314,40 @@ cdef class Uplink:
             self.notes.append(text)
         return 0
 
-    cdef int dispatch(self, int target) except -1:
+    cdef int dispatch(self, int target, fw_span msg_type) except -1:
         """Signs the message and sends it, or lets it wait behind those that wait already."""
         cdef fw_span *parts = self.message.parts.items
         cdef size_t count = self.message.parts.count
-        cdef fw_record *record = self.sign(parts, count)
-        record.asks = target != STDIN and is_request(parts[0])
+        cdef char text[MOST_SIGNATURE]
+        cdef fw_span signature = fixed(text, self.signer.hex_signature(parts, text))
+        cdef bint asks = target != STDIN and is_request(msg_type)
+        cdef bint waits = self.has_waiting(target) or self.holds(target)
+        cdef bint sent = False
+        if not waits and count <= FEW_PARTS and isinstance(self.sockets[target], ZmtpStream):
+            sent = self.send_parts(target, signature, parts, count, asks) == SENT
+            waits = not sent
+        if not sent:
+            self.pass_record(target, new_record(signature, parts, count, asks), waits)
+        self.answers += target == STDIN
+        tally(&counted.to_kernels[target], sum_of(parts, <Py_ssize_t>count))
+        return 0
+
+    cdef int send_parts(self, int target, fw_span signature, const fw_span *parts, size_t count, bint asks) except -1:
+        """To a connection of our own, which copies what it takes: nearly all need no record."""
+        cdef fw_span frames[FEW_PARTS + 2]
+        frames[0] = fixed(b"<IDS|MSG>", 9)
+        frames[1] = signature
+        memcpy(frames + 2, parts, count * sizeof(fw_span))
+        self.touched |= 1 << target
+        if (<ZmtpStream>self.sockets[target]).send_frames(frames, <Py_ssize_t>count + 2) == FULL:
+            return FULL
+        self.note_sent(target, asks)
+        return SENT
+
+    cdef int pass_record(self, int target, fw_record *record, bint waits) except -1:
+        """Sends it, or lets it wait."""
         try:
-            if self.has_waiting(target) or self.holds(target) or self.send_record(target, record) == FULL:
+            if waits or self.send_record(target, record) == FULL:
                 if self.sockets[target].closed:
                     raise SocketClosed("the ZMQ socket is closed")
                 counted.waited += 1
@@ -314,19 +357,12 @@ cdef class Uplink:
         except BaseException:
             let_go(record)
             raise
-        self.answers += target == STDIN
-        tally(&counted.to_kernels[target], sum_of(parts, <Py_ssize_t>count))
         return 0
 
-    cdef fw_record *sign(self, const fw_span *parts, size_t count) except NULL:
-        cdef bytes signature = self.signer.hex_signature(parts)
-        cdef fw_record *record = fw_record_new(
-            fixed(PyBytes_AS_STRING(signature), PyBytes_GET_SIZE(signature)), parts, count
-        )
-        if record == NULL:
-            raise MemoryError
-        alive.records += 1
-        return record
+    cdef fw_record *sign(self, const fw_span *parts, size_t count, bint asks) except NULL:
+        cdef char text[MOST_SIGNATURE]
+        cdef size_t size = self.signer.hex_signature(parts, text)
+        return new_record(fixed(text, size), parts, count, asks)
 
     cdef bint holds(self, int target) noexcept:
         return self.held and target == SHELL
@@ -347,13 +383,14 @@ cdef class Uplink:
         """What connections that broke did not wholly take waits here again, before all that came after it."""
         cdef Line line = Line(NULL, NULL)
         cdef size_t nbytes = 0, asked = 0
+        cdef bint asks
         cdef Views views
         cdef list message
         try:
             for message in stream.unsent:
                 views = Views(message[2:])
-                line_add(&line, self.sign(views.spans, views.count))
-                line.last.asks = target != STDIN and views.count > 0 and is_request(views.spans[0])
+                asks = target != STDIN and views.count > 0 and is_request(type_of(views.spans[0]))
+                line_add(&line, self.sign(views.spans, views.count, asks))
                 asked += line.last.asks
                 nbytes += line.last.cost
         except BaseException:
@@ -377,10 +414,13 @@ cdef class Uplink:
         else:
             result = self.send_by_pyzmq(target, record)
         if result == SENT:
-            self.sent += 1
-            self.unanswered += record.asks
-            self.asked = self.asked and target != STDIN
+            self.note_sent(target, record.asks)
         return result
+
+    cdef void note_sent(self, int target, bint asks) noexcept:
+        self.sent += 1
+        self.unanswered += asks
+        self.asked = self.asked and target != STDIN
 
     cdef int send_directly(self, int target, fw_record *record) except -1:
         cdef int problem, result
@@ -550,8 +590,7 @@ cdef class Uplink:
             for target in range(UPLINKS):
                 record = self.waiting[target].first
                 while record != NULL:
-                    line_add(&lines[target], self.sign(record.frames + 2, record.count - 2))
-                    lines[target].last.asks = record.asks
+                    line_add(&lines[target], self.sign(record.frames + 2, record.count - 2, record.asks))
                     nbytes += lines[target].last.cost
                     record = record.next
         except BaseException:
