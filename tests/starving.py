@@ -46,6 +46,7 @@ from starving_messages import (
     runs_of,
     sending,
     signed,
+    streaming,
     take,
     take_events,
     two,
@@ -212,6 +213,8 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Uplink.send": [
         sending(lambda it: it.send(OP_BINARY, asked(1)[0])),
         sending(lambda it: it.send(OP_BINARY, asked(1)[0]), before=held),
+        streaming(),
+        streaming(bytes(70_000)),
     ],
     "Uplink.relay": relay,
     "Uplink.retry": [retry, unsent(lambda it, _: it.retry())],

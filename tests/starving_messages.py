@@ -363,6 +363,24 @@ def sending(call: Callable[[Uplink], object], *, before: Callable[[Uplink], obje
     return case
 
 
+def streaming(*before: bytes) -> Case:
+    """To a connection of our own, which may be full of what was sent before."""
+
+    def case() -> tuple[Any, Any]:
+        stream = shaken()
+        others = dict.fromkeys(("control", "stdin"), ZmtpStream("DEALER"))
+        uplink = Uplink(PROTOCOL_V1, Signer(KEY), {"shell": stream, **others})
+        for each in before:
+            stream.send([each])
+
+        def outcome(_: object) -> object:
+            return stream.take(1 << 20), uplink.waiting_messages, uplink.sent, uplink.unanswered
+
+        return lambda: uplink.send(OP_BINARY, asked(1)[0]), outcome
+
+    return case
+
+
 def relay() -> tuple[Any, Any]:
     kernel, parser = Kernel(), FrameParser()
     uplink = kernel.uplink()

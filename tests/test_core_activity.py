@@ -244,3 +244,9 @@ def test_one_request_after_another_as_jupyter_server_says(ids: list[str]) -> Non
     messages = [asked(state, each) for each in ids for state in ("busy", "idle")]
     assert by_core(messages, "idle") == by_jupyter_server(messages, "idle")
     assert by_core(messages[:-1], "idle") == by_jupyter_server(messages[:-1], "idle")
+
+
+def test_a_state_that_is_given_is_the_one_that_it_spells() -> None:
+    activity = _core.Activity([], "".join(["bu", "sy"]))  # another object than the core's
+    activity.begin_anew()
+    assert activity.state == "starting"

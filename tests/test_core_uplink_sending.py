@@ -12,13 +12,15 @@ import builders
 import oracle
 import pytest
 import zmq
-from builders import data_frame
+from builders import KEY, client_message, data_frame, message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_core_uplink import Kernel, ids, kernel, narrow, numbered, parser_of
+from test_core_zmtp import shaken
+from zmtp_oracle import greeting, ready
 
 from fastwire import _core
-from fastwire._core import OP_BINARY, PROTOCOL_V1
+from fastwire._core import OP_BINARY, PROTOCOL_V1, Ledger, Signer, Uplink, ZmtpStream
 from fastwire.errors import SocketClosed
 
 __all__ = ["kernel", "narrow"]  # fixtures
@@ -404,3 +406,62 @@ def test_any_schedule_is_the_oracles(context: zmq.Context, transport: bool) -> N
         return Kernel(routers, dealers)
 
     check_schedule(make)
+
+
+# -- connections of our own ------------------------------------------------------------------------
+
+
+def said(number: int) -> bytes:
+    return client_message(message("execute_request", str(number)), "shell", PROTOCOL_V1)
+
+
+def streams() -> dict[str, ZmtpStream]:
+    return {channel: shaken() for channel in ("shell", "control", "stdin")}
+
+
+def test_what_goes_at_once_stays_behind_what_waits_and_is_counted_as_it_is() -> None:
+    sockets = streams()
+    shell, uplink = sockets["shell"], Uplink(PROTOCOL_V1, Signer(KEY), sockets)
+    uplink.send(OP_BINARY, said(0))
+    assert (uplink.sent, uplink.unanswered) == (1, 1)
+    uplink.held = True
+    uplink.send(OP_BINARY, said(1))
+    assert (uplink.sent, uplink.waiting_messages) == (1, 1)
+    uplink.held = False
+    uplink.retry()
+    shell.take(1 << 20)
+    shell.send([b"x" * 70_000])  # it is full
+    uplink.send(OP_BINARY, said(2))
+    shell.take(1 << 20)
+    uplink.send(OP_BINARY, said(3))
+    uplink.retry()
+    written = shell.take(1 << 20)
+    assert 0 < written.index(b'"2"') < written.index(b'"3"')
+    assert (uplink.sent, uplink.unanswered, uplink.waiting_messages) == (4, 4, 0)
+
+
+def test_what_is_taken_back_or_signed_anew_is_still_a_request() -> None:
+    sockets = streams()
+    shell, uplink = sockets["shell"], Uplink(PROTOCOL_V1, Signer(KEY), sockets)
+    uplink.send(OP_BINARY, said(0))
+    shell.renew()
+    uplink.retry()
+    assert (uplink.unanswered, uplink.waiting_messages) == (0, 1)
+    uplink.held = True
+    other = Uplink(PROTOCOL_V1, Signer(b"other"), sockets)
+    other.adopt(uplink)
+    shell.feed(greeting() + ready(b"ROUTER"))
+    shell.drain(-1, "shell", Signer(KEY))
+    shell.take(1 << 20)
+    other.retry()
+    assert (other.sent, other.unanswered, other.waiting_messages) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "header", [b'{"msg_type": 123456789012345}', b'{"msg_type": [12345678901234]}', b"{}", b"", b"?"]
+)
+def test_who_does_not_say_what_it_asks_may_be_answered(header: bytes) -> None:
+    ledger = Ledger()
+    uplink = Uplink(PROTOCOL_V1, Signer(KEY), streams(), ledger=ledger)
+    uplink.send(OP_BINARY, client_message([header, b"{}", b"{}", b"{}"], "shell", PROTOCOL_V1))
+    assert (uplink.sent, uplink.unanswered, len(ledger)) == (1, 1, 0)

@@ -493,24 +493,53 @@ def test_who_always_has_something_on_its_way_lets_go_what_it_has(history: int) -
     read.reader.close()
 
 
-@given(st.lists(st.none() | st.integers(1, 30), max_size=200))
-def test_what_is_on_its_way_stands_in_order(steps: list[int | None]) -> None:
-    """Something more is given, or a client has the oldest so many. What that takes grows and shrinks with it."""
+@given(st.lists(st.integers(1, 60) | st.integers(-40, -1), max_size=30))
+def test_what_is_on_its_way_stands_in_order(steps: list[int]) -> None:
+    """So many more are given, or a client has the oldest so many."""
     journal = Journal(NO_HISTORY, Budgets(NO_HISTORY))
-    client, expected = Client(journal), deque[int]()
-    for number, step in enumerate(steps):
-        if step is None:
+    client, expected, number = Client(journal), deque[int](), 0
+    for step in steps:
+        for _ in range(step):
             client.hears(journal.append(batch_of(line(number))), [number])
             journal.settle()
             expected.append(client.queued)
-        elif expected:
-            has = [expected.popleft() for _ in range(min(step, len(expected)))][-1]
+            number += 1
+        if step < 0 and expected:
+            has = [expected.popleft() for _ in range(min(-step, len(expected)))][-1]
             client.cursor.release_only(has - 1)
             assert len(client.cursor.flight) == len(expected) + 1
             client.cursor.release(has)
         flight = client.cursor.flight
         assert [each.end for each in flight] == [*expected]
         assert (len(flight), getattr(flight.oldest, "end", None)) == (len(expected), expected[0] if expected else None)
+    client.cursor.release(client.queued)
+    assert journal.memory == 0
+
+
+@pytest.mark.parametrize("has", [6, 8, None])
+def test_letting_go_of_what_is_on_its_way_may_come_back(has: int | None) -> None:
+    """To who looks at it, or has received it."""
+    journal = Journal(NO_HISTORY, Budgets(NO_HISTORY))
+    cursor = Client(journal).cursor
+    flight = cursor.flight
+    seen: list[list[int]] = []
+
+    class Ends:
+        def __del__(self) -> None:
+            cursor.release_only(1)
+            seen.append([each.end for each in flight])
+            assert (len(flight), getattr(flight.oldest, "end", None)) == (len(seen[-1]), min(seen[-1], default=None))
+
+    for number in range(1, 9):
+        flight.add(_core.Given(number, number - 1, Ends(), number, None, journal.open))
+    if has is None:
+        flight.clear()
+    else:
+        cursor.release_only(has)
+    assert seen == [[7, 8] if has == 6 else []] * len(seen)
+    assert len(seen) == 8 if has != 6 else not seen
+    flight.clear()
+    assert len(seen) == 8
 
 
 @pytest.mark.parametrize("has", [1, 10, 19, 20, 21, 39])

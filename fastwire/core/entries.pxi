@@ -2,7 +2,6 @@
 
 cdef enum:
     ENTRY_SIZE = 128        # bytes, about what an entry takes beside its batch
-    FEW_IN_FLIGHT = 8       # a power of two: what is given to a client that keeps up before it says that it has it
 
 ENTRY = ENTRY_SIZE
 
@@ -250,64 +249,52 @@ cdef class Given:
 cdef class Flight:
     """What a client was given and is not known to have, the oldest first."""
 
-    # A ring, as what is nearly always one or two takes no memory anew: a power of two of places, None where nothing is.
-    cdef list places
+    cdef list items         # from ``head`` on
     cdef Py_ssize_t head
-    cdef Py_ssize_t count
 
     def __cinit__(self):
-        self.clear()
+        self.items = []
 
     def __len__(self):
-        return self.count
+        return len(self.items) - self.head
 
     def __iter__(self):
-        return iter(self.all())
+        return iter(self.items[self.head :])
 
     @property
     def oldest(self):
         return self.first()
 
-    cdef inline Py_ssize_t place(self, Py_ssize_t index) noexcept:
-        return (self.head + index) & (len(self.places) - 1)
-
-    cdef list all(self):
-        return [self.places[self.place(index)] for index in range(self.count)]
-
     cdef Given first(self):
         """None when there is none."""
-        return <Given>self.places[self.place(0)]
+        return <Given>self.items[self.head] if self.head < len(self.items) else None
 
     cpdef int add(self, Given given) except -1:
-        cdef Py_ssize_t room = len(self.places)
-        if self.count == room:
-            self.move(room * 2)
-        elif self.count == 0 and room > FEW_IN_FLIGHT:
-            self.move(FEW_IN_FLIGHT)
-        self.places[self.place(self.count)] = given
-        self.count += 1
+        self.items.append(given)
         return 0
 
-    cdef int move(self, Py_ssize_t room) except -1:
-        self.places = self.all() + [None] * (room - self.count)
-        self.head = 0
-        return 0
-
-    cdef void take_back(self) noexcept:
+    cdef int take_back(self) except -1:
         """The newest."""
-        self.count -= 1
-        self.places[self.place(self.count)] = None
-
-    cdef void drop_before(self, uint64_t position) noexcept:
-        """All that ends there, or before."""
-        cdef Py_ssize_t place
-        while self.count and self.first().end <= position:
-            place = self.place(0)
-            self.head += 1
-            self.count -= 1
-            self.places[place] = None   # at last: letting go of something may come back here
-
-    cpdef int clear(self) except -1:
-        self.places = [None] * FEW_IN_FLIGHT
-        self.head = self.count = 0
+        del self.items[-1:]
         return 0
+
+    cdef int drop_before(self, uint64_t position) except -1:
+        """All that ends there, or before."""
+        cdef Py_ssize_t head = self.head
+        cdef Py_ssize_t count = len(self.items)
+        while head < count and (<Given>self.items[head]).end <= position:
+            head += 1
+        self.head = head
+        # What was dropped stays in the list for a while, so that each costs the same however many there are.
+        if head == count or head > 64 and head > count // 2:
+            self.head = 0   # before: letting go of something may come back here
+            try:
+                del self.items[:head]
+            except MemoryError:
+                self.head = head
+        return 0
+
+    def clear(self):
+        before = self.items  # let go at last: that may come back here  # noqa: F841
+        self.items = []
+        self.head = 0

@@ -301,7 +301,7 @@ cdef class Signer:
             fw_hmac(&self.key, parts, 4, digest)
         return 0
 
-    cdef size_t hex_signature(self, const fw_span *parts, char *out) except? MOST_SIGNATURE:
+    cdef size_t hex_signature(self, const fw_span *parts, char *out) except? 1:
         """Into ``out``, which has room for MOST_SIGNATURE bytes. How many they are."""
         cdef uint8_t digest[32]
         cdef bytes by_hashlib
