@@ -215,6 +215,8 @@ class Cursor(LogCursor):
         all. Questions with a number before ``answered`` are."""
         if self.position <= entry.first >= self.written:
             return None
+        if isinstance(entry, Gap):  # of which it may have had the first ones, when they were not lost yet
+            return None if entry.end > self.taken else []
         batch = entry.batch
         indices = []
         for index in range(max(self.position - entry.first, 0), len(batch)):

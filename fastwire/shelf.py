@@ -303,16 +303,17 @@ class Shelf:
         self._journal.make_room()
 
     def _was_lost(self, segment: Segment) -> None:
-        """All it was for are told."""
+        """All it was for are told, also who has had the first of it: so it stands at the end, last what all are told."""
         assert segment.record is not None
         entries: list[Entry] = []
         size = segment.record.size
-        for place, (audience, count) in enumerate(segment.counts.items(), segment.first):
+        counts = sorted(segment.counts.items(), key=lambda each: each[0] is None)
+        for place, (audience, count) in enumerate(counts, segment.end - len(counts)):
             gap = Gap(place, place + 1, audience)
             gap.lose(count, size)
             totals["dropped"] += count
             entries.append(gap)
-        entries[-1].end = segment.end
+        entries[0].first = segment.first
         totals["dropped_bytes"] += size
         self._forget(segment)
         segment.become(State.SEALED)

@@ -424,6 +424,40 @@ class Logs(RuleBasedStateMachine):
             pass
 
 
+@pytest.mark.parametrize("count", [7, 9])
+def test_who_had_the_first_of_what_the_disk_lost_is_told_of_the_others(count: int) -> None:
+    """They were on their way to it, and put aside, and could not be read to be dropped as the disk was full."""
+    logs = Logs()
+    logs.begin(False, 8 * KIB, LIMIT, PLENTY, LIMIT // 2, 10 * KIB, 15 * KIB, 0)
+    log, client = logs.logs[0], logs.clients[0]
+
+    def say(size: int = 0, room: int = 0) -> None:
+        logs.say_on(log, ["line"], size, room)
+
+    def reply() -> None:
+        batch, said = logs.new(["execute_reply"], 0, "shell")
+        client.hears(log.append(batch, client.cursor.number), said, has_room=False)
+        log.settle()
+
+    for _ in range(2 + count):
+        say(room=1)
+    client.received = client.taken = client.written = client.messages[-7][0]
+    client.cursor.release(client.received)
+    for _ in range(3):
+        reply()
+    for size in [0] * 10 + [3000] * 8 + [0] * 3:
+        say(size)
+    logs.work(None)
+    reply()
+    reply()
+    for _ in range(2):
+        say()
+        logs.work(errno.ENOSPC)
+    assert client.cursor.needed == client.cursor.flight.oldest.first
+    logs.teardown()
+    assert len(client.notices) == 1
+
+
 def segments_of(log: Journal) -> list[Segment]:
     segments = []
     segment: Segment | None = log.front
