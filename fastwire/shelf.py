@@ -303,7 +303,7 @@ class Shelf:
         self._journal.make_room()
 
     def _was_lost(self, segment: Segment) -> None:
-        """All it was for are told, also who has had the first of it: so it stands at the end, last what all are told."""
+        """All it was for are told, also who has had the first of it: so it stands at the end, that of all last."""
         assert segment.record is not None
         entries: list[Entry] = []
         size = segment.record.size
