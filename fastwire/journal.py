@@ -148,7 +148,14 @@ class Cursor(LogCursor):
 
     # -- where it stands --
 
+    @property
+    def has_ended(self) -> bool:
+        return self.journal.cursors.get(self.number) is not self
+
     def _go(self, place: Segment | None, position: int) -> None:
+        """Whoever moves on may have to give way as it does (`Journal.make_room`): who has ended goes nowhere."""
+        if self.has_ended:
+            place = None
         if (place is None) != (self.place is None):
             self.journal.count_behind(-1 if place is None else 1)
         self.place, self.position, self._version = place, position, -1
@@ -178,13 +185,13 @@ class Cursor(LogCursor):
                     return entry
                 self.pass_entry(entry)
             elif segment.next is not None and (segment.entries is not None or not segment.concerns(self.number)):
-                segment = segment.next
-                self._go(segment, segment.first)
+                self._go(segment.next, segment.next.first)
                 self.stand()
+                segment = self.place
             elif segment.next is None:
-                segment = None
                 self._go(None, self.position)
                 self.stand()
+                segment = self.place
             else:
                 self.journal.fetch(segment, self)
                 break

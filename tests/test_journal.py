@@ -424,6 +424,25 @@ class Logs(RuleBasedStateMachine):
             pass
 
 
+def test_who_is_ended_as_it_moves_on_is_not_in_the_way_of_others() -> None:
+    """It was the one to give way as its user had too much, with another log's: what it left first became history."""
+    logs = Logs()
+    logs.begin(False, 0, LIMIT // 4, LIMIT // 4, LIMIT // 2, 10 * KIB, 15 * KIB, 10 * KIB)
+    log, other = logs.logs
+    logs.clients += [Client(log, user) for user in ("ann", "ann", "bob", "ann")] + [Client(other, "bob")]
+    away, keeps_up, _, bob, *_ = logs.clients
+    for client in (away, bob):
+        client.lose_socket()
+    for client, size in ((away, 0), (away, 3000), (keeps_up, 0), (away, 0), (away, 9000)):
+        batch, said = logs.new(["execute_reply"], size, "shell")
+        client.hears(log.append(batch, client.cursor.number), said, has_room=False)
+        log.settle()
+    logs.say_on(log, ["line"], 0, 0)
+    logs.say_on(other, ["line"] * 3, 9000, 0)
+    logs.teardown()  # each comes back, and nothing is left
+    assert len(bob.notices) == 1, "it was ended"
+
+
 @pytest.mark.parametrize("count", [7, 9])
 def test_who_had_the_first_of_what_the_disk_lost_is_told_of_the_others(count: int) -> None:
     """They were on their way to it, and put aside, and could not be read to be dropped as the disk was full."""
