@@ -740,8 +740,8 @@ class Journal(Log):
         return self.memory < before
 
     def strip(self, segment: Segment, excess: int) -> bool:
-        """Leave out about so much of a segment's output. The notice stands before what is left of an entry, or behind
-        where the entry began with that. Returns whether there is more of it."""
+        """Leave out about so much of a segment's output. The notice stands where the output of an entry ended: before
+        what is left of it, or behind. Returns whether there is more of it."""
         assert segment.entries is not None
         if segment is self.open:
             self.learn()
@@ -773,11 +773,13 @@ class Journal(Log):
         if not lost:
             left.append(Entry(entry.first, entry.end, kept[0], entry.audience, ours=entry.ours))
             return
-        # Numbers are cut where the notice stands: before what is kept, or after it.
-        begins = batch.message_class(0) in OUTPUT
+        # Numbers are cut where the notice stands: before what is kept, or after it. Who reads on from there, as what
+        # comes before is forgotten, is told of what is missing behind.
+        is_output = [batch.message_class(index) in OUTPUT for index in range(len(batch))]
+        begins = all(is_output[:lost])
         place = entry.first + 1 if begins else entry.end - 1
         gap = Gap(entry.first, place if kept else entry.end) if begins else Gap(place, entry.end)
-        last = next(index for index in reversed(range(len(batch))) if batch.message_class(index) in OUTPUT)
+        last = max(index for index, is_it in enumerate(is_output) if is_it)
         nbytes = batch.nbytes - sum(each.nbytes for each in kept)
         gap.lose(lost, nbytes, batch.headers(last))
         totals["dropped"] += lost

@@ -424,6 +424,24 @@ class Logs(RuleBasedStateMachine):
             pass
 
 
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (["line", "line", "status"], [(0, 1, 2), (1, 3, 0)]),
+        (["status", "line", "line"], [(0, 2, 0), (2, 3, 2)]),
+        (["line", "status", "line"], [(0, 2, 0), (2, 3, 2)]),
+    ],
+)
+def test_a_notice_stands_where_output_ended(kinds: list[str], expected: list[tuple[int, int, int]]) -> None:
+    """Were it before some of it, who reads on behind it, as it is forgotten with what is older, would hear nothing."""
+    log, client = log_of(Limits(merge=False, history_limit=0))
+    batch = batch_of(*(line(number) if kind == "line" else other(kind, number) for number, kind in enumerate(kinds)))
+    say(log, batch)
+    log.strip(log.open, 1)
+    assert [(each.first, each.end, each.count * isinstance(each, Gap)) for each in log.open.entries] == expected
+    client.cursor.end()
+
+
 def test_who_is_ended_as_it_moves_on_is_not_in_the_way_of_others() -> None:
     """It was the one to give way as its user had too much, with another log's: what it left first became history."""
     logs = Logs()
