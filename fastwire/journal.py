@@ -148,13 +148,9 @@ class Cursor(LogCursor):
 
     # -- where it stands --
 
-    @property
-    def has_ended(self) -> bool:
-        return self.journal.cursors.get(self.number) is not self
-
     def _go(self, place: Segment | None, position: int) -> None:
         """Whoever moves on may have to give way as it does (`Journal.make_room`): who has ended goes nowhere."""
-        if self.has_ended:
+        if self.journal.cursors.get(self.number) is not self:
             place = None
         if (place is None) != (self.place is None):
             self.journal.count_behind(-1 if place is None else 1)
