@@ -219,7 +219,9 @@ class Downlink(Outlet):
     def _say_instead(self, connection: Connection, entry: Entry) -> None:
         """A line in the place of what cannot be given. Where that cannot be either, there is only the log."""
         with suppress(Exception):
-            missing = len(entry) - max(self.cursor.position - entry.first, 0)
+            # A gap is told of whole: who had the first of what it stands for had them before the others were lost.
+            had = 0 if isinstance(entry, Gap) else max(self.cursor.position - entry.first, 0)
+            missing = entry.count - had
             text = f"\n[{missing} messages are missing here: the server could not handle one of them]\n"
             self._tell(connection, entry, notice(entry.batch.headers(-1), text))
         self.cursor.given(entry, 0, 0, CompressedEnds())

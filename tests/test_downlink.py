@@ -18,6 +18,7 @@ from fastwire import _core
 from fastwire._core import Batch
 from fastwire.downlink import TRANSITIONS, Changes, Event, Lag, State
 from fastwire.notices import local_batch
+from fastwire.segments import Gap
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
@@ -121,6 +122,25 @@ def test_a_message_that_a_protocol_cannot_say_is_one_clients_problem(
     assert ann.close_frame()[0] == 1011
     (size,) = seen
     assert size > 1 << 32
+    stage.take_problems()
+    stage.take_logs()
+
+
+def test_what_stands_for_others_is_missing_as_they_are(
+    stage: Stage, kernel: Kernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There was no memory for the line that says so, but for a shorter one."""
+    caplog.set_level(logging.CRITICAL)
+    stage.start(kernel)
+    ann = stage.connect("ann")
+    stage.run(lambda: stage.relay.on_iopub(local_batch("iopub", message("stream", "first", {"text": "first"}))))
+    ann.next()
+    downlink = stage.session("ann").downlink
+    gap = Gap(0, 7)
+    gap.lose(7, 700)
+    stage.run(lambda: downlink.could_not_give(gap, MemoryError()))
+    assert "[7 messages are missing here" in ann.next().content["text"]
+    assert ann.close_frame()[0] == 1011
     stage.take_problems()
     stage.take_logs()
 
