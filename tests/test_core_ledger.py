@@ -241,7 +241,7 @@ def test_what_was_asked_goes_with_its_ledger(context: zmq.Context) -> None:
     uplink.held = True
     before = _core.memory_beside_logs()
     ask(uplink, "a")
-    assert _core.memory_beside_logs() == before + 2048, "nobody has looked"
+    assert _core.memory_beside_logs() == before + 1024, "nobody has looked"
     del uplink
     assert _core.memory_beside_logs() == before
 

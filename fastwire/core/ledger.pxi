@@ -12,7 +12,7 @@ cdef enum:
     LARGEST_NAME = 512          # of a cell's id
     LARGEST_DATE = 64
     UNKNOWN = -1                # an execution count
-    ASKED_ROOM = 2048           # bytes of requests that are no runs yet
+    ASKED_ROOM = 1024           # bytes of requests that are no runs yet: malloc has no more at hand in one piece
     RUN_SIZE = 512              # bytes that one takes, with its place and its name, beside what is kept of its request
     LEAST_RUNS = 32             # of a kernel that are known however much others' take
 
