@@ -110,6 +110,8 @@ class Worker:
                 result = job()
             except OSError as error:
                 result = error
+            except MemoryError:
+                result = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
             loop = self._loop()
             with suppress(RuntimeError):  # it has ended
                 if loop is not None:
@@ -118,8 +120,10 @@ class Worker:
 
     def _finished(self, done: Done, result: Any) -> None:
         self._busy = False
-        done(result)
-        self._next()
+        try:
+            done(result)
+        finally:  # others' jobs do not wait because of one
+            self._next()
 
 
 class Disk:

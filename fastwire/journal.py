@@ -48,10 +48,10 @@ Nothing here knows a socket, a loop or a clock. Jobs on the disk are given to a 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import itemgetter
 from typing import Any, Protocol, cast
 
@@ -219,7 +219,7 @@ class Cursor(LogCursor):
         if self.position <= entry.first >= self.written:
             return None
         if isinstance(entry, Gap):  # of which it may have had the first ones, when they were not lost yet
-            return None if entry.end > self.taken else []
+            return None if answers_pings or entry.end > self.taken else []
         batch = entry.batch
         indices = []
         for index in range(max(self.position - entry.first, 0), len(batch)):
@@ -281,6 +281,7 @@ class Cursor(LogCursor):
         self._go(None, self.position)
         self.journal.cursors.pop(self.number, None)
         self.stand()
+        self.journal.charge_hindmost()
 
     # -- for others --
 
@@ -530,6 +531,8 @@ class Journal(Log):
         for segments in (self._raw, self._droppable):
             while segments and segments[0].state is State.FREED:
                 segments.popleft()
+        if segment is self._huge:
+            self._huge = None
         waiters, segment.waiters = segment.waiters, []
         for each in waiters:
             if each.on_ready is not None:
@@ -636,13 +639,17 @@ class Journal(Log):
         before = budget.used
         if budget.used > limit:
             self._end_closed()
-        while budget.used > limit and self._drop(max(budget.used - limit, limit // DROP)):
+        while budget.used > limit and self._counts_in(budget) and self._drop(max(budget.used - limit, limit // DROP)):
             pass
         # However little there may be, a notice fits.
-        while budget.used > max(most, LEAST_SEGMENT) and self._end_hindmost():
+        while budget.used > max(most, LEAST_SEGMENT) and self._counts_in(budget) and self._end_hindmost():
             pass
         if budget.used < before:  # the next time that something is to go others are asked again
             budget.in_vain = 0
+
+    def _counts_in(self, budget: Budget) -> bool:
+        """Not any more where those who were ended had it charged to their user."""
+        return budget in (self.budget, self.user_budget, self._budgets.total)
 
     def _have_another_put_aside(self, budget: Budget) -> None:
         """Whoever has most that is whole, be it until clients who keep up have acknowledged it: nothing is lost of it,
@@ -705,6 +712,7 @@ class Journal(Log):
         assert segment.entries is not None
         segment.is_joined = True
         marks, zones = self._marks(segment)
+        zones += [reader.zone for reader in self.readers]  # what they were handed would come twice
         size = max(self.segment_size // 4, LEAST_SEGMENT)
         runs = runs_of(filter(self._is_wanted, segment.entries), marks, zones, size)
         self.set_entries(segment, [run[0] if is_fixed(run[0], zones) else self._joined(run) for run in runs])
@@ -785,8 +793,7 @@ class Journal(Log):
         if not begins:
             left.extend(remains)
         before = left[-1] if left else None
-        may_grow = gap.first not in marks and isinstance(before, Gap) and not in_zones(before, zones)
-        if isinstance(before, Gap) and before.audience is None and may_grow:
+        if isinstance(before, Gap) and before.audience is None and may_grow(before, gap, marks, zones):
             before.absorb(gap)
         else:
             left.append(gap)
@@ -808,7 +815,7 @@ class Journal(Log):
             return
         if State.SEALED is not before.state or segment.state not in (State.SEALED, State.OPEN):
             return
-        if any(gap.first <= mark < gap.end for mark in self._numbers_of_cursors()):
+        if any(last.end <= mark < gap.end for mark in self._numbers_of_cursors()):
             return
         if in_zones(gap, self._marks(segment)[1]) or in_zones(last, self._marks(before)[1]):
             return
@@ -819,6 +826,7 @@ class Journal(Log):
         self.set_entries(segment, segment.entries[1:])
         if not segment.entries and segment.next is not None and not segment.standers and self._is_nobodys(segment):
             before.next, segment.next.previous = segment.next, before
+            self.history -= segment.weight
             self._free(segment)
 
     def _is_nobodys(self, segment: Segment) -> bool:
@@ -827,7 +835,14 @@ class Journal(Log):
     def _numbers_of_cursors(self) -> set[int]:
         """At which the log is not to be joined."""
         readers = (reader.position for reader in self.readers)
-        return {*(n for cursor in self.cursors.values() for n in cursor.marks), *readers, *self.told}
+        marks = chain.from_iterable(cursor.marks for cursor in self.cursors.values())
+        return {*marks, *readers, *self.told, self.barrier}
+
+
+def may_grow(before: Gap, gap: Gap, marks: list[int], zones: list[Zone]) -> bool:
+    """Nobody's place is between two notices, nor the first of them in flight. Between them there may have been what
+    nobody wants any more."""
+    return bisect_left(marks, before.end) == bisect_right(marks, gap.first) and not in_zones(before, zones)
 
 
 def needed_by(log: Any) -> int:

@@ -700,6 +700,8 @@ class Session:
         connection.wire.uplink = connection.wire.settle = None
         if self.downlink.detach():
             self._note("too_long", "cannot take a message: it is passed over, and the client is told where")
+        if self._closed:  # the log had no room for what it came back for
+            return
         self._stop_deadline()
         if not self._resumable:
             self.relay.end_session(self)
@@ -903,8 +905,9 @@ class Session:
         """A session of the same client ended before this one: before anything new it is told what it missed."""
         shown = self.relay.activity.shown
         if tombstone is not None and (text := tombstone.text(shown)):
+            # First: the log may have no room for the notice, and it ends then.
+            self._inherited = (tombstone, self.relay.journal.end + 1, shown)
             self.say(notice(tombstone.neighbour, text))
-            self._inherited = (tombstone, self.relay.journal.end, shown)
             self._note("late", "came back after its session had ended, and is told what it missed")
 
     def close(self, level: int = logging.INFO) -> None:

@@ -161,6 +161,8 @@ class Reader:
 
     def _is_there(self) -> None:
         self._caught = self._segment.entries
+        if self._caught:
+            self._end = self._caught[-1].end
         if self.wake is not None:
             self.wake()
 

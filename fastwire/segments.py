@@ -49,7 +49,7 @@ TRANSITIONS: dict[State, set[State]] = {
     State.WRITING: {State.LOADED, State.SEALED, State.FREED},
     State.LOADED: {State.ON_DISK, State.SEALED, State.FREED},
     State.ON_DISK: {State.READING, State.FREED},
-    State.READING: {State.LOADED, State.SEALED, State.FREED},
+    State.READING: {State.LOADED, State.ON_DISK, State.SEALED, State.FREED},
     State.KEPT: {State.FREED},
     State.FREED: set(),
 }

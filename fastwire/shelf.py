@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -122,6 +123,8 @@ class Shelf:
             self._loaded.remove(segment)
         if state in (State.LOADED, State.ON_DISK):
             self._forget(segment)
+        if segment is self._oldest:  # which would keep all that come after it
+            self._oldest = segment.next or self._journal.front
 
     @property
     def is_writing(self) -> bool:
@@ -222,7 +225,11 @@ class Shelf:
         while segments and size < self._most and not self._full:
             segment = segments.popleft()
             if segment.state is State.SEALED:
-                data = packed(segment)
+                try:
+                    data = packed(segment)
+                except MemoryError:
+                    segments.appendleft(segment)
+                    break
                 record = self._file.place(len(data))
                 if record is None:
                     segments.appendleft(segment)
@@ -284,8 +291,10 @@ class Shelf:
             return
         try:
             if isinstance(result, OSError):
-                raise result
+                raise result if result.errno != errno.ENOMEM else MemoryError
             entries = unpacked(result)
+        except MemoryError:
+            segment.become(State.ON_DISK)  # whoever waits asks again
         except (OSError, MalformedMessage) as error:
             log.error("%s messages that were put aside are lost: %s", sum(segment.counts.values()), error)
             self._was_lost(segment)
@@ -307,18 +316,26 @@ class Shelf:
         assert segment.record is not None
         entries: list[Entry] = []
         size = segment.record.size
-        counts = sorted(segment.counts.items(), key=lambda each: each[0] is None)
+        counts = sorted(segment.counts.items(), key=lambda each: self._had_of(each[0]))
         for place, (audience, count) in enumerate(counts, segment.end - len(counts)):
             gap = Gap(place, place + 1, audience)
             gap.lose(count, size)
             totals["dropped"] += count
             entries.append(gap)
-        entries[0].first = segment.first
+        if entries:
+            entries[0].first = segment.first
         totals["dropped_bytes"] += size
         self._forget(segment)
         segment.become(State.SEALED)
         self._journal.set_entries(segment, entries)
         self.add(segment)
+
+    def _had_of(self, audience: int | None) -> int:
+        """Who has had the most is told last, and is not behind its notice; what all are told comes after those."""
+        if audience is None:
+            return ENDLESS
+        cursor = self._journal.cursors.get(audience)
+        return -1 if cursor is None else cursor.needed
 
     # -- a disk that is full --
 
@@ -368,4 +385,6 @@ def write_each(
             file.write(record, data)
         except OSError as error:
             return where, count, error
+        except MemoryError:
+            return where, count, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     return where, len(places), None

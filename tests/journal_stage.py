@@ -250,10 +250,10 @@ class Client:
     def before(self, position: int) -> list[list[bytes]]:
         return [parts for end, parts in self.messages if end <= position]
 
-    def lose_socket(self) -> None:
-        """It had read all that its TCP had."""
+    def lose_socket(self, *, with_proxy: bool = False) -> None:
+        """It had read all that its TCP had; or that was a proxy's, and it has read no more than it has acknowledged."""
         self.cursor.rewind(self.received, self.taken, self.written)
-        self.client += self.before(self.taken)
+        self.client += self.before(self.received if with_proxy else self.taken)
         self.seams.append(len(self.client))
         self.messages = []
         self.queued = self.written = self.taken = self.received = 0

@@ -60,6 +60,8 @@ cdef class LogCursor:
         ``begin``."""
         cdef LogSegment segment = self.place if self.place is not None else self.journal.open
         cdef long long index
+        if self.journal.cursors.get(self.audience) is not self:  # whoever gave it has ended it
+            return
         if end > begin:
             numbers = None if indices is None else [entry.first + index for index in indices]
             self.flight.add(Given(end, begin, ends, entry.first, numbers, segment))
@@ -379,6 +381,11 @@ cdef class Log:
             self.python_ran = True
             self.charge_to(hindmost.budget)
         return 0
+
+    def charge_hindmost(self):
+        """The one before it has ended."""
+        if len(self.needed.standers):
+            self.charge()
 
     def charge_to(self, budget):
         raise NotImplementedError

@@ -1,0 +1,426 @@
+"""Places in a log that becomes smaller: of clients that come back, of readers, and of who is ended meanwhile."""
+
+import errno
+import gc
+import json
+from itertools import chain
+
+import pytest
+from journal_stage import (
+    KIB,
+    MIB,
+    Client,
+    Disk,
+    Read,
+    batch_of,
+    changed,
+    line,
+    log_of,
+    numbers,
+    of_a_run,
+    other,
+    say,
+)
+
+from fastwire import shelf
+from fastwire._core import LogSegment
+from fastwire.budgets import Budgets
+from fastwire.disk import Worker
+from fastwire.flow import Limits
+from fastwire.journal import Journal
+from fastwire.segments import Gap, Segment, State
+from fastwire.shelf import ENDLESS
+
+pytest_plugins = "journal_stage"  # the fixture `limits`
+
+
+def hear(client: Client, *numbers: int, kind: str = "line", size: int = 0, has_room: bool = True) -> None:
+    """Messages for all, one at a time; the others do not look."""
+    for number in numbers:
+        message = line(number, size) if kind == "line" else other(kind, number, size)
+        client.hears(client.journal.append(batch_of(message)), [number], has_room=has_room)
+        client.journal.settle()
+
+
+def hear_alone(client: Client, number: int, kind: str = "execute_reply", *, size: int = 0, has_room: bool) -> None:
+    log = client.journal
+    entry = log.append(batch_of(other(kind, number, size), channel="shell"), client.cursor.number)
+    client.hears(entry, [number], has_room=has_room)
+    log.settle()
+
+
+def take_all(client: Client) -> None:
+    while client.feed():
+        pass
+    client.received = client.taken = client.written = client.queued
+    client.cursor.release(client.queued)
+
+
+def told(client: Client) -> list[list[int] | str]:
+    """What it was given on its socket: numbers, and what notices say."""
+    return [numbers(parts) or json.loads(parts[3])["text"] for _, parts in client.messages]
+
+
+def drop_all(log: Journal) -> None:
+    """As where there is no room for it."""
+    segment: Segment | None = log.needed
+    while segment is not None:
+        log.strip(segment, ENDLESS)
+        segment = segment.next
+
+
+def work(disk: Disk) -> None:
+    while disk.work():
+        pass
+
+
+# -- who comes back --------------------------------------------------------------------------------
+
+
+def test_what_a_proxy_had_taken_and_was_dropped_is_told_of(limits: Limits) -> None:
+    """It acknowledged five lines; its side of the proxy never had the others."""
+    log, client = log_of(changed(limits, spill=False))
+    assert not client.feed()
+    client.start(None)
+    hear(client, *range(10))
+    client.received = client.messages[4][0]
+    client.taken = client.written = client.queued
+    client.cursor.rewind(client.received, client.taken, client.written)
+    drop_all(log)
+    client.start(None)
+    take_all(client)
+    assert len(told(client)) == 1
+    assert "messages of output" in told(client)[0]
+
+
+def test_a_notice_that_was_not_acknowledged_comes_again(limits: Limits) -> None:
+    log, client = log_of(changed(limits, spill=False))
+    hear(client, *range(10), has_room=False)
+    drop_all(log)
+    for _ in range(2):
+        client.start(None)
+        while client.feed():
+            pass
+        assert len(told(client)) == 1
+        assert "[10 messages of output" in told(client)[0]
+        client.cursor.rewind(0, client.queued, client.queued)
+
+
+def test_a_notice_that_was_taken_is_not_repeated_to_who_answers_no_pings(limits: Limits) -> None:
+    """As output is not."""
+    log, client = log_of(changed(limits, spill=False))
+    hear(client, *range(10), has_room=False)
+    drop_all(log)
+    client.start(None)
+    while client.feed():
+        pass
+    client.cursor.rewind(0, client.queued, client.queued)
+    client.start(None)
+    entry = client.cursor.next()
+    assert isinstance(entry, Gap)
+    assert client.cursor.again(entry, answers_pings=False, answered=0) == []
+
+
+def test_what_came_after_a_restart_does_not_move_before_it(limits: Limits) -> None:
+    log, _ = log_of(changed(limits, merge=True, spill=False, client_memory_limit=4 * MIB))
+    client = Client(log)
+    hear(client, *range(10))
+    log.barrier = log.end
+    hear(client, *range(10, 13), kind="display_data")
+    first = client.messages[0][0]
+    client.cursor.rewind(first, client.queued, client.queued)
+    segment = log.open
+    log.seal()
+    log._join(segment)
+    client.start(None)
+    again: list[int] = []
+    while (entry := client.cursor.next()) is not None:
+        indices = client.cursor.again(entry, answers_pings=False, answered=0)
+        again += chain(*(numbers(entry.batch[i]) for i in (range(len(entry)) if indices is None else indices)))
+        client.cursor.given(entry, 0, 0, entry.batch.frames(None).ends, indices)
+    assert {10, 11, 12} <= {*again}
+    log.close()
+
+
+def test_a_notice_does_not_grow_over_somebodys_place(limits: Limits) -> None:
+    """Between two notices there was what nobody wants any more, and somebody who was told the first."""
+    log, _ = log_of(changed(limits, spill=False, client_memory_limit=4 * MIB))
+    gone, client = Client(log), Client(log)
+    for each in (gone, client):
+        each.lose_socket()
+    for number in range(5):
+        say(log, batch_of(line(number)))
+    for number in (5, 6):
+        hear_alone(gone, number, has_room=False)
+    for number in (7, 8):
+        say(log, batch_of(line(number)))
+    gone.cursor.end()
+    segment = log.open
+    log.seal()
+    assert segment.first == 0
+    log.strip(segment, 1 + 4 * segment.entries[0].memory)
+    client.start(None)
+    client.feed()
+    client.cursor.release(client.queued)
+    log._join(segment)
+    log.strip(segment, ENDLESS)
+    take_all(client)
+    assert [said.split()[0] for said in told(client)] == ["[5", "[2"]
+
+
+# -- what the disk has lost ------------------------------------------------------------------------
+
+
+def lose(disk: Disk, segment: Segment) -> None:
+    while segment.state is State.READING:
+        disk.fault = errno.EIO
+        disk.work()
+    disk.fault = None
+
+
+def test_who_misses_nothing_but_the_last_of_what_the_disk_lost_is_told(limits: Limits) -> None:
+    disk = Disk()
+    log, away = log_of(changed(limits, history_limit=10 * KIB), disk)
+    client = Client(log)
+    hear_alone(away, 0, size=1000, has_room=False)
+    log.seal()
+    hear_alone(client, 1, has_room=True)
+    hear_alone(away, 2, has_room=False)
+    hear_alone(client, 3, has_room=True)
+    client.received = client.taken = client.written = client.messages[0][0]
+    client.lose_socket()
+    segment = log.open
+    log.seal()
+    for number in range(4, 300):
+        hear_alone(away, number, size=1000, has_room=False)
+        work(disk)
+    assert segment.state is State.ON_DISK
+    client.start(None)
+    client.feed()
+    lose(disk, segment)
+    while not client.cursor.is_live:
+        take_all(client)
+        disk.work()
+    assert len(told(client)) == 1
+    assert "messages of output" in told(client)[0]
+    away.cursor.end()
+    client.cursor.end()
+    work(disk)
+
+
+def test_a_part_with_nothing_in_it_can_be_lost(limits: Limits) -> None:
+    """What was for somebody who is gone was left out before it was put aside."""
+    disk = Disk()
+    log, _ = log_of(limits, disk)
+    segment = log.open
+    segment.become(State.SEALED)
+    segment.become(State.WRITING)
+    segment.become(State.LOADED)
+    segment.become(State.ON_DISK)
+    segment.record = log.shelf._file.place(0)
+    log.set_entries(segment, None)
+    segment.counts = {}
+    segment.become(State.READING)
+    log.shelf._was_read(segment, OSError(errno.EIO, "no"))
+    assert segment.state is State.SEALED
+    assert segment.entries == []
+
+
+@pytest.mark.parametrize("what", ["unpacked", "packed"])
+def test_what_there_was_no_memory_to_put_aside_or_read_back_is_not_lost(
+    limits: Limits, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It is tried again."""
+    disk = Disk()
+    log, client = log_of(limits, disk)
+    works, times = getattr(shelf, what), 0
+
+    def starving(given: object) -> object:
+        nonlocal times
+        times += 1
+        if times % 3 == 1:
+            raise MemoryError
+        return works(given)
+
+    monkeypatch.setattr(shelf, what, starving)
+    for number in range(600):
+        hear(client, number, size=1000, has_room=False)
+        work(disk)
+    client.start(None)
+    for _ in range(5000):
+        if client.cursor.is_live:
+            break
+        take_all(client)
+        disk.work()
+    assert [*chain(*(said for said in told(client) if not isinstance(said, str)))] == [*range(600)]
+    assert times > 3
+    client.cursor.end()
+    log.close()
+    work(disk)
+    assert log.memory == log.shelf.nbytes == log.shelf._jobs == 0
+
+
+class Done(Exception):
+    """That of a test."""
+
+
+def test_a_job_that_raises_keeps_none_from_its_turn() -> None:
+    import asyncio
+
+    async def use() -> list[object]:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: None)
+        worker, results = Worker("a test's", loop), []
+
+        def starve() -> None:
+            raise MemoryError
+
+        def refuse(result: object) -> None:
+            results.append(result)
+            raise Done
+
+        over = asyncio.Event()
+        worker.add(lambda: starve, refuse)
+        worker.add(lambda: int, lambda result: (results.append(result), over.set()))
+        async with asyncio.timeout(60):
+            await over.wait()
+        return results
+
+    first, second = asyncio.run(use())
+    assert isinstance(first, OSError)
+    assert first.errno == errno.ENOMEM
+    assert second == 0
+
+
+# -- readers ---------------------------------------------------------------------------------------
+
+
+def test_what_a_reader_waited_for_is_found_once(limits: Limits) -> None:
+    """Before it reads what has come from the disk all clients have it, and the history joins it to what came later."""
+    disk = Disk()
+    log, client = log_of(changed(limits, merge=True, history_limit=MIB, client_memory_limit=64 * KIB), disk)
+    assert not client.feed()
+    client.start(None)
+    count = 0
+    while log.front.state is not State.ON_DISK:
+        client.hears(log.append(batch_of(of_a_run(line(count)))), [count])
+        log.settle()
+        work(disk)
+        count += 1
+    read = Read(log)
+    assert read.reader.next() is None
+    work(disk)
+    client.lose_socket()
+    client.start(None)
+    while not client.cursor.is_live or client.cursor.flight:
+        take_all(client)
+        work(disk)
+    read.to_the_end(log.end, disk)
+    assert read.found == sorted({*read.found})
+    log.close()
+    work(disk)
+
+
+def test_what_a_reader_was_handed_is_not_joined(limits: Limits) -> None:
+    """Somebody may go on in the middle of it."""
+    log, _ = log_of(changed(limits, merge=True, history_limit=MIB, spill=False, client_memory_limit=4 * MIB))
+    for number in range(12):
+        say(log, batch_of(of_a_run(line(number))))
+    segment = log.open
+    log.seal()
+    read = Read(log)
+    handed = read.reader.next()
+    assert handed is not None
+
+    def read_some(begin: int, end: int) -> None:
+        for entry in handed[begin:end]:
+            read.found += numbers(entry.batch[0])
+            read.reader.pass_by(entry)
+
+    read_some(0, 3)
+    log._join(segment)
+    read_some(3, 6)
+    read.go_on_elsewhere()
+    read.to_where_it_ends()
+    assert read.found == [*range(12)]
+    read.reader.close()
+    log.close()
+
+
+# -- what is counted, and what is let go -----------------------------------------------------------
+
+
+def test_history_that_goes_up_in_a_notice_is_not_counted(limits: Limits) -> None:
+    log, first = log_of(changed(limits, history_limit=MIB, spill=False, client_memory_limit=4 * MIB))
+    first.cursor.fall_behind(say(log, batch_of(of_a_run(line(1)))))
+    before = log.open
+    log.seal()
+    second = Client(log)
+    second.lose_socket()
+    for number in range(2, 6):
+        say(log, batch_of(of_a_run(line(number))))
+    after = log.open
+    log.seal()
+    log.strip(before, ENDLESS)
+    log.strip(after, 1)
+    for client in (first, second):
+        client.start(None)
+        take_all(client)
+        client.cursor.end()
+    log.strip(after, ENDLESS)
+    assert log.history == before.weight + (after.weight if after.state is not State.FREED else 0)
+
+
+def test_parts_that_are_gone_are_let_go(limits: Limits) -> None:
+    """Each knows the next one: who keeps the first keeps all."""
+    log, client = log_of(changed(limits, spill=False))
+    alive = []
+    for count in range(40):
+        for number in range(20):
+            hear(client, number, size=3000, has_room=False)
+        log.seal()
+        client.start(None)
+        take_all(client)
+        client.lose_socket()
+        client.client.clear()
+        client.seams = [0]
+        if count % 20 == 19:
+            gc.collect()
+            alive.append(sum(isinstance(each, LogSegment) for each in gc.get_objects()))
+    assert alive[0] == alive[1]
+
+
+def test_who_is_ended_by_what_gives_to_it_stands_nowhere(limits: Limits) -> None:
+    log, client = log_of(limits)
+    hear(client, 0, has_room=False)
+    client.start(None)
+    entry = client.cursor.next()
+    assert entry is not None
+    client.cursor.end()
+    client.cursor.given(entry, 0, 10, entry.batch.frames(None).ends)
+    assert client.cursor.stands is None
+    log.close()
+    assert log.memory == 0
+
+
+def test_who_has_room_is_not_ended_for_another_user(limits: Limits) -> None:
+    """Bob, for whom all of this was counted, is ended; what is left counts for Ann."""
+    few = changed(limits, spill=False, client_memory_limit=4 * MIB, user_memory_limit=512 * KIB)
+    budgets = Budgets(few)
+    log, full = Journal(few, budgets), Journal(few, budgets)
+    elsewhere = Client(full, "bob")
+    elsewhere.lose_socket()
+    say(full, batch_of(other("comm_msg", 0, 900 * KIB)))
+    bob, ann = Client(log, "bob"), Client(log, "ann")
+    for client in (bob, ann):
+        client.lose_socket()
+    hear_alone(bob, 0, size=1000, has_room=False)
+    log.seal()
+    for number in range(1, 1000):
+        hear_alone(ann, number, size=1000, has_room=False)
+        if bob.ended:
+            break
+    assert bob.ended
+    assert not ann.ended
+    for each in (log, full):
+        each.close()
