@@ -1178,6 +1178,9 @@ class Log:
     def count_as_history(self, segment: LogSegment) -> None:
         """It has passed as it is."""
 
+    def charge_hindmost(self) -> None:
+        """The cursor before that one has ended: it is its user's now, by `charge_to`."""
+
     def drop_front(self) -> None:
         """The oldest of what is kept."""
 

@@ -35,7 +35,7 @@ from fastwire.channels import NO_MEMORY_PAUSE, Channel, ZmqChannel, ZmtpChannel
 from fastwire.charge import Charge
 from fastwire.disk import Disk
 from fastwire.downlink import Downlink
-from fastwire.errors import MessageError, SocketClosed
+from fastwire.errors import FastwireError, MessageError, SocketClosed
 from fastwire.events import note
 from fastwire.flow import Limits, resume_time
 from fastwire.hearing import Event, Hearing
@@ -377,12 +377,15 @@ class KernelRelay(KernelSide):
     # -- sessions --
 
     def session(self, session_id: str, identity: bytes, user: str = "") -> Session:
-        """The session of that id, made when there is none, for ``user``."""
+        """The session of that id, made when there is none, for ``user``. Raises FastwireError where it ends at once."""
         if session_id not in self.sessions:
             self.sessions[session_id] = session = Session(self, session_id, identity, user)
             self.journal.listen(session.downlink)
             session.remember(self.tombstones.take(session_id, user))
-            self._greet(session)
+            if session_id in self.sessions:
+                self._greet(session)
+        if session_id not in self.sessions:
+            raise FastwireError("the log has no room for what this client is to be told first")
         return self.sessions[session_id]
 
     def _greet(self, session: Session) -> None:

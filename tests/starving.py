@@ -280,6 +280,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Log.recount": logged(lambda it: it.journal.recount(it.journal.open, it.entry)),
     "Log.hold": logged(lambda it: it.journal.hold(it.journal.open, 0)),
     "Log.learn": logged(lambda it: it.journal.learn()),
+    "Log.charge_hindmost": logged(lambda it: it.journal.charge_hindmost()),
     "Log.leave": logged(lambda it: it.journal.leave(it.journal.open)),
     "Log.keep": keeping,
     "Log.count_as_history": logged(lambda it: it.journal.count_as_history(it.journal.open)),

@@ -8,9 +8,12 @@ import zmq
 from builders import message
 from hypothesis import given
 from hypothesis import strategies as st
+from journal_stage import KIB, batch_of, other
 from relay_stage import Kernel, Stage, both_protocols, leave, settle, stream, until
 from server import Message
 
+from fastwire.errors import FastwireError
+from fastwire.journal import Journal
 from fastwire.segments import size_of
 from fastwire.tombstones import LATE, LONGEST_HEADER, TOO_MANY, TOO_MUCH, Tombstone, Tombstones
 
@@ -253,3 +256,59 @@ def test_as_many_as_there_may_be(steps: list[tuple[str, str, bool]]) -> None:
         else:
             assert kept.take(name, user) is (before[0][2] if before else None)
         assert len(kept) == len(oracle)
+
+
+# -- where there is no room ------------------------------------------------------------------------
+
+
+def log_that_takes_all(stage: Stage, user: str) -> Journal:
+    """Another kernel's, with one message that is larger than what there is for all of a user's."""
+    relay = stage.relay
+    log = Journal(relay.limits, relay.budgets)
+    log.cursor(user).fall_behind(log.append(batch_of(other("comm_msg", 0, 900 * KIB))))
+    log.settle()
+    return log
+
+
+def test_who_is_ended_as_it_is_told_what_it_missed_is_told_the_next_time(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel, merge=False, history_limit=0, spill=False, user_memory_limit=512 * KIB)
+    relay = stage.relay
+
+    def come_back() -> None:
+        logs = []
+        for number in range(400):
+            logs.append(Journal(relay.limits, relay.budgets))
+            logs[-1].cursor("ann").fall_behind(logs[-1].append(batch_of(other("status", number))))
+            logs[-1].settle()
+        logs.append(log_that_takes_all(stage, "ann"))
+        relay.tombstones.leave("s", "ann", Tombstone(TOO_MUCH, 50, 5000, 0, 0, relay.activity.shown))
+        with pytest.raises(FastwireError, match="no room"):
+            relay.session("s", b"s", "ann")
+        for log in logs:
+            log.close()
+
+    stage.run(come_back)
+    assert not relay.sessions
+    tombstone = relay.tombstones.take("s", "ann")
+    assert tombstone is not None
+    assert tombstone.messages >= 50
+    stage.take_logs()
+
+
+def test_who_is_ended_by_the_loss_of_its_socket_is_ended_once(stage: Stage, kernel: Kernel) -> None:
+    """What it has to hear is not forgotten when nobody waits for it any longer."""
+    stage.start(kernel, resume_timeout=0.1)
+    ann = stage.connect("ann")
+    session = stage.session("ann")
+    detach = session.downlink.detach
+
+    def detach_without_room() -> bool:
+        """The log makes some as the client's place goes back to what it has not received."""
+        result = detach()
+        stage.relay.bury(session, TOO_MUCH)
+        return result
+
+    stage.run(lambda: setattr(session.downlink, "detach", detach_without_room))
+    leave(stage, ann, "reset")
+    is_over(stage)
+    assert session._expiry is None
