@@ -267,14 +267,14 @@ class Downlink(Outlet):
 
     def _left_out(self, entry: Entry, count: int) -> dict[int, None]:
         """What the client has of it, or is not to be given again."""
-        answered = self.look_for_answers()
-        again = self.cursor.again(entry, answers_pings=self._answered_pings, answered=answered)
+        self.look_for_answers()
+        again = self.cursor.again(entry, answers_pings=self._answered_pings)
         return {} if again is None else dict.fromkeys({*range(count)}.difference(again))
 
-    def look_for_answers(self) -> int:
-        """What the kernel has asked before this number is answered. To be called before the kernel's next question."""
+    def look_for_answers(self) -> None:
+        """Which questions are answered. To be called before the kernel's next one."""
         self._questions.look(self._count_answers(), self.cursor.journal.end)
-        return self._questions.answered
+        self.cursor.answered = self._questions.answered
 
     def _send(self, connection: Connection, batch: Batch) -> Countable:
         if connection.compresses:

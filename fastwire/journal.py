@@ -127,7 +127,7 @@ class Cursor(LogCursor):
 
     ``on_ready`` is called when what it waits for has come from the disk, ``on_overflow`` when it must be ended: what
     may not be dropped is more than there may be. ``is_connected`` is whether it has a socket, and ``was_closed``
-    whether its client said goodbye to the last one.
+    whether its client said goodbye to the last one. Questions with a number before ``answered`` are.
     """
 
     journal: Journal
@@ -137,6 +137,7 @@ class Cursor(LogCursor):
         super().__init__(journal, number, user, budget)
         self.on_ready: Callable[[], None] | None = None
         self.on_overflow: Callable[[], None] | None = None
+        self.answered = 0
         self._index = 0
         self._version = -1
         self._since = 0
@@ -213,9 +214,9 @@ class Cursor(LogCursor):
         self._index += 1
         self.position = entry.end
 
-    def again(self, entry: Entry, *, answers_pings: bool, answered: int) -> list[int] | None:
+    def again(self, entry: Entry, *, answers_pings: bool) -> list[int] | None:
         """The indices of the messages that it is to be given of an entry of which some were given before; None for
-        all. Questions with a number before ``answered`` are."""
+        all."""
         if self.position <= entry.first >= self.written:
             return None
         if isinstance(entry, Gap):  # of which it may have had the first ones, when they were not lost yet
@@ -228,7 +229,7 @@ class Cursor(LogCursor):
                 batch.msg_type(index),
                 was_taken=number < self.taken,
                 answers_pings=answers_pings,
-                replied=number < answered,
+                replied=number < self.answered,
                 restarted=number < self.journal.barrier,
             ):
                 indices.append(index)
@@ -331,7 +332,7 @@ class Cursor(LogCursor):
     def marks(self) -> set[int]:
         """The numbers at which the log is not to be joined for it."""
         after = (number + 1 for number in self.passed_over)
-        return {self.position, self.taken, self.written, *self.passed_over, *after}
+        return {self.position, self.taken, self.written, self.answered, *self.passed_over, *after}
 
     @property
     def zone(self) -> Zone:

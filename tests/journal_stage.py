@@ -228,7 +228,7 @@ class Client:
                 self.cursor.fall_behind(entry)
 
     def give(self, entry: Entry) -> None:
-        again = self.cursor.again(entry, answers_pings=True, answered=0)
+        again = self.cursor.again(entry, answers_pings=True)
         batch = entry.batch
         if again is not None:
             batch = batch.replaced(dict.fromkeys({*range(len(batch))}.difference(again)))

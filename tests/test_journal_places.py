@@ -118,7 +118,7 @@ def test_a_notice_that_was_taken_is_not_repeated_to_who_answers_no_pings(limits:
     client.start(None)
     entry = client.cursor.next()
     assert isinstance(entry, Gap)
-    assert client.cursor.again(entry, answers_pings=False, answered=0) == []
+    assert client.cursor.again(entry, answers_pings=False) == []
 
 
 def test_what_came_after_a_restart_does_not_move_before_it(limits: Limits) -> None:
@@ -135,10 +135,34 @@ def test_what_came_after_a_restart_does_not_move_before_it(limits: Limits) -> No
     client.start(None)
     again: list[int] = []
     while (entry := client.cursor.next()) is not None:
-        indices = client.cursor.again(entry, answers_pings=False, answered=0)
+        indices = client.cursor.again(entry, answers_pings=False)
         again += chain(*(numbers(entry.batch[i]) for i in (range(len(entry)) if indices is None else indices)))
         client.cursor.given(entry, 0, 0, entry.batch.frames(None).ends, indices)
     assert {10, 11, 12} <= {*again}
+    log.close()
+
+
+def test_a_question_that_was_not_answered_is_not_taken_for_one_that_was(limits: Limits) -> None:
+    """Between the two was what nobody wants any more, so that the later one comes to stand beside the first."""
+    log, _ = log_of(changed(limits, merge=True, spill=False, client_memory_limit=4 * MIB))
+    client, gone = Client(log), Client(log)
+    hear_alone(client, 0, "input_request", has_room=True)
+    for number in range(1, 6):
+        hear_alone(gone, number, has_room=False)
+    client.cursor.answered = log.end
+    hear_alone(client, 6, "input_request", has_room=True)
+    gone.cursor.end()
+    client.cursor.rewind(0, client.queued, client.queued)
+    segment = log.open
+    log.seal()
+    log._join(segment)
+    client.start(None)
+    again: list[int] = []
+    while (entry := client.cursor.next()) is not None:
+        indices = client.cursor.again(entry, answers_pings=True)
+        again += chain(*(numbers(entry.batch[i]) for i in (range(len(entry)) if indices is None else indices)))
+        client.cursor.given(entry, 0, 0, entry.batch.frames(None).ends, indices)
+    assert again == [6]
     log.close()
 
 
