@@ -252,6 +252,7 @@ class Client:
 
     def lose_socket(self, *, with_proxy: bool = False) -> None:
         """It had read all that its TCP had; or that was a proxy's, and it has read no more than it has acknowledged."""
+        self.cursor.is_connected = False  # it may be ended by that
         self.cursor.rewind(self.received, self.taken, self.written)
         self.client += self.before(self.received if with_proxy else self.taken)
         self.seams.append(len(self.client))
