@@ -61,6 +61,17 @@ def told(client: Client) -> list[list[int] | str]:
     return [numbers(parts) or json.loads(parts[3])["text"] for _, parts in client.messages]
 
 
+def said_again(client: Client, *, answers_pings: bool) -> list[int]:
+    """The numbers of what it is given on its next socket."""
+    client.start(None)
+    again: list[int] = []
+    while (entry := client.cursor.next()) is not None:
+        indices = client.cursor.again(entry, answers_pings=answers_pings)
+        again += chain(*(numbers(entry.batch[i]) for i in (range(len(entry)) if indices is None else indices)))
+        client.cursor.given(entry, 0, 0, entry.batch.frames(None).ends, indices)
+    return again
+
+
 def drop_all(log: Journal) -> None:
     """As where there is no room for it."""
     segment: Segment | None = log.needed
@@ -132,12 +143,7 @@ def test_what_came_after_a_restart_does_not_move_before_it(limits: Limits) -> No
     segment = log.open
     log.seal()
     log._join(segment)
-    client.start(None)
-    again: list[int] = []
-    while (entry := client.cursor.next()) is not None:
-        indices = client.cursor.again(entry, answers_pings=False)
-        again += chain(*(numbers(entry.batch[i]) for i in (range(len(entry)) if indices is None else indices)))
-        client.cursor.given(entry, 0, 0, entry.batch.frames(None).ends, indices)
+    again = said_again(client, answers_pings=False)
     assert {10, 11, 12} <= {*again}
     log.close()
 
@@ -156,12 +162,7 @@ def test_a_question_that_was_not_answered_is_not_taken_for_one_that_was(limits: 
     segment = log.open
     log.seal()
     log._join(segment)
-    client.start(None)
-    again: list[int] = []
-    while (entry := client.cursor.next()) is not None:
-        indices = client.cursor.again(entry, answers_pings=True)
-        again += chain(*(numbers(entry.batch[i]) for i in (range(len(entry)) if indices is None else indices)))
-        client.cursor.given(entry, 0, 0, entry.batch.frames(None).ends, indices)
+    again = said_again(client, answers_pings=True)
     assert again == [6]
     log.close()
 
