@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from patience import SLOW
 
 from fastwire.budgets import Budget
-from fastwire.disk import Disk, Record, SpillFile, is_in_memory
+from fastwire.disk import Disk, Record, SpillFile, Worker, is_in_memory
 
 
 class Now:
@@ -217,3 +217,33 @@ def test_memory_is_no_disk(tmp_path: Path) -> None:
     assert not is_in_memory("/proc")
     with pytest.raises(FileNotFoundError):
         is_in_memory(tmp_path / "missing")
+
+
+class Done(Exception):
+    """That of a test."""
+
+
+def test_a_job_that_raises_keeps_none_from_its_turn() -> None:
+    async def use() -> list[object]:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: None)
+        worker, results = Worker("a test's", loop), []
+
+        def starve() -> None:
+            raise MemoryError
+
+        def refuse(result: object) -> None:
+            results.append(result)
+            raise Done
+
+        over = asyncio.Event()
+        worker.add(lambda: starve, refuse)
+        worker.add(lambda: int, lambda result: (results.append(result), over.set()))
+        async with asyncio.timeout(60):
+            await over.wait()
+        return results
+
+    first, second = asyncio.run(use())
+    assert isinstance(first, OSError)
+    assert first.errno == errno.ENOMEM
+    assert second == 0

@@ -25,7 +25,6 @@ from journal_stage import (
 from fastwire import shelf
 from fastwire._core import LogSegment
 from fastwire.budgets import Budgets
-from fastwire.disk import Worker
 from fastwire.flow import Limits
 from fastwire.journal import Journal
 from fastwire.segments import Gap, Segment, State
@@ -283,38 +282,6 @@ def test_what_there_was_no_memory_to_put_aside_or_read_back_is_not_lost(
     log.close()
     work(disk)
     assert log.memory == log.shelf.nbytes == log.shelf._jobs == 0
-
-
-class Done(Exception):
-    """That of a test."""
-
-
-def test_a_job_that_raises_keeps_none_from_its_turn() -> None:
-    import asyncio
-
-    async def use() -> list[object]:
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda loop, context: None)
-        worker, results = Worker("a test's", loop), []
-
-        def starve() -> None:
-            raise MemoryError
-
-        def refuse(result: object) -> None:
-            results.append(result)
-            raise Done
-
-        over = asyncio.Event()
-        worker.add(lambda: starve, refuse)
-        worker.add(lambda: int, lambda result: (results.append(result), over.set()))
-        async with asyncio.timeout(60):
-            await over.wait()
-        return results
-
-    first, second = asyncio.run(use())
-    assert isinstance(first, OSError)
-    assert first.errno == errno.ENOMEM
-    assert second == 0
 
 
 # -- readers ---------------------------------------------------------------------------------------
