@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary, ref
 from fastwire.budgets import Budget
 from fastwire.flow import MIB
 
-__all__ = ["Disk", "Job", "Record", "Runner", "SpillFile", "is_in_memory"]
+__all__ = ["Disk", "Job", "Record", "Runner", "SpillFile", "is_in_memory", "no_memory"]
 
 #: A file's room goes back to the disk when all its records were let go of, so there are several, of about this size,
 #: and at least so many in the narrowest bound: in one file all that lies there would have to go to make room at it.
@@ -57,6 +57,11 @@ class Runner(Protocol):
 
     def close(self, job: Job) -> None:
         """A job whose result nobody waits for."""
+
+
+def no_memory() -> OSError:
+    """As the system says it, for who has to tell errors of a disk apart."""
+    return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 class Worker:
@@ -111,7 +116,7 @@ class Worker:
             except OSError as error:
                 result = error
             except MemoryError:
-                result = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+                result = no_memory()
             loop = self._loop()
             with suppress(RuntimeError):  # it has ended
                 if loop is not None:

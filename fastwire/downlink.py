@@ -17,7 +17,7 @@ from operator import itemgetter
 
 from fastwire._core import PROTOCOL_V1, Batch, Outlet, encode_legacy, encode_v1
 from fastwire.budgets import Budgets
-from fastwire.flow import Attempts, Limits, Questions
+from fastwire.flow import Attempts, Limits
 from fastwire.journal import Countable, Cursor
 from fastwire.notices import notice
 from fastwire.segments import Entry, Gap, size_of
@@ -129,7 +129,6 @@ class Downlink(Outlet):
         self.attempts = Attempts()
         self.budgets = budgets
         self._on_failure = on_failure
-        self._questions = Questions()
         self._count_answers = count_answers
         self._answered_pings = False  # who had the last socket
         cursor.on_ready = self.pump
@@ -273,8 +272,7 @@ class Downlink(Outlet):
 
     def look_for_answers(self) -> None:
         """Which questions are answered. To be called before the kernel's next one."""
-        self._questions.look(self._count_answers(), self.cursor.journal.end)
-        self.cursor.answered = self._questions.answered
+        self.cursor.questions.look(self._count_answers(), self.cursor.journal.end)
 
     def _send(self, connection: Connection, batch: Batch) -> Countable:
         if connection.compresses:

@@ -58,7 +58,7 @@ from typing import Any, Protocol, cast
 from fastwire._core import LARGEST_TO_KEEP, Given, Log, LogCursor, compacted
 from fastwire.budgets import Budget, Budgets, Memory, User
 from fastwire.disk import Runner
-from fastwire.flow import KIB, MIB, Limits, is_said_again
+from fastwire.flow import KIB, MIB, Limits, Questions, is_said_again
 from fastwire.notices import Neighbour
 from fastwire.segments import (
     Entry,
@@ -127,7 +127,7 @@ class Cursor(LogCursor):
 
     ``on_ready`` is called when what it waits for has come from the disk, ``on_overflow`` when it must be ended: what
     may not be dropped is more than there may be. ``is_connected`` is whether it has a socket, and ``was_closed``
-    whether its client said goodbye to the last one. Questions with a number before ``answered`` are.
+    whether its client said goodbye to the last one.
     """
 
     journal: Journal
@@ -137,7 +137,7 @@ class Cursor(LogCursor):
         super().__init__(journal, number, user, budget)
         self.on_ready: Callable[[], None] | None = None
         self.on_overflow: Callable[[], None] | None = None
-        self.answered = 0
+        self.questions = Questions()
         self._index = 0
         self._version = -1
         self._since = 0
@@ -215,8 +215,7 @@ class Cursor(LogCursor):
         self.position = entry.end
 
     def again(self, entry: Entry, *, answers_pings: bool) -> list[int] | None:
-        """The indices of the messages that it is to be given of an entry of which some were given before; None for
-        all."""
+        """The indices of the messages to give it of an entry of which some were given before; None for all."""
         if self.position <= entry.first >= self.written:
             return None
         if isinstance(entry, Gap):  # of which it may have had the first ones, when they were not lost yet
@@ -229,7 +228,7 @@ class Cursor(LogCursor):
                 batch.msg_type(index),
                 was_taken=number < self.taken,
                 answers_pings=answers_pings,
-                replied=number < self.answered,
+                replied=number < self.questions.answered,
                 restarted=number < self.journal.barrier,
             ):
                 indices.append(index)
@@ -332,7 +331,7 @@ class Cursor(LogCursor):
     def marks(self) -> set[int]:
         """The numbers at which the log is not to be joined for it."""
         after = (number + 1 for number in self.passed_over)
-        return {self.position, self.taken, self.written, self.answered, *self.passed_over, *after}
+        return {self.position, self.taken, self.written, self.questions.answered, *self.passed_over, *after}
 
     @property
     def zone(self) -> Zone:
@@ -691,8 +690,7 @@ class Journal(Log):
     def _marks(self, segment: Segment) -> tuple[list[int], list[Zone]]:
         """The numbers inside a segment at which something is cut, and what is in flight."""
         marks = sorted(mark for mark in self._numbers_of_cursors() if segment.first < mark < segment.end)
-        zones = [cursor.zone for cursor in self.cursors.values() if cursor.flight]
-        return marks, [(begin, end) for begin, end in zones if begin < segment.end and end > segment.first]
+        return marks, zones_in(segment, (cursor.zone for cursor in self.cursors.values() if cursor.flight))
 
     def _is_wanted(self, entry: Entry) -> bool:
         """Of an entry for one cursor: that is still there, and has not passed it."""
@@ -713,7 +711,7 @@ class Journal(Log):
         assert segment.entries is not None
         segment.is_joined = True
         marks, zones = self._marks(segment)
-        zones += [reader.zone for reader in self.readers]  # what they were handed would come twice
+        zones += zones_in(segment, (reader.zone for reader in self.readers))  # what they were handed would come twice
         size = max(self.segment_size // 4, LEAST_SEGMENT)
         runs = runs_of(filter(self._is_wanted, segment.entries), marks, zones, size)
         self.set_entries(segment, [run[0] if is_fixed(run[0], zones) else self._joined(run) for run in runs])
@@ -838,6 +836,11 @@ class Journal(Log):
         readers = (reader.position for reader in self.readers)
         marks = chain.from_iterable(cursor.marks for cursor in self.cursors.values())
         return {*marks, *readers, *self.told, self.barrier}
+
+
+def zones_in(segment: Segment, zones: Iterable[Zone]) -> list[Zone]:
+    """Those that have something of it."""
+    return [(begin, end) for begin, end in zones if begin < segment.end and end > segment.first]
 
 
 def may_grow(before: Gap, gap: Gap, marks: list[int], zones: list[Zone]) -> bool:

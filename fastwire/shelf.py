@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
 from fastwire.budgets import Budget, Budgets
-from fastwire.disk import Job, Record, Runner, SpillFile
+from fastwire.disk import Job, Record, Runner, SpillFile, no_memory
 from fastwire.errors import MalformedMessage
 from fastwire.flow import KIB, MIB, Limits
 from fastwire.segments import Entry, Gap, Segment, State, packed, unpacked
@@ -386,5 +385,5 @@ def write_each(
         except OSError as error:
             return where, count, error
         except MemoryError:
-            return where, count, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            return where, count, no_memory()
     return where, len(places), None

@@ -154,7 +154,7 @@ def test_a_question_that_was_not_answered_is_not_taken_for_one_that_was(limits: 
     hear_alone(client, 0, "input_request", has_room=True)
     for number in range(1, 6):
         hear_alone(gone, number, has_room=False)
-    client.cursor.answered = log.end
+    client.cursor.questions.look(1, log.end)
     hear_alone(client, 6, "input_request", has_room=True)
     gone.cursor.end()
     client.cursor.rewind(0, client.queued, client.queued)
