@@ -964,6 +964,7 @@ class LogEntry:
     """A batch in the log, for all or (``audience``) for one cursor. Its messages are numbered from ``first`` on; the
     numbers up to ``end`` that it has no messages for belong to nothing. A ``momentary`` one is true only for the
     sockets that were there when it was said; what the server says itself is ``ours``, and no client's policy is asked.
+    A line that tells of messages that are ``missing`` counts for so many.
     """
 
     first: int
@@ -973,6 +974,7 @@ class LogEntry:
     memory: int
     momentary: bool
     ours: bool
+    missing: int
 
     def __init__(
         self,
@@ -983,6 +985,7 @@ class LogEntry:
         *,
         momentary: bool = False,
         ours: bool = False,
+        missing: int = 0,
     ) -> None: ...
     def __len__(self) -> int: ...
     @property
@@ -1143,7 +1146,13 @@ class Log:
         """Bytes that a client may have on their way to it, unacknowledged: they cannot be dropped."""
 
     def append(
-        self, batch: Batch, audience: int | None = None, *, momentary: bool = False, ours: bool = False
+        self,
+        batch: Batch,
+        audience: int | None = None,
+        *,
+        momentary: bool = False,
+        ours: bool = False,
+        missing: int = 0,
     ) -> LogEntry: ...
     def listen(self, outlet: Outlet) -> None:
         """It hears all that is said from now on."""
@@ -1152,7 +1161,9 @@ class Log:
     def say(self, batch: Batch, *, ours: bool = False) -> None:
         """Messages for all who listen."""
 
-    def tell(self, outlet: Outlet, batch: Batch, *, momentary: bool = False, ours: bool = False) -> None:
+    def tell(
+        self, outlet: Outlet, batch: Batch, *, momentary: bool = False, ours: bool = False, missing: int = 0
+    ) -> None:
         """Messages for one."""
 
     def settle(self) -> None:

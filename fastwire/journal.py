@@ -313,7 +313,9 @@ class Cursor(LogCursor):
         """Messages for it of the segment where it stands that it needs no more."""
         needed = self.needed
         own = (entry for entry in segment.entries or () if entry.audience in (None, self.number))
-        return sum(min(max(needed - entry.first, 0), entry.count) for entry in own)
+        return sum(
+            entry.count if entry.end <= needed else min(max(needed - entry.first, 0), entry.count) for entry in own
+        )
 
     @property
     def neighbour(self) -> Neighbour | None:

@@ -736,15 +736,16 @@ class Session:
         """Messages of the kernel for this client alone."""
         self._deliver(batch, ours=False)
 
-    def say(self, batch: Batch, *, momentary: bool = False) -> None:
-        """What the server itself says to this client, as it is. If ``momentary``, to the socket it has now."""
+    def say(self, batch: Batch, *, momentary: bool = False, missing: int = 0) -> None:
+        """What the server itself says to this client, as it is. If ``momentary``, to the socket it has now. If it tells
+        of messages that are ``missing``, it counts for so many."""
         if not momentary or self.connection is not None:
-            self._deliver(batch, momentary=momentary, ours=True)
+            self._deliver(batch, momentary=momentary, ours=True, missing=missing)
 
-    def _deliver(self, batch: Batch, *, momentary: bool = False, ours: bool) -> None:
+    def _deliver(self, batch: Batch, *, momentary: bool = False, ours: bool, missing: int = 0) -> None:
         if self._closed:
             return
-        self.relay.journal.tell(self.downlink, batch, momentary=momentary, ours=ours)
+        self.relay.journal.tell(self.downlink, batch, momentary=momentary, ours=ours, missing=missing)
 
     def _count_answers(self) -> int:
         return self._uplink.answers
@@ -910,7 +911,7 @@ class Session:
         if tombstone is not None and (text := tombstone.text(shown)):
             # First: the log may have no room for the notice, and it ends then.
             self._inherited = (tombstone, self.relay.journal.end + 1, shown)
-            self.say(notice(tombstone.neighbour, text))
+            self.say(notice(tombstone.neighbour, text), missing=tombstone.missing(shown))
             self._note("late", "came back after its session had ended, and is told what it missed")
 
     def close(self, level: int = logging.INFO) -> None:

@@ -307,7 +307,7 @@ class Messages:
         self._journal.learn()
         async for entry in self._entries(self._run.last + 1):
             if isinstance(entry, Gap):
-                self.lost.append(Lost(entry.first, entry.end, *entry.told[:2]))
+                self.lost.append(Lost(entry.first, entry.end, entry.missing, entry.nbytes))
             for index in answers_to(entry.batch, self._run.msg_id):
                 yield message_of(entry, index)
 

@@ -58,7 +58,7 @@ TRANSITIONS: dict[State, set[State]] = {
 class Gap(Entry):
     """What is missing, in its place."""
 
-    __slots__ = ("_messages", "_nbytes", "_neighbour")
+    __slots__ = ("_neighbour", "nbytes")
     has_output = False
 
     def __init__(self, first: int, end: int, audience: int | None = None) -> None:
@@ -68,36 +68,32 @@ class Gap(Entry):
         self.momentary = False
         self.ours = True
         self.memory = KIB
-        self._messages = 0
-        self._nbytes = 0
+        self.missing = 0
+        self.nbytes = 0
         self._neighbour = NOBODY
 
     def __len__(self) -> int:
         return 1
 
-    @property
-    def count(self) -> int:
-        return self._messages
-
     def lose(self, messages: int, nbytes: int, neighbour: Neighbour = NOBODY) -> None:
-        self._messages += messages
-        self._nbytes += nbytes
+        self.missing += messages
+        self.nbytes += nbytes
         self._neighbour = neighbour
 
     def absorb(self, later: Gap) -> None:
-        self.lose(later._messages, later._nbytes, later._neighbour)
+        self.lose(later.missing, later.nbytes, later._neighbour)
         self.end = later.end
 
     @property
-    def told(self) -> tuple[int, int, str, str]:
-        """What `lose` was told, for a file."""
+    def told(self) -> tuple[int, str, str]:
+        """What `lose` was told but for the number of messages, for a file."""
         header, parent_header = self._neighbour
-        return (self._messages, self._nbytes, header.decode("latin-1"), parent_header.decode("latin-1"))
+        return (self.nbytes, header.decode("latin-1"), parent_header.decode("latin-1"))
 
     @property
     def batch(self) -> Batch:  # type: ignore[override]
         text = (
-            f"\n[{self._messages} messages of output ({size_of(self._nbytes)}) are missing here: they came faster "
+            f"\n[{self.missing} messages of output ({size_of(self.nbytes)}) are missing here: they came faster "
             "than this client took them, and there was no room to keep them]\n"
         )
         return notice(self._neighbour, text)
@@ -136,7 +132,7 @@ def in_zones(entry: Entry, zones: Iterable[Zone]) -> bool:
 
 def is_fixed(entry: Entry, zones: Iterable[Zone]) -> bool:
     """Not to be joined to others."""
-    return type(entry) is not Entry or entry.momentary or in_zones(entry, zones)
+    return type(entry) is not Entry or entry.momentary or bool(entry.missing) or in_zones(entry, zones)
 
 
 def runs_of(entries: Iterable[Entry], marks: Sequence[int], zones: Sequence[Zone], size: int) -> Iterator[list[Entry]]:
@@ -187,7 +183,7 @@ def packed(segment: Segment) -> bytearray:
         batch = entry.batch
         frames = bytes(batch.part(0, len(batch)).frames(PROTOCOL_V1))
         gap = entry.told if isinstance(entry, Gap) else None
-        kind = (entry.audience, entry.momentary, entry.ours)
+        kind = (entry.audience, entry.momentary, entry.ours, entry.missing)
         table.append([entry.first, entry.end, batch.channel, kind, gap, len(frames)])
         data += frames
     head = json.dumps(table).encode()
@@ -222,11 +218,11 @@ def sizes_of(row: list[Any], number: int) -> int:
 
 
 def entry_of(row: list[Any], data: bytes) -> Entry:
-    first, end, channel, (audience, momentary, ours), gap, _ = row
+    first, end, channel, (audience, momentary, ours, missing), gap, _ = row
     if gap is None:
         batch = batch_of_frames(channel, data)
-        return Entry(first, end, batch, audience, momentary=bool(momentary), ours=bool(ours))
-    messages, nbytes, header, parent_header = gap
+        return Entry(first, end, batch, audience, momentary=bool(momentary), ours=bool(ours), missing=int(missing))
+    nbytes, header, parent_header = gap
     entry = Gap(first, end, audience)
-    entry.lose(int(messages), int(nbytes), (header.encode("latin-1"), parent_header.encode("latin-1")))
+    entry.lose(int(missing), int(nbytes), (header.encode("latin-1"), parent_header.encode("latin-1")))
     return entry

@@ -47,8 +47,12 @@ class Tombstone:
         header, parent_header = (part if len(part) <= LONGEST_HEADER else b"{}" for part in self.neighbour)
         self.neighbour = (header, parent_header)
 
+    def missing(self, shown: int) -> int:
+        """Messages, where the kernel has ``shown`` so much by now."""
+        return self.messages + shown - self.shown
+
     def text(self, shown: int) -> str:
-        """What its client is told where the kernel has ``shown`` so much by now; "" where it misses nothing."""
+        """What its client is told of that; "" where it misses nothing."""
         since = shown - self.shown
         told = []
         if self.messages:
@@ -63,9 +67,10 @@ class Tombstone:
 
     def absorb(self, later: Tombstone, shown: int) -> None:
         """Nobody has heard what was told of this one, when the kernel had ``shown`` so much: the session that was to
-        tell it has ended, too, and counts the notice as a message."""
+        tell it has ended, too, and counts the notice for what that tells of, or as a message."""
         self.why = later.why
-        self.messages += shown - self.shown + max(later.messages - 1, 0)
+        missing = self.missing(shown)
+        self.messages = max(later.messages - (not missing), missing)
         self.nbytes += later.nbytes
         self.unsent += later.unsent
         self.unanswered += later.unanswered

@@ -211,7 +211,8 @@ class Client:
         self.seams.append(len(self.client))
         self.messages = []
         if text:
-            entry = self.journal.append(notice(NOBODY, text), self.cursor.number, ours=True)
+            missing = tombstone.missing(len(self.said))
+            entry = self.journal.append(notice(NOBODY, text), self.cursor.number, ours=True, missing=missing)
             self.inherited = (tombstone, self.journal.end, len(self.said))
             self.cursor.fall_behind(entry)
             self.journal.settle()

@@ -27,7 +27,7 @@ from fastwire._core import LogSegment
 from fastwire.budgets import Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal
-from fastwire.segments import Gap, Segment, State
+from fastwire.segments import Gap, Segment, State, packed, unpacked
 from fastwire.shelf import ENDLESS
 
 pytest_plugins = "journal_stage"  # the fixture `limits`
@@ -230,6 +230,50 @@ def test_who_misses_nothing_but_the_last_of_what_the_disk_lost_is_told(limits: L
     away.cursor.end()
     client.cursor.end()
     work(disk)
+
+
+def test_a_line_about_what_is_missing_that_the_disk_lost_counts_for_all_of_it(limits: Limits) -> None:
+    """It is one message; who reads what stands in its place is to know of no fewer."""
+    disk = Disk()
+    log, client = log_of(limits, disk)
+    hear(client, *range(20), has_room=False)
+    client.bury()
+    client.begin_anew()
+    client.lose_socket()
+    segment = log.open
+    hear(client, *range(20, 60), size=1000, has_room=False)
+    for number in range(60, 300):
+        hear(client, number, size=1000, has_room=False)
+        work(disk)
+    assert segment.state is State.ON_DISK
+    client.start(None)
+    client.feed()
+    lose(disk, segment)
+    take_all(client)
+    assert told(client)[0].startswith("\n[20 messages of output")
+    client.bury()
+    work(disk)
+
+
+def test_a_line_about_what_is_missing_stays_what_it_is(limits: Limits) -> None:
+    """Beside others of the server, and on its way to the disk and back."""
+    log, client = log_of(changed(limits, merge=True))
+    for missing in (0, 7, 0, 0):
+        log.append(batch_of(line(missing)), client.cursor.number, ours=True, missing=missing)
+        log.settle()
+    segment = log.open
+    assert segment.counts == {client.cursor.number: 10}
+    log.seal()
+    log._join(segment)
+    assert [entry.count for entry in segment.entries] == [1, 7, 1]
+    assert [entry.missing for entry in unpacked(bytes(packed(segment)))] == [0, 7, 0]
+    client.start(None)
+    client.feed()
+    client.feed()
+    assert client.cursor.kept == 9
+    client.cursor.release(client.queued)
+    assert client.cursor.kept == 1
+    client.cursor.end()
 
 
 def test_a_part_with_nothing_in_it_can_be_lost(limits: Limits) -> None:

@@ -93,26 +93,28 @@ cdef class LogEntry:
     cdef public Py_ssize_t memory
     cdef public bint momentary
     cdef public bint ours
+    cdef public Py_ssize_t missing      # messages that it tells are missing; 0 for what a kernel said
 
     def __init__(self, long long first, long long end, Batch batch not None, audience=None, *, bint momentary=False,
-                 bint ours=False):
+                 bint ours=False, Py_ssize_t missing=0):
         self.first = first
         self.end = end
         self.batch = batch
         self.audience = audience
         self.momentary = momentary
         self.ours = ours
+        self.missing = missing
         self.memory = batch.memory_size() + ENTRY_SIZE
 
     cdef Py_ssize_t messages(self) except -1:
-        return self.batch.count if type(self) is LogEntry else self.count
+        return self.missing if self.missing or self.batch is None else self.batch.count
 
     def __len__(self):
         return self.batch.count
 
     @property
     def count(self):
-        return len(self)
+        return self.messages()
 
     @property
     def has_output(self):
@@ -126,7 +128,9 @@ cdef class LogEntry:
         if begin == self.first and end == self.end:
             return self
         batch = self.batch.part(min(begin - self.first, most), min(end - self.first, most))
-        return LogEntry(begin, end, batch, self.audience, momentary=self.momentary, ours=self.ours)
+        return LogEntry(
+            begin, end, batch, self.audience, momentary=self.momentary, ours=self.ours, missing=self.missing
+        )
 
 
 cdef class LogSegment:

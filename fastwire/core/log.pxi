@@ -167,7 +167,7 @@ cdef class Log:
 
     # -- in --
 
-    cdef LogEntry add(self, Batch batch, object audience, bint momentary, bint ours):
+    cdef LogEntry add(self, Batch batch, object audience, bint momentary, bint ours, Py_ssize_t missing):
         cdef LogSegment segment
         cdef LogEntry entry
         cdef Py_ssize_t count = batch.count
@@ -182,17 +182,19 @@ cdef class Log:
         entry.memory = batch.memory_size() + ENTRY_SIZE
         entry.momentary = momentary
         entry.ours = ours
+        entry.missing = missing
         segment.make_ready(audience)
         segment.entries.append(entry)
-        segment.count(audience, count)
+        segment.count(audience, entry.messages())
         self.end = segment.end = entry.end
         batch.logged = True
         self.add_memory(segment, entry.memory)
         self.newest = entry
         return entry
 
-    def append(self, Batch batch not None, audience=None, *, bint momentary=False, bint ours=False):
-        return self.add(batch, audience, momentary, ours)
+    def append(self, Batch batch not None, audience=None, *, bint momentary=False, bint ours=False,
+               Py_ssize_t missing=0):
+        return self.add(batch, audience, momentary, ours, missing)
 
     def listen(self, Outlet outlet not None):
         """It hears all that is said from now on."""
@@ -208,7 +210,7 @@ cdef class Log:
         self.say_all(batch, ours)
 
     cdef int say_all(self, Batch batch, bint ours) except -1:
-        cdef LogEntry entry = self.add(batch, None, False, ours)
+        cdef LogEntry entry = self.add(batch, None, False, ours, 0)
         cdef tuple listeners = self.listeners
         cdef Outlet outlet
         cdef object failure = None
@@ -239,12 +241,13 @@ cdef class Log:
                 outlet.pump()
         return 0
 
-    def tell(self, Outlet outlet not None, Batch batch not None, *, bint momentary=False, bint ours=False):
+    def tell(self, Outlet outlet not None, Batch batch not None, *, bint momentary=False, bint ours=False,
+             Py_ssize_t missing=0):
         """Messages for one, and then it is settled."""
-        self.tell_one(outlet, batch, momentary, ours)
+        self.tell_one(outlet, batch, momentary, ours, missing)
 
-    cdef int tell_one(self, Outlet outlet, Batch batch, bint momentary, bint ours) except -1:
-        self.hand_on(outlet, self.add(batch, outlet.cursor.audience, momentary, ours))
+    cdef int tell_one(self, Outlet outlet, Batch batch, bint momentary, bint ours, Py_ssize_t missing) except -1:
+        self.hand_on(outlet, self.add(batch, outlet.cursor.audience, momentary, ours, missing))
         self.settle_newest()
         return 0
 

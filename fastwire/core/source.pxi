@@ -363,7 +363,7 @@ cdef class Source(Part):
         self.kernel.activity.note_answers(batch)
         if self.uplink is not None:
             self.uplink.note_answers(batch)
-        self.kernel.journal.tell_one(self.outlet, batch, False, False)
+        self.kernel.journal.tell_one(self.outlet, batch, False, False, 0)
         return 0 if self.kernel is None else self.kernel.let_listen(batch)
 
     cdef bint is_unsettled(self) except -1:
