@@ -1,5 +1,6 @@
 """What the fuzzer has found worth keeping, and where it began, through every target with the build at hand."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,31 @@ def test_a_leak_has_no_input() -> None:
     output = "==1==ERROR: LeakSanitizer: detected memory leaks\nTest unit written to v1-crash-da39\n"
     result = run.read("v1", output, 77)
     assert (result.crash, result.failed, result.leak) == (None, True, True)
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_leaks_are_looked_for_again_where_who_looks_has_crashed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, leaks: bool
+) -> None:
+    """That says nothing of the core: of what was found all is run once more."""
+    found = "==1==ERROR: LeakSanitizer: detected memory leaks\n" if leaks else ""
+    crashed = f"{FINISHED}==1=={run.NOT_LOOKED}.\nTest unit written to v1-crash-da39\n"
+    outputs = [(crashed, 1), (found, 77 if leaks else 0)]
+    calls: list[tuple[str | Path, ...]] = []
+
+    def libfuzzer(_: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        calls.append(arguments)
+        output, status = outputs.pop(0)
+        return subprocess.CompletedProcess([], status, output)
+
+    monkeypatch.setattr(run, "libfuzzer", libfuzzer)
+    monkeypatch.setattr(run.build, "FOLDER", tmp_path)
+    monkeypatch.setattr(run, "FOUND", tmp_path / "found")
+    monkeypatch.setattr(run, "CRASHES", tmp_path / "crashes")
+    result = run.fuzz("v1", 1)
+    assert (result.executions, result.crash, result.failed, result.leak) == (159960, None, leaks, leaks)
+    assert calls[1][0] == "-runs=0"
+    assert calls[1][1:] == calls[0][-len(calls[1]) + 1 :], "with the same limits and inputs"
 
 
 def test_a_target_that_does_not_start() -> None:
