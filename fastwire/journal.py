@@ -529,6 +529,7 @@ class Journal(Log):
         state = segment.state
         segment.become(State.FREED)
         self.shelf.was_freed(segment, state)
+        segment.previous = segment.next = None  # or who keeps one keeps all that come after it
         self.budget.look()
         for segments in (self._raw, self._droppable):
             while segments and segments[0].state is State.FREED:
@@ -774,16 +775,17 @@ class Journal(Log):
         """Add to ``left`` what remains of an entry."""
         batch = entry.batch
         kept = compacted([batch], ENDLESS, join=False, output=False)
-        lost = len(batch) - sum(map(len, kept))
+        remaining = sum(map(len, kept))
+        lost = len(batch) - remaining
         if not lost:
             left.append(Entry(entry.first, entry.end, kept[0], entry.audience, ours=entry.ours))
             return
-        # Numbers are cut where the notice stands: before what is kept, or after it. Who reads on from there, as what
+        # The notice has all numbers but those of what is kept, before it or after it. Who reads on from there, as what
         # comes before is forgotten, is told of what is missing behind.
         is_output = [batch.message_class(index) in OUTPUT for index in range(len(batch))]
         begins = all(is_output[:lost])
-        place = entry.first + 1 if begins else entry.end - 1
-        gap = Gap(entry.first, place if kept else entry.end) if begins else Gap(place, entry.end)
+        place = entry.end - remaining if begins else entry.first + remaining
+        gap = Gap(entry.first, place) if begins else Gap(place, entry.end)
         last = max(index for index, is_it in enumerate(is_output) if is_it)
         nbytes = batch.nbytes - sum(each.nbytes for each in kept)
         gap.lose(lost, nbytes, batch.headers(last))

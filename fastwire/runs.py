@@ -139,12 +139,11 @@ class Reader:
         return entries[bisect_right(entries, self.position, key=end_of) :]
 
     def _find(self) -> Segment:
-        """Where its position is. Segments that are gone know the next one."""
+        """Where its position is. If what it has read is gone that is near one of two places, most often."""
+        journal = self._journal
         segment: Segment = self._segment
-        while segment.state is Place.FREED and segment.next is not None:
-            segment = segment.next
         if segment.state is Place.FREED:
-            segment = self._journal.front
+            segment = journal.front if self.position < journal.front.end else journal.needed
         while self.position < segment.first and segment.previous is not None:
             segment = segment.previous  # what was open is kept there now
         while segment.next is not None and segment.end <= self.position:

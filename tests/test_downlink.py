@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import websockets.sync.client
 from builders import message
-from relay_stage import KIB, Kernel, Stage, both_protocols, leave, stream, until
+from relay_stage import KIB, Kernel, Stage, both_protocols, leave, settle, stream, until
 from server import Message
 from websockets.exceptions import ConnectionClosed
 from wsclient import PATIENCE
@@ -143,6 +143,27 @@ def test_what_stands_for_others_is_missing_as_they_are(
     assert ann.close_frame()[0] == 1011
     stage.take_problems()
     stage.take_logs()
+
+
+def test_a_hook_that_ends_its_session_takes_nothing_from_others(stage: Stage, kernel: Kernel) -> None:
+    """Whoever comes after it in the list needs it until it is acknowledged, and is given it last."""
+    stage.start(kernel)
+
+    def end(batch: Batch) -> Changes:
+        if b'"2"' in batch[0][0]:
+            stage.relay.end_session(stage.session("ann"))
+        return {}
+
+    stage.prepare["ann"] = end
+    _, bob = stage.connect("ann"), stage.connect("bob")
+    kernel.publish(*stream(1))
+    assert bob.ids(1) == ["1"]
+    settle(stage, bob)
+    kernel.publish(*stream(2))
+    until(lambda: list(stage.relay.sessions) == ["bob"], "the first one has ended, which had one on its way to it")
+    leave(stage, bob, "reset", settled=False)
+    kernel.publish(*stream(3))
+    assert stage.connect("bob").ids(2) == ["2", "3"]
 
 
 def test_the_hook_holds_while_its_client_is_away(stage: Stage, kernel: Kernel) -> None:

@@ -9,6 +9,7 @@ import pytest
 from journal_stage import (
     KIB,
     MIB,
+    PLENTY,
     Client,
     Disk,
     Read,
@@ -23,7 +24,7 @@ from journal_stage import (
 )
 
 from fastwire import shelf
-from fastwire._core import LogSegment
+from fastwire._core import LARGEST_TO_KEEP, LogSegment
 from fastwire.budgets import Budgets
 from fastwire.flow import Limits
 from fastwire.journal import Journal
@@ -46,6 +47,15 @@ def hear_alone(client: Client, number: int, kind: str = "execute_reply", *, size
     entry = log.append(batch_of(other(kind, number, size), channel="shell"), client.cursor.number)
     client.hears(entry, [number], has_room=has_room)
     log.settle()
+
+
+def hear_of_runs(client: Client, count: int, size: int) -> None:
+    """Lines that are kept when everybody has them, which is at once."""
+    log = client.journal
+    for _ in range(count):
+        client.hears(log.append(batch_of(of_a_run(line(log.end, size)))), [log.end - 1])
+        log.settle()
+        client.cursor.release(client.queued)
 
 
 def take_all(client: Client) -> None:
@@ -424,6 +434,25 @@ def test_parts_that_are_gone_are_let_go(limits: Limits) -> None:
             gc.collect()
             alive.append(sum(isinstance(each, LogSegment) for each in gc.get_objects()))
     assert alive[0] == alive[1]
+
+
+@pytest.mark.parametrize("size", [1000, LARGEST_TO_KEEP], ids=["copied", "as it is"])
+def test_who_reads_nothing_keeps_nothing_that_is_gone(limits: Limits, size: int) -> None:
+    """However much passes: it goes on where the log begins, and is told what it missed."""
+    log, away = log_of(changed(limits, history_limit=64 * size, client_memory_limit=PLENTY, spill=False))
+    away.cursor.end()
+    client, read = Client(log), Read(log)
+    hear_of_runs(client, 100, size)
+    read.step()
+    before = len(read.found)
+    stands = read.reader._segment
+    hear_of_runs(client, 100, size)
+    assert stands.state is State.FREED
+    assert stands.next is None
+    read.to_where_it_ends()
+    assert read.found[before:] == [*range(read.lost[-1][1], log.end)]
+    read.reader.close()
+    log.close()
 
 
 def test_who_is_ended_by_what_gives_to_it_stands_nowhere(limits: Limits) -> None:

@@ -405,6 +405,8 @@ cdef class Log:
             self.has_passed()
         if len(self.needed.standers):
             self.charge()
+        elif self.newest is not None:
+            return 0  # some may not have been given it yet: `settle_newest` comes back
         elif not self.history_limit:
             self.empty_open()
         elif self.open.entries:
@@ -620,7 +622,7 @@ cdef class Log:
         self.budget.add(0, -<Py_ssize_t>front.room)
         self.history -= front.weight
         self.front = front.next
-        self.front.previous = None
+        self.front.previous = front.next = None
         front.state = self.states[1]
         front.let_go()
         return 0
