@@ -1159,12 +1159,12 @@ class Log:
 
     def unlisten(self, outlet: Outlet) -> None: ...
     def say(self, batch: Batch, *, ours: bool = False) -> None:
-        """Messages for all who listen."""
+        """Messages for all who listen. What is said while others are given something comes behind that."""
 
     def tell(
         self, outlet: Outlet, batch: Batch, *, momentary: bool = False, ours: bool = False, missing: int = 0
     ) -> None:
-        """Messages for one."""
+        """Messages for one, as `say`. Raises ValueError for a ``missing`` below 0."""
 
     def settle(self) -> None:
         """Whoever could be given the newest entry at once was."""

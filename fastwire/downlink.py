@@ -107,8 +107,8 @@ class Downlink(Outlet):
     """One client's end of a log.
 
     ``prepare(batch)`` says what this client gets instead of some messages. It is asked about batches that are
-    `Batch.unusual`, and about each one when ``prepare_all`` is set (rate limits); nobody else pays. It says nothing on
-    its own: that would overtake the batch. ``on_failure`` hears of a policy that fails, or of a message that cannot be
+    `Batch.unusual`, and about each one when ``prepare_all`` is set (rate limits); nobody else pays. What it says on
+    its own comes behind the batch. ``on_failure`` hears of a policy that fails, or of a message that cannot be
     said in this client's protocol. ``count_answers`` counts what the client has said on stdin.
     """
 

@@ -252,6 +252,8 @@ class Cursor(LogCursor):
         back = self._reached(received, reads_on)
         oldest = self.flight.oldest
         place = oldest.segment if oldest is not None else self.place or journal.open
+        if place.state is State.FREED:  # it stood nowhere: there was no memory for that
+            place = journal.needed
         self.flight.clear()
         self._go(place, back)
         self.stand()
@@ -313,9 +315,7 @@ class Cursor(LogCursor):
         """Messages for it of the segment where it stands that it needs no more."""
         needed = self.needed
         own = (entry for entry in segment.entries or () if entry.audience in (None, self.number))
-        return sum(
-            entry.count if entry.end <= needed else min(max(needed - entry.first, 0), entry.count) for entry in own
-        )
+        return sum(had_of(entry, needed) for entry in own)
 
     @property
     def neighbour(self) -> Neighbour | None:
@@ -339,6 +339,13 @@ class Cursor(LogCursor):
     def zone(self) -> Zone:
         """The numbers from the first that is in flight to what it was given last."""
         return (self.needed, self.journal.end if self.place is None else self.position)
+
+
+def had_of(entry: Entry, needed: int) -> int:
+    """Messages of it, of who needs what has this number and what follows. What is missing is told of as a whole."""
+    if entry.end <= needed:
+        return entry.count
+    return 0 if entry.missing else min(max(needed - entry.first, 0), entry.count)
 
 
 def end_of(entry: Entry) -> int:
@@ -408,27 +415,28 @@ class Journal(Log):
         segment = self.open
         if self.history_limit:
             self.learn()
-        segment.become(State.SEALED)
-        if segment.end - segment.first == 1:
-            self._huge = segment
+        after = Segment(self.end, segment)  # first what needs memory: it may be called again
         self._raw.append(segment)
         self._droppable.append(segment)
         self.shelf.add(segment)
-        self.open = segment.next = Segment(self.end, segment)
+        segment.become(State.SEALED)
+        if segment.end - segment.first == 1:
+            self._huge = segment
+        self.open = segment.next = after
         if segment is self.needed:
             self._note_sealed()
         self.leave(segment)
 
     def set_entries(self, segment: Segment, entries: list[Entry] | None) -> None:
-        """In the place of those it has; None: they are on the disk alone."""
+        """In the place of those it has; None: they are on the disk alone. Who is told of what the disk loses, and
+        where, is known from their counts: of each audience, in the order of what is last for them."""
+        counts: dict[int | None, int] = {}
+        for entry in (segment.entries or ()) if entries is None else entries:
+            counts[entry.audience] = counts.pop(entry.audience, 0) + entry.count
+        segment.counts = counts
         segment.entries = entries
         segment.version += 1
         self.hold(segment, sum(entry.memory for entry in entries or ()) - segment.memory)
-        if entries is not None:
-            counts: dict[int | None, int] = {}
-            for entry in entries:
-                counts[entry.audience] = counts.get(entry.audience, 0) + entry.count
-            segment.counts = counts
 
     # -- out --
 
@@ -577,6 +585,7 @@ class Journal(Log):
         for cursor in list(self.cursors.values()):
             cursor.end()
         self.history_limit = 0
+        self.settle()
         self.leave(self.needed)
         self.trim(0)
         for budget in (self.budget, self.user_budget, self._budgets.total):
@@ -775,17 +784,16 @@ class Journal(Log):
         """Add to ``left`` what remains of an entry."""
         batch = entry.batch
         kept = compacted([batch], ENDLESS, join=False, output=False)
-        remaining = sum(map(len, kept))
-        lost = len(batch) - remaining
+        lost = len(batch) - sum(map(len, kept))
         if not lost:
             left.append(Entry(entry.first, entry.end, kept[0], entry.audience, ours=entry.ours))
             return
-        # The notice has all numbers but those of what is kept, before it or after it. Who reads on from there, as what
-        # comes before is forgotten, is told of what is missing behind.
+        # Numbers are cut where the notice stands: before what is kept, or after it. Who reads on from there, as what
+        # comes before is forgotten, is told of what is missing behind. What is kept behind it keeps its numbers.
         is_output = [batch.message_class(index) in OUTPUT for index in range(len(batch))]
         begins = all(is_output[:lost])
-        place = entry.end - remaining if begins else entry.first + remaining
-        gap = Gap(entry.first, place) if begins else Gap(place, entry.end)
+        place = entry.first + lost if begins else entry.end - 1
+        gap = Gap(entry.first, place if kept else entry.end) if begins else Gap(place, entry.end)
         last = max(index for index, is_it in enumerate(is_output) if is_it)
         nbytes = batch.nbytes - sum(each.nbytes for each in kept)
         gap.lose(lost, nbytes, batch.headers(last))

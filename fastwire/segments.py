@@ -209,10 +209,10 @@ def unpacked(data: bytes) -> list[Entry]:
 
 def sizes_of(row: list[Any], number: int) -> int:
     """The bytes of an entry whose messages are not numbered before ``number``."""
-    first, end, channel, (audience, *_), _, size = row
-    if not all(type(each) is int for each in (first, end, size, audience or 0)):
+    first, end, channel, (audience, _, _, missing), _, size = row
+    if not all(type(each) is int for each in (first, end, size, missing, audience or 0)):
         raise ValueError("what has to be a number is none")
-    if not number <= first < end or size < 0 or channel not in CHANNELS:
+    if not number <= first < end or size < 0 or missing < 0 or channel not in CHANNELS:
         raise ValueError("its table contradicts itself")
     return int(size)
 
@@ -221,8 +221,8 @@ def entry_of(row: list[Any], data: bytes) -> Entry:
     first, end, channel, (audience, momentary, ours, missing), gap, _ = row
     if gap is None:
         batch = batch_of_frames(channel, data)
-        return Entry(first, end, batch, audience, momentary=bool(momentary), ours=bool(ours), missing=int(missing))
+        return Entry(first, end, batch, audience, momentary=bool(momentary), ours=bool(ours), missing=missing)
     nbytes, header, parent_header = gap
     entry = Gap(first, end, audience)
-    entry.lose(int(missing), int(nbytes), (header.encode("latin-1"), parent_header.encode("latin-1")))
+    entry.lose(missing, int(nbytes), (header.encode("latin-1"), parent_header.encode("latin-1")))
     return entry

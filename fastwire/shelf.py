@@ -311,12 +311,11 @@ class Shelf:
         self._journal.make_room()
 
     def _was_lost(self, segment: Segment) -> None:
-        """All it was for are told, also who has had the first of it: so it stands at the end, that of all last."""
+        """All it was for are told, also who has had the first of it: each where its last message was, or behind."""
         assert segment.record is not None
         entries: list[Entry] = []
         size = segment.record.size
-        counts = sorted(segment.counts.items(), key=lambda each: self._had_of(each[0]))
-        for place, (audience, count) in enumerate(counts, segment.end - len(counts)):
+        for place, (audience, count) in enumerate(segment.counts.items(), segment.end - len(segment.counts)):
             gap = Gap(place, place + 1, audience)
             gap.lose(count, size)
             totals["dropped"] += count
@@ -328,13 +327,6 @@ class Shelf:
         segment.become(State.SEALED)
         self._journal.set_entries(segment, entries)
         self.add(segment)
-
-    def _had_of(self, audience: int | None) -> int:
-        """Who has had the most is told last, and is not behind its notice; what all are told comes after those."""
-        if audience is None:
-            return ENDLESS
-        cursor = self._journal.cursors.get(audience)
-        return -1 if cursor is None else cursor.needed
 
     # -- a disk that is full --
 

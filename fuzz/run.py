@@ -57,6 +57,11 @@ class Result:
 HEADING = f"{'target':<14} {'executions':>10} {'exec/s':>8} {'edges':>6} {'new':>5} {'corpus':>7}  crashes"
 
 
+def has_not_looked(output: str) -> bool:
+    """At leaks, and there is no other error."""
+    return NOT_LOOKED in output and "ERROR: " not in output
+
+
 def read(target: str, output: str, status: int) -> Result:
     """libFuzzer's words as numbers."""
     covered = re.findall(r"cov: (\d+) ft: \d+ corp: (\d+)", output)
@@ -65,7 +70,7 @@ def read(target: str, output: str, status: int) -> Result:
     per_second = re.search(r"stat::average_exec_per_sec: +(\d+)", output)
     # Both at the end: there is no input to show, only where the memory came from.
     leak = "ERROR: LeakSanitizer" in output
-    crash = None if leak or NOT_LOOKED in output else re.search(r"Test unit written to (.+)", output)
+    crash = None if leak or has_not_looked(output) else re.search(r"Test unit written to (.+)", output)
     result = Result(target, crash=Path(crash[1]) if crash else None, leak=leak, failed=status != 0)
     if executions and per_second:
         result.executions, result.per_second = int(executions[1]), int(per_second[1])
@@ -113,7 +118,7 @@ def fuzz(target: str, seconds: int) -> Result:
         *known,
     )
     result = read(target, ended.stdout, ended.returncode)
-    if NOT_LOOKED in ended.stdout:
+    if has_not_looked(ended.stdout):
         ended = libfuzzer(target, "-runs=0", *known)
         looked = read(target, ended.stdout, ended.returncode)
         result = replace(result, crash=looked.crash, leak=looked.leak, failed=looked.failed)

@@ -166,6 +166,36 @@ def test_a_hook_that_ends_its_session_takes_nothing_from_others(stage: Stage, ke
     assert stage.connect("bob").ids(2) == ["2", "3"]
 
 
+@pytest.mark.parametrize("to_all", [False, True])
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_a_hook_says_itself_comes_behind_what_it_is_asked_about(
+    stage: Stage, kernel: Kernel, to_all: bool, ends: bool
+) -> None:
+    """Otherwise who comes after it in the list had that first, and who lost its socket then came back behind it."""
+    stage.start(kernel)
+
+    def speak(batch: Batch) -> Changes:
+        if b'"2"' in batch[0][0]:
+            speaker = stage.relay if to_all else stage.session("ann")
+            speaker.say(local_batch("iopub", stream(100)[0]))
+            if ends:
+                stage.relay.end_session(stage.session("ann"))
+        return {}
+
+    stage.prepare["ann"] = speak
+    clients = ann, bob = stage.connect("ann"), stage.connect("bob")
+    kernel.publish(*stream(1))
+    for client in clients:
+        assert client.ids(1) == ["1"]
+        settle(stage, client)
+    kernel.publish(*stream(2))
+    until(lambda: (ends and not to_all) or stage.relay.journal.end == 3, "both are said")
+    for client in (bob,) if ends else clients:
+        leave(stage, client, "reset", settled=False)
+        hears_it = to_all or client is ann
+        assert stage.connect(client.session_id).ids(1 + hears_it) == ["2", "100"][: 1 + hears_it]
+
+
 def test_the_hook_holds_while_its_client_is_away(stage: Stage, kernel: Kernel) -> None:
     """It hides what this client must not see: also what comes between two of its sockets."""
     stage.start(kernel)

@@ -156,5 +156,11 @@ def test_leaks_are_looked_for_again_where_who_looks_has_crashed(
     assert calls[1][1:] == calls[0][-len(calls[1]) + 1 :], "with the same limits and inputs"
 
 
+def test_a_crash_is_one_where_who_looks_for_leaks_has_crashed_too() -> None:
+    output = f"==1==ERROR: AddressSanitizer: heap-use-after-free\nTest unit written to v1-crash-1f\n{run.NOT_LOOKED}\n"
+    assert run.read("v1", output, 1).crash == Path("v1-crash-1f")
+    assert not run.has_not_looked(output)
+
+
 def test_a_target_that_does_not_start() -> None:
     assert run.read("v1", "ModuleNotFoundError: No module named 'zmq'", 2).row().endswith("FAILED")

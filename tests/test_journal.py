@@ -433,13 +433,13 @@ class Logs(RuleBasedStateMachine):
     ("kinds", "expected"),
     [
         (["line", "line", "status"], [(0, 2, 2), (2, 3, 0)]),
-        (["status", "line", "line"], [(0, 1, 0), (1, 3, 2)]),
-        (["line", "status", "line"], [(0, 1, 0), (1, 3, 2)]),
+        (["status", "line", "line"], [(0, 2, 0), (2, 3, 2)]),
+        (["line", "status", "line"], [(0, 2, 0), (2, 3, 2)]),
     ],
 )
 def test_a_notice_stands_where_output_ended(kinds: list[str], expected: list[tuple[int, int, int]]) -> None:
-    """Were it before some of it, who reads on behind it, as it is forgotten with what is older, would hear nothing. It
-    has as many numbers as it tells of: who comes when it is forgotten itself is told those."""
+    """Were it before some of it, who reads on behind it, as it is forgotten with what is older, would hear nothing.
+    What follows it keeps its numbers; what stands before it is found by who begins anywhere in it."""
     log, client = log_of(Limits(merge=False, history_limit=0))
     batch = batch_of(*(line(number) if kind == "line" else other(kind, number) for number, kind in enumerate(kinds)))
     say(log, batch)
@@ -634,7 +634,7 @@ def test_what_is_on_its_way_is_not_let_go(has: int) -> None:
     assert all_of(client) == [*range(has, 40)]
 
 
-def test_who_stands_nowhere_as_memory_ran_out_lets_nothing_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_could_not_be_charged_as_memory_ran_out_lets_nothing_go(monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(NO_HISTORY, Budgets(NO_HISTORY))
     client = Client(journal, "ann")
 
@@ -645,7 +645,7 @@ def test_who_stands_nowhere_as_memory_ran_out_lets_nothing_go(monkeypatch: pytes
         patch.setattr(Journal, "charge_to", none_left)
         with pytest.raises(MemoryError):
             client.hears(journal.append(batch_of(line(0, 9000), line(1, 9000))), [0, 1])
-    assert (client.cursor.stands, len(client.cursor.flight)) == (None, 1)
+    assert (client.cursor.stands, len(client.cursor.flight)) == (journal.open, 1)
     client.cursor.release(0)
     client.hears(journal.append(batch_of(line(2))), [2])
     journal.settle()

@@ -1,10 +1,13 @@
 """Places in a log that becomes smaller: of clients that come back, of readers, and of who is ended meanwhile."""
 
+import asyncio
 import errno
 import gc
 import json
+from collections import deque
 from itertools import chain
 
+import builders
 import pytest
 from journal_stage import (
     KIB,
@@ -24,11 +27,12 @@ from journal_stage import (
 )
 
 from fastwire import shelf
-from fastwire._core import LARGEST_TO_KEEP, LogSegment
+from fastwire._core import LARGEST_TO_KEEP, LogSegment, Outlet
 from fastwire.budgets import Budgets
 from fastwire.flow import Limits
-from fastwire.journal import Journal
-from fastwire.segments import Gap, Segment, State, packed, unpacked
+from fastwire.journal import Cursor, Journal
+from fastwire.runs import Message, Messages
+from fastwire.segments import Entry, Gap, Segment, State, packed, unpacked
 from fastwire.shelf import ENDLESS
 
 pytest_plugins = "journal_stage"  # the fixture `limits`
@@ -265,6 +269,63 @@ def test_a_line_about_what_is_missing_that_the_disk_lost_counts_for_all_of_it(li
     work(disk)
 
 
+def test_who_stands_behind_messages_for_all_is_told_of_the_line_that_the_disk_lost(limits: Limits) -> None:
+    """That is the last of its part, in which there is something for all, too, before its place."""
+    disk = Disk()
+    log, client = log_of(limits, disk)
+    slow = Client(log)
+    slow.lose_socket()
+
+    def hear_both(number: int, size: int) -> None:
+        entry = log.append(batch_of(line(number, size)))
+        for each in (client, slow):
+            each.hears(entry, [number], has_room=False)
+        log.settle()
+
+    for number in range(20):
+        hear_both(number, 0)
+    log.seal()
+    hear_both(20, 12000)
+    client.bury()
+    client.begin_anew()
+    client.lose_socket()
+    segment = log.open.previous
+    assert {*segment.counts} == {None, client.cursor.number}
+    for number in range(21, 400):
+        hear_both(number, 1000)
+        work(disk)
+    assert segment.state is State.ON_DISK
+    client.start(None)
+    client.feed()
+    lose(disk, segment)
+    client.feed()
+    assert told(client)[0].startswith("\n[21 messages of output")
+    for each in (client, slow):
+        each.cursor.end()
+    work(disk)
+
+
+def test_what_is_missing_of_ones_own_is_not_taken_for_what_others_had(limits: Limits) -> None:
+    """It has passed replies to others, and stands among the numbers of a notice that it has not been told."""
+    log, client = log_of(limits)
+    third = Client(log)
+    for number in range(2):
+        hear_alone(third, number, has_room=True)
+    client.start(None)
+    assert client.cursor.next() is None
+    for number in range(2, 4):
+        hear_alone(client, number, has_room=False)
+    segment = log.open
+    gap = Gap(0, 4, client.cursor.number)
+    gap.lose(2, 200)
+    log.seal()
+    log.set_entries(segment, [gap])
+    assert client.cursor.needed == 2
+    assert client.cursor.kept == 2
+    client.cursor.end()
+    third.cursor.end()
+
+
 def test_a_line_about_what_is_missing_stays_what_it_is(limits: Limits) -> None:
     """Beside others of the server, and on its way to the disk and back."""
     log, client = log_of(changed(limits, merge=True))
@@ -283,6 +344,17 @@ def test_a_line_about_what_is_missing_stays_what_it_is(limits: Limits) -> None:
     assert client.cursor.kept == 9
     client.cursor.release(client.queued)
     assert client.cursor.kept == 1
+    client.cursor.end()
+
+
+def test_no_less_than_nothing_is_missing(limits: Limits) -> None:
+    log, client = log_of(limits)
+    with pytest.raises(ValueError, match="-1"):
+        log.append(batch_of(line(0)), client.cursor.number, ours=True, missing=-1)
+    with pytest.raises(ValueError, match="-1"):
+        Entry(0, 1, batch_of(line(0)), missing=-1)
+    say(log, batch_of(line(0)))
+    assert [(entry.first, entry.end) for entry in log.open.entries] == [(0, 1)]
     client.cursor.end()
 
 
@@ -453,6 +525,143 @@ def test_who_reads_nothing_keeps_nothing_that_is_gone(limits: Limits, size: int)
     assert read.found[before:] == [*range(read.lost[-1][1], log.end)]
     read.reader.close()
     log.close()
+
+
+def of_run(name: str, msg_type: str, number: int) -> list[bytes]:
+    content = {"name": "stdout", "text": "a"} if msg_type == "stream" else {"text": msg_type}
+    message = builders.message(msg_type, str(number), content)
+    return [message[0], b'{"msg_id": "%s", "msg_type": "execute_request"}' % name.encode(), *message[2:]]
+
+
+def read_of(log: Journal, name: str, begin: int = 0) -> list[Message]:
+    """What there is of a run, from a number on, as it is asked for over HTTP."""
+    messages = Messages(log, log.ledger.get(name), begin)
+
+    async def read() -> list[Message]:
+        return [message async for message in messages.read() if message.through >= begin]
+
+    try:
+        return asyncio.run(read())
+    finally:
+        messages.close()
+        log.told.clear()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("lines", [2, 9])
+def test_what_is_kept_of_a_run_is_found(limits: Limits, lines: int, merge: bool) -> None:
+    """It begins in the middle of an entry that loses its output."""
+    log, away = log_of(changed(limits, history_limit=PLENTY, spill=False, merge=merge))
+    first = ["stream"] * lines + ["status"]
+    second = ["status", "execute_input", "stream", "error", "status"]
+    kinds = [*(("first", kind) for kind in first), *(("second", kind) for kind in second)]
+    say(log, batch_of(*(of_run(run, kind, number) for number, (run, kind) in enumerate(kinds))))
+    log.learn()
+    if merge:
+        log.seal()
+        log._join(log.front)
+    log.strip(log.front, 1)
+    kept = [each.msg_type for each in read_of(log, "second")]
+    assert [each for each in kept if each != "stream"] == [each for each in second if each != "stream"]
+    away.cursor.end()
+    log.close()
+
+
+def test_who_comes_back_with_a_number_hears_what_has_it_once(limits: Limits) -> None:
+    """What came before was dropped meanwhile, and lines of it had been joined."""
+    log, away = log_of(changed(limits, history_limit=PLENTY, spill=False, merge=True))
+    kinds = ["stream"] * 10 + ["error", "status"]
+    say(log, batch_of(*(of_run("run", kind, number) for number, kind in enumerate(kinds))))
+    log.learn()
+    log.seal()
+    log._join(log.front)
+    _, error, _ = read_of(log, "run")
+    assert error.msg_type == "error"
+    log.strip(log.front, 1)
+    assert [each.msg_type for each in read_of(log, "run", error.through + 1)] == ["status"]
+    away.cursor.end()
+    log.close()
+
+
+# -- where there is no memory ----------------------------------------------------------------------
+
+
+def none_left(*_: object) -> None:
+    raise MemoryError
+
+
+class Away(Outlet):
+    """Of a client without a socket, for whose delay there is no memory when it falls behind."""
+
+    def __init__(self, cursor: Cursor, budgets: Budgets) -> None:
+        self.budgets = budgets
+
+    def fall_behind(self, entry: Entry) -> None:
+        self.cursor.fall_behind(entry)
+        raise MemoryError
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_what_could_not_be_handed_on_is_let_go_with_who_needs_it(limits: Limits, all_of_them: bool) -> None:
+    budgets = Budgets(limits)
+    log = Journal(limits, budgets)
+    cursor = log.cursor("ann")
+    outlet = Away(cursor, budgets)
+    log.listen(outlet)
+    with pytest.raises(MemoryError):
+        log.say(batch_of(line(0, 9000))) if all_of_them else log.tell(outlet, batch_of(line(0, 9000)))
+    assert log.memory
+    cursor.end()
+    assert log.memory == budgets.total.used == 0
+    log.unlisten(outlet)
+    log.close()
+
+
+def test_what_was_not_settled_goes_as_the_log_is_closed(limits: Limits) -> None:
+    budgets = Budgets(limits)
+    log = Journal(limits, budgets)
+    log.append(batch_of(line(0, 9000)))
+    log.close()
+    assert budgets.total.used == 0
+
+
+def test_who_could_not_be_charged_leaves_as_others_do(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stood there for ever: whoever had to make room ended it again and again, without an end."""
+    budgets = Budgets(limits)
+    log = Journal(limits, budgets)
+    client = Client(log, "ann")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "charge_to", none_left)
+        with pytest.raises(MemoryError):
+            client.hears(log.append(batch_of(line(0, 100))), [0])
+    log.settle()
+    client.cursor.end()
+    assert not log.open.standers
+    assert log.memory == budgets.total.used == 0
+    log.close()
+
+
+def test_a_part_that_could_not_become_whole_becomes_so_the_next_time(limits: Limits) -> None:
+    log, client = log_of(limits)
+
+    class Full(deque[Segment]):
+        def append(self, each: Segment) -> None:
+            log._raw = deque()
+            raise MemoryError
+
+    say(log, batch_of(line(0)))
+    log._raw = Full()
+    with pytest.raises(MemoryError):
+        log.seal()
+    say(log, batch_of(line(1)))
+    log.seal()
+    say(log, batch_of(line(2)))
+    client.start(None)
+    take_all(client)
+    assert told(client) == [[0], [1], [2]]
+
+
+# -- who ends --------------------------------------------------------------------------------------
 
 
 def test_who_is_ended_by_what_gives_to_it_stands_nowhere(limits: Limits) -> None:

@@ -103,10 +103,10 @@ cdef class LogEntry:
         self.audience = audience
         self.momentary = momentary
         self.ours = ours
-        self.missing = missing
+        self.missing = checked_missing(missing)
         self.memory = batch.memory_size() + ENTRY_SIZE
 
-    cdef Py_ssize_t messages(self) except -1:
+    cdef Py_ssize_t messages(self) noexcept:
         return self.missing if self.missing or self.batch is None else self.batch.count
 
     def __len__(self):
@@ -131,6 +131,12 @@ cdef class LogEntry:
         return LogEntry(
             begin, end, batch, self.audience, momentary=self.momentary, ours=self.ours, missing=self.missing
         )
+
+
+cdef Py_ssize_t checked_missing(Py_ssize_t count) except -1:
+    if count < 0:
+        raise ValueError(f"no {count} messages can be missing")
+    return count
 
 
 cdef class LogSegment:

@@ -48,11 +48,15 @@ cdef class LogCursor:
             return 0
         if needed is not None:
             needed.standers[self] = None
-            self.journal.arrive(needed)
         self.stands = needed
         if before is not None:
             del before.standers[self]
-            self.journal.leave_segment(before)
+        try:
+            if needed is not None:
+                self.journal.arrive(needed)
+        finally:
+            if before is not None:
+                self.journal.leave_segment(before)
         return 0
 
     def given(self, LogEntry entry not None, uint64_t begin, uint64_t end, ends, indices=None):
@@ -139,7 +143,8 @@ cdef class Log:
     cdef public Budget user_budget      # of the hindmost cursor's user
     cdef Budget total
     cdef public Py_ssize_t count_of_behind       # cursors that are
-    cdef LogEntry newest
+    cdef LogEntry newest                # while it is handed on
+    cdef list postponed                 # what is said meanwhile
     cdef bint was_sealed                # since it was empty
     cdef bint python_ran                # and a `Poller` is to hear of it
     cdef readonly dict outlets          # of those who hear all that is said, by number
@@ -153,6 +158,7 @@ cdef class Log:
         self.cursors = {}
         self.outlets = {}
         self.listeners = ()
+        self.postponed = []
         self.ledger = Ledger()
         self.readers = set()
         self.told = set()
@@ -171,6 +177,7 @@ cdef class Log:
         cdef LogSegment segment
         cdef LogEntry entry
         cdef Py_ssize_t count = batch.count
+        checked_missing(missing)
         if self.open.entries and <Py_ssize_t>batch.memory_size() > self.size_of_segment():
             self.seal_open()
         segment = self.open
@@ -210,7 +217,18 @@ cdef class Log:
         self.say_all(batch, ours)
 
     cdef int say_all(self, Batch batch, bint ours) except -1:
-        cdef LogEntry entry = self.add(batch, None, False, ours, 0)
+        cdef LogEntry entry
+        if self.newest is not None:
+            self.postponed.append((None, batch, False, ours, 0))
+            return 0
+        entry = self.add(batch, None, False, ours, 0)
+        try:
+            self.hand_to_all(entry)
+        finally:
+            self.settle_all()
+        return 0
+
+    cdef int hand_to_all(self, LogEntry entry) except -1:
         cdef tuple listeners = self.listeners
         cdef Outlet outlet
         cdef object failure = None
@@ -224,7 +242,6 @@ cdef class Log:
                 self.hand_on(outlet, entry)
             except Exception as error:  # the others have theirs
                 failure = error
-        self.settle_newest()
         if failure is not None:
             raise failure
         return 0
@@ -247,12 +264,33 @@ cdef class Log:
         self.tell_one(outlet, batch, momentary, ours, missing)
 
     cdef int tell_one(self, Outlet outlet, Batch batch, bint momentary, bint ours, Py_ssize_t missing) except -1:
-        self.hand_on(outlet, self.add(batch, outlet.cursor.audience, momentary, ours, missing))
-        self.settle_newest()
+        cdef LogEntry entry
+        if self.newest is not None:
+            self.postponed.append((outlet, batch, momentary, ours, missing))
+            return 0
+        entry = self.add(batch, outlet.cursor.audience, momentary, ours, missing)
+        try:
+            self.hand_on(outlet, entry)
+        finally:
+            self.settle_all()
         return 0
 
     def settle(self):
+        self.settle_all()
+
+    cdef int settle_all(self) except -1:
+        """And what was said meanwhile is said: it would have overtaken what others had still to be given."""
+        cdef Outlet outlet
         self.settle_newest()
+        while len(self.postponed):
+            to, batch, momentary, ours, missing = self.postponed.pop(0)
+            if to is None:
+                self.say_all(batch, ours)
+                continue
+            outlet = to
+            if self.cursors.get(outlet.cursor.audience) is outlet.cursor:  # or it has ended
+                self.tell_one(outlet, batch, momentary, ours, missing)
+        return 0
 
     cdef int settle_newest(self) except -1:
         """Whoever could be given the newest entry at once was."""
