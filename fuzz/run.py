@@ -31,7 +31,7 @@ LIMITS = (
 )
 
 
-#: LeakSanitizer itself has crashed as it looked at threads, once in a thousand times: google/sanitizers issue 1353.
+#: LeakSanitizer itself has crashed as it looked at threads, as it does now and then: google/sanitizers issue 1353.
 NOT_LOOKED = "LeakSanitizer has encountered a fatal error"
 
 
@@ -107,7 +107,8 @@ def seeded(target: str) -> Path:
 
 
 def fuzz(target: str, seconds: int) -> Result:
-    """What is found is read by the next run; the first folder is the one that is written to."""
+    """Feed one target, then look for leaks."""
+    # What is found is written to the first folder, where the next run finds it.
     known = (*LIMITS, folder(FOUND / target), folder(CORPUS / target), seeded(target))
     ended = libfuzzer(
         target,
