@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -39,6 +39,7 @@ from fastwire.errors import FastwireError, MessageError, SocketClosed
 from fastwire.events import note
 from fastwire.flow import Limits, resume_time
 from fastwire.hearing import Event, Hearing
+from fastwire.identities import Identities
 from fastwire.journal import Journal
 from fastwire.notices import NOBODY, Neighbour, local_batch, notice
 from fastwire.tombstones import LATE, TOO_MANY, TOO_MUCH, Tombstone, Tombstones
@@ -109,6 +110,7 @@ class KernelRelay(KernelSide):
         self.sessions: dict[str, Session] = {}
         #: What is left of those that ended although their clients may come back.
         self.tombstones = Tombstones()
+        self.identities = Identities()
         #: What the kernel is doing. Who knows of message types that do not count sets another before it is opened.
         self.activity = Activity(())
         self.endpoint: object = None
@@ -379,14 +381,24 @@ class KernelRelay(KernelSide):
     def session(self, session_id: str, identity: bytes, user: str = "") -> Session:
         """The session of that id, made when there is none, for ``user``. Raises FastwireError where it ends at once."""
         if session_id not in self.sessions:
-            self.sessions[session_id] = session = Session(self, session_id, identity, user)
-            self.journal.listen(session.downlink)
-            session.remember(self.tombstones.take(session_id, user))
-            if session_id in self.sessions:
-                self._greet(session)
+            self._begin(Session(self, session_id, self.identities.take(identity), user))
         if session_id not in self.sessions:
             raise FastwireError("the log has no room for what this client is to be told first")
         return self.sessions[session_id]
+
+    def _begin(self, session: Session) -> None:
+        tombstone = self.tombstones.take(session.session_id, session.user)
+        self.sessions[session.session_id] = session
+        try:
+            self.journal.listen(session.downlink)
+            session.remember(tombstone)
+            if session.session_id in self.sessions:
+                self._greet(session)
+        except BaseException:  # no memory: half of a session would be found the next time
+            self.end_session(session)
+            if tombstone is not None:
+                self.tombstones.leave(session.session_id, session.user, tombstone)
+            raise
 
     def _greet(self, session: Session) -> None:
         """Before anything else a newcomer hears that the kernel is at work, in the kernel's own words. One that is idle
@@ -400,15 +412,15 @@ class KernelRelay(KernelSide):
     def end_session(self, session: Session, level: int = logging.INFO) -> None:
         """``level`` is that of the line in the log that says what its client did not get."""
         if self.sessions.get(session.session_id) is session:
-            del self.sessions[session.session_id]
             self.journal.unlisten(session.downlink)
+            del self.sessions[session.session_id]
         session.close(level)
 
     def bury(self, session: Session, why: str) -> None:
         """End a session whose client may come back, and is to hear then what it did not get."""
-        tombstone = session.tombstone(why)
+        if self.sessions.get(session.session_id) is session:
+            self.tombstones.leave(session.session_id, session.user, session.tombstone(why))
         self.end_session(session)
-        self.tombstones.leave(session.session_id, session.user, tombstone)
 
     def limit_away(self) -> None:
         """As many clients may be away as may be there. Each costs memory, and time with every message; so whoever opens
@@ -501,26 +513,32 @@ class Session:
             self.downlink.close()
             raise
 
-    def _open_channels(self) -> None:
+    def _open_channels(self, waiting: Uplink | None = None) -> None:
+        """To the kernel; what waits for it in an uplink goes on there."""
         if self.rests:
-            # Another: a kernel that was busy all the while has not heard that the old one is gone, and its ROUTER would
-            # never read the new one.
-            self.identity = uuid.uuid4().hex.encode()
+            self.identity = self.relay.identities.take(self.identity)
         # stdin first, shell last: what a kernel asks on a socket that is not there yet, it drops.
         opened = self.relay.channels(CLIENT_CHANNELS[::-1], self.identity, self._answer, after=self._after_wake_up)
         self._channels = opened[::-1]
         for channel in self._channels:
             if channel.name != "stdin":  # each question there is to be looked at
                 channel.pass_to(self.relay, self.downlink)
-        self._uplink = self._new_uplink(self.protocol)
+        try:
+            self._uplink = self._new_uplink(self.protocol, waiting)
+        except BaseException:
+            for channel in opened:
+                channel.close()
+            raise
         self._lend_uplink()
         self.rests = False
 
-    def _new_uplink(self, protocol: str | None) -> Uplink:
+    def _new_uplink(self, protocol: str | None, waiting: Uplink | None) -> Uplink:
         sockets = {channel.name: channel.socket for channel in self._channels}
         ledger = self.relay.journal.ledger if self.relay.limits.history_limit else None
         uplink = Uplink(protocol, self.relay.signer, sockets, allowed_message_types=self._allowed, ledger=ledger)
         uplink.held = self.relay.hearing.held
+        if waiting is not None:
+            uplink.adopt(waiting)
         return uplink
 
     def reopen(self) -> None:
@@ -532,10 +550,7 @@ class Session:
             self._note("unsent", "its kernel moved; what libzmq had of its messages may not have reached it")
         if self._closed:  # its last words were too much for it, or it ended while others were told theirs
             return
-        waiting = self._uplink
-        self._open_channels()
-        self._uplink.adopt(waiting)
-        self._lend_uplink()
+        self._open_channels(self._uplink)
         self._settle(self._uplink.retry())
 
     def follow(self) -> None:
@@ -656,11 +671,12 @@ class Session:
         resumable: bool = True,
     ) -> None:
         """Continue on this socket: first what the client has not received, then what comes. ``resumable``: the client
-        can come back on another socket."""
-        if self._expiry is not None:
-            self._expiry.cancel()
-            self._expiry = None
-            self._note("resume", f"came back; {self.downlink.cursor.kept:,} messages had been kept for it")
+        can come back on another socket.
+
+        Raises FastwireError where it ends as it is continued, and what its sockets to the kernel raise: then it is
+        waited for as long as it was before.
+        """
+        kept = self.downlink.cursor.kept
         if self._rest is not None:
             self._rest.cancel()
             self._rest = None
@@ -668,12 +684,26 @@ class Session:
         self.downlink.protocol = protocol
         self._allowed = allowed_message_types
         self._paused = False
-        waiting = self._uplink
+        try:
+            self._take_up(connection, protocol)
+        except BaseException:
+            if self._expiry is None:  # a new one: nobody else ends it
+                self.relay.end_session(self)
+            elif not self._closed:
+                self._rest_soon()
+            raise
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+            self._note("resume", f"came back; {kept:,} messages had been kept for it")
+
+    def _take_up(self, connection: Connection, protocol: str | None) -> None:
         if any(channel.closed for channel in self._channels):
             self.reopen()
         else:
-            self._uplink = self._new_uplink(protocol)
-            self._uplink.adopt(waiting)
+            self._uplink = self._new_uplink(protocol, self._uplink)
+        if self._closed:  # the kernel's last words were too much for it
+            raise FastwireError("the log has no room for what this client comes back for")
         connection.consumer = self._consume
         connection.wire.settle, connection.wire.free_bytes = self._settle, self._charge.free
         connection.receiver = self.send
@@ -701,7 +731,12 @@ class Session:
             return
         connection.consumer = connection.receiver = connection.on_stalled = None
         connection.wire.uplink = connection.wire.settle = None
-        if self.downlink.detach():
+        try:
+            passes_over = self.downlink.detach()
+        except BaseException:  # no memory: what its client has not got is not known any more
+            self._expiry = self._loop.call_later(0, self._expire, TOO_MUCH)
+            raise
+        if passes_over:
             self._note("too_long", "cannot take a message: it is passed over, and the client is told where")
         if self._closed:  # the log had no room for what it came back for
             return
@@ -713,10 +748,19 @@ class Session:
         until = self.detached_at + resume_time(self.relay.limits, closed=connection.closed_by_peer)
         # Who comes back in vain is not waited for any longer for that.
         self._kept_until = until if self.downlink.attempts.has_progressed else min(until, self._kept_until)
-        self._expiry = self._loop.call_at(self._kept_until, self.relay.bury, self, LATE)
+        if self._expiry is not None:  # it was not attached to the end
+            self._expiry.cancel()
+        self._expiry = self._loop.call_at(self._kept_until, self._expire, LATE)
         self._rest_soon()
         if not replaced:
             self.relay.limit_away()
+
+    def _expire(self, why: str) -> None:
+        try:
+            self.relay.bury(self, why)
+        except Exception as error:
+            log.error("session %s cannot be ended yet: %s", self.session_id, error, exc_info=error)
+            self._expiry = self._loop.call_later(NO_MEMORY_PAUSE, self._expire, why)
 
     # -- kernel to client --
 
@@ -725,8 +769,11 @@ class Session:
         self.relay.activity.answered(batch)
         if batch.channel == "stdin":
             self.downlink.look_for_answers()
-        self._uplink.answered(batch)
-        self.deliver(batch)
+        try:
+            self.deliver(batch)
+        finally:
+            if batch.logged:  # or it comes again
+                self._uplink.answered(batch)
         if self.relay.listeners:
             self.relay.tell_listeners(batch)
         if self.connection is None:
@@ -798,8 +845,7 @@ class Session:
         """The same of a socket that speaks ``protocol``: another may have taken its place, and it not know yet."""
         uplink = self._uplink
         if protocol != self.protocol:
-            uplink = self._new_uplink(protocol)
-            uplink.adopt(self._uplink)
+            uplink = self._new_uplink(protocol, self._uplink)
         try:
             readable = uplink.send(OP_BINARY if isinstance(message, bytes) else OP_TEXT, message)
         finally:
@@ -902,8 +948,9 @@ class Session:
         if self._inherited is None or cursor.needed >= self._inherited[1]:
             return tombstone
         earlier, _, shown_before = self._inherited
-        earlier.absorb(tombstone, shown_before)
-        return earlier
+        both = replace(earlier)
+        both.absorb(tombstone, shown_before)
+        return both
 
     def remember(self, tombstone: Tombstone | None) -> None:
         """A session of the same client ended before this one: before anything new it is told what it missed."""
@@ -926,9 +973,11 @@ class Session:
                 timer.cancel()
         for channel in self._channels:
             channel.close()
-        self._tell_unsent()
         has_all = self.connection is not None and self.downlink.cursor.is_live  # or it is on its way
-        lost = self.downlink.close()
+        try:
+            self._tell_unsent()
+        finally:
+            lost = self.downlink.close()
         if lost and not has_all:
             log.log(level, "session %s ended with %s messages undelivered", self.session_id, lost)
             self._note("expired", f"its session ended; {lost:,} messages were not delivered")

@@ -361,9 +361,11 @@ cdef class Source(Part):
             self.channel.on_batch(batch)
             return 0
         self.kernel.activity.note_answers(batch)
-        if self.uplink is not None:
-            self.uplink.note_answers(batch)
-        self.kernel.journal.tell_one(self.outlet, batch, False, False, 0)
+        try:
+            self.kernel.journal.tell_one(self.outlet, batch, False, False, 0)
+        finally:
+            if self.uplink is not None and batch.logged:  # or it comes again
+                self.uplink.note_answers(batch)
         return 0 if self.kernel is None else self.kernel.let_listen(batch)
 
     cdef bint is_unsettled(self) except -1:

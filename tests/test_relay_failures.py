@@ -1,0 +1,297 @@
+"""Sessions where memory or descriptors run out between two steps: none is left that nobody ends, and what is missing is
+told of."""
+
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import zmq
+from builders import message
+from relay_stage import Client, Kernel, Stage, leave, stream, until
+
+from fastwire import relay, zmtp
+from fastwire._core import Uplink
+from fastwire.journal import Cursor, Journal
+from fastwire.relay import KernelRelay, Session
+from fastwire.tombstones import LATE
+
+pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
+
+
+@pytest.fixture
+def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], list[str]]:
+    """A method that has no memory the first time; the list it returns is empty when that has come to pass."""
+
+    def begin(owner: type, name: str) -> list[str]:
+        works, left = getattr(owner, name), [name]
+
+        def method(*args: Any, **options: Any) -> Any:
+            if left:
+                left.clear()
+                raise MemoryError
+            return works(*args, **options)
+
+        monkeypatch.setattr(owner, name, method)
+        return left
+
+    return begin
+
+
+def try_to_connect(stage: Stage, session_id: str) -> Client:
+    """Its handshake is accepted; what comes then may fail."""
+    client = Client(stage.address, session_id, None)
+    stage.clients.append(client)
+    return client
+
+
+@pytest.fixture
+def quiet(stage: Stage, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What fails is said in the log, whose records would keep tracebacks, and those what they passed."""
+    caplog.set_level(logging.CRITICAL)
+    yield
+    stage.take_problems()
+    stage.take_logs()
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keeper(context: zmq.Context) -> Iterator[Kernel]:
+    """A kernel whose ROUTERs hand no name over, as those of most languages."""
+    kernel = Kernel(context, tcp=True)
+    for sock in kernel.sockets.values():
+        if sock.type == zmq.ROUTER:
+            sock.setsockopt(zmq.ROUTER_HANDOVER, 0)
+    yield kernel
+    kernel.close()
+
+
+@pytest.mark.parametrize("how", ["late", "not kept", "rested and late"])
+def test_a_kernel_that_was_busy_reads_who_begins_anew(stage: Stage, keeper: Kernel, how: str) -> None:
+    """It has not heard that the one before is gone, who had the same id."""
+    stage.start(keeper)
+    client = stage.connect("ann", gone=how == "not kept")
+    client.say("cell")
+    assert keeper.ids(1) == ["cell"]  # and looks at no socket from here on
+    if how == "rested and late":
+        keeper.reply("ann", message("execute_reply", "reply"))
+        assert client.ids(1) == ["reply"]
+    session = stage.session("ann")
+    leave(stage, client, "reset", settled=False)
+    if how == "rested and late":
+        until(lambda: session.rests, "its sockets are closed")
+    if how != "not kept":
+        stage.run(stage.relay.bury, session, LATE)
+    again = stage.connect("ann")
+    again.say("next")
+    assert keeper.ids(1) == ["next"]
+
+
+# -- who comes -------------------------------------------------------------------------------------
+
+
+def test_who_cannot_be_given_sockets_is_waited_for_as_before(
+    stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    """It was there, and for good: nothing ended it any more."""
+    monkeypatch.setattr(relay, "REST_AFTER", 0.05)
+    stage.start(kernel, resume_timeout=1.0)
+    leave(stage, stage.connect("ann"), "reset")
+    session = stage.session("ann")
+    until(lambda: session.rests, "its sockets are closed")
+    tried: list[str] = []
+
+    def none_left(channel: str, identity: bytes | None) -> Any:
+        tried.append(channel)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(stage.relay, "_open_socket", none_left)
+    try_to_connect(stage, "ann")
+    until(lambda: tried, "it was tried")
+    until(lambda: not stage.relay.sessions, "its time has come")
+
+
+def test_who_begins_and_cannot_be_attached_is_ended(
+    stage: Stage, kernel: Kernel, fails_once: Callable[[type, str], list[str]], quiet: None
+) -> None:
+    stage.start(kernel)
+    left = fails_once(Session, "_take_up")
+    try_to_connect(stage, "ann")
+    until(lambda: not left, "it was tried")
+    until(lambda: not stage.relay.sessions, "nobody would end it")
+
+
+def test_who_is_ended_as_it_comes_back_is_told_so(
+    stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    """The kernel's last words on its old sockets are too much: it was given a socket on which nothing came."""
+    monkeypatch.setattr(relay, "REST_AFTER", 0.05)
+    stage.start(kernel)
+    leave(stage, stage.connect("ann"), "reset")
+    session = stage.session("ann")
+    until(lambda: session.rests, "its sockets are closed")
+    kernel.publish(*stream(1))
+    until(lambda: session.downlink.cursor.kept == 1, "it waits")
+    works = Session._catch_up
+
+    def overflow(self: Session) -> bool:
+        self._overflow()
+        return works(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_catch_up", overflow)
+        try_to_connect(stage, "ann")
+        until(lambda: not stage.relay.sessions, "it has ended")
+    again = stage.connect("ann")
+    assert "up to 1 messages" in again.next().content["text"]
+    kernel.publish(*stream(2))
+    assert again.ids(1) == ["2"]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Journal, "listen"), (Session, "say"), (KernelRelay, "_greet")])
+def test_what_could_not_begin_begins_the_next_time(
+    stage: Stage, kernel: Kernel, fails_once: Callable[[type, str], list[str]], owner: type, name: str
+) -> None:
+    """And hears what is missing, and what comes."""
+    stage.start(kernel)
+    leave(stage, stage.connect("ann"), "reset")
+    kernel.publish(*stream(1))
+    session = stage.session("ann")
+    until(lambda: session.downlink.cursor.kept == 1, "it waits")
+    stage.run(stage.relay.bury, session, LATE)
+    fails_once(owner, name)
+    with pytest.raises(MemoryError):
+        stage.run(stage.relay.session, "ann", b"ann")
+    assert not stage.relay.sessions
+    again = stage.connect("ann")
+    assert "up to 1 messages" in again.next().content["text"]
+    kernel.publish(*stream(2))
+    assert again.ids(1) == ["2"]
+
+
+def test_what_could_not_begin_has_no_sockets(
+    stage: Stage, kernel: Kernel, fails_once: Callable[[type, str], list[str]]
+) -> None:
+    stage.start(kernel)
+    opened: list[Any] = []
+    works = stage.relay.channels
+
+    def channels(*args: Any, **options: Any) -> Any:
+        opened.extend(works(*args, **options))
+        return list(opened)
+
+    stage.relay.channels = channels  # type: ignore[method-assign]
+    fails_once(Session, "_new_uplink")
+    with pytest.raises(MemoryError):
+        stage.run(stage.relay.session, "ann", b"ann")
+    assert [channel.closed for channel in opened] == [True] * 3
+    assert not stage.relay.journal.cursors
+
+
+# -- who goes --------------------------------------------------------------------------------------
+
+
+def test_who_cannot_go_back_is_told_what_it_may_not_have(
+    stage: Stage, kernel: Kernel, fails_once: Callable[[type, str], list[str]], quiet: None
+) -> None:
+    stage.start(kernel)
+    client = stage.connect("ann")
+    client.acknowledges = False
+    kernel.publish(*stream(1, 2, 3))
+    assert client.ids(3) == ["1", "2", "3"]
+    fails_once(Cursor, "longest")
+    leave(stage, client, "reset", settled=False)
+    until(lambda: not stage.relay.sessions, "it has ended")
+    stage.opened.clear()  # the handler was interrupted before it noted its end
+    assert "up to 3 messages" in stage.connect("ann").next().content["text"]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Session, "tombstone"), (Journal, "unlisten"), (Session, "_tell_unsent")])
+def test_an_end_that_fails_is_tried_again(
+    stage: Stage, kernel: Kernel, fails_once: Callable[[type, str], list[str]], owner: type, name: str, quiet: None
+) -> None:
+    """It holds nothing then, and its client is told."""
+    stage.start(kernel, resume_timeout=0.2, history_limit=0)
+    leave(stage, stage.connect("ann"), "reset")
+    kernel.publish(*stream(1))
+    left = fails_once(owner, name)
+    until(lambda: not left, "it has failed")
+    until(lambda: not stage.relay.sessions and not stage.relay.journal.cursors, "it has ended")
+    assert stage.relay.journal.memory == 0
+    assert "up to 1 messages" in stage.connect("ann").next().content["text"]
+
+
+# -- what goes to the kernel, and what it answers --------------------------------------------------
+
+
+def test_what_waits_for_the_kernel_stays_where_there_is_no_memory_to_take_it_on(
+    stage: Stage, context: zmq.Context, monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    kernel = Kernel(context, narrow=True)
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.overtake(client, 8)
+    session = stage.session("ann")
+    waiting = stage.run(lambda: session.unsent_messages)
+    assert waiting
+    leave(stage, client, "reset")
+    made: list[object] = []
+
+    class Full:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            made.append(self)
+
+        def adopt(self, other: Uplink) -> None:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(relay, "Uplink", Full)
+        try_to_connect(stage, "ann")
+        until(lambda: made, "it was tried")
+        stage.turns()
+    assert stage.run(lambda: session.unsent_messages) == waiting
+    kernel.close()
+
+
+def test_a_reply_that_comes_again_is_counted_once(
+    stage: Stage,
+    kernel: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+    fails_once: Callable[[type, str], list[str]],
+    quiet: None,
+) -> None:
+    """Counted twice, the other would be awaited no more, and its socket closed before it comes."""
+    monkeypatch.setattr(relay, "REST_AFTER", 0.05)
+    stage.start(kernel)
+    client = stage.connect("ann")
+    client.acknowledges = False
+    client.say("first")
+    client.say("second")
+    assert kernel.ids(2) == ["first", "second"]
+    kernel.publish(*stream(1))
+    assert client.ids(1) == ["1"]
+    left = fails_once(Journal, "seal")
+    kernel.reply("ann", message("execute_reply", "one", {"x": "y" * 600_000}))
+    assert client.ids(1) == ["one"]
+    assert not left
+    assert stage.run(lambda: stage.session("ann").uplink.unanswered) == 1
+
+
+def test_a_link_for_which_there_was_no_memory_is_made_the_next_time(
+    stage: Stage, context: zmq.Context, fails_once: Callable[[type, str], list[str]], quiet: None
+) -> None:
+    kernel = Kernel(context, tcp=True)
+    stage.open_socket = lambda channel, identity: zmtp.Address.of(kernel.addresses[channel])
+    stage.start(kernel)
+    client = stage.connect("ann")
+    client.say("first")
+    assert kernel.ids(1) == ["first"]
+    left = fails_once(zmtp.Link, "_connect")
+    stage.run(stage.session("ann")._channels[0]._link._lose)
+    until(lambda: not left, "it has failed")
+    client.say("second")
+    assert kernel.ids(1) == ["second"]
+    kernel.close()
