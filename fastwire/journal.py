@@ -342,7 +342,7 @@ class Cursor(LogCursor):
 
 
 def had_of(entry: Entry, needed: int) -> int:
-    """Messages of it, of who needs what has this number and what follows. What is missing is told of as a whole."""
+    """Its messages that somebody has had who needs this number and what follows. What is missing is told of whole."""
     if entry.end <= needed:
         return entry.count
     return 0 if entry.missing else min(max(needed - entry.first, 0), entry.count)

@@ -387,6 +387,7 @@ class KernelRelay(KernelSide):
         return self.sessions[session_id]
 
     def _begin(self, session: Session) -> None:
+        """It is known from now on and told what comes first, or it ends and nothing was."""
         tombstone = self.tombstones.take(session.session_id, session.user)
         self.sessions[session.session_id] = session
         try:
@@ -734,7 +735,7 @@ class Session:
         try:
             passes_over = self.downlink.detach()
         except BaseException:  # no memory: what its client has not got is not known any more
-            self._expiry = self._loop.call_later(0, self._expire, TOO_MUCH)
+            self._end_at(self._loop.time(), TOO_MUCH)
             raise
         if passes_over:
             self._note("too_long", "cannot take a message: it is passed over, and the client is told where")
@@ -748,19 +749,23 @@ class Session:
         until = self.detached_at + resume_time(self.relay.limits, closed=connection.closed_by_peer)
         # Who comes back in vain is not waited for any longer for that.
         self._kept_until = until if self.downlink.attempts.has_progressed else min(until, self._kept_until)
-        if self._expiry is not None:  # it was not attached to the end
-            self._expiry.cancel()
-        self._expiry = self._loop.call_at(self._kept_until, self._expire, LATE)
+        self._end_at(self._kept_until, LATE)
         self._rest_soon()
         if not replaced:
             self.relay.limit_away()
+
+    def _end_at(self, when: float, why: str) -> None:
+        """Unless its client comes back before."""
+        if self._expiry is not None:  # of a time before, where it was not attached to the end
+            self._expiry.cancel()
+        self._expiry = self._loop.call_at(when, self._expire, why)
 
     def _expire(self, why: str) -> None:
         try:
             self.relay.bury(self, why)
         except Exception as error:
             log.error("session %s cannot be ended yet: %s", self.session_id, error, exc_info=error)
-            self._expiry = self._loop.call_later(NO_MEMORY_PAUSE, self._expire, why)
+            self._end_at(self._loop.time() + NO_MEMORY_PAUSE, why)
 
     # -- kernel to client --
 

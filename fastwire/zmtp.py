@@ -226,8 +226,8 @@ class Link:
     def _try_again(self) -> None:
         try:
             self._connect()
-        except (OSError, MemoryError) as error:  # descriptors have run out
-            self._tell(f"cannot be connected: {error or 'no memory'}")
+        except (OSError, MemoryError) as error:  # descriptors have run out, or memory
+            self._tell(f"cannot be connected: {str(error) or 'no memory'}")
             self._lose()
 
     def _disconnect(self) -> None:

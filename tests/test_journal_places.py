@@ -216,6 +216,14 @@ def lose(disk: Disk, segment: Segment) -> None:
     disk.fault = None
 
 
+def wait_in_vain(client: Client, segment: Segment, disk: Disk) -> None:
+    """It comes back for what lies on the disk, and that cannot be read."""
+    assert segment.state is State.ON_DISK
+    client.start(None)
+    client.feed()
+    lose(disk, segment)
+
+
 def test_who_misses_nothing_but_the_last_of_what_the_disk_lost_is_told(limits: Limits) -> None:
     disk = Disk()
     log, away = log_of(changed(limits, history_limit=10 * KIB), disk)
@@ -232,10 +240,7 @@ def test_who_misses_nothing_but_the_last_of_what_the_disk_lost_is_told(limits: L
     for number in range(4, 300):
         hear_alone(away, number, size=1000, has_room=False)
         work(disk)
-    assert segment.state is State.ON_DISK
-    client.start(None)
-    client.feed()
-    lose(disk, segment)
+    wait_in_vain(client, segment, disk)
     while not client.cursor.is_live:
         take_all(client)
         disk.work()
@@ -259,10 +264,7 @@ def test_a_line_about_what_is_missing_that_the_disk_lost_counts_for_all_of_it(li
     for number in range(60, 300):
         hear(client, number, size=1000, has_room=False)
         work(disk)
-    assert segment.state is State.ON_DISK
-    client.start(None)
-    client.feed()
-    lose(disk, segment)
+    wait_in_vain(client, segment, disk)
     take_all(client)
     assert told(client)[0].startswith("\n[20 messages of output")
     client.bury()
@@ -294,10 +296,7 @@ def test_who_stands_behind_messages_for_all_is_told_of_the_line_that_the_disk_lo
     for number in range(21, 400):
         hear_both(number, 1000)
         work(disk)
-    assert segment.state is State.ON_DISK
-    client.start(None)
-    client.feed()
-    lose(disk, segment)
+    wait_in_vain(client, segment, disk)
     client.feed()
     assert told(client)[0].startswith("\n[21 messages of output")
     for each in (client, slow):

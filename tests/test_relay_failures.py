@@ -173,7 +173,10 @@ def test_what_could_not_begin_begins_the_next_time(
 
 
 def test_what_could_not_begin_has_no_sockets(
-    stage: Stage, kernel: Kernel, fails_once: Callable[[type, str], list[str]]
+    stage: Stage,
+    kernel: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+    fails_once: Callable[[type, str], list[str]],
 ) -> None:
     stage.start(kernel)
     opened: list[Any] = []
@@ -183,7 +186,7 @@ def test_what_could_not_begin_has_no_sockets(
         opened.extend(works(*args, **options))
         return list(opened)
 
-    stage.relay.channels = channels  # type: ignore[method-assign]
+    monkeypatch.setattr(stage.relay, "channels", channels)
     fails_once(Session, "_new_uplink")
     with pytest.raises(MemoryError):
         stage.run(stage.relay.session, "ann", b"ann")
@@ -281,7 +284,7 @@ def test_a_reply_that_comes_again_is_counted_once(
 
 
 def test_a_link_for_which_there_was_no_memory_is_made_the_next_time(
-    stage: Stage, context: zmq.Context, fails_once: Callable[[type, str], list[str]], quiet: None
+    stage: Stage, context: zmq.Context, fails_once: Callable[[type, str], list[str]]
 ) -> None:
     kernel = Kernel(context, tcp=True)
     stage.open_socket = lambda channel, identity: zmtp.Address.of(kernel.addresses[channel])
@@ -294,4 +297,5 @@ def test_a_link_for_which_there_was_no_memory_is_made_the_next_time(
     until(lambda: not left, "it has failed")
     client.say("second")
     assert kernel.ids(1) == ["second"]
+    assert any("cannot be connected: no memory" in each for each in stage.take_logs())
     kernel.close()

@@ -151,13 +151,23 @@ class Server:
 
 
 @contextmanager
+def sighup_is_heard() -> Iterator[None]:
+    """By what is started meanwhile, also where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@contextmanager
 def serving(
     home: Home, *options: str, how: tuple[str, ...] = MODULE, stdin: int = subprocess.DEVNULL
 ) -> Iterator[Server]:
     """Run the server on a free port until the block ends."""
     port = () if any(option.startswith("--port=") for option in options) else ("--port=0",)
     command = [sys.executable, *how, "--ip=127.0.0.1", *port, *options]
-    with (home.path / "stdout").open("w") as out, (home.path / "stderr").open("w") as err:
+    with (home.path / "stdout").open("w") as out, (home.path / "stderr").open("w") as err, sighup_is_heard():
         process = subprocess.Popen(
             command,
             stdin=stdin,
@@ -345,18 +355,12 @@ def test_help_all_shows_every_option() -> None:
 # -- the end ---------------------------------------------------------------------------------------
 
 
-def skip_what_nohup_takes(*signals: signal.Signals) -> None:
-    if signal.SIGHUP in signals and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        pytest.skip("SIGHUP IS NOT TESTED: these tests run under nohup, and so would the server")
-
-
 @pytest.mark.parametrize(
     "signals",
     [(signal.SIGTERM,), (signal.SIGHUP,), (signal.SIGINT, signal.SIGINT, signal.SIGTERM)],
     ids=lambda signals: "+".join(each.name for each in signals),
 )
 def test_a_signal_ends_it_and_its_kernels(home: Home, signals: tuple[signal.Signals, ...]) -> None:
-    skip_what_nohup_takes(*signals)
     with serving(home, f"--IdentityProvider.token={TOKEN}") as server:
         server.start_kernel()
         server.start_kernel()
@@ -388,7 +392,6 @@ def sleeps(process: subprocess.Popen, seconds: float) -> bool:
 def test_a_signal_that_interrupts_no_wait_ends_it(home: Home, how: signal.Signals) -> None:
     """Here another thread gets it. One that comes just before an idle loop begins to wait does the same: Python had
     noted it, and the server ended with the next request, or never."""
-    skip_what_nohup_takes(how)
     (home.config / "jupyter_server_config.py").write_text(ELSEWHERE)
     with serving(home) as server:
         poll(lambda: sleeps(server.process, 3), "a server that has nothing to do")
