@@ -483,7 +483,8 @@ class Run:
     @property
     def state(self) -> str:
         """One of `RUN_STATES`: "queued" until its kernel says that it is busy with it, "done" when it says that it is
-        idle, "aborted" when its reply says so, "lost" when the kernel began anew before it was over."""
+        idle, "aborted" when its reply says so, "lost" when the kernel began anew before it was over, or its ledger
+        forgot it."""
     @property
     def is_over(self) -> bool: ...
     @property
@@ -518,20 +519,25 @@ class Ledger:
     """The last ``most`` runs of a kernel. An `Uplink` tells what is asked, `learn` what the kernel says. A header of
     more than 8 KiB is no run's. What was asked becomes a run when the ledger is looked at or learns something; where
     that raises MemoryError it does so the next time. Where all ledgers have what they may have together
-    (`limit_ledgers`), a run that is asked takes the place of older ones, of all but 32."""
+    (`limit_ledgers`), a run that is asked takes the place of older ones, of all but 32. Those that are over go first,
+    then those that wait, then those that the kernel is at work on."""
 
     def __init__(self, most: int = 512) -> None: ...
     def __len__(self) -> int: ...
     @property
     def position(self) -> int:
         """What has a number below it was learned."""
+    @property
+    def is_full(self) -> bool:
+        """Whether the next run that is asked takes the place of one that is not over."""
     def get(self, msg_id: str) -> Run | None: ...
     def all(self) -> list[Run]:
         """In the order in which they were asked."""
     def learn(self, entries: list[LogEntry]) -> int:
         """Those of a log, in order. What was learned is passed by, and what the server said itself."""
     def begin_anew(self) -> None:
-        """The kernel is another process: what was not over is lost, until the new one says that it is at work on it."""
+        """The kernel is another process: what was not over is lost, until the new one says that it is at work on it.
+        What still waits in an `Uplink` is not lost: the new one is asked."""
 
 def answers_to(batch: Batch, msg_id: str) -> list[int]:
     """The indices of the messages whose parent has this id."""

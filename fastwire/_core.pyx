@@ -29,6 +29,7 @@ import json
 import os
 import sys
 from errno import errorcode
+from weakref import WeakSet
 
 from fastwire.errors import (
     DuplicateSignature,

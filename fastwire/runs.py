@@ -51,7 +51,7 @@ class State(enum.Enum):
     RUNNING = "its kernel is busy with it"
     DONE = "its kernel is idle again"
     ABORTED = "its reply says so: one before it failed"
-    LOST = "its kernel began anew before it was over; where it went to the new process, it begins there"
+    LOST = "its kernel began anew before it was over, or too many were asked since; it may begin all the same"
 
 
 class Event(enum.Enum):
@@ -59,7 +59,8 @@ class Event(enum.Enum):
     ENDED = "status idle"
     GAVE_UP = "a reply that says aborted"
     NEXT_BEGAN = "the next one begins, and this one's reply was seen: its idle was lost"
-    BEGAN_ANEW = "the kernel's process is another"
+    BEGAN_ANEW = "the kernel's process is another, which was not asked"
+    FORGOTTEN = "too many others are not over"
 
 
 #: As the ledger has them (`core/ledger.pxi`), which learns them where messages are. What is not there changes nothing.
@@ -68,10 +69,12 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.QUEUED, Event.ENDED): State.DONE,
     (State.QUEUED, Event.GAVE_UP): State.ABORTED,
     (State.QUEUED, Event.BEGAN_ANEW): State.LOST,
+    (State.QUEUED, Event.FORGOTTEN): State.LOST,
     (State.RUNNING, Event.ENDED): State.DONE,
     (State.RUNNING, Event.GAVE_UP): State.ABORTED,
     (State.RUNNING, Event.NEXT_BEGAN): State.DONE,
     (State.RUNNING, Event.BEGAN_ANEW): State.LOST,
+    (State.RUNNING, Event.FORGOTTEN): State.LOST,
     (State.DONE, Event.GAVE_UP): State.ABORTED,
     (State.LOST, Event.BEGAN): State.RUNNING,
     (State.LOST, Event.ENDED): State.DONE,

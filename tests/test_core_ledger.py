@@ -7,6 +7,8 @@ import json
 import builders
 import pytest
 import zmq
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastwire import _core
 from fastwire._core import (
@@ -25,6 +27,7 @@ from fastwire.runs import TRANSITIONS, Event, State
 SIGNER = _core.Signer(b"")
 LARGEST_REQUEST = 8192
 NO_RUN = 30  # what asks nothing
+MOST = 8  # runs that are known
 
 
 def request(name: str, msg_type: str = "execute_request", session: str = "s") -> dict:
@@ -50,7 +53,7 @@ def learned(ledger: Ledger, *batches: Batch) -> Ledger:
     return ledger
 
 
-def uplink_of(context: zmq.Context, protocol: str | None, ledger: Ledger) -> Uplink:
+def uplink_of(context: zmq.Context, protocol: str | None, ledger: Ledger | None) -> Uplink:
     sockets = {name: builders.zmq_pair(context)[1] for name in ("shell", "control", "stdin")}
     return Uplink(protocol, SIGNER, sockets, ledger=ledger)
 
@@ -95,6 +98,8 @@ def happens(ledger: Ledger, event: Event) -> None:
         learned(ledger, batch_of(idle))
     elif event is Event.BEGAN_ANEW:
         ledger.begin_anew()
+    elif event is Event.FORGOTTEN:
+        learned(ledger, *(batch_of(a_run(f"other {number}")[0]) for number in range(MOST)))
     else:
         status = "aborted" if event is Event.GAVE_UP else "ok"
         learned(ledger, batch_of(said("execute_reply", request("a"), status=status), channel="shell"))
@@ -107,7 +112,7 @@ def happens(ledger: Ledger, event: Event) -> None:
 def test_the_states_of_a_run(state: State, event: Event) -> None:
     """As the table has them, and none more."""
     assert [each.name.lower() for each in State] == [*RUN_STATES]
-    ledger = learned(Ledger(), batch_of(said("stream", request("a"), name="stdout", text="1")))
+    ledger = learned(Ledger(MOST), batch_of(said("stream", request("a"), name="stdout", text="1")))
     for each in WAYS[state]:
         happens(ledger, each)
     run = ledger.get("a")
@@ -250,7 +255,6 @@ def test_what_was_asked_before_a_kernel_began_anew_is_lost(context: zmq.Context)
     """Also where nobody has looked since."""
     ledger = Ledger()
     uplink = uplink_of(context, PROTOCOL_V1, ledger)
-    uplink.held = True
     ask(uplink, "a", "b")
     ledger.begin_anew()
     ask(uplink, "c")
@@ -295,6 +299,50 @@ def test_the_oldest_are_forgotten_first() -> None:
         Ledger(0)
     with pytest.raises(TypeError, match="in a Ledger"):
         Run()
+
+
+def learns(ledger: Ledger, oracle: dict[str, str], most: int, name: str, state: str) -> None:
+    """What a kernel says of a run; in plain Python, those that are known, in the order in which they came to be so."""
+    busy, _, stream, idle = a_run(name)
+    learned(ledger, batch_of({"running": busy, "says": stream, "done": idle}[state]))
+    before = oracle.get(name)
+    if before is None and len(oracle) == most:
+        del oracle[next(each for kind in ("done", "queued", "running") for each in oracle if oracle[each] == kind)]
+    if state == "done" or (state == "running" and before in (None, "queued")):
+        oracle.pop(name, None)
+        oracle[name] = state
+    oracle.setdefault(name, "queued")
+
+
+@given(
+    st.integers(1, 5), st.lists(st.tuples(st.sampled_from("abcdefgh"), st.sampled_from(["running", "done", "says"])))
+)
+def test_who_is_forgotten(most: int, steps: list[tuple[str, str]]) -> None:
+    """Of those that are over the first, then of those that wait, then of those that go on. Who holds one sees it."""
+    ledger, oracle, held = Ledger(most), {}, {}
+    for name, state in steps:
+        learns(ledger, oracle, most, name, state)
+        assert {run.msg_id: run.state for run in ledger.all()} == oracle
+        assert ledger.is_full == (len(oracle) == most and "done" not in oracle.values())
+        held |= {id(run): run for run in ledger.all()}
+    assert all(run.is_over for run in held.values() if ledger.get(run.msg_id) is not run)
+
+
+def test_what_still_waits_is_not_lost_with_a_process(context: zmq.Context) -> None:
+    """It was not given to it."""
+    ledger = Ledger()
+    uplink, other = uplink_of(context, PROTOCOL_V1, ledger), uplink_of(context, PROTOCOL_V1, ledger)
+    ask(uplink, "a")
+    uplink.held = other.held = True
+    ask(uplink, "b", "\u00e4")
+    ask(other, "c")
+    ledger.begin_anew()
+    assert [(run.msg_id, run.state) for run in ledger.all()] == [
+        ("a", "lost"),
+        ("b", "queued"),
+        ("\u00e4", "queued"),
+        ("c", "queued"),
+    ]
 
 
 def test_answers_and_types() -> None:

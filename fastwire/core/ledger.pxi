@@ -16,6 +16,13 @@ cdef enum:
     RUN_SIZE = 512              # bytes that one takes, with its place and its name, beside what is kept of its request
     LEAST_RUNS = 32             # of a kernel that are known however much others' take
 
+# In the order in which runs are forgotten.
+cdef enum:
+    ENDED_RUNS
+    QUEUED_RUNS
+    RUNNING_RUNS
+    CHAINS_OF_RUNS
+
 cdef size_t ledger_bytes_limit = 8 << 20
 
 
@@ -58,7 +65,7 @@ cdef class Run:
     cdef readonly long long last
     cdef readonly long long asks
     cdef readonly uint64_t order
-    cdef PyObject *older            # of its ledger's runs, which has them all: who is forgotten before and after it
+    cdef PyObject *older            # in its chain: its ledger has them all. Who is forgotten before and after it
     cdef PyObject *newer
     cdef long long counted          # its execution count
     cdef Py_ssize_t memory          # bytes, while its ledger has it
@@ -69,7 +76,7 @@ cdef class Run:
 
     @property
     def is_over(self):
-        return self.state not in (QUEUED_RUN, RUNNING_RUN)
+        return chain_of(self) == ENDED_RUNS
 
     @property
     def cell(self):
@@ -89,6 +96,16 @@ cdef class Run:
     @property
     def ended(self):
         return date_of(&self.ended_at)
+
+
+cdef inline int chain_of(Run run) noexcept:
+    return QUEUED_RUNS if run.state is QUEUED_RUN else RUNNING_RUNS if run.state is RUNNING_RUN else ENDED_RUNS
+
+
+# Of runs, by when they came to be what they are.
+cdef struct Chain:
+    PyObject *oldest
+    PyObject *newest
 
 
 # As Python's json spells them.
@@ -139,11 +156,12 @@ cdef inline bint is_called(Run run, fw_span text) noexcept:
 cdef class Ledger:
     cdef dict runs              # by msg_id
     cdef Py_ssize_t most
+    cdef object uplinks         # that tell it what is asked, weakly
     cdef Py_ssize_t memory      # bytes of them all
     cdef uint64_t count
     cdef Run running            # that began last
-    cdef PyObject *oldest       # that was not heard of for longest
-    cdef PyObject *newest
+    cdef Chain chains[CHAINS_OF_RUNS]   # each run is in one
+    cdef Run last               # that was asked or began
     cdef char *asked            # requests that are no runs yet, each behind its `Asked`; NULL where there are none
     cdef size_t asked_start
     cdef size_t asked_end
@@ -159,6 +177,7 @@ cdef class Ledger:
             raise ValueError("most has to be at least 1")
         self.runs = {}
         self.most = most
+        self.uplinks = WeakSet()
 
     def __dealloc__(self):
         global ledger_bytes
@@ -227,7 +246,7 @@ cdef class Ledger:
             data = <const char *>(asked + 1)
             run = self.be_asked(fixed(data, asked.header), fixed(data + asked.header, asked.metadata))
             if run is not None and self.asked_start < self.asked_anew:
-                run.state = LOST_RUN
+                self.become(run, LOST_RUN)
             self.asked_start += aligned(sizeof(Asked) + asked.header + asked.metadata)
         self.forget_asked()
         return 0
@@ -275,9 +294,8 @@ cdef class Ledger:
         before = self.runs.get(msg_id)
         if before is not None:
             self.forget(before)
-        while len(self.runs) >= self.most or (len(self.runs) >= LEAST_RUNS and ledger_bytes > ledger_bytes_limit):
-            before = <Run>self.oldest
-            self.forget(before)
+        while self.has_no_room():
+            self.forget(self.hindmost())
         self.count += 1
         run.msg_id = msg_id
         run.header = header
@@ -288,35 +306,66 @@ cdef class Ledger:
         self.add(run)
         return run
 
+    cdef bint has_no_room(self) noexcept:
+        cdef Py_ssize_t count = len(self.runs)
+        return count >= self.most or (count >= LEAST_RUNS and ledger_bytes > ledger_bytes_limit)
+
+    @property
+    def is_full(self):
+        """Whether the next run takes the place of one that is not over."""
+        self.settle()
+        return self.has_no_room() and self.chains[ENDED_RUNS].oldest == NULL
+
+    cdef Run hindmost(self):
+        """Who is forgotten first. What goes on, somebody may wait for."""
+        cdef int i
+        for i in range(CHAINS_OF_RUNS):
+            if self.chains[i].oldest != NULL:
+                return <Run>self.chains[i].oldest
+        return None
+
     cdef int add(self, Run run) except -1:
         self.runs[run.msg_id] = run
         self.enter(run)
+        self.last = run
         self.count_bytes(run, RUN_SIZE + len(run.header))
         return 0
 
     cdef int forget(self, Run run) except -1:
+        """Who waits for it hears of nothing any more."""
         del self.runs[run.msg_id]
         self.leave(run)
+        if not run.is_over:
+            run.state = LOST_RUN
+        if self.last is run:
+            self.last = None
         self.count_bytes(run, -run.memory)
         return 0
 
+    cdef void become(self, Run run, str state) noexcept:
+        self.leave(run)
+        run.state = state
+        self.enter(run)
+
     cdef void enter(self, Run run) noexcept:
-        """Behind all others."""
-        run.older = self.newest
+        """Behind all others in its chain."""
+        cdef Chain *chain = &self.chains[chain_of(run)]
+        run.older = chain.newest
         run.newer = NULL
-        if self.newest == NULL:
-            self.oldest = <PyObject *>run
+        if chain.newest == NULL:
+            chain.oldest = <PyObject *>run
         else:
-            (<Run>self.newest).newer = <PyObject *>run
-        self.newest = <PyObject *>run
+            (<Run>chain.newest).newer = <PyObject *>run
+        chain.newest = <PyObject *>run
 
     cdef void leave(self, Run run) noexcept:
+        cdef Chain *chain = &self.chains[chain_of(run)]
         if run.older == NULL:
-            self.oldest = run.newer
+            chain.oldest = run.newer
         else:
             (<Run>run.older).newer = run.newer
         if run.newer == NULL:
-            self.newest = run.older
+            chain.newest = run.older
         else:
             (<Run>run.newer).older = run.older
 
@@ -382,8 +431,8 @@ cdef class Ledger:
             return None
         if parent.msg_id.ptr == NULL or not is_string(parent.msg_id):
             return None
-        if self.newest != NULL and is_called(<Run>self.newest, inside(parent.msg_id)):
-            return <Run>self.newest
+        if self.last is not None and is_called(self.last, inside(parent.msg_id)):
+            return self.last
         msg_id = unescaped(parent.msg_id)
         run = self.runs.get(msg_id)
         return self.new(msg_id, span_bytes(parent_header)) if run is None and may_begin else run
@@ -394,13 +443,13 @@ cdef class Ledger:
             if same_bytes(m.text[3], USUAL_BUSY):
                 self.begin(run, m)
             elif same_bytes(m.text[3], USUAL_IDLE):
-                self.end(run, m)
+                self.end(run, m, DONE_RUN)
             else:
                 said = member_of(m.text[3], b"execution_state", 15)
                 if says(said, b"busy", 4):
                     self.begin(run, m)
                 elif says(said, b"idle", 4):
-                    self.end(run, m)
+                    self.end(run, m, DONE_RUN)
         elif m.kind == REPLY:
             self.hear_reply(run, m)
         elif m.kind == ERROR:
@@ -426,36 +475,48 @@ cdef class Ledger:
         if run.counted == UNKNOWN:
             run.counted = count_of(member_of(m.text[3], b"execution_count", 15))
         if says(said, b"aborted", 7) or says(said, b"abort", 5):
-            run.state = ABORTED_RUN
-            self.end(run, m)
+            self.end(run, m, ABORTED_RUN)
         return 0
 
     cdef int begin(self, Run run, const Indexed *m) except -1:
         if run.state == QUEUED_RUN or run.state == LOST_RUN:
-            if self.newest != <PyObject *>run:  # of those that are forgotten
-                self.leave(run)
-                self.enter(run)
-            run.state = RUNNING_RUN
+            self.become(run, RUNNING_RUN)
+            self.last = run
             note_date(&run.began_at, m)
             if self.running is not None and self.running.state == RUNNING_RUN and self.running.replied:
-                self.running.state = DONE_RUN  # its idle was lost
+                self.become(self.running, DONE_RUN)  # its idle was lost
             self.running = run
         return 0
 
-    cdef int end(self, Run run, const Indexed *m) except -1:
+    cdef int end(self, Run run, const Indexed *m, str state) except -1:
         run.asks = -1
         note_date(&run.ended_at, m)
         if run.state != ABORTED_RUN:
-            run.state = DONE_RUN
+            self.become(run, state)
         return 0
 
     def begin_anew(self):
+        cdef Uplink uplink
         cdef Run run
         self.asked_anew = self.asked_end
         for run in self.runs.values():
             run.asks = -1
-            if run.state == QUEUED_RUN or run.state == RUNNING_RUN:
-                run.state = LOST_RUN
+            if not run.is_over:
+                self.become(run, LOST_RUN)
+        for uplink in self.uplinks:
+            uplink.ask_still()
+
+    cdef int ask_still(self, fw_span header) except -1:
+        """It was not given to the kernel's process, and is not lost with it."""
+        cdef fw_span msg_id = member_of(header, b"msg_id", 6)
+        cdef Run run
+        if msg_id.ptr == NULL or not is_string(msg_id):
+            return 0
+        self.settle()
+        run = self.runs.get(unescaped(msg_id))
+        if run is not None and run.state is LOST_RUN:
+            self.become(run, QUEUED_RUN)
+        return 0
 
 
 def limit_ledgers(size_t limit):

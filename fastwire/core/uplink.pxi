@@ -162,6 +162,7 @@ cdef bint is_request(fw_span msg_type) noexcept:
 
 @cython.final
 cdef class Uplink:
+    cdef object __weakref__
     cdef int protocol
     cdef Signer signer
     cdef list sockets           # of shell, control, stdin
@@ -193,6 +194,8 @@ cdef class Uplink:
         self.allowed = frozenset(allowed_message_types)
         self.ledger = ledger
         self.notes = []
+        if ledger is not None:
+            ledger.uplinks.add(self)
 
     def __cinit__(self):
         self.account = fw_account_new()
@@ -296,6 +299,15 @@ cdef class Uplink:
     cdef int tell(self, int target, fw_span msg_type) except -1:
         """What is asked, or answered. Before it goes: what fails here is tried again."""
         return self.ledger.answer() if target == STDIN else self.ledger.ask(self.message.parts.items, msg_type)
+
+    cdef int ask_still(self) except -1:
+        """The kernel began anew: what waits here is asked of the new process."""
+        cdef fw_record *record = self.waiting[SHELL].first
+        while record != NULL:
+            if record.asks:
+                self.ledger.ask_still(record.frames[2])
+            record = record.next
+        return 0
 
     cdef bint is_allowed(self) except -1:
         cdef Header header
