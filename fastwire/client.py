@@ -89,8 +89,8 @@ class Keepalive:
             log.warning("WebSocket to %s: nothing came for %g s", self._socket.peer, self._silence)
             self._socket.conversation.abort()
         elif not self._socket.is_closing():
+            self._later()  # first: without memory for this one the next goes
             self._socket.write_ping(b"")
-            self._later()
 
     def end(self) -> None:
         if self._timer is not None:

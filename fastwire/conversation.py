@@ -213,12 +213,13 @@ class Conversation:
 
     def close(self, code: int | None, reason: str) -> None:
         """Send a Close frame; TCP is closed when the peer has answered, or after `CLOSE_TIMEOUT`."""
-        if self.transport.queue.unfinished:
-            self.leave()
-        elif self.closing.state is State.OPEN:
-            self._say_close(code, reason)
+        if self.closing.state is not State.OPEN:
+            return
+        if self._say_close(code, reason):
             self._take(Happened.WE_CLOSE)
             self._limit_closing()
+        else:
+            self.leave()
 
     def leave(self) -> None:
         """End TCP when all is written, without a Close frame: to the peer the connection broke."""
@@ -249,10 +250,15 @@ class Conversation:
             self.application.on_state(state)
         return state
 
-    def _say_close(self, code: int | None, reason: str) -> None:
+    def _say_close(self, code: int | None, reason: str) -> bool:
+        """Where no frame can follow, or there is no memory for one, the end of TCP has to say it."""
         if self.transport.queue.unfinished:
-            return  # no frame can follow: the end of TCP has to say it
-        self.writer.control(OP_CLOSE, close_payload(code, reason))
+            return False
+        try:
+            self.writer.control(OP_CLOSE, close_payload(code, reason))
+        except MemoryError:
+            return False
+        return True
 
     def _limit_closing(self) -> None:
         if self._close_timer is None:
@@ -280,9 +286,11 @@ class Conversation:
             log.warning("WebSocket client %s: %s", self.application.peer, str(error))
         if error is None:  # after an error the system has thrown away what it had to send
             self.transport.sample()
-        self._take(Happened.TCP_OVER)
-        self._is_over()
-        self.transport.stream.close()
+        try:
+            self._take(Happened.TCP_OVER)
+        finally:  # or its descriptor stays readable, and watched, for ever
+            self._is_over()
+            self.transport.stream.close()
 
     def _is_over(self) -> None:
         """Whoever waits learns it."""

@@ -34,6 +34,9 @@ Changes = Mapping[int, Sequence[bytes] | None]
 #: The close code of a client that was sent a message that is too long for it (RFC 6455 section 7.4.1).
 TOO_LONG = 1009
 
+#: Seconds until what could not be given, for want of memory, is tried again.
+PUMP_AGAIN = 0.5
+
 
 class CompressedEnds(list[int]):
     """Where compressed messages end, as `Ends` knows it of plain ones; ``sizes`` are those of the messages: a client
@@ -131,6 +134,7 @@ class Downlink(Outlet):
         self._on_failure = on_failure
         self._count_answers = count_answers
         self._answered_pings = False  # who had the last socket
+        self._again: asyncio.TimerHandle | None = None
         cursor.on_ready = self.pump
 
     # -- a socket --
@@ -191,6 +195,19 @@ class Downlink(Outlet):
 
     def pump(self) -> None:
         """Give the socket what waits, up to its mark."""
+        try:
+            self._pump()
+        except Exception:
+            # A socket that has everything and was asked about it has nothing left that would bring us back here.
+            if self._again is None:
+                self._again = asyncio.get_running_loop().call_later(PUMP_AGAIN, self._pump_again)
+            raise
+
+    def _pump_again(self) -> None:
+        self._again = None
+        self.pump()
+
+    def _pump(self) -> None:
         cursor = self.cursor
         while self.connection is not None and self.has_room():
             entry = cursor.next()

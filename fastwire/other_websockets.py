@@ -82,6 +82,8 @@ class Carried(Handler):
 
     def open(self, *args: Any, **kwargs: Any) -> Any:
         self.connection.on_progress = self.on_progress
+        # Tornado calls no ``on_close`` where ``open`` raises.
+        self.connection.conversation.ended.add_done_callback(lambda _: self._count(0))
         return super().open(*args, **kwargs)
 
     def on_close(self) -> None:

@@ -64,6 +64,13 @@ class Probe:
 
     def look_at_silence(self) -> None:
         """Ever less often, what TCP does."""
+        try:
+            self._look_at_silence()
+        except Exception:
+            self._wire.look_after(LONGEST_DELAY)  # or it is never believed to have what it has
+            raise
+
+    def _look_at_silence(self) -> None:
         acknowledgements, transport = self.acknowledgements, self._transport
         transport.sample()
         if self._paused:

@@ -37,6 +37,9 @@ DATA = (OP_TEXT, OP_BINARY)
 #: Messages handed to the application before the loop has its next turn: others wait for theirs.
 MESSAGES_A_TURN = 256
 
+#: The same of bytes that were compressed: a read of 256 KiB may become 256 MB.
+BYTES_A_TURN = 1 << 20
+
 #: What a callback of the application leaves: nothing, or what the next message waits for.
 Done = asyncio.Future[None] | None
 
@@ -81,6 +84,7 @@ class Reader:
         self._inflater = inflater
         self._loop = asyncio.get_running_loop()
         self._counted = 0
+        self._grown = 0
         self._handing_out = False
         self._started = False
 
@@ -153,6 +157,7 @@ class Reader:
 
     def _hand_out(self) -> None:
         parser, application = self._transport.parser, self._recipient.application
+        self._grown = 0
         if application.consumer is not None:
             application.consumer(parser)
         for count, (opcode, payload) in enumerate(parser, 1):
@@ -160,7 +165,7 @@ class Reader:
                 return
             # Nearly always there is nothing to decide.
             done = application.on_message(payload) if opcode in DATA else self._dispatch(opcode, payload)
-            if done is None and count == MESSAGES_A_TURN:
+            if done is None and (count == MESSAGES_A_TURN or self._grown > BYTES_A_TURN):
                 done = self._next_turn()
             if done is not None:
                 self._wait_for(done)
@@ -186,6 +191,7 @@ class Reader:
     def _decompress(self, opcode: int, data: bytes) -> str | bytes:
         assert self._inflater is not None
         plain = self._inflater.decompress(data)
+        self._grown += len(plain)
         if opcode == OP_BINARY:
             return plain
         try:

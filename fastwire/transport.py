@@ -56,6 +56,9 @@ RETRY_FIRST, RETRY_LAST = 0.001, 0.050
 #: Bytes handed to Tornado's stream at a time; it is asked for more when these are gone.
 CHUNK = 256 * 1024
 
+#: Records of TLS that are read in one turn of the loop, however small: others wait for theirs.
+RECORDS_A_TURN = 256
+
 #: Where bytes are read to on their way to a parser, or to nowhere.
 UNREAD = bytearray(64 * 1024)
 
@@ -226,7 +229,8 @@ class Transport(ABC):
         self.wire.end()
         self.read_off()
         self.queue.clear()
-        self.parser = FrameParser(0)  # and with the old one what had begun: a connection may be held long after its end
+        with suppress(MemoryError):  # with the old parser goes what had begun: a connection may be held after its end
+            self.parser = FrameParser(0)
 
 
 class PlainSocket(Transport):
@@ -238,6 +242,7 @@ class PlainSocket(Transport):
         self._fd = self.wire.fd
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
+        self._watched = False
         self._delay = RETRY_FIRST
         vars(stream)["close_fd"] = self._close_fd
 
@@ -262,11 +267,20 @@ class PlainSocket(Transport):
     def read_on(self) -> None:
         if not self.reading:
             self.reading = True
-            self._turns.watch(self._fd, self.wire)
+            self._watch()
+
+    def _watch(self) -> None:
+        """Or later, where there is no memory for it: nobody else would."""
+        if self.reading and not self._watched:
+            try:
+                self._turns.watch(self._fd, self.wire)
+                self._watched = True
+            except (OSError, MemoryError):
+                self._loop.call_later(RETRY_LAST, self._watch)
 
     def read_off(self) -> None:
         if self.reading:
-            self.reading = False
+            self.reading = self._watched = False
             self._turns.unwatch(self._fd, self.wire)
 
     def write(self) -> None:
@@ -283,7 +297,11 @@ class PlainSocket(Transport):
         if status == FLUSH_DONE and not had_to_wait:
             self.wait = Wait.NOTHING
         else:
-            self._wait_for(status)
+            try:
+                self._wait_for(status)
+            except BaseException as error:  # nobody would come back to what is left
+                self.on_lost(error)
+                raise
         # Last: whoever is told may have more to write.
         if had_to_wait and moved:
             self._listener.on_taken()
@@ -369,8 +387,12 @@ class TornadoStream(Transport):
             return
         if self._final is not None:
             return
-        self.parser.feed(future.result())
-        self._feed_more()
+        try:
+            self.parser.feed(future.result())
+            self._feed_more()
+        except BaseException as error:  # what was read is gone, and nobody would read on
+            self._listener.on_lost(error)
+            raise
         self._listener.on_received()
         if self.reading and self._read is None:
             self._read_more()
@@ -379,7 +401,9 @@ class TornadoStream(Transport):
         """Tornado hands out one TLS record per turn of the loop, however small: take what else has come."""
         fed = 0
         with suppress(OSError), memoryview(UNREAD) as view:
-            while fed < len(view) and self._may_feed_more():
+            for _ in range(RECORDS_A_TURN):
+                if fed >= len(view) or not self._may_feed_more():
+                    return
                 got = self.stream.read_from_fd(view)
                 if not got:  # nothing, or the end: the stream's own read will see it too
                     return
@@ -400,6 +424,9 @@ class TornadoStream(Transport):
         except StreamClosedError as error:
             self._listener.on_lost(error.real_error)
             return
+        except BaseException as error:  # no memory: the queue has them no more, and nobody would come back
+            self._listener.on_lost(error)
+            raise
         self.wait = Wait.STREAM
         if not future.done():
             self._listener.on_blocked()
@@ -412,8 +439,10 @@ class TornadoStream(Transport):
             self._listener.on_lost(self.stream.error)
             return
         self.wait = Wait.NOTHING
-        self._listener.on_written()
-        self.flush()
+        try:
+            self._listener.on_written()
+        finally:
+            self.flush()
 
     def keep_little(self) -> None:
         """It keeps what it keeps."""
@@ -443,8 +472,12 @@ class Farewell:
         stream.io_loop.remove_handler(stream.fileno())  # where it was Tornado's
         self._fd = stream.socket.fileno()
         self._end_our_side()
-        self._turns.watch(self._fd, self._on_readable)
-        self._timer = asyncio.get_running_loop().call_later(patience, self._end)
+        try:
+            self._timer = asyncio.get_running_loop().call_later(patience, self._end)
+            self._turns.watch(self._fd, self._on_readable)
+        except BaseException:  # nobody else would close it
+            stream.close()
+            raise
 
     def _end_our_side(self) -> None:
         sock: Any = self._stream.socket

@@ -9,6 +9,7 @@ This room knows no Jupyter.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from threading import get_ident
@@ -182,10 +183,15 @@ class Connection(WebSocketProtocol13):
         elif isinstance(message, (bytearray, memoryview)):
             message = bytes(message)
         opcode = OP_BINARY if binary else OP_TEXT
-        if self._compressor is not None:
+        if self._compressor is None:
+            return cast("asyncio.Future[None]", self.conversation.writer.message(opcode, message))
+        try:
             message = self._compressor.compress(tornado.escape.utf8(message))
-            opcode |= RSV1
-        return cast("asyncio.Future[None]", self.conversation.writer.message(opcode, message))
+            return cast("asyncio.Future[None]", self.conversation.writer.message(opcode | RSV1, message))
+        except MemoryError:
+            # It has in its window what the peer has not: what comes next begins with none.
+            self._compressor._compressor = None
+            raise
 
     def write_frames(self, frames: Frames) -> int:
         """Queue frames that are encoded already; not for a connection that compresses. Returns the position behind
@@ -326,7 +332,10 @@ class Connection(WebSocketProtocol13):
         """For whatever keepalive there is: Tornado's, or one that the handler has."""
         self._received_pong = True
         if self.on_alive is not None:
-            self.on_alive()
+            try:
+                self.on_alive()
+            except Exception:  # noqa: BLE001 - the boundary to the application's code: who waits for this pong goes on
+                self.log_exception(*sys.exc_info())
 
     def on_close_code(self, code: int | None, reason: str | None) -> None:
         self.close_code, self.close_reason = code, reason
@@ -340,7 +349,10 @@ class Connection(WebSocketProtocol13):
         self.server_terminated, self.client_terminated = state.we_are_done, state.peer_is_done
         if self.on_last_word is not None:
             told, self.on_last_word = self.on_last_word, None
-            told()
+            try:
+                told()
+            except Exception:  # noqa: BLE001 - the boundary to the application's code: the connection ends all the same
+                self.log_exception(*sys.exc_info())
         if state.we_are_done and self._ping_coroutine is not None:
             self._ping_coroutine.cancel()
             self._ping_coroutine = None

@@ -191,6 +191,7 @@ def test_a_front_that_leaves_its_kernels(gateway: Server, tmp_path: Path) -> Non
         front.end_kernel(kernel)
 
 
+@pytest.mark.memory
 def test_a_front_keeps_nothing_for_who_does_not_read(gateway: Server, front: Server) -> None:
     """40 MB of output stay at the gateway, until they are read."""
     with front.kernel() as kernel:

@@ -273,6 +273,9 @@ cdef class FrameParser:
     cdef bint lent              # its messages are being sent by an Uplink
     cdef char *kept_buffer      # the read buffer, when another parser needed one meanwhile
 
+    def __cinit__(self, *args, **options):
+        self.counts = &uncounted
+
     def __init__(
         self, uint64_t max_message_size=10485760, *, bint deflate=False, uint64_t max_fragments=0, bint client=False
     ):

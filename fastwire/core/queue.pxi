@@ -201,6 +201,9 @@ cdef class WriteQueue:
     cdef uint64_t frame_got     # bytes of its payload
     cdef readonly uint64_t unfinished
 
+    def __cinit__(self, *args, **options):
+        self.counts = &uncounted
+
     def __init__(self, *, size_t copy_threshold=COPY_LIMIT, bint acknowledge=False, bint mask=False):
         self.copy_threshold = copy_threshold
         self.acknowledging = acknowledge

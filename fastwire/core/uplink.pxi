@@ -290,7 +290,7 @@ cdef class Uplink:
             return 0
         if len(self.allowed) and not self.is_allowed():
             return 0
-        kept = mend(&self.message) if self.protocol == LEGACY else None  # noqa: F841 - the parts lie in it
+        kept = mend(&self.message)  # noqa: F841 - the parts lie in it
         msg_type = type_of(self.message.parts.items[0])
         if self.ledger is not None and target != CONTROL:
             self.tell(target, msg_type)
