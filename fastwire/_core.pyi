@@ -535,6 +535,8 @@ class Ledger:
         """In the order in which they were asked."""
     def learn(self, entries: list[LogEntry]) -> int:
         """Those of a log, in order. What was learned is passed by, and what the server said itself."""
+    def lose_all(self) -> None:
+        """The kernel is gone: what was not over is lost."""
     def begin_anew(self) -> None:
         """The kernel is another process: what was not over is lost, until the new one says that it is at work on it.
         What still waits in an `Uplink` is not lost: the new one is asked."""

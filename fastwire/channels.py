@@ -119,7 +119,11 @@ class Channel:
         self._rest(rests=bool(pause))
 
     def _is_back(self) -> None:
-        self._rest(rests=False)
+        try:
+            self._rest(rests=False)
+        except (OSError, MemoryError):  # nobody would be woken
+            asyncio.get_running_loop().call_later(NO_MEMORY_PAUSE, self._is_back)
+            raise
         self._mark(comes_back=False)
         self.wake()
 
@@ -254,8 +258,9 @@ class ZmtpChannel(Channel):
         return self._link.drain(self._signer, self._most_bytes(), permissive=self._permissive), self._link.stream.more
 
     def drain(self) -> bool:
+        was_read = self._kept is None
         more = super().drain()
-        self._link.settle()
+        self._link.settle(was_read=was_read)
         return more
 
     # -- the compiled turn, which passes messages on by itself (`fastwire._core.Source`) --

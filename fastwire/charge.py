@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fastwire.budgets import Budget
 from fastwire.flow import KIB
 
-__all__ = ["Charge"]
+__all__ = ["Charge", "Deadline"]
 
 #: Bytes on their way to a kernel that nobody counts: those of a request are gone in a moment.
 FREE = 64 * KIB
@@ -57,3 +57,28 @@ class Charge:
         self.set(0)
         if self._timer is not None:
             self._timer.cancel()
+
+
+class Deadline:
+    """For a kernel that takes nothing while a client is held back: ``on_late`` is called after so many seconds in which
+    ``progress`` has returned the same."""
+
+    def __init__(self, seconds: float, progress: Callable[[], object], on_late: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._progress = progress
+        self._on_late = on_late
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._look, self._progress())
+
+    def _look(self, before: object) -> None:
+        if self._progress() != before:
+            self.start()
+        else:
+            self._on_late()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -45,10 +45,16 @@ class Executor:
         opened = relay.channels(CLIENT_CHANNELS[::-1], self.session.encode(), relay.keep, after=self._send_waiting)
         self._channels = opened[::-1]
         sockets = {channel.name: channel.socket for channel in self._channels}
-        self._uplink = Uplink(None, relay.signer, sockets, ledger=relay.journal.ledger)
-        self._uplink.held = self._held
-        if waiting is not None:
-            self._uplink.adopt(waiting)
+        try:
+            uplink = Uplink(None, relay.signer, sockets, ledger=relay.journal.ledger)
+            uplink.held = self._held
+            if waiting is not None:
+                uplink.adopt(waiting)
+        except BaseException:
+            for channel in opened:
+                channel.close()
+            raise
+        self._uplink = uplink
 
     def move(self) -> None:
         """The kernel is elsewhere."""

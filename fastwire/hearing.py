@@ -84,6 +84,8 @@ class Hearing:
     def __init__(self) -> None:
         self.state = State.UNHEARD
         self.listeners: list[Callable[[], None]] = []
+        #: Times that its connection broke, also where that changed nothing: what was found out before is of another.
+        self.breaks = 0
         self._restarts = 0
 
     def happens(self, event: Event) -> None:
@@ -95,6 +97,7 @@ class Hearing:
             self._restarts -= 1
             if self._restarts:
                 return
+        self.breaks += event is Event.BROKE
         before = self.state
         self.state = TRANSITIONS[before].get(event, before)
         if self.state is not before:

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -32,7 +33,7 @@ from fastwire._core import (
 )
 from fastwire.budgets import Budgets
 from fastwire.channels import NO_MEMORY_PAUSE, Channel, ZmqChannel, ZmtpChannel
-from fastwire.charge import Charge
+from fastwire.charge import Charge, Deadline
 from fastwire.disk import Disk
 from fastwire.downlink import Downlink
 from fastwire.errors import FastwireError, MessageError, SocketClosed
@@ -130,6 +131,8 @@ class KernelRelay(KernelSide):
         self.hearing.listeners.append(self._on_hearing)
         self.needs_a_word = self.hearing.needs_a_word
         self.poller = Turns.current().poller
+        #: Called when all sockets are made anew although the kernel has not moved.
+        self.on_anew: Callable[[], None] = lambda: None
         #: Nobody waits a second time for a kernel that does not listen on stdin.
         self.listens_on_stdin = True
 
@@ -215,6 +218,7 @@ class KernelRelay(KernelSide):
         self._lose()
         for session in list(self.sessions.values()):
             session.follow()
+        self.on_anew()
 
     def channels(
         self, names: Iterable[str], identity: bytes | None, on_batch: Callable[[Batch], None], **options: Any
@@ -372,9 +376,12 @@ class KernelRelay(KernelSide):
 
     def drain_iopub(self) -> None:
         """What the kernel has said so far, before something happens to it."""
-        if self.iopub is not None:
-            self.iopub.catch_up()
-        self.give_replies()
+        try:
+            if self.iopub is not None:
+                self.iopub.catch_up()
+            self.give_replies()
+        except MemoryError as error:  # what happens to it happens all the same
+            log.error("kernel %s: there is no memory for its last words: %s", self.name, error, exc_info=error)
 
     # -- sessions --
 
@@ -433,30 +440,35 @@ class KernelRelay(KernelSide):
             self.bury(oldest, TOO_MANY)
 
     def _close_iopub(self) -> None:
-        self.give_replies()
-        if self.iopub is not None:
-            self.iopub.close()
-            self.iopub = None
+        try:
+            self.give_replies()
+        finally:
+            if self.iopub is not None:
+                self.iopub.close()
+                self.iopub = None
 
     def close(self) -> None:
         """The kernel is gone: clients are told and every socket is closed."""
         self.is_closed = True
         open_relays.discard(self)
-        self.give_replies()
+        with ExitStack() as steps:  # the last is the first, and all are done whatever becomes of one
+            steps.callback(self.hearing.happens, Event.CLOSE)
+            for step in self.forget_times, self.tell_observers, self._close_iopub, self.journal.close:
+                steps.callback(step)
+            for step in self._end_sessions, self.journal.ledger.lose_all:
+                steps.callback(step)
+            self.give_replies()
+
+    def _end_sessions(self) -> None:
         for session in list(self.sessions.values()):
             connection, unsent = session.connection, session.unsent_messages
             try:
                 self.end_session(session, logging.WARNING)
-            except Exception as error:  # the others are to end as well, and the kernel's own
+            except Exception as error:  # the others are to end as well
                 log.error("session %s could not be ended: %s", session.session_id, error, exc_info=error)
             if connection is not None:
                 lost = f"; {unsent} messages did not reach it" if unsent else ""
                 connection.close(1011, f"the kernel was shut down{lost}")
-        self.journal.close()
-        self._close_iopub()
-        self.tell_observers()
-        self.forget_times()
-        self.hearing.happens(Event.CLOSE)
 
 
 #: Those that may have sockets now, for metrics.
@@ -494,7 +506,7 @@ class Session:
         self.detached_at = 0.0
         self._kept_until = 0.0
         self._resumable = False
-        self._deadline: asyncio.TimerHandle | None = None
+        self._deadline = Deadline(relay.limits.uplink_deadline, self._uplink_progress, self._on_deadline)
         self._allowed: frozenset[str] = frozenset()
         self._expiry: asyncio.TimerHandle | None = None
         self._charge = Charge(relay.budgets.of(user), relay.limits.uplink_limit, self._hold_back)
@@ -741,7 +753,7 @@ class Session:
             self._note("too_long", "cannot take a message: it is passed over, and the client is told where")
         if self._closed:  # the log had no room for what it came back for
             return
-        self._stop_deadline()
+        self._deadline.stop()
         if not self._resumable:
             self.relay.end_session(self)
             return
@@ -911,32 +923,19 @@ class Session:
                 waiting = uplink_bytes / 1e6
                 self._note("paused", f"not read for now: {waiting:.1f} MB of its messages wait for the kernel")
                 self.connection.pause_reading()
-                self._start_deadline()
+                self._deadline.start()
             else:
-                self._stop_deadline()
+                self._deadline.stop()
                 self.connection.resume_reading()
             self._lend_uplink()
 
-    def _start_deadline(self) -> None:
-        self._deadline = self._loop.call_later(
-            self.relay.limits.uplink_deadline, self._on_deadline, self._uplink, self._uplink_progress
-        )
-
-    def _stop_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    @property
-    def _uplink_progress(self) -> tuple[int, int]:
+    def _uplink_progress(self) -> tuple[Uplink, int, int]:
         """Changes when the kernel takes something."""
-        return self._uplink.sent, self._uplink.sending_bytes
+        return self._uplink, self._uplink.sent, self._uplink.sending_bytes
 
-    def _on_deadline(self, uplink: Uplink, progress: tuple[int, int]) -> None:
+    def _on_deadline(self) -> None:
         """The client has been held back for a long time."""
-        if (uplink, progress) != (self._uplink, self._uplink_progress):
-            self._start_deadline()
-        elif self.connection is not None:
+        if self.connection is not None:
             seconds = self.relay.limits.uplink_deadline
             self._note("stalled", f"was not read for {seconds:g} s, because its kernel takes nothing: closed")
             self.connection.close(1013, "the kernel takes no messages")
@@ -971,7 +970,7 @@ class Session:
         if self.connection is not None:
             self.connection.wire.uplink = None
         self._can_be_asked.set()
-        self._stop_deadline()
+        self._deadline.stop()
         self._charge.end()
         for timer in (self._expiry, self._rest):
             if timer is not None:

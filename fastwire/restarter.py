@@ -147,6 +147,8 @@ class Round:
 
     def _take(self) -> None:
         self._timer = None
-        for look in list(self._looks):
-            look.take()
-        self._go_on()
+        try:
+            for look in list(self._looks):
+                look.take()
+        finally:  # one that fails ends nobody else's
+            self._go_on()

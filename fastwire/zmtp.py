@@ -135,7 +135,12 @@ class Standby:
     def _on_told(self) -> None:
         assert self._pipe is not None
         os.read(self._pipe[0], 1 << 16)
-        for link in list(self._links):
+        try:
+            links = list(self._links)
+        except MemoryError:  # in the next turn
+            os.write(self._pipe[1], b"\0")
+            raise
+        for link in links:
             if link.stream.taken_aside:
                 self._turns.poller.wake(link.source)
 
@@ -167,7 +172,11 @@ class Link:
         self._awaits_writable = False
         self._write_failed = False
         self._told = ""
-        self._connect()
+        try:
+            self._connect()
+        except BaseException:  # nobody has it who could close it
+            self.close()
+            raise
 
     # -- connecting --
 
@@ -214,7 +223,10 @@ class Link:
         """There is no connection; there will be another."""
         was_ready = self.source.was_ready
         self._disconnect()
-        self.stream.renew()
+        try:  # noqa: SIM105 - `suppress` needs memory
+            self.stream.renew()
+        except MemoryError:
+            pass  # it is done before the next attempt
         wait = RECONNECT_AFTER + RECONNECT_SPREAD * random.random()
         self._timer = self._loop.call_later(wait, self._try_again)
         self._tell_lost(was_ready=was_ready)
@@ -225,6 +237,7 @@ class Link:
 
     def _try_again(self) -> None:
         try:
+            self.stream.renew()
             self._connect()
         except (OSError, MemoryError) as error:  # descriptors have run out, or memory
             self._tell(f"cannot be connected: {str(error) or 'no memory'}")
@@ -270,12 +283,12 @@ class Link:
         """Nobody is woken by what comes, until it does not rest any more: the loop would go round for it."""
         if rests == self._rests or self.stream.fd < 0:
             return
-        self._rests = rests
-        self.stream.rest(rests)
         if rests:
             self._turns.unwatch(self.stream.fd, self.source)
         else:
             self._turns.watch(self.stream.fd, self.source)
+        self._rests = rests
+        self.stream.rest(rests)
 
     def drain(self, signer: Signer, most_bytes: int, *, permissive: bool) -> Batch | None:
         """What the kernel has said; whoever calls this calls `settle` when he has dealt with it."""
@@ -288,16 +301,18 @@ class Link:
             self.broke(error)
             return None
 
-    def settle(self) -> None:
-        """After `drain`: answer what was asked, and follow what has become of the connection."""
+    def settle(self, *, was_read: bool = True) -> None:
+        """After `drain`: answer what was asked, and follow what has become of the connection. Unless it ``was_read``
+        since a write has failed, its last words are still to come."""
         stream = self.stream
         if stream.fd < 0:
             return
+        has_ended = was_read and (stream.ended or self._write_failed) and not stream.more
         if stream.pending_bytes:
             self.flush()
         if stream.ready and not self.source.was_ready:
             self._is_ready()
-        if (stream.ended or self._write_failed) and not stream.more:
+        if has_ended:
             self._lose()
 
     def _is_ready(self) -> None:
@@ -335,7 +350,10 @@ class Link:
             return
         result = self.stream.flush(self.stream.fd)
         if result == FLUSH_BLOCKED:
-            self._await_writable()
+            try:
+                self._await_writable()
+            except (OSError, MemoryError):  # nobody would tell that there is room
+                self._try_later(LONGEST_NO_BUFFERS_WAIT)
         elif result == FLUSH_NO_BUFFERS:
             self._try_later(wait)
         elif result == FLUSH_DEAD:
@@ -344,8 +362,8 @@ class Link:
 
     def _await_writable(self) -> None:
         if not self._awaits_writable and self._socket is not None:
-            self._awaits_writable = True
             self._loop.add_writer(self._socket.fileno(), self._on_writable)
+            self._awaits_writable = True
 
     def _on_writable(self) -> None:
         assert self._socket is not None

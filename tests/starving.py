@@ -195,6 +195,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Ledger.all": runs_of(lambda it, _: it.all()),
     "Ledger.learn": runs_of(lambda it, entries: it.learn(entries), is_known=False),
     "Ledger.begin_anew": runs_of(lambda it, _: it.begin_anew()),
+    "Ledger.lose_all": runs_of(lambda it, _: it.lose_all()),
     "answers_to": pure(lambda: _core.answers_to(batch(*RUN), "r")),
     "indices_of_types": pure(lambda: _core.indices_of_types(two(), [b"stream"])),
     "ZmtpStream": pure(lambda: ZmtpStream("DEALER", b"me"), lambda it: it.take(1000)),

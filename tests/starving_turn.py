@@ -634,7 +634,7 @@ class Heard(ZmtpChannel):
             return stream.drain(stream.fd, name, signer, max_bytes=most_bytes, permissive=permissive)
 
         self._link: Any = SimpleNamespace(
-            source=source, stream=stream, closed=False, settle=lambda: None, drain=receive, rest=lambda **_: None
+            source=source, stream=stream, closed=False, settle=lambda **_: None, drain=receive, rest=lambda **_: None
         )
         on_batch = side.on_iopub if outlet is None else partial(said.journal.tell, outlet)
         Channel.__init__(self, name, Signer(KEY), on_batch, after=side.look_at_replies)

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import zmq
@@ -11,6 +12,7 @@ from builders import loop_at_rest, message
 from relay_stage import Kernel, Stage, until
 from test_zmtp import Direct
 
+from fastwire._core import Uplink
 from fastwire.channels import Channel
 from fastwire.executor import Executor, KernelIsFull
 from fastwire.flow import KIB, MIB
@@ -76,6 +78,30 @@ def test_what_waits_follows_the_kernel(stage: Stage, kernel: Kernel, executor: E
     stage.run(lambda: executor.hold(held=True))
     asked = execute(stage, executor, "1")
     stage.run(executor.move)
+    stage.run(lambda: executor.hold(held=False))
+    assert kernel.ids(1) == [asked]
+
+
+@pytest.mark.parametrize("step", ["__init__", "adopt"])
+def test_what_waits_stays_where_there_is_no_memory_to_take_it_on(
+    stage: Stage, kernel: Kernel, executor: Executor, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    stage.run(lambda: executor.hold(held=True))
+    asked = execute(stage, executor, "1")
+
+    class Full:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            if step == "__init__":
+                raise MemoryError
+
+        def adopt(self, other: Uplink) -> None:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastwire.executor.Uplink", Full)
+        with pytest.raises(MemoryError):
+            stage.run(executor.move)
+    stage.run(executor.open)
     stage.run(lambda: executor.hold(held=False))
     assert kernel.ids(1) == [asked]
 

@@ -3,6 +3,7 @@ told of."""
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,10 +13,14 @@ from builders import message
 from relay_stage import Client, Kernel, Stage, leave, stream, until
 
 from fastwire import relay, zmtp
-from fastwire._core import Uplink
+from fastwire._core import Batch, Uplink
+from fastwire.channels import Channel
+from fastwire.hearing import Event, State
 from fastwire.journal import Cursor, Journal
 from fastwire.relay import KernelRelay, Session
 from fastwire.tombstones import LATE
+from fastwire.turns import Turns
+from fastwire.writing import Writer
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
@@ -227,7 +232,111 @@ def test_an_end_that_fails_is_tried_again(
     assert "up to 1 messages" in stage.connect("ann").next().content["text"]
 
 
+# -- the kernel's end, and its next process --------------------------------------------------------
+
+
+def test_who_cannot_be_told_of_the_end_keeps_no_other_from_it(
+    stage: Stage, kernel: Kernel, fails_once: Callable[[type, str], list[str]], quiet: None
+) -> None:
+    """Its connection ends without a word."""
+    stage.start(kernel)
+    ann, bob = stage.connect("ann"), stage.connect("bob")
+    left = fails_once(Writer, "control")
+    stage.run(stage.relay.close)
+    assert not left
+    with pytest.raises(EOFError):
+        ann.close_frame()
+    assert bob.close_frame()[0] == 1011
+    assert stage.relay.iopub is None
+    assert not stage.relay.sessions
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(KernelRelay, "give_replies"), (Journal, "close"), (KernelRelay, "tell_observers")]
+)
+def test_an_end_that_fails_in_part_is_one(
+    stage: Stage, kernel: Kernel, fails_once: Callable[[type, str], list[str]], quiet: None, owner: type, name: str
+) -> None:
+    stage.start(kernel)
+    client = stage.connect("ann")
+    fails_once(owner, name)
+    with pytest.raises(MemoryError):
+        stage.run(stage.relay.close)
+    assert client.close_frame()[0] == 1011
+    assert stage.relay.iopub is None
+    assert stage.relay.hearing.state is State.CLOSED
+
+
+def test_a_connection_that_breaks_is_in_doubt_whatever_becomes_of_its_last_words(
+    stage: Stage, context: zmq.Context, fails_once: Callable[[type, str], list[str]], quiet: None
+) -> None:
+    """Requests would go to a process that nobody hears."""
+    kernel = Kernel(context, tcp=True)
+    stage.start(kernel, on_doubt=lambda: None)
+    for event in (Event.SPOKE, Event.PROVEN):
+        stage.run(stage.relay.hearing.happens, event)
+    stage.connect("ann")
+    assert not stage.relay.hearing.held
+    left = fails_once(Channel, "catch_up")
+    kernel.sockets["iopub"].close()
+    until(lambda: not left, "it is noticed")
+    stage.turns()
+    assert stage.relay.hearing.held
+    kernel.close()
+
+
+def test_a_kernel_that_moves_is_followed_whatever_becomes_of_its_last_words(
+    stage: Stage, kernel: Kernel, context: zmq.Context, fails_once: Callable[[type, str], list[str]], quiet: None
+) -> None:
+    stage.start(kernel)
+    client = stage.connect("ann")
+    stage.kernel = moved = Kernel(context)
+    left = fails_once(Channel, "catch_up")
+    stage.run(stage.relay.open, "other ports")
+    assert not left
+    client.say("cell")
+    assert moved.ids(1) == ["cell"]
+    moved.close()
+
+
 # -- what goes to the kernel, and what it answers --------------------------------------------------
+
+
+def test_whose_requests_cannot_go_and_who_cannot_be_told_holds_no_other(
+    stage: Stage, kernel: Kernel, fails_once: Callable[[type, str], list[str]], quiet: None
+) -> None:
+    stage.start(kernel, on_doubt=lambda: None)
+    clients = [stage.connect(name) for name in ("ann", "bob")]
+    stage.run(stage.relay.doubt)
+    stage.run(stage.relay.hearing.happens, Event.LET_IN)
+    for client in clients:
+        client.say(f"of {client.session_id}")
+    until(lambda: all(stage.session(each).unsent_messages for each in ("ann", "bob")), "both wait")
+    left = fails_once(Session, "_send_waiting"), fails_once(Writer, "control")
+    stage.run(stage.relay.hearing.happens, Event.GIVEN_UP)
+    assert left == ([], [])
+    assert kernel.ids(1) == ["of bob"]
+
+
+def test_a_client_that_cannot_be_watched_again_is_read_on(
+    stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.start(kernel)
+    client = stage.connect("ann")
+    connection = stage.session("ann").connection
+    stage.run(connection.pause_reading)
+    client.say("cell")
+    works, left = Turns.watch, [OSError(errno.ENOMEM, "Cannot allocate memory")]
+
+    def watch(turns: Turns, fd: int, callback: Any) -> None:
+        if left:
+            raise left.pop()
+        works(turns, fd, callback)
+
+    monkeypatch.setattr(Turns, "watch", watch)
+    stage.run(connection.resume_reading)
+    assert not left
+    assert kernel.ids(1) == ["cell"]
 
 
 def test_what_waits_for_the_kernel_stays_where_there_is_no_memory_to_take_it_on(
@@ -299,3 +408,58 @@ def test_a_link_for_which_there_was_no_memory_is_made_the_next_time(
     assert kernel.ids(1) == ["second"]
     assert any("cannot be connected: no memory" in each for each in stage.take_logs())
     kernel.close()
+
+
+def test_replies_for_which_there_is_no_memory_come_later_and_in_their_order(
+    stage: Stage, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    """Others' too, however often there is none."""
+    works, left = Session._answer, [5]
+
+    def answer(session: Session, batch: Batch) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError
+        works(session, batch)
+
+    monkeypatch.setattr(Session, "_answer", answer)
+    stage.start(kernel)
+    ann, bob = stage.connect("ann"), stage.connect("bob")
+    ann.acknowledges = bob.acknowledges = False  # or what they get does not pass Python
+    stage.introduce(ann)
+    stage.introduce(bob)
+    with stage.frozen():
+        for number in "123":
+            kernel.reply("ann", message("execute_reply", f"a{number}"))
+            kernel.reply("bob", message("execute_reply", f"b{number}"))
+        time.sleep(0.1)
+    assert ann.ids(3) == ["a1", "a2", "a3"]
+    assert bob.ids(3) == ["b1", "b2", "b3"]
+    assert not left[0]
+
+
+def test_who_moves_the_kernel_as_a_reply_is_given_takes_none_from_others(
+    stage: Stage, kernel: Kernel, context: zmq.Context
+) -> None:
+    """They were read, and nobody else has them."""
+    stage.start(kernel)
+    ann, bob, other = stage.connect("ann"), stage.connect("bob"), Kernel(context)
+    stage.introduce(ann)
+    stage.introduce(bob)
+    moved: list[str] = []
+
+    def move(batch: Batch, indices: list[int]) -> None:
+        if not moved:
+            moved.append("there")
+            stage.kernel = other
+            stage.relay.open("other ports")
+
+    stage.run(lambda: stage.relay.listen(move, ["execute_reply"]))
+    with stage.frozen():
+        kernel.reply("ann", message("execute_reply", "a"))
+        kernel.reply("bob", message("execute_reply", "b"))
+        time.sleep(0.1)
+    assert ann.ids(1) == ["a"]
+    assert bob.ids(1) == ["b"]
+    assert moved
+    other.close()

@@ -128,6 +128,35 @@ async def test_a_kernel_that_runs_is_polled_by_nobody(process: subprocess.Popen[
         each.gate.set()
 
 
+class Broken(Recorder):
+    """One that cannot say whether its kernel runs, the first time."""
+
+    looks = 0
+
+    @property
+    def runs(self) -> bool:
+        self.looks += 1
+        if self.looks == 1:
+            raise MemoryError
+        return True
+
+
+@in_a_loop
+async def test_a_look_that_fails_ends_nobody_elses(process: subprocess.Popen[bytes]) -> None:
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    many = Broken(manager_of(process)), Recorder(manager_of(process))
+    for each in many:
+        each.start()
+    await some_looks()
+    assert many[0].looks
+    process.kill()
+    process.wait()
+    await polled(many[1])
+    for each in many:
+        each.stop()
+        each.gate.set()
+
+
 @in_a_loop
 async def test_a_start_that_is_not_stable_yet_is_polled(process: subprocess.Popen[bytes]) -> None:
     for name in ("_initial_startup", "_restarting", "debug"):

@@ -111,7 +111,7 @@ cdef class Received:
 
     cdef char *data
     cdef size_t size
-    cdef void *store        # of that batch
+    cdef uint64_t store     # the number of that batch's
 
     def __dealloc__(self):
         if self.data != NULL:
@@ -130,6 +130,7 @@ cdef class Store:
     cdef size_t held_room
     cdef list kept              # Python objects that parts point into
     cdef size_t elsewhere       # bytes of both
+    cdef uint64_t number        # no other has it: the address of one that is gone is the next one's
 
     def __dealloc__(self):
         cdef size_t i
@@ -576,7 +577,12 @@ cdef int channel_number(str channel) except -1:
     return CHANNELS.index(channel) if channel in CHANNELS else ELSEWHERE
 
 
+# Of the last batch's store.
+cdef uint64_t stores = 0
+
+
 cdef Batch new_batch(str channel):
+    global stores
     cdef Batch batch
     batch = Batch.__new__(Batch)
     batch.messages = batch.few
@@ -584,6 +590,8 @@ cdef Batch new_batch(str channel):
     batch.channel = channel
     batch.channel_number = channel_number(channel)
     batch.store = Store.__new__(Store)
+    stores += 1
+    batch.store.number = stores
     batch.received = nanoseconds()
     return batch
 

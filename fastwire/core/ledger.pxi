@@ -495,14 +495,17 @@ cdef class Ledger:
             self.become(run, state)
         return 0
 
-    def begin_anew(self):
-        cdef Uplink uplink
+    cpdef lose_all(self):
         cdef Run run
         self.asked_anew = self.asked_end
         for run in self.runs.values():
             run.asks = -1
             if not run.is_over:
                 self.become(run, LOST_RUN)
+
+    def begin_anew(self):
+        cdef Uplink uplink
+        self.lose_all()
         for uplink in self.uplinks:
             uplink.ask_still()
 

@@ -34,6 +34,7 @@ cdef class KernelSide(Part):
     cdef public Marks budgets
     cdef list replies                   # that were read, and not given: of each, who gives it, and the batch
     cdef size_t reply_bytes
+    cdef int giving                     # calls of `give_all` under way
     cdef int waits                      # turns with output that they have waited
     cdef bint unseen_activity
     cdef str unseen_state
@@ -129,15 +130,6 @@ cdef class KernelSide(Part):
         """For the disk; so do replies."""
         raise NotImplementedError
 
-    cdef int take_back(self, list replies) except -1:
-        """There was no memory for the first of them, or the loop was to end; and no later one may come before it."""
-        cdef Batch batch
-        self.replies = replies + self.replies
-        for _, batch in replies:
-            self.reply_bytes += batch.nbytes
-        self.try_later()
-        return 0
-
     def try_later(self):
         raise NotImplementedError
 
@@ -145,27 +137,50 @@ cdef class KernelSide(Part):
         self.give_all()
 
     cdef int give_all(self) except -1:
-        """Now, whatever may still come."""
+        """Now, whatever may still come. Whoever asks for it from within gives those behind the one that is given."""
+        cdef Py_ssize_t i = 0
         self.waits = 0
         if not len(self.replies):
             return 0
-        replies = self.replies
-        self.replies = []
-        self.reply_bytes = 0
-        for i, (give, batch) in enumerate(replies):
-            try:
-                if isinstance(give, Source):
-                    (<Source>give).give(batch)
-                else:
-                    self.poller.python_ran = True
-                    give(batch)
-            except BaseException as error:  # others' replies are not kept waiting
-                interrupted = self.poller.tell(give, error)
-                if (interrupted or isinstance(error, MemoryError)) and not (<Batch>batch).logged:
-                    self.take_back(replies[i:])
-                    break
+        self.giving += 1
+        try:
+            while i < len(self.replies) and self.give_one(i):
+                i += 1
+        finally:
+            self.giving -= 1
+        if not self.giving and i == len(self.replies):
+            self.replies.clear()
         self.journal.tell_of_python(self.poller)
         return 0
+
+    cdef bint give_one(self, Py_ssize_t i) except -1:
+        """A reply keeps its place until it is given, so that no memory is needed to try again: None was given, or is.
+        Returns whether those behind it may follow: others are not kept waiting for one that fails."""
+        cdef object entry = self.replies[i]
+        cdef bint is_given = False
+        cdef size_t nbytes
+        if entry is None:
+            return True
+        give, batch = entry
+        nbytes = batch.nbytes
+        self.replies[i] = None
+        self.reply_bytes -= nbytes
+        try:
+            if isinstance(give, Source):
+                (<Source>give).give(batch)
+            else:
+                self.poller.python_ran = True
+                give(batch)
+            is_given = True
+        except BaseException as error:
+            interrupted = self.poller.tell(give, error)
+            is_given = (<Batch>batch).logged or not (interrupted or isinstance(error, MemoryError))
+        finally:
+            if not is_given:
+                self.replies[i] = entry
+                self.reply_bytes += nbytes
+                self.try_later()
+        return is_given
 
     # -- activity --
 

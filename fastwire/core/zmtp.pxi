@@ -139,6 +139,7 @@ cdef class Budget
 
 
 @cython.final
+@cython.no_gc_clear  # whose the inbox is, it is to know at its end
 cdef class ZmtpStream:
     cdef readonly str socket_type
     cdef readonly int fd            # that an `Uplink` writes to; -1 while there is none
@@ -431,12 +432,12 @@ cdef class ZmtpStream:
 
     cdef bint is_pinned_by(self, Store store) noexcept:
         """Whether parts of this message may stay where they are, for as long as ``store`` is there."""
-        return self.pinned is not None and self.pinned.store == <void *>store and self.scanned >= self.inbox.size // 2
+        return self.pinned is not None and self.pinned.store == store.number and self.scanned >= self.inbox.size // 2
 
     cdef int pin(self, Store store) except -1:
         cdef Received pinned = Received.__new__(Received)
         pinned.size = self.inbox.size
-        pinned.store = <void *>store
+        pinned.store = store.number
         store.keep(pinned)
         pinned.data = self.inbox.data
         self.pinned = pinned
