@@ -41,7 +41,7 @@ except ImportError as error:
     ) from error
 
 from fastwire import __version__, installed, logs, other_websockets, rest, runs_api, status
-from fastwire._core import MESSAGE_CLASSES, PROTOCOL_V1, Batch
+from fastwire._core import PROTOCOL_V1, Batch
 from fastwire.errors import FastwireError, TooManyClients
 from fastwire.flow import OutputRates, too_many
 from fastwire.gateway import (
@@ -61,6 +61,7 @@ from fastwire.kernels import (
 )
 from fastwire.notices import Neighbour, beside, notice, request_of, said
 from fastwire.relay import KernelRelay, Session
+from fastwire.rewriting import parts_of
 from fastwire.settings import Fastwire
 from fastwire.sockets import raise_limits, shortage
 from fastwire.websocket import Connection, connection_for
@@ -69,7 +70,6 @@ __all__ = ["Fastwire", "FastwireMappingKernelManager", "FastwireWebsocketConnect
 
 log = logging.getLogger(__name__)
 
-ERROR = MESSAGE_CLASSES.index("error")
 
 #: jupyter_server sets ``adapt_version`` to the kernel's major also when only the minor differs; 0: nothing to adapt.
 NOT_ADAPTED = (0, 5)
@@ -478,25 +478,13 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     def _prepare(self, batch: Batch) -> dict[int, list[bytes] | None]:
         """Rate limits, hidden tracebacks and protocol adaptation, for the messages they concern."""
-        changes: dict[int, list[bytes] | None] = {}
-        if batch.foreign and self._session is not None and self._session.protocol != PROTOCOL_V1:
-            changes |= {index: self._changed(self._adapted, batch[index]) for index in batch.foreign}
-        if batch.channel == "iopub":
-            if batch.counts[ERROR] and not self.multi_kernel_manager.allow_tracebacks:
-                errors = [i for i in range(len(batch)) if batch.message_class(i) == "error"]
-                changes |= {index: self._changed(self._redacted, batch[index]) for index in errors}
-            if self._rates is not None:
-                changes |= self._limited(batch, self._rates)
+        rewriting = self.kernel.rewriting
+        adapts = self._session is not None and self._session.protocol != PROTOCOL_V1
+        concerned = rewriting.concerns(batch, adapts=adapts)
+        changes = {index: rewriting.shown(batch, index, adapts=adapts) for index in concerned}
+        if batch.channel == "iopub" and self._rates is not None:
+            changes |= self._limited(batch, self._rates)
         return changes
-
-    def _changed(self, change: Callable[[list[bytes]], list[bytes] | None], parts: list[bytes]) -> list[bytes] | None:
-        """One message as this client may have it. One that cannot be read is left out, as jupyter_server does."""
-        try:
-            return change(parts)
-        except Exception as error:  # noqa: BLE001 - whatever a kernel may have put there
-            self.log.warning("Left out a malformed message of kernel %s (%s)", self.kernel_id, type(error).__name__)
-            self.log.debug("Left out: %r", error)  # which may quote it
-            return None
 
     def _limited(self, batch: Batch, rates: OutputRates) -> dict[int, list[bytes] | None]:
         """What is left out, and in place of the first of it what the user is told.
@@ -527,27 +515,6 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
         text = RATE_EXCEEDED.format(**values, window=self.rate_limit_window)
         self.log.warning(text)
         return notice(neighbour, text + "\n")[0]
-
-    def _redacted(self, parts: list[bytes]) -> list[bytes]:
-        """Source: `ZMQChannelsWebsocketConnection._on_error`."""
-        content = self.session.unpack(parts[3])
-        content |= {
-            "ename": "ExecutionError",
-            "evalue": "Execution error",
-            "traceback": [self.multi_kernel_manager.traceback_replacement_message],
-        }
-        return [*parts[:3], self.session.pack(content), *parts[4:]]
-
-    def _adapted(self, parts: list[bytes]) -> list[bytes] | None:
-        """The message as jupyter_client reads one of another protocol version."""
-        return parts_of(self.session, self._reader.deserialize([b"", *parts]))
-
-    @property
-    def _reader(self) -> Any:
-        """A session that does not check signatures: the core has."""
-        reader = self.session.clone()
-        reader.auth = None
-        return reader
 
     # -- what the server itself says --
 
@@ -595,12 +562,6 @@ def check_session_id(name: str) -> None:
     as ASCII; and logs, which have a line for each event."""
     if len(name) > 255 or not name.isascii() or not name.isprintable():
         raise HTTPError(400, reason="session_id has to be at most 255 printable characters of ASCII")
-
-
-def parts_of(session: Any, message: dict[str, Any]) -> list[bytes]:
-    """A message as jupyter_client's `Session` builds it, as parts."""
-    parts = [session.pack(message[key]) for key in ("header", "parent_header", "metadata", "content")]
-    return parts + [bytes(buffer) for buffer in message.get("buffers", ())]
 
 
 # -- the server extension --------------------------------------------------------------------------

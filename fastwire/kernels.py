@@ -33,6 +33,7 @@ from fastwire.hearing import Event
 from fastwire.notices import notice
 from fastwire.relay import STDIN_PATIENCE, KernelRelay, Session
 from fastwire.restarter import watch_with_others
+from fastwire.rewriting import Rewriting
 from fastwire.settings import Fastwire, usable
 from fastwire.sockets import address_of, open_socket, raise_limits, shortage
 from fastwire.zmtp import Address
@@ -261,6 +262,9 @@ class Kernel:
         )
         #: Who runs code for those that have no WebSocket.
         self.executor = Executor(self.relay)
+        #: How its messages may be seen.
+        self.rewriting = Rewriting(manager)
+        self.relay.on_anew = self.executor.move
         #: Requests over HTTP that read what it said, or wait for more.
         self.asking: set[object] = set()
         self._release: asyncio.Task[None] | None = None
@@ -341,11 +345,13 @@ class Kernel:
     def close(self) -> None:
         """The kernel is gone."""
         self.manager.unobserve(self._follow, PLACE)
-        self.relay.close()
-        self.executor.close()
-        for task in (self.proof, self._release):
-            if task is not None:
-                task.cancel()
+        try:
+            self.relay.close()
+        finally:
+            self.executor.close()
+            for task in (self.proof, self._release):
+                if task is not None:
+                    task.cancel()
 
     # -- code for who has no WebSocket --
 
@@ -476,10 +482,13 @@ class Kernel:
             self._subscribed_anew = True
             self._open()
         event = await self._verdict()
+        breaks = self.hearing.breaks
         if event is None:
             await asyncio.sleep(0.05)
             return False
         await asyncio.gather(*(session.until_it_can_be_asked() for session in connected_to(self.relay)))
+        if breaks != self.hearing.breaks:  # it is of a process that is gone
+            return False
         self.hearing.happens(event)
         return not self.hearing.doubtful
 

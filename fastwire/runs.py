@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import enum
 import json
+import math
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fastwire._core import Run, answers_to, indices_of_types
+from fastwire._core import Batch, Run, answers_to, indices_of_types
 from fastwire.errors import FastwireError
 from fastwire.journal import Journal, end_of
 from fastwire.segments import Entry, Gap, Segment, Zone
@@ -22,7 +23,7 @@ from fastwire.segments import State as Place
 
 __all__ = [
     "TRANSITIONS", "Answer", "Asked", "BadInput", "DiskIsLate", "Event", "Lost", "Message", "Messages", "Outputs",
-    "Reader", "State", "bring_up_to_date", "described", "parsed", "plain", "read_body", "read_outputs",
+    "Reader", "Shown", "State", "bring_up_to_date", "described", "parsed", "plain", "read_body", "read_outputs",
 ]  # fmt: skip
 
 #: Seconds that what lies on the disk is waited for.
@@ -42,6 +43,10 @@ SHOWN = ("stream", "display_data", "execute_result", "error")
 
 #: That may name a display.
 DISPLAYS = ("display_data", "execute_result", "update_display_data")
+
+
+#: How a message of a batch may be seen: its parts, or None where it may not.
+Shown = Callable[[Batch, int], list[bytes] | None]
 
 
 class State(enum.Enum):
@@ -207,7 +212,7 @@ class Asked:
 
     names = ("code", "store_history", "allow_stdin", "user_expressions", "metadata", "timeout")
 
-    def __init__(self, **asked: Any) -> None:
+    def __init__(self, /, **asked: Any) -> None:
         if unknown := {*asked} - {*self.names}:
             raise BadInput(f"unknown: {shown(unknown)}; known are {', '.join(self.names)}")
         if "code" not in asked:
@@ -234,7 +239,7 @@ class Asked:
 class Answer:
     """To what a run asks."""
 
-    def __init__(self, **asked: Any) -> None:
+    def __init__(self, /, **asked: Any) -> None:
         if {*asked} != {"value"}:
             raise BadInput("value has to be there, and nothing else")
         self.value: str = checked("value", asked["value"], str, "a string")
@@ -262,9 +267,15 @@ class Message(NamedTuple):
 def parsed(text: bytes) -> Any:
     """JSON of a kernel, which may be anything: what cannot be read is None, and so is what JSON has no word for."""
     try:
-        return json.loads(text.decode("utf-8", "replace"), parse_constant=lambda _: None)
+        return json.loads(text.decode("utf-8", "replace"), parse_constant=lambda _: None, parse_float=finite)
     except (ValueError, RecursionError):
         return None
+
+
+def finite(text: str) -> float | None:
+    """A number that is too large for Python would be written again as a word that JSON does not have."""
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def described(run: Run, journal: Journal) -> dict[str, Any]:
@@ -289,10 +300,12 @@ def described(run: Run, journal: Journal) -> dict[str, Any]:
 
 
 class Messages:
-    """The messages of a run from a number on, as long as somebody reads them. ``lost`` is what is gone of them."""
+    """The messages of a run from a number on, as long as somebody reads them. ``lost`` is what is gone of them.
+    ``shown`` says how one may be seen: its parts, or None where it may not."""
 
-    def __init__(self, journal: Journal, run: Run, begin: int = 0) -> None:
+    def __init__(self, journal: Journal, run: Run, begin: int = 0, shown: Shown = Batch.__getitem__) -> None:
         self.lost: list[Lost] = []
+        self._shown = shown
         self._run = run
         self._journal = journal
         self._reader = Reader(journal, max(begin, run.first if run.messages else journal.end))
@@ -311,14 +324,16 @@ class Messages:
             if isinstance(entry, Gap):
                 self.lost.append(Lost(entry.first, entry.end, entry.missing, entry.nbytes))
             for index in answers_to(entry.batch, self._run.msg_id):
-                yield message_of(entry, index)
+                parts = self._shown(entry.batch, index)
+                if parts is not None:
+                    yield message_of(entry, index, parts)
 
     async def updates(self) -> dict[str, Message]:
         """What others have said since about displays: the last of each, by its name."""
         found = {}
         async for entry in self._entries(self._journal.end):
             for index in indices_of_types(entry.batch, UPDATES):
-                message = message_of(entry, index)
+                message = message_of(entry, index, entry.batch[index])
                 if isinstance(message.content, dict) and (name := display_id(message.content)) is not None:
                     found[name] = message
         return found
@@ -356,11 +371,19 @@ class Messages:
         self._reader.close()
 
 
-def message_of(entry: Entry, index: int) -> Message:
+def message_of(entry: Entry, index: int, parts: list[bytes]) -> Message:
+    """``parts`` are as it is shown."""
     batch = entry.batch
     number = entry.first + index
     through = entry.end - 1 if index + 1 == len(entry) else number
-    return Message(number, max(through, number), batch.channel, batch.msg_type(index), batch[index])
+    return Message(number, max(through, number), batch.channel, type_of(batch, index, parts), parts)
+
+
+def type_of(batch: Batch, index: int, parts: list[bytes]) -> str:
+    """An older protocol has other names."""
+    if not batch.unusual or index not in batch.foreign:
+        return batch.msg_type(index)
+    return str(parsed(parts[0])["msg_type"])
 
 
 class Outputs:
@@ -462,9 +485,11 @@ class Outputs:
         return content | {"data": last.get("data"), "metadata": last.get("metadata")}
 
 
-async def read_outputs(journal: Journal, run: Run, limit: int) -> tuple[Outputs, Messages]:
+async def read_outputs(
+    journal: Journal, run: Run, limit: int, shown: Shown = Batch.__getitem__
+) -> tuple[Outputs, Messages]:
     """Of a run, as it was when it said its last; and where that was read, which is closed."""
-    messages, outputs = Messages(journal, run), Outputs(limit)
+    messages, outputs = Messages(journal, run, shown=shown), Outputs(limit)
     try:
         async for message in messages.read():
             outputs.add(message)

@@ -30,10 +30,9 @@ except ImportError as error:
     ) from error
 
 from fastwire import rest
-from fastwire._core import RUN_STATES, Run
-from fastwire.errors import FastwireError
-from fastwire.executor import KernelIsFull
-from fastwire.flow import MIB
+from fastwire._core import RUN_STATES, Batch, Run
+from fastwire.errors import FastwireError, MessageError
+from fastwire.flow import KIB, MIB
 from fastwire.journal import Journal
 from fastwire.kernels import Kernel, kernel_of
 from fastwire.rest import refusal, refuse
@@ -46,6 +45,7 @@ from fastwire.runs import (
     Message,
     Messages,
     Outputs,
+    Shown,
     bring_up_to_date,
     described,
     parsed,
@@ -89,11 +89,14 @@ AT_ONCE = 25
 #: Seconds between two looks whether a run that may take so long has begun.
 HAS_IT_BEGUN = 0.25
 
+#: Bytes that a reader has to take within ``write_deadline``.
+PIECE = 64 * KIB
+
 #: Larger than any number of a message.
 ENDLESS = 1 << 62
 
-#: What JSON may come as: what curl, ``fetch`` and urllib say where their user says nothing counts, too.
-JSON_TYPES = {"application/json", "", "application/x-www-form-urlencoded", "text/plain"}
+#: What JSON may come as: what is said where their user says nothing counts, too (`rest.Handler.initialize`).
+JSON_TYPES = {"application/json", "", "text/plain"}
 
 #: As JSON has them; Python reads more than that as one.
 A_NUMBER = re.compile(r"[0-9]{1,19}(\.[0-9]{1,19})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
@@ -133,6 +136,9 @@ class Handler(rest.Handler):
     #: Called when its reader has left.
     on_gone: Callable[[], None] | None = None
 
+    #: Seconds in which its reader has to take a piece of an answer.
+    patience: float = 0.0
+
     def kernel(self, kernel_id: str) -> Kernel:
         """That is asked of, in a way that there is."""
         self.check_arguments()
@@ -143,6 +149,7 @@ class Handler(rest.Handler):
         kernel = kernel_of(self.kernel_manager.get_kernel(kernel_id))
         if not kernel.relay.limits.history_limit:
             refuse(404, "nothing is kept of what kernels say: set c.Fastwire.history_limit, to 2097152 (2 MiB), say")
+        self.patience = kernel.relay.limits.write_deadline
         kernel.relay.drain_iopub()
         kernel.relay.journal.learn()
         return kernel
@@ -195,14 +202,41 @@ class Handler(rest.Handler):
         if problem is not None:
             refuse(503, problem)
 
-    def say(self, document: dict[str, Any], status: int = 200, **lists: list[str]) -> None:
+    def check_that_it_is_allowed(self, msg_type: str) -> None:
+        """What no client may send to kernels is not sent for one."""
+        allowed = getattr(self.kernel_manager, "allowed_message_types", None)
+        if allowed and msg_type not in allowed:
+            refuse(403, f"this server lets nobody send a message of the type {msg_type} (allowed_message_types)")
+
+    async def say(self, document: dict[str, Any], status: int = 200, **lists: list[str]) -> None:
         """``lists`` are of what is JSON already."""
         text = json.dumps(document)
         for name, each in lists.items():
             text = f'{text[:-1]}, "{name}": [{", ".join(each)}]}}'
         self.set_status(status)
+        await self.answer(text.encode())
+
+    async def answer(self, body: bytes, kind: str = "application/json") -> None:
+        """Returns when it is written, or its reader is gone."""
         self.set_header("Cache-Control", "no-store")
-        self.finish(text)
+        self.set_header("Content-Type", kind)
+        self.set_header("Content-Length", len(body))
+        with suppress(StreamClosedError):
+            await self.tell(body)
+            self.finish(set_content_type=kind)
+
+    async def tell(self, body: bytes) -> None:
+        """A part of an answer, after its headers. Who does not take it is left: he holds a place, and the memory for
+        this. Raises `StreamClosedError` where nobody reads any more."""
+        for begin in range(0, len(body) or 1, PIECE):
+            self.write(body[begin : begin + PIECE])
+            try:
+                async with asyncio.timeout(self.patience or None):
+                    await self.flush()
+            except TimeoutError:
+                stream = self.detach()
+                stream.close()
+                raise StreamClosedError from None
 
     @contextmanager
     def place(self, kernel: Kernel) -> Iterator[None]:
@@ -244,28 +278,30 @@ class RunsHandler(Handler):
             and (since is None or run.last >= since or not run.is_over)
         ]
         if not outputs:
-            self.say({"runs": [described(run, journal) for run in runs], **document})
+            await self.say({"runs": [described(run, journal) for run in runs], **document})
             return
         with self.place(kernel):
-            self.say(document, runs=[text async for text in with_outputs(journal, runs)])
+            await self.say(document, runs=[text async for text in with_outputs(journal, runs, kernel.rewriting.shown)])
 
     @web.authenticated
     @may_execute
     async def post(self, kernel_id: str) -> None:
         kernel = self.kernel(kernel_id)
+        self.check_that_it_is_allowed("execute_request")
         asked = self.document(Asked)
         await self.check_that_it_runs(kernel)
         ledger = kernel.relay.journal.ledger
-        if sum(run.state == "queued" for run in ledger.all()) >= MOST_QUEUED:
-            refuse(429, f"{MOST_QUEUED} runs of this kernel wait already")
+        waiting = sum(run.state == "queued" for run in ledger.all())
+        if waiting >= MOST_QUEUED or ledger.is_full:
+            refuse(429, f"{waiting} runs of this kernel wait already")
         try:
             msg_id = kernel.open_executor().execute(asked.content, asked.metadata, self.username)
         except FastwireError as error:
-            refuse(503 if isinstance(error, KernelIsFull) else 400, str(error))
+            refuse(400 if isinstance(error, MessageError) else 503, str(error))
         if asked.timeout is not None:
             soon(interrupted_after(kernel, msg_id, asked.timeout))
         self.set_header("Location", url_path_join(self.base_url, URL, kernel_id, "runs", msg_id))
-        self.say(described(self.run(kernel, msg_id), kernel.relay.journal), 201)
+        await self.say(described(self.run(kernel, msg_id), kernel.relay.journal), 201)
 
     def states(self) -> tuple[str, ...]:
         text = self.get_query_argument("state", None)
@@ -275,7 +311,7 @@ class RunsHandler(Handler):
         return states
 
 
-async def with_outputs(journal: Journal, runs: list[Run]) -> AsyncIterator[str]:
+async def with_outputs(journal: Journal, runs: list[Run], shown: Shown = Batch.__getitem__) -> AsyncIterator[str]:
     """Of those that are over and all there; as far as it is not too much together. Threads may speak for many runs
     at once: what lies between the messages of one is passed by for each of them, but not without end."""
     left, read = MOST_OUTPUT, {}
@@ -284,7 +320,7 @@ async def with_outputs(journal: Journal, runs: list[Run]) -> AsyncIterator[str]:
         way -= run.last - run.first
         if left < 0 or way < 0:
             break
-        outputs, messages = await read_outputs(journal, run, left)
+        outputs, messages = await read_outputs(journal, run, left, shown)
         left = outputs.left
         if not messages.lost and not outputs.is_too_much:
             read[run.msg_id] = outputs
@@ -347,7 +383,7 @@ class RunHandler(Handler):
                     break
 
     async def say_messages(self, kernel: Kernel, run: Run, begin: int, *, partial: bool) -> None:
-        messages = Messages(kernel.relay.journal, run, begin)
+        messages = Messages(kernel.relay.journal, run, begin, kernel.rewriting.shown)
         found, size, last = [], 0, begin - 1
         try:
             async for message in messages.read():
@@ -360,10 +396,10 @@ class RunHandler(Handler):
                     break
         finally:
             messages.close()
-        if self.is_gone(kernel, run, messages.lost, partial=partial):
+        if await self.is_gone(kernel, run, messages.lost, partial=partial):
             return
         run_now = described(run, kernel.relay.journal)
-        self.say({"run": run_now, "last": last, "lost": told(messages.lost)}, messages=found)
+        await self.say({"run": run_now, "last": last, "lost": told(messages.lost)}, messages=found)
 
     def told(self, message: Message) -> dict[str, Any]:
         """A message in JSON; its buffers have URLs."""
@@ -382,16 +418,15 @@ class RunHandler(Handler):
 
     async def say_outputs(self, kernel: Kernel, run: Run, *, as_text: bool, partial: bool) -> None:
         journal = kernel.relay.journal
-        outputs, messages = await read_outputs(journal, run, MOST_OUTPUT)
+        outputs, messages = await read_outputs(journal, run, MOST_OUTPUT, kernel.rewriting.shown)
         await bring_up_to_date(journal, [(run, outputs)])
         if outputs.is_too_much:
             refuse(413, f"its outputs are more than {MOST_OUTPUT // MIB} MiB: ask for its messages (?raw=1)")
-        if self.is_gone(kernel, run, messages.lost, partial=partial):
+        if await self.is_gone(kernel, run, messages.lost, partial=partial):
             return
         if as_text:
-            self.set_header("Cache-Control", "no-store")
             text = "".join([plain(output) async for output in made_of(outputs)])
-            self.finish(text.encode("utf-8", "replace"), set_content_type="text/plain; charset=UTF-8")
+            await self.answer(text.encode("utf-8", "replace"), "text/plain; charset=UTF-8")
             return
         made = [json.dumps(output) async for output in made_of(outputs)]
         document = {
@@ -400,16 +435,16 @@ class RunHandler(Handler):
             "last": max(run.last, messages.position - 1) if run.messages else -1,
             "lost": told(messages.lost),
         }
-        self.say(document, outputs=made)
+        await self.say(document, outputs=made)
 
-    def is_gone(self, kernel: Kernel, run: Run, lost: list[Lost], *, partial: bool) -> bool:
+    async def is_gone(self, kernel: Kernel, run: Run, lost: list[Lost], *, partial: bool) -> bool:
         """And that was said."""
         if not lost or partial:
             return False
         reason = "some of what was asked for is not kept any more; ?partial=1 has the rest"
         found = described(run, kernel.relay.journal)
         document = {"message": reason, "reason": reason, "run": found, "lost": told(lost)}
-        self.say(document, 410)
+        await self.say(document, 410)
         return True
 
 
@@ -475,37 +510,41 @@ class Events:
             return
         begin = 0 if after is None else after + 1
         gone = Lost(max(begin, run.first), journal.front.first)
-        if run.messages and gone.first < gone.before and handler.is_gone(self._kernel, run, [gone], partial=partial):
+        is_gone = run.messages and gone.first < gone.before
+        if is_gone and await handler.is_gone(self._kernel, run, [gone], partial=partial):
             return
         handler.set_header("Content-Type", "text/event-stream")
         handler.set_header("Cache-Control", "no-store")
         handler.set_header("X-Accel-Buffering", "no")  # nginx would gather them
-        with suppress(StreamClosedError):
+        with suppress(StreamClosedError, DiskIsLate):  # it is not over: whoever reads it comes back
             async with News(self._kernel, handler) as news:
                 await self._follow(news, begin)
 
     async def _follow(self, news: News, begin: int) -> None:
-        messages = Messages(self._kernel.relay.journal, self._run, begin)
+        relay = self._kernel.relay
+        messages = Messages(relay.journal, self._run, begin, self._kernel.rewriting.shown)
         spoke = time.monotonic()
         try:
+            await self._tell("")  # that it is open
             while True:
-                is_over = self._run.is_over
+                is_over = self._run.is_over or relay.is_closed
                 async for text in self._events(messages, begin):
-                    self._handler.write(text)
-                    await self._handler.flush()
+                    await self._tell(text)
                     spoke = time.monotonic()
                 if is_over:
                     break
                 if time.monotonic() - spoke > HEARTBEAT:
-                    self._handler.write(": nothing new\n\n")
-                    await self._handler.flush()
+                    await self._tell(": nothing new\n\n")
                     spoke = time.monotonic()
-                if not await news.wait(HEARTBEAT):
+                await news.wait(HEARTBEAT)
+                if news.is_left:
                     return
         finally:
             messages.close()
-        self._handler.write(event("done", described(self._run, self._kernel.relay.journal)))
-        await self._handler.flush()
+        await self._tell(event("done", described(self._run, relay.journal)))
+
+    async def _tell(self, text: str) -> None:
+        await self._handler.tell(text.encode())
 
     async def _events(self, messages: Messages, begin: int) -> AsyncIterator[str]:
         async for message in messages.read():
@@ -534,6 +573,7 @@ class InputHandler(Handler):
     async def post(self, kernel_id: str, msg_id: str) -> None:
         kernel = self.kernel(kernel_id)
         run = self.run(kernel, msg_id)
+        self.check_that_it_is_allowed("input_reply")
         answer = self.document(Answer)
         await self.check_that_it_runs(kernel)
         if run.asks < 0:
@@ -563,14 +603,17 @@ async def interrupted_after(kernel: Kernel, msg_id: str, seconds: float) -> None
     while not kernel.relay.is_closed:
         journal.learn()
         run = journal.ledger.get(msg_id)
-        if run is None or run.is_over:
+        if run is None or (run.is_over and run.state != "lost"):  # what is lost may begin in the new process
             return
         if deadline == math.inf and run.state == "running":
             deadline = time.monotonic() + seconds
         left = deadline - time.monotonic()
         if left <= 0:
             log.info("kernel %s is interrupted: a run took more than %g s", kernel.relay.name, seconds)
-            await ensure_async(kernel.manager.interrupt_kernel())
+            try:
+                await ensure_async(kernel.manager.interrupt_kernel())
+            except Exception as error:  # noqa: BLE001 - whatever a provisioner may say: in the middle of a restart, say
+                log.warning("kernel %s cannot be interrupted: %s", kernel.relay.name, error)
             return
         await asyncio.sleep(min(left, HAS_IT_BEGUN))
 
@@ -583,11 +626,10 @@ class BufferHandler(Handler):
     async def get(self, kernel_id: str, msg_id: str, number: str, index: str) -> None:
         kernel = self.kernel(kernel_id)
         run = self.run(kernel, msg_id)
+        self.set_header("Content-Disposition", "attachment")
         with self.place(kernel):
             buffer = await self.find(kernel.relay.journal, run, int(number), int(index))
-        self.set_header("Content-Disposition", "attachment")
-        self.set_header("Cache-Control", "no-store")
-        self.finish(buffer, set_content_type="application/octet-stream")
+            await self.answer(buffer, "application/octet-stream")
 
     async def find(self, journal: Journal, run: Run, number: int, index: int) -> bytes:
         messages = Messages(journal, run, number)

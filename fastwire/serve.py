@@ -56,7 +56,9 @@ try:
     from jupyter_server.utils import unix_socket_in_use, url_path_join
     from tornado.http1connection import HTTP1Connection
     from tornado.httpserver import HTTPServer
+    from tornado.httputil import HTTPHeaders, HTTPMessageDelegate
     from tornado.ioloop import IOLoop
+    from tornado.iostream import IOStream
     from tornado.netutil import bind_sockets
     from tornado.web import HTTPError
     from traitlets import default
@@ -308,9 +310,10 @@ class FastwireServer(ServerApp):
 
 
 def limit_requests(server: HTTPServer, seconds: float) -> None:
-    """Close connections whose first request is not whole after ``seconds``, or a later one that has begun after twice
-    that; 0 is no limit. Between requests they have Tornado's hour: a proxy's pool uses its connections again, and one
-    that is closed at that moment takes a request with it."""
+    """Close connections whose first request's headers are not whole after ``seconds``, or those of a later one that has
+    begun after twice that, and those of which no more of a request's body comes for so long; 0 is no limit. Between
+    requests they have Tornado's hour: a proxy's pool uses its connections again, and one that is closed at that moment
+    takes a request with it."""
     later, first = server.conn_params, copy.copy(server.conn_params)
     if not seconds:
         later.header_timeout = None
@@ -325,10 +328,47 @@ def limit_requests(server: HTTPServer, seconds: float) -> None:
         else:
             known.add(connection)
             request.params = first
-        return start(connection, request)
+        return Patient(start(connection, request), request.stream, seconds)
 
     answering: Any = server
     answering.start_request = start_request
+
+
+class Patient(HTTPMessageDelegate):
+    """Passes a request on to ``delegate``, and closes its connection when nothing more of its body comes."""
+
+    def __init__(self, delegate: HTTPMessageDelegate, stream: IOStream, seconds: float) -> None:
+        self._delegate = delegate
+        self._stream = stream
+        self._seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._stream.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def headers_received(self, start_line: Any, headers: HTTPHeaders) -> Any:
+        self._wait()
+        return self._delegate.headers_received(start_line, headers)
+
+    def data_received(self, chunk: bytes) -> Any:
+        self._stop()
+        taken = self._delegate.data_received(chunk)
+        if taken is None:  # or whoever takes it piece by piece may need his time
+            self._wait()
+        return taken
+
+    def finish(self) -> None:
+        self._stop()
+        self._delegate.finish()
+
+    def on_connection_close(self) -> None:
+        self._stop()
+        self._delegate.on_connection_close()
 
 
 def close_when_it_lasts(request: weakref.ref[HTTP1Connection], seconds: float, *, had_begun: bool = False) -> None:

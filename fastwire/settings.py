@@ -153,15 +153,15 @@ class Fastwire(Configurable):
         Limits.handshake_timeout,
         min=0,
         config=True,
-        help="Seconds until a connection is closed that has not sent a whole request, the one that opens a WebSocket "
-        "included; 0 for never. Of python -m fastwire.serve.",
+        help="Seconds until a connection is closed that has not sent a request's headers, the one that opens a "
+        "WebSocket included, or nothing more of its body; 0 for never. Of python -m fastwire.serve.",
     )
     clients_per_kernel = Integer(
         Limits.clients_per_kernel,
         min=0,
         config=True,
         help="WebSockets that may be open to one kernel; closed with 1013 beyond. As many of its clients may be away; "
-        "beyond, the longest away is given up.",
+        "beyond, the longest away is given up. Of kernels behind a gateway the gateway has the clients.",
     )
     clients_per_user = Integer(
         Limits.clients_per_user,

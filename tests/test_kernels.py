@@ -21,8 +21,10 @@ from traitlets.config import Config
 from websockets.exceptions import InvalidStatus
 
 from fastwire import events
+from fastwire.hearing import State
 from fastwire.jupyter import FastwireMappingKernelManager
-from fastwire.kernels import Clients, kernel_of, kernels_of
+from fastwire.kernels import Clients, Kernel, kernel_of, kernels_of
+from fastwire.relay import Session
 from fastwire.zmtp import Link
 
 
@@ -132,6 +134,19 @@ def test_a_kernel_that_moves_while_it_is_asked(tmp_path: Path, monkeypatch: pyte
     asyncio.run(use())
 
 
+def test_a_program_asks_a_kernel_that_is_left_to_libzmq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that is known: what waits goes to sockets of libzmq, as what clients ask does."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch, Fastwire={"history_limit": 1 << 20}) as inside:
+            kernel = kernel_of(inside.manager.get_kernel(await inside.manager.start_kernel(kernel_name="zmtp2")))
+            asked = kernel.open_executor().execute({"code": "1"}, {}, "ann")
+            await until(lambda: kernel.relay.journal.ledger.get(asked).state == "done", "it is answered")
+            assert kernel.relay.path == LIBZMQ
+
+    asyncio.run(use())
+
+
 def test_a_kernel_that_is_deleted_while_it_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use() -> None:
         async with serving(tmp_path, monkeypatch) as inside:
@@ -227,6 +242,44 @@ def test_a_proof_that_cannot_be_made_lets_nothing_go(
 
     asyncio.run(use())
     assert caplog.text.count("cannot be asked yet") == 1
+
+
+def test_a_verdict_is_not_of_the_next_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that answers nobody is given up, and is gone before it is known whether it listens on stdin."""
+
+    async def use() -> None:
+        asked, gate, verdicts = asyncio.Event(), asyncio.Event(), list[bool]()
+        works = Kernel._is_proven
+
+        async def is_proven(kernel: Kernel) -> bool:
+            verdicts.append(await works(kernel))
+            return verdicts[-1]
+
+        async def until_it_can_be_asked(session: Session) -> None:
+            asked.set()
+            await gate.wait()
+
+        monkeypatch.setattr(Kernel, "_is_proven", is_proven)
+        monkeypatch.setattr(Session, "until_it_can_be_asked", until_it_can_be_asked)
+        async with serving(tmp_path, monkeypatch, MappingKernelManager={"kernel_info_timeout": 0.5}) as inside:
+            manager = await inside.silent_kernel()
+            kernel = kernel_of(manager)
+            gate.set()
+            async with inside.client(manager.kernel_id), asyncio.timeout(PATIENCE):
+                await inside.connection()
+                await until(lambda: kernel.hearing.state is State.BELIEVED, "it is given up")
+                gate.clear()
+                asked.clear()
+                kernel.relay.doubt()
+                await asked.wait()
+                manager.provisioner.process.kill()
+                await until(lambda: not kernel.relay.is_connected, "it is gone")
+                verdicts.clear()
+                gate.set()
+                await until(lambda: verdicts, "the verdict is there")
+                assert kernel.hearing.held, "nobody has heard the next one yet"
+
+    asyncio.run(use())
 
 
 def test_a_kernel_that_says_nothing_about_being_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

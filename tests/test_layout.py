@@ -58,6 +58,7 @@ ROOMS = (
     "settings",
     "sockets",
     "gateway",
+    "rewriting",
     "restarter",
     "kernels",
     "runs_api",

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 import urllib.parse
 import urllib.request
 import uuid
@@ -490,6 +491,21 @@ def test_a_connection_that_is_kept_alive_outlives_those_that_are_slow(tmp_path: 
         assert kept.getresponse().read()
         assert kept.sock is first
         kept.close()
+
+
+def test_a_body_that_does_not_come(tmp_path: Path) -> None:
+    """Of a stranger, who needs no token for it. One that comes slowly does come."""
+    with serving(tmp_path, "--Fastwire.handshake_timeout=1") as server:
+        head = f"POST /api/kernels HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Length: 8\r\n\r\n".encode()
+        socks = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(2)]
+        with socks[0] as never, socks[1] as slow, slow.makefile("rb") as answer:
+            for sock in socks:
+                sock.sendall(head)
+            for octet in b"{       ":
+                time.sleep(0.4)
+                slow.sendall(bytes([octet]))
+            assert never.recv(1) == b""
+            assert answer.readline() == b"HTTP/1.1 403 Forbidden\r\n"
 
 
 def test_a_handshake_may_take_any_time_if_nobody_sets_it_one(tmp_path: Path) -> None:

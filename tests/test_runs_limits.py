@@ -1,0 +1,252 @@
+"""Runs over HTTP where somebody asks what he may not, does not read, or loses his kernel."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+from server import PATIENCE, TOKEN, Client, Server, serving, until
+from test_runs_api import OPTIONS, asked, events, executed, got, posted, runs_of, text
+
+pytestmark = pytest.mark.timeout(5 * PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server"), *OPTIONS) as server:
+        yield server
+        assert server.logged("[E ") == []
+
+
+@pytest.fixture(scope="module")
+def kernel(server: Server) -> Iterator[str]:
+    with server.kernel() as kernel:
+        yield kernel
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two may read at once, and have two seconds for each piece; little may be known; and much is hidden."""
+    options = (
+        "--Fastwire.clients_per_kernel=2",
+        "--Fastwire.write_deadline=2",
+        "--Fastwire.total_memory_limit=67108864",
+        "--MappingKernelManager.allow_tracebacks=False",
+    )
+    with serving(tmp_path_factory.mktemp("small"), *OPTIONS, *options) as server:
+        yield server
+
+
+# -- what is not allowed ---------------------------------------------------------------------------
+
+
+def test_types_that_are_not_allowed_are_sent_for_nobody(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As Voila keeps its visitors from running code of their own."""
+    types = "--MappingKernelManager.allowed_message_types=['kernel_info_request', 'comm_msg']"
+    with serving(tmp_path_factory.mktemp("strict"), *OPTIONS, types) as server, server.kernel() as kernel:
+        status, answer = server.rest("POST", runs_of(kernel), {"code": "print('ran')"})
+        assert (status, "allowed_message_types" in answer["message"]) == (403, True)
+        assert server.rest("GET", runs_of(kernel))[1]["runs"] == []
+
+
+def test_hidden_tracebacks_are_hidden_from_programs(small: Server) -> None:
+    with small.kernel() as kernel:
+        run = executed(small, kernel, "1 / 0")
+        (output,) = got(small, kernel, run)["outputs"]
+        assert (output["ename"], len(output["traceback"])) == ("ExecutionError", 1)
+        raw = [each for each in got(small, kernel, run, "?raw=1")["messages"] if each["channel"] == "iopub"]
+        with asked(small, f"{runs_of(kernel)}/{run}", Accept="text/plain") as response:
+            assert "ZeroDivision" not in json.dumps(raw) + response.read().decode()
+        with asked(small, f"{runs_of(kernel)}/{run}", Accept="text/event-stream") as response:
+            told = [data for _, kind, data in events(response) if kind == "message" and data["channel"] == "iopub"]
+        assert "ZeroDivision" not in json.dumps(told)
+
+
+def test_a_kernel_of_an_older_protocol_has_outputs(server: Server) -> None:
+    """They are adapted, as for clients with a WebSocket."""
+    with server.kernel("odd-old") as kernel:
+        answer = got(server, kernel, posted(server, kernel, code="hello")["msg_id"])
+        assert {output["output_type"] for output in answer["outputs"]} == {"stream", "execute_result"}
+
+
+# -- what is asked ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("end", "field"), [("", "code"), ("/input", "value")])
+def test_a_field_that_python_has_a_meaning_for(server: Server, kernel: str, end: str, field: str) -> None:
+    path = runs_of(kernel) + (f"/{executed(server, kernel, '1')}{end}" if end else "")
+    with asked(server, path, "POST", json.dumps({"self": 1, field: "1"}).encode()) as response:
+        assert response.status == 400
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["print('http://x/?a=1&token=abc')", "print('?a=1&token=%ff')", "x = '" + "&nbsp;" * 1500 + "'"],
+    ids=["token", "no text", "many fields"],
+)
+def test_code_is_no_form(server: Server, kernel: str, code: str) -> None:
+    """Whatever curl and urllib call it where their user says nothing: nothing in it is a token."""
+    kind = "application/x-www-form-urlencoded"
+    with asked(server, runs_of(kernel), "POST", json.dumps({"code": code}).encode(), Content_Type=kind) as response:
+        assert response.status == 201, response.read()
+
+
+HUGE = """
+session = get_ipython().kernel.session
+usual = session.pack
+session.pack = lambda content: usual(content).replace(b'"HU' b'GE"', b"1e400")
+display({"application/json": "HU" + "GE"}, raw=True)
+session.pack = usual
+"""
+
+
+def test_a_number_that_is_too_large_for_a_float(server: Server) -> None:
+    """No answer is what other languages cannot read."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    with server.kernel() as kernel:
+        run = posted(server, kernel, code=HUGE)["msg_id"]
+        got(server, kernel, run)
+        for path in (f"/{run}", f"/{run}?raw=1", "?outputs=1"):
+            with asked(server, runs_of(kernel) + path) as response:
+                json.loads(response.read(), parse_constant=refuse)
+
+
+# -- runs that go on -------------------------------------------------------------------------------
+
+
+SLEEPS = "import time\nprint('first', flush=True)\ntime.sleep(8)\nprint('last')"
+
+
+def test_a_run_that_goes_on_is_not_forgotten(server: Server) -> None:
+    """Also where more wait than are known: its stream has its end."""
+    with server.kernel() as kernel, Client(server, kernel) as client:
+        run = posted(server, kernel, code=SLEEPS)["msg_id"]
+        until(lambda: "first" in text(got(server, kernel, run, "")), "it says something")
+        with asked(server, f"{runs_of(kernel)}/{run}", Accept="text/event-stream") as response:
+            for _ in range(520):
+                last = client.execute("1")
+            assert server.rest("GET", f"{runs_of(kernel)}/{run}")[0] == 200
+            client.collect(last)
+            *_, (_, kind, data) = events(response)
+        assert (kind, data["state"]) == ("done", "done")
+
+
+def test_a_run_that_is_forgotten_while_it_waits_is_lost(server: Server) -> None:
+    """Whoever waits for it is told, and comes to an end."""
+    with server.kernel() as kernel, Client(server, kernel) as client:
+        first = posted(server, kernel, code="import time; time.sleep(5)")["msg_id"]
+        until(lambda: got(server, kernel, first, "")["run"]["state"] == "running", "it runs")
+        run = posted(server, kernel, code="2")["msg_id"]
+        with asked(server, f"{runs_of(kernel)}/{run}", Accept="text/event-stream") as response:
+            for _ in range(520):
+                last = client.execute("1")
+            assert server.rest("GET", f"{runs_of(kernel)}/{run}")[0] == 404
+            (*_, (_, kind, data)) = events(response)
+            assert (kind, data["state"]) == ("done", "lost")
+            client.collect(last)
+
+
+def test_no_more_wait_than_are_known(tmp_path_factory: pytest.TempPathFactory) -> None:
+    little = "--Fastwire.total_memory_limit=1048576"
+    with serving(tmp_path_factory.mktemp("little"), *OPTIONS, little) as server, server.kernel() as kernel:
+        first = posted(server, kernel, code="import time; time.sleep(100)")["msg_id"]
+        answers = [server.rest("POST", runs_of(kernel), {"code": "1"}) for _ in range(300)]
+        assert answers[-1][0] == 429
+        taken = [answer["msg_id"] for status, answer in answers if status == 201]
+        assert {run["msg_id"] for run in server.rest("GET", runs_of(kernel))[1]["runs"]} == {first, *taken}
+
+
+# -- kernels that end ------------------------------------------------------------------------------
+
+
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+for number in range(10**5):
+    print(number, flush=True)
+    time.sleep(0.003)
+"""
+
+
+def test_a_stream_of_a_kernel_that_is_ended(server: Server) -> None:
+    with server.kernel() as kernel, ThreadPoolExecutor() as threads:
+        run = posted(server, kernel, code=STUBBORN)["msg_id"]
+
+        def streamed() -> list:
+            with asked(server, f"{runs_of(kernel)}/{run}", Accept="text/event-stream") as response:
+                return list(events(response))
+
+        told = threads.submit(streamed)
+        until(lambda: got(server, kernel, run, "")["run"]["messages"] > 100, "it says something")
+        server.end_kernel(kernel)
+        *_, (_, kind, data) = told.result()
+        assert (kind, data["state"]) == ("done", "lost")
+        numbers = [(data["first"], data["before"] - 1) for _, kind, data in told.result() if kind == "lost"]
+        numbers += [(data["seq"], data["through"]) for _, kind, data in told.result() if kind == "message"]
+        assert max(last for _, last in numbers) == data["last"], "what was not told is said to be lost"
+
+
+SLOW_TO_END = "import atexit, time; atexit.register(lambda: time.sleep(2))"
+WHOLE = "import time\nfor _ in range(30): time.sleep(0.1)\nprint('whole')"
+
+
+def test_what_waits_through_a_restart_is_not_lost(server: Server) -> None:
+    """And is interrupted when it takes too long, from its beginning."""
+    with server.kernel() as kernel, ThreadPoolExecutor() as threads:
+        got(server, kernel, posted(server, kernel, code=SLOW_TO_END)["msg_id"])
+        restart = threads.submit(server.restart, kernel)
+        time.sleep(0.7)
+        run = posted(server, kernel, code=WHOLE)["msg_id"]
+        late = posted(server, kernel, code="import time; time.sleep(60)", timeout=1)["msg_id"]
+        with asked(server, f"{runs_of(kernel)}/{run}", Accept="text/event-stream") as response:
+            *_, (_, kind, data) = events(response)
+        restart.result()
+        assert (kind, data["state"], text(got(server, kernel, run))) == ("done", "done", "whole\n")
+        assert got(server, kernel, late)["run"]["failed"]
+
+
+# -- readers that do not read ----------------------------------------------------------------------
+
+
+#: 2 MiB that are kept, and more than 5 MB of JSON.
+SAYS = "for _ in range(450): print(chr(128512) * 999, flush=True)"
+
+
+def stalled(server: Server, stack: ExitStack, path: str, accept: str = "*/*") -> None:
+    sock = stack.enter_context(socket.socket())
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", server.port))
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\nAuthorization: token {TOKEN}\r\n\r\n"
+    sock.sendall(head.encode())
+
+
+@pytest.mark.memory
+def test_answers_that_nobody_reads_are_bounded(small: Server) -> None:
+    """Each holds its place until it is written."""
+    with small.kernel() as kernel, ExitStack() as stack:
+        run = posted(small, kernel, code=SAYS)["msg_id"]
+        got(small, kernel, run)
+        before = small.outside.memory_info().rss
+        for _ in range(60):
+            stalled(small, stack, f"{runs_of(kernel)}?outputs=1")
+            time.sleep(0.1)
+        until(lambda: small.rest("GET", f"{runs_of(kernel)}/{run}")[0] == 200, "there is a place again")
+        assert small.outside.memory_info().rss - before < 100 << 20
+
+
+@pytest.mark.parametrize("accept", ["text/event-stream", "application/json"])
+def test_who_does_not_read_makes_room(small: Server, accept: str) -> None:
+    with small.kernel() as kernel, ExitStack() as stack:
+        run = posted(small, kernel, code=SAYS)["msg_id"]
+        got(small, kernel, run)
+        for _ in range(4):  # of which two find a place
+            stalled(small, stack, f"{runs_of(kernel)}/{run}", accept)
+        time.sleep(1)
+        assert small.rest("GET", f"{runs_of(kernel)}/{run}")[0] == 429
+        until(lambda: small.rest("GET", f"{runs_of(kernel)}/{run}")[0] == 200, "there is a place again")
