@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -664,8 +664,9 @@ class Kernels:
 
     def close_ended(self) -> None:
         """Of kernels that are not managed any more."""
-        for manager in [each for each in self._kernels if not is_managed(each)]:
-            self.close(manager)
+        with ExitStack() as steps:  # one that fails keeps no other
+            for manager in [each for each in self._kernels if not is_managed(each)]:
+                steps.callback(self.close, manager)
         if not self._kernels and self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
@@ -674,11 +675,13 @@ class Kernels:
         """Close the relays of kernels that are gone: the stock kernel manager tells nobody. A restart may take a
         kernel off its manager's list for a moment, so it has to be missing twice."""
         self._sweeper = None
-        for manager, kernel in list(self._kernels.items()):
-            was_missing, kernel.missing = kernel.missing, not is_managed(manager)
-            if was_missing and kernel.missing:
-                self.close(manager)
-        self._sweep_later()
+        try:
+            for manager, kernel in list(self._kernels.items()):
+                was_missing, kernel.missing = kernel.missing, not is_managed(manager)
+                if was_missing and kernel.missing:
+                    self.close(manager)
+        finally:  # where one fails, others are found the next time
+            self._sweep_later()
 
     def _sweep_later(self) -> None:
         if self._kernels and self._sweeper is None:

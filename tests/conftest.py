@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import builders
 import pytest
@@ -126,6 +127,25 @@ def transport(request: pytest.FixtureRequest) -> bool:
     """Run the test on libzmq's functions and on pyzmq's."""
     _core.use_pyzmq(request.param)
     return request.param
+
+
+@pytest.fixture
+def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, str], list[str]]:
+    """A method that has no memory the first time; the list it returns is empty when that has come to pass."""
+
+    def begin(owner: object, name: str) -> list[str]:
+        works, left = getattr(owner, name), [name]
+
+        def method(*args: Any, **options: Any) -> Any:
+            if left:
+                left.clear()
+                raise MemoryError
+            return works(*args, **options)
+
+        monkeypatch.setattr(owner, name, method)
+        return left
+
+    return begin
 
 
 @pytest.fixture

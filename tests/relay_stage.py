@@ -391,6 +391,15 @@ def kernel(context: zmq.Context) -> Iterator[Kernel]:
     kernel.close()
 
 
+@pytest.fixture
+def quiet(stage: Stage, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What fails is said in the log, whose records would keep tracebacks, and those what they passed."""
+    caplog.set_level(logging.CRITICAL)
+    yield
+    stage.take_problems()
+    stage.take_logs()
+
+
 # -- clients that come and go ----------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,28 @@ def test_a_kernel_that_somebody_else_has_started(tmp_path: Path, monkeypatch: py
                     assert client.close_code == 1011
             finally:
                 await manager.shutdown_kernel(now=True)
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_cannot_be_closed_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_once: Callable[[object, str], list[str]]
+) -> None:
+    """Of those that are gone without a word."""
+    monkeypatch.setattr("fastwire.kernels.SWEEP_INTERVAL", 0.05)
+
+    async def use() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        async with serving(tmp_path, monkeypatch) as inside:
+            gone = [await inside.manager.start_kernel(kernel_name="light") for _ in range(2)]
+            managers: list[Any] = [inside.manager.get_kernel(kernel) for kernel in gone]
+            relays = [kernel_of(manager).relay for manager in managers]
+            left = fails_once(Kernel, "close")
+            monkeypatch.setattr("fastwire.kernels.is_managed", lambda manager: manager not in managers)
+            await until(lambda: sum(relay.is_closed for relay in relays) == 1, "the other is closed")
+            assert not left
+            for relay in relays:
+                relay.close()
 
     asyncio.run(use())
 

@@ -2,7 +2,6 @@
 told of."""
 
 import errno
-import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,39 +24,11 @@ from fastwire.writing import Writer
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
 
-@pytest.fixture
-def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str], list[str]]:
-    """A method that has no memory the first time; the list it returns is empty when that has come to pass."""
-
-    def begin(owner: type, name: str) -> list[str]:
-        works, left = getattr(owner, name), [name]
-
-        def method(*args: Any, **options: Any) -> Any:
-            if left:
-                left.clear()
-                raise MemoryError
-            return works(*args, **options)
-
-        monkeypatch.setattr(owner, name, method)
-        return left
-
-    return begin
-
-
 def try_to_connect(stage: Stage, session_id: str) -> Client:
     """Its handshake is accepted; what comes then may fail."""
     client = Client(stage.address, session_id, None)
     stage.clients.append(client)
     return client
-
-
-@pytest.fixture
-def quiet(stage: Stage, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """What fails is said in the log, whose records would keep tracebacks, and those what they passed."""
-    caplog.set_level(logging.CRITICAL)
-    yield
-    stage.take_problems()
-    stage.take_logs()
 
 
 # -- names -----------------------------------------------------------------------------------------

@@ -291,6 +291,8 @@ NEVER_BEGUN = {
     "a stream": "_core.ZmtpStream.__new__(_core.ZmtpStream).close()",
     "a stream that is asked": "s = _core.ZmtpStream.__new__(_core.ZmtpStream); s.feed(b'x'); s.send([b'']); s.renew()\n"
     "assert s.fd == -1",
+    "a parser that is asked": "p = _core.FrameParser.__new__(_core.FrameParser); p.feed(b'\\x82\\x80mask'); list(p)",
+    "a queue that is asked": "q = _core.WriteQueue.__new__(_core.WriteQueue); q.append_frame(1, b'x'); q.take(3)",
 }
 
 
