@@ -679,9 +679,10 @@ def test_an_example_in_a_page(server: Server, kernel: str) -> None:
         {example("new EventSource")}
         const texts = [];
         const end = await follow(runs, run, (message) => texts.push(message.content.text ?? ""));
-        return [end.state, texts.join("")];
+        const refused = await follow(runs, "unknown", () => 0).catch((error) => error.message);
+        return [end.state, texts.join(""), refused];
     }}"""
     with launched("docs/runs.md") as browser:
         page = browser.new_page()
         page.goto(f"{server.root}/fastwire?token={TOKEN}")
-        assert page.evaluate(script, [runs_of(kernel), run["msg_id"]]) == ["done", "0\n1\n2\n"]
+        assert page.evaluate(script, [runs_of(kernel), run["msg_id"]]) == ["done", "0\n1\n2\n", "no such run"]
