@@ -488,6 +488,9 @@ class Run:
     @property
     def is_over(self) -> bool: ...
     @property
+    def was_asked(self) -> bool:
+        """By who asks this process. Otherwise it is known by what its kernel says of it."""
+    @property
     def failed(self) -> bool:
         """There was an error."""
     @property
@@ -520,7 +523,7 @@ class Ledger:
     more than 8 KiB is no run's. What was asked becomes a run when the ledger is looked at or learns something; where
     that raises MemoryError it does so the next time. Where all ledgers have what they may have together
     (`limit_ledgers`), a run that is asked takes the place of older ones, of all but 32. Those that are over go first,
-    then those that wait, then those that the kernel is at work on."""
+    and those of which only output is heard, then those that wait, then those that the kernel is at work on."""
 
     def __init__(self, most: int = 512) -> None: ...
     def __len__(self) -> int: ...
@@ -529,7 +532,7 @@ class Ledger:
         """What has a number below it was learned."""
     @property
     def is_full(self) -> bool:
-        """Whether the next run that is asked takes the place of one that is not over."""
+        """Whether the next run that is asked takes the place of one that somebody waits for."""
     def get(self, msg_id: str) -> Run | None: ...
     def all(self) -> list[Run]:
         """In the order in which they were asked."""
@@ -742,6 +745,8 @@ class Uplink:
         """Messages a socket has taken."""
     def answered(self, batch: Batch) -> None:
         """What the kernel has sent on these sockets: its replies, and what it asks."""
+    def retire(self) -> None:
+        """What waits here is not sent any more: runs among it are lost."""
     def forget(self) -> None:
         """The kernel was started again: what the old process was asked, and what it asked, nobody answers any more."""
     @property

@@ -197,7 +197,7 @@ class Downlink(Outlet):
         """Give the socket what waits, up to its mark."""
         try:
             self._pump()
-        except Exception:
+        except (MemoryError, OSError):
             # A socket that has everything and was asked about it has nothing left that would bring us back here.
             if self._again is None:
                 self._again = asyncio.get_running_loop().call_later(PUMP_AGAIN, self._pump_again)

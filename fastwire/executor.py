@@ -133,5 +133,7 @@ class Executor:
         for channel in self._channels:
             channel.close()
         self._channels.clear()
-        self._uplink = None
         self._charge.end()
+        uplink, self._uplink = self._uplink, None
+        if uplink is not None:
+            uplink.retire()

@@ -347,6 +347,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
             # That has ended it, where nothing is kept for who is away.
             session = self.relay.session(self.session.session, self.session.bsession, self.user)
         self._session, self._connection = session, connection
+        self._rewriting = self.kernel.rewriting
         # Another subprotocol that both have agreed to means the default one. The handler forgets it when it closes.
         self._protocol = PROTOCOL_V1 if self.subprotocol == PROTOCOL_V1 else None
         session.downlink.prepare = self._prepare
@@ -478,7 +479,7 @@ class FastwireWebsocketConnection(ZMQChannelsWebsocketConnection):
 
     def _prepare(self, batch: Batch) -> dict[int, list[bytes] | None]:
         """Rate limits, hidden tracebacks and protocol adaptation, for the messages they concern."""
-        rewriting = self.kernel.rewriting
+        rewriting = self._rewriting
         adapts = self._session is not None and self._session.protocol != PROTOCOL_V1
         concerned = rewriting.concerns(batch, adapts=adapts)
         changes = {index: rewriting.shown(batch, index, adapts=adapts) for index in concerned}

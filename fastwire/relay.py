@@ -980,6 +980,7 @@ class Session:
         has_all = self.connection is not None and self.downlink.cursor.is_live  # or it is on its way
         try:
             self._tell_unsent()
+            self._uplink.retire()
         finally:
             lost = self.downlink.close()
         if lost and not has_all:

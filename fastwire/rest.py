@@ -36,8 +36,9 @@ DESCRIPTION = Path(__file__).with_name("openapi.json")
 #: Of a web application's settings.
 INSTALLED = "fastwire_rest_installed"
 
-#: What curl, urllib and ``fetch`` call a body where their user says nothing.
-A_FORM = "application/x-www-form-urlencoded"
+#: Types that Tornado finds arguments in, and what is made of them. The first is what curl and urllib call a body whose
+#: user says nothing; somebody means the other.
+FORMS = {"application/x-www-form-urlencoded": "text/plain", "multipart/form-data": "multipart/mixed"}
 
 #: Of Jupyter Server's own, in any request: who asks, and that nobody is at work who asks.
 OF_THE_SERVER = {"token", "no_track_activity"}
@@ -63,10 +64,11 @@ class Handler(APIHandler):
         """A body is JSON, also where its sender's default is to call it a form: nothing in it is an argument, or a
         token."""
         request = self.request
-        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() == A_FORM:
-            request.headers["Content-Type"] = "text/plain"  # or Tornado reads it as what it was called
+        kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if kind in FORMS:
+            request.headers["Content-Type"] = FORMS[kind]  # or Tornado reads it as what it was called
         request.body_arguments.clear()
-        request.arguments = dict(request.query_arguments)
+        request.arguments = {name: list(values) for name, values in request.query_arguments.items()}
 
     def check_arguments(self) -> None:
         unknown = {*self.request.query_arguments} - {*self.arguments} - OF_THE_SERVER

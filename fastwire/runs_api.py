@@ -7,13 +7,15 @@ by the server's authorizer, reads runs; who may execute, runs code and answers w
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -217,26 +219,44 @@ class Handler(rest.Handler):
         await self.answer(text.encode())
 
     async def answer(self, body: bytes, kind: str = "application/json") -> None:
-        """Returns when it is written, or its reader is gone."""
+        """Returns when it is written, or its reader is gone. In pieces where it is long, unless it may have to be known
+        whole: compressed, and HTTP/1.0 has no chunks."""
         self.set_header("Cache-Control", "no-store")
-        self.set_header("Content-Type", kind)
-        self.set_header("Content-Length", len(body))
+        whole = self.request.version == "HTTP/1.0" and self.settings.get("compress_response")
+        rest: bytes | None = body
         with suppress(StreamClosedError):
-            await self.tell(body)
-            self.finish(set_content_type=kind)
+            if len(body) > PIECE and not whole:
+                rest = None
+                if self.is_known(body):
+                    self.set_status(HTTPStatus.NOT_MODIFIED)
+                else:
+                    self.set_header("Content-Type", kind)
+                    self.set_header("Content-Length", len(body))
+                    await self.tell(body)
+            await self.until_taken(self.finish(rest, set_content_type=kind))
+
+    def is_known(self, body: bytes) -> bool:
+        """To who asks, who has it: what Tornado says of an answer in one piece."""
+        if self.get_status() != HTTPStatus.OK:
+            return False
+        self.set_header("Etag", f'"{hashlib.sha1(body, usedforsecurity=False).hexdigest()}"')
+        return bool(self.check_etag_header())
 
     async def tell(self, body: bytes) -> None:
         """A part of an answer, after its headers. Who does not take it is left: he holds a place, and the memory for
         this. Raises `StreamClosedError` where nobody reads any more."""
         for begin in range(0, len(body) or 1, PIECE):
             self.write(body[begin : begin + PIECE])
-            try:
-                async with asyncio.timeout(self.patience or None):
-                    await self.flush()
-            except TimeoutError:
-                stream = self.detach()
-                stream.close()
-                raise StreamClosedError from None
+            await self.until_taken(self.flush())
+
+    async def until_taken(self, written: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(self.patience or None):
+                await written
+        except TimeoutError:
+            connection: Any = self.request.connection
+            connection.close()
+            raise StreamClosedError from None
 
     @contextmanager
     def place(self, kernel: Kernel) -> Iterator[None]:
@@ -291,7 +311,7 @@ class RunsHandler(Handler):
         asked = self.document(Asked)
         await self.check_that_it_runs(kernel)
         ledger = kernel.relay.journal.ledger
-        waiting = sum(run.state == "queued" for run in ledger.all())
+        waiting = sum(run.state == "queued" and run.was_asked for run in ledger.all())
         if waiting >= MOST_QUEUED or ledger.is_full:
             refuse(429, f"{waiting} runs of this kernel wait already")
         try:
@@ -603,7 +623,7 @@ async def interrupted_after(kernel: Kernel, msg_id: str, seconds: float) -> None
     while not kernel.relay.is_closed:
         journal.learn()
         run = journal.ledger.get(msg_id)
-        if run is None or (run.is_over and run.state != "lost"):  # what is lost may begin in the new process
+        if run is None or run.is_over:
             return
         if deadline == math.inf and run.state == "running":
             deadline = time.monotonic() + seconds

@@ -54,6 +54,7 @@ try:
     from jupyter_server.extension.utils import get_metadata
     from jupyter_server.serverapp import WILDCARD_IPS, ServerApp
     from jupyter_server.utils import unix_socket_in_use, url_path_join
+    from tornado.gen import convert_yielded
     from tornado.http1connection import HTTP1Connection
     from tornado.httpserver import HTTPServer
     from tornado.httputil import HTTPHeaders, HTTPMessageDelegate
@@ -342,9 +343,20 @@ class Patient(HTTPMessageDelegate):
         self._stream = stream
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
+        self._is_over = False
+
+    def _wait_after(self, taken: Any) -> Any:
+        """``taken`` can be awaited where a handler takes the body piece by piece, who may need his time."""
+        if taken is None:
+            self._wait()
+            return None
+        done = convert_yielded(taken)
+        done.add_done_callback(lambda _: self._wait())
+        return done
 
     def _wait(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._stream.close)
+        if not self._is_over and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._stream.close)
 
     def _stop(self) -> None:
         if self._timer is not None:
@@ -352,23 +364,23 @@ class Patient(HTTPMessageDelegate):
             self._timer = None
 
     def headers_received(self, start_line: Any, headers: HTTPHeaders) -> Any:
-        self._wait()
-        return self._delegate.headers_received(start_line, headers)
+        return self._wait_after(self._delegate.headers_received(start_line, headers))
 
     def data_received(self, chunk: bytes) -> Any:
         self._stop()
-        taken = self._delegate.data_received(chunk)
-        if taken is None:  # or whoever takes it piece by piece may need his time
-            self._wait()
-        return taken
+        return self._wait_after(self._delegate.data_received(chunk))
 
     def finish(self) -> None:
-        self._stop()
+        self._end()
         self._delegate.finish()
 
     def on_connection_close(self) -> None:
-        self._stop()
+        self._end()
         self._delegate.on_connection_close()
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._stop()
 
 
 def close_when_it_lasts(request: weakref.ref[HTTP1Connection], seconds: float, *, had_begun: bool = False) -> None:

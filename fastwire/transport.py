@@ -243,6 +243,7 @@ class PlainSocket(Transport):
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
         self._watched = False
+        self._watch_again: asyncio.TimerHandle | None = None
         self._delay = RETRY_FIRST
         vars(stream)["close_fd"] = self._close_fd
 
@@ -271,14 +272,19 @@ class PlainSocket(Transport):
 
     def _watch(self) -> None:
         """Or later, where there is no memory for it: nobody else would."""
-        if self.reading and not self._watched:
-            try:
-                self._turns.watch(self._fd, self.wire)
-                self._watched = True
-            except (OSError, MemoryError):
-                self._loop.call_later(RETRY_LAST, self._watch)
+        self._watch_again = None
+        try:
+            self._turns.watch(self._fd, self.wire)
+            self._watched = True
+        except (OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOMEM, errno.ENOSPC):
+                raise
+            self._watch_again = self._loop.call_later(RETRY_LAST, self._watch)
 
     def read_off(self) -> None:
+        if self._watch_again is not None:
+            self._watch_again.cancel()
+            self._watch_again = None
         if self.reading:
             self.reading = self._watched = False
             self._turns.unwatch(self._fd, self.wire)

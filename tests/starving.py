@@ -221,6 +221,7 @@ CASES: dict[str, Case | Sequence[Case]] = {
     "Uplink.retry": [retry, unsent(lambda it, _: it.retry())],
     "Uplink.adopt": [adopt, unsent(lambda it, other: other.adopt(it))],
     "Uplink.answered": sending(lambda it: (it.answered(idle()), it.unanswered, it.asked)),
+    "Uplink.retire": sending(lambda it: it.retire(), before=held),
     "Uplink.forget": sending(lambda it: (it.forget(), it.unanswered, it.asked), before=held),
     "Poller.open": turning(lambda it: it.poller.open()),
     "Poller.close": turning(lambda it: it.poller.close()),

@@ -53,9 +53,14 @@ def learned(ledger: Ledger, *batches: Batch) -> Ledger:
     return ledger
 
 
+@pytest.fixture
+def sockets(context: zmq.Context) -> dict[str, zmq.Socket]:
+    return {name: builders.zmq_pair(context)[1] for name in ("shell", "control", "stdin")}
+
+
 def uplink_of(context: zmq.Context, protocol: str | None, ledger: Ledger | None) -> Uplink:
-    sockets = {name: builders.zmq_pair(context)[1] for name in ("shell", "control", "stdin")}
-    return Uplink(protocol, SIGNER, sockets, ledger=ledger)
+    ends = {name: builders.zmq_pair(context)[1] for name in ("shell", "control", "stdin")}
+    return Uplink(protocol, SIGNER, ends, ledger=ledger)
 
 
 def ask(uplink: Uplink, *names: str) -> None:
@@ -301,31 +306,68 @@ def test_the_oldest_are_forgotten_first() -> None:
         Run()
 
 
-def learns(ledger: Ledger, oracle: dict[str, str], most: int, name: str, state: str) -> None:
-    """What a kernel says of a run; in plain Python, those that are known, in the order in which they came to be so."""
+EVENTS = st.sampled_from(["asked", "busy", "idle", "says"])
+
+
+def happens_to(ledger: Ledger, uplink: Uplink, oracle: dict[str, str], most: int, name: str, event: str) -> None:
+    """To a run; in plain Python: those that are known, in the order in which they came to be so. "heard" is one that
+    nobody asked, and that its kernel has not said to be busy with: it is forgotten as those are that are over."""
     busy, _, stream, idle = a_run(name)
-    learned(ledger, batch_of({"running": busy, "says": stream, "done": idle}[state]))
-    before = oracle.get(name)
-    if before is None and len(oracle) == most:
-        del oracle[next(each for kind in ("done", "queued", "running") for each in oracle if oracle[each] == kind)]
-    if state == "done" or (state == "running" and before in (None, "queued")):
+    if event == "asked":
+        ask(uplink, name)
+    else:
+        learned(ledger, batch_of({"busy": busy, "says": stream, "idle": idle}[event]))
+    before = None if event == "asked" else oracle.get(name)
+    if event == "asked":
         oracle.pop(name, None)
-        oracle[name] = state
-    oracle.setdefault(name, "queued")
+    if before is None and len(oracle) == most:
+        order = ({"done", "heard"}, {"queued"}, {"running"})
+        del oracle[next(each for kinds in order for each in oracle if oracle[each] in kinds)]
+    after = {"asked": "queued", "says": before or "heard", "idle": "done"}.get(event)
+    if event == "busy":
+        after = "running" if before in (None, "heard", "queued") else before
+    if after != before or event == "idle":
+        oracle.pop(name, None)
+        oracle[name] = after or "done"
 
 
-@given(
-    st.integers(1, 5), st.lists(st.tuples(st.sampled_from("abcdefgh"), st.sampled_from(["running", "done", "says"])))
-)
-def test_who_is_forgotten(most: int, steps: list[tuple[str, str]]) -> None:
+@given(most=st.integers(1, 5), steps=st.lists(st.tuples(st.sampled_from("abcdefgh"), EVENTS)))
+def test_who_is_forgotten(sockets: dict[str, zmq.Socket], most: int, steps: list[tuple[str, str]]) -> None:
     """Of those that are over the first, then of those that wait, then of those that go on. Who holds one sees it."""
     ledger, oracle, held = Ledger(most), {}, {}
-    for name, state in steps:
-        learns(ledger, oracle, most, name, state)
-        assert {run.msg_id: run.state for run in ledger.all()} == oracle
-        assert ledger.is_full == (len(oracle) == most and "done" not in oracle.values())
+    uplink = Uplink(PROTOCOL_V1, SIGNER, sockets, ledger=ledger)
+    uplink.held = True
+    for name, event in steps:
+        happens_to(ledger, uplink, oracle, most, name, event)
+        states = {run.msg_id: run.state if run.was_asked or run.state != "queued" else "heard" for run in ledger.all()}
+        assert states == oracle
+        assert ledger.is_full == (len(oracle) == most and not {"done", "heard"} & {*oracle.values()})
         held |= {id(run): run for run in ledger.all()}
     assert all(run.is_over for run in held.values() if ledger.get(run.msg_id) is not run)
+
+
+def test_late_output_of_runs_that_were_forgotten_keeps_no_other_from_being_known() -> None:
+    """Threads go on, each with its run as the parent of what it prints."""
+    ledger = Ledger(MOST)
+    for number in range(5 * MOST):
+        learned(ledger, batch_of(*a_run(str(number))))
+        if number >= MOST:
+            learned(ledger, batch_of(a_run(str(number - MOST))[2]))
+    assert not ledger.is_full
+    learned(ledger, batch_of(*a_run("mine")), batch_of(*a_run("next")))
+    assert ledger.get("mine").state == "done"
+
+
+def test_what_waits_is_lost_with_who_would_have_sent_it(context: zmq.Context) -> None:
+    ledger = Ledger()
+    uplink = uplink_of(context, PROTOCOL_V1, ledger)
+    uplink.held = True
+    ask(uplink, "a")
+    uplink.retire()
+    assert ledger.get("a").state == "lost"
+    ledger.begin_anew()
+    assert ledger.get("a").state == "lost"
+    uplink_of(context, PROTOCOL_V1, None).retire()
 
 
 def test_what_still_waits_is_not_lost_with_a_process(context: zmq.Context) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import zmtp_oracle as peer
+from builders import message, wire
 from inside import execute, result, run, serving, until
 from jupyter_client import AsyncKernelManager
 from jupyter_client.connect import port_names
@@ -21,7 +22,7 @@ from traitlets import TraitError
 from traitlets.config import Config
 from websockets.exceptions import InvalidStatus
 
-from fastwire import events
+from fastwire import _core, events
 from fastwire.hearing import State
 from fastwire.jupyter import FastwireMappingKernelManager
 from fastwire.kernels import Clients, Kernel, kernel_of, kernels_of
@@ -533,6 +534,27 @@ def test_a_kernel_that_is_taken_off_the_list_is_closed_with_it(
                 assert (client.close_code, client.close_reason) == (1011, "the kernel was shut down")
             if how == "removed":
                 await manager.shutdown_kernel(now=True)
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_is_gone_is_not_known_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a reply that waited for its output meanwhile."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            manager: Any = inside.manager.get_kernel(await inside.manager.start_kernel(kernel_name="light"))
+            async with inside.client(manager.kernel_id) as client:
+                assert await run(client, "1") == "4"
+                relay = kernel_of(manager).relay
+                (session,) = relay.sessions.values()
+                parts = message("execute_reply", "a")
+                parts[0] = parts[0].replace(b'"5.3"', b'"4.1"')  # or it does not pass Python
+                batch = _core.batch_of("shell", [wire(relay.signer, parts)], relay.signer)
+                assert batch.foreign
+                relay.after_output(session._answer, batch)
+                kernels_of(inside.manager).close(manager)
+                assert manager not in kernels_of(inside.manager)
 
     asyncio.run(use())
 

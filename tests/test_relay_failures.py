@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import zmq
-from builders import message
+from builders import message, wire
 from relay_stage import Client, Kernel, Stage, leave, stream, until
 
-from fastwire import relay, zmtp
+from fastwire import _core, relay, zmtp
 from fastwire._core import Batch, Uplink
 from fastwire.channels import Channel
 from fastwire.hearing import Event, State
@@ -434,3 +434,53 @@ def test_who_moves_the_kernel_as_a_reply_is_given_takes_none_from_others(
     assert bob.ids(1) == ["b"]
     assert moved
     other.close()
+
+
+# -- replies that wait for their output ------------------------------------------------------------
+
+
+def a_reply(stage: Stage) -> Batch:
+    signer = stage.relay.signer
+    return _core.batch_of("shell", [wire(signer, message("execute_reply", "a"))], signer)
+
+
+def test_a_reply_that_comes_while_another_is_given_waits_for_its_output(stage: Stage, kernel: Kernel) -> None:
+    stage.start(kernel)
+    told: list[str] = []
+
+    def first(batch: Batch) -> None:
+        told.append("first")
+        stage.relay.after_output(lambda _: told.append("second"), batch)
+
+    def give() -> list[str]:
+        stage.relay.after_output(first, a_reply(stage))
+        stage.relay.give_replies()
+        return [*told]
+
+    assert stage.run(give) == ["first"]
+    until(lambda: told == ["first", "second"], "it was looked for")
+
+
+def test_a_reply_for_which_there_is_no_memory_is_not_overtaken_from_within(
+    stage: Stage, kernel: Kernel, quiet: None
+) -> None:
+    """Whoever hears of something may ask for what the kernel has said."""
+    stage.start(kernel)
+    told: list[int] = []
+    tries: list[int] = []
+
+    def first(batch: Batch) -> None:
+        tries.append(1)
+        stage.relay.drain_iopub()
+        if len(tries) == 1:
+            raise MemoryError
+        told.append(1)
+
+    def give() -> None:
+        stage.relay.after_output(first, a_reply(stage))
+        stage.relay.after_output(lambda _: told.append(2), a_reply(stage))
+        stage.relay.give_replies()
+        stage.relay.give_replies()
+
+    stage.run(give)
+    assert told == [1, 2]

@@ -242,7 +242,7 @@ def test_a_page_that_does_not_know_the_xsrf_token(server: Server, kernel: str) -
         ("application/x-www-form-urlencoded", 400, "code has to be"),  # what curl says of -d
         ("application/xml", 415, "application/json"),
         ("application/jsonx", 415, "application/json"),
-        ("multipart/form-data; boundary=x", 400, "multipart"),  # it has none
+        ("multipart/form-data; boundary=x", 415, "application/json"),
     ],
 )
 def test_what_a_body_is_said_to_be(server: Server, kernel: str, kind: str, status: int, word: str) -> None:

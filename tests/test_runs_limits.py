@@ -1,11 +1,13 @@
 """Runs over HTTP where somebody asks what he may not, does not read, or loses his kernel."""
 
+import gzip
 import json
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 
 import pytest
 from server import PATIENCE, TOKEN, Client, Server, serving, until
@@ -117,6 +119,51 @@ def test_a_number_that_is_too_large_for_a_float(server: Server) -> None:
                 json.loads(response.read(), parse_constant=refuse)
 
 
+def test_an_answer_that_somebody_has_is_not_sent_again(server: Server, kernel: str) -> None:
+    """A small one, and one that is sent in pieces."""
+    for code in ("1", "print('x' * 300_000)"):
+        run = executed(server, kernel, code)
+        got(server, kernel, run)
+        with asked(server, f"{runs_of(kernel)}/{run}") as response:
+            tag = response.getheader("ETag")
+            assert len(response.read()) == int(response.getheader("Content-Length") or 0)
+        assert tag is not None
+        with asked(server, f"{runs_of(kernel)}/{run}", If_None_Match=tag) as response:
+            assert (response.status, response.read()) == (304, b"")
+
+
+@pytest.mark.parametrize("size", [3000, 300_000])
+def test_a_compressed_answer_has_an_end_in_http_1_0(tmp_path_factory: pytest.TempPathFactory, size: int) -> None:
+    compress = "--ServerApp.tornado_settings={'compress_response': True}"
+    with serving(tmp_path_factory.mktemp("compressing"), *OPTIONS, compress) as server, server.kernel() as kernel:
+        run = executed(server, kernel, f"print('x' * {size})")
+        got(server, kernel, run)
+        with (
+            socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as sock,
+            sock.makefile("rb") as answer,
+        ):
+            fields = (
+                "Host: localhost",
+                "Connection: keep-alive",
+                "Accept-Encoding: gzip",
+                f"Authorization: token {TOKEN}",
+            )
+            sock.sendall("\r\n".join((f"GET {runs_of(kernel)}/{run} HTTP/1.0", *fields, "", "")).encode())
+            head = [line.strip().lower() for line in iter(answer.readline, b"\r\n")]
+            (length,) = [int(line.split()[1]) for line in head if line.startswith(b"content-length:")]
+            assert b"content-encoding: gzip" in head
+            assert len(gzip.decompress(answer.read(length))) > size
+
+
+def test_nothing_in_a_body_is_a_token(server: Server, kernel: str) -> None:
+    body = f'--b\r\nContent-Disposition: form-data; name="token"\r\n\r\n{TOKEN}\r\n--b--\r\n'.encode()
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    with closing(connection):
+        connection.request("POST", runs_of(kernel), body, kind)
+        assert connection.getresponse().status == 403
+
+
 # -- runs that go on -------------------------------------------------------------------------------
 
 
@@ -209,6 +256,17 @@ def test_what_waits_through_a_restart_is_not_lost(server: Server) -> None:
         restart.result()
         assert (kind, data["state"], text(got(server, kernel, run))) == ("done", "done", "whole\n")
         assert got(server, kernel, late)["run"]["failed"]
+
+
+def test_a_timeout_ends_with_its_process(server: Server) -> None:
+    """What the next one does is somebody else's."""
+    with server.kernel() as kernel:
+        dies = "import os, time; time.sleep(1); os._exit(1)"
+        first = posted(server, kernel, code=dies, timeout=8)["msg_id"]
+        until(lambda: got(server, kernel, first, "")["run"]["state"] == "lost", "it is started again")
+        other = posted(server, kernel, code="import time; time.sleep(10)")["msg_id"]
+        run = got(server, kernel, other)["run"]
+        assert (run["state"], run["failed"]) == ("done", False)
 
 
 # -- readers that do not read ----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Who gets in, and what those who are in can do to others: `python -m fastwire.serve` with real kernels and clients."""
 
+import asyncio
 import http.client
 import http.cookiejar
 import json
@@ -17,14 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tornado.web
 import websockets.exceptions
 import wsclient
 from builders import client_frame
 from jupyter_server.auth import passwd
 from people import permissions
 from server import PATIENCE, ROOT, TOKEN, Client, Raw, Server, environment, serving, until
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
 
 from fastwire._core import OP_PING, OP_TEXT, PROTOCOL_V1
+from fastwire.serve import limit_requests
 
 #: A hub in front of the server: it says who somebody is. One of them may only look.
 CONFIG = """
@@ -506,6 +511,38 @@ def test_a_body_that_does_not_come(tmp_path: Path) -> None:
                 slow.sendall(bytes([octet]))
             assert never.recv(1) == b""
             assert answer.readline() == b"HTTP/1.1 403 Forbidden\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"hello", b"he"], ids=["whole", "never whole"])
+def test_who_takes_a_body_piece_by_piece_has_his_time(sent: bytes) -> None:
+    """And a client that sends no more of it is closed all the same."""
+
+    @tornado.web.stream_request_body
+    class Slow(tornado.web.RequestHandler):
+        async def prepare(self) -> None:
+            await asyncio.sleep(0.6)
+
+        async def data_received(self, chunk: bytes) -> None:
+            await asyncio.sleep(0.6)
+
+        def put(self) -> None:
+            self.write("ok")
+
+    async def use() -> bytes:
+        server = HTTPServer(tornado.web.Application([("/", Slow)]))
+        limit_requests(server, 0.2)
+        (sock,) = bind_sockets(0, "127.0.0.1")
+        server.add_socket(sock)
+        reader, writer = await asyncio.open_connection(*sock.getsockname())
+        writer.write(b"PUT / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 5\r\n\r\n" + sent)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await reader.read()
+        finally:
+            writer.close()
+            server.stop()
+
+    assert asyncio.run(use())[:15] == (b"HTTP/1.1 200 OK" if len(sent) == 5 else b"")
 
 
 def test_a_handshake_may_take_any_time_if_nobody_sets_it_one(tmp_path: Path) -> None:

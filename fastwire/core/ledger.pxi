@@ -58,6 +58,7 @@ cdef class Run:
     cdef str cell_name
     cdef bytes metadata             # of the request, until somebody asks for its cell
     cdef readonly str state
+    cdef readonly bint was_asked    # and not only heard of
     cdef readonly bint failed
     cdef readonly bint replied
     cdef readonly Py_ssize_t messages
@@ -76,7 +77,7 @@ cdef class Run:
 
     @property
     def is_over(self):
-        return chain_of(self) == ENDED_RUNS
+        return self.state is not QUEUED_RUN and self.state is not RUNNING_RUN
 
     @property
     def cell(self):
@@ -99,7 +100,10 @@ cdef class Run:
 
 
 cdef inline int chain_of(Run run) noexcept:
-    return QUEUED_RUNS if run.state is QUEUED_RUN else RUNNING_RUNS if run.state is RUNNING_RUN else ENDED_RUNS
+    """Late output of one that was forgotten is nothing that somebody waits for."""
+    if run.state is RUNNING_RUN:
+        return RUNNING_RUNS
+    return QUEUED_RUNS if run.state is QUEUED_RUN and run.was_asked else ENDED_RUNS
 
 
 # Of runs, by when they came to be what they are.
@@ -271,7 +275,7 @@ cdef class Ledger:
             return None
         if header.msg_id.ptr == NULL or not is_string(header.msg_id):
             return None
-        run = self.new(unescaped(header.msg_id), span_bytes(text))
+        run = self.new(unescaped(header.msg_id), span_bytes(text), True)
         if metadata.len <= LARGEST_NAME:
             run.metadata = span_bytes(metadata)
             self.count_bytes(run, len(run.metadata))
@@ -286,7 +290,7 @@ cdef class Ledger:
             run.asks = -1
         return 0
 
-    cdef Run new(self, str msg_id, bytes header):
+    cdef Run new(self, str msg_id, bytes header, bint was_asked):
         """Of a request that comes again the last counts."""
         cdef Run run = Run.__new__(Run)
         cdef Run before
@@ -300,6 +304,7 @@ cdef class Ledger:
         run.msg_id = msg_id
         run.header = header
         run.state = QUEUED_RUN
+        run.was_asked = was_asked
         run.first = run.last = run.asks = -1
         run.counted = UNKNOWN
         run.order = self.count
@@ -312,7 +317,7 @@ cdef class Ledger:
 
     @property
     def is_full(self):
-        """Whether the next run takes the place of one that is not over."""
+        """Whether the next run takes the place of one that somebody waits for."""
         self.settle()
         return self.has_no_room() and self.chains[ENDED_RUNS].oldest == NULL
 
@@ -435,7 +440,7 @@ cdef class Ledger:
             return self.last
         msg_id = unescaped(parent.msg_id)
         run = self.runs.get(msg_id)
-        return self.new(msg_id, span_bytes(parent_header)) if run is None and may_begin else run
+        return self.new(msg_id, span_bytes(parent_header), False) if run is None and may_begin else run
 
     cdef int follow(self, Run run, const Indexed *m, long long number) except -1:
         cdef fw_span said
@@ -509,16 +514,16 @@ cdef class Ledger:
         for uplink in self.uplinks:
             uplink.ask_still()
 
-    cdef int ask_still(self, fw_span header) except -1:
-        """It was not given to the kernel's process, and is not lost with it."""
+    cdef int turn(self, fw_span header, str before, str state) except -1:
+        """The run of a request that still waits."""
         cdef fw_span msg_id = member_of(header, b"msg_id", 6)
         cdef Run run
         if msg_id.ptr == NULL or not is_string(msg_id):
             return 0
         self.settle()
         run = self.runs.get(unescaped(msg_id))
-        if run is not None and run.state is LOST_RUN:
-            self.become(run, QUEUED_RUN)
+        if run is not None and run.state is before:
+            self.become(run, state)
         return 0
 
 

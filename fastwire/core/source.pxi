@@ -34,7 +34,7 @@ cdef class KernelSide(Part):
     cdef public Marks budgets
     cdef list replies                   # that were read, and not given: of each, who gives it, and the batch
     cdef size_t reply_bytes
-    cdef int giving                     # calls of `give_all` under way
+    cdef Batch given                    # that is being given
     cdef int waits                      # turns with output that they have waited
     cdef bint unseen_activity
     cdef str unseen_state
@@ -137,32 +137,46 @@ cdef class KernelSide(Part):
         self.give_all()
 
     cdef int give_all(self) except -1:
-        """Now, whatever may still come. Whoever asks for it from within gives those behind the one that is given."""
-        cdef Py_ssize_t i = 0
+        """Now, whatever may still come. Whoever asks for it from within gives those behind the one that is given, when
+        that is in the log."""
+        cdef Py_ssize_t i = 0, end = len(self.replies)
         self.waits = 0
-        if not len(self.replies):
+        if not end or (self.given is not None and not self.given.logged):
             return 0
-        self.giving += 1
+        before = self.given
         try:
-            while i < len(self.replies) and self.give_one(i):
+            while i < end and self.give_one(i):
                 i += 1
         finally:
-            self.giving -= 1
-        if not self.giving and i == len(self.replies):
-            self.replies.clear()
+            self.given = before
+            if before is None:
+                self.forget_given(i)
         self.journal.tell_of_python(self.poller)
+        return 0
+
+    cdef int forget_given(self, Py_ssize_t count) except -1:
+        """They are None, and may stay."""
+        if count == len(self.replies):
+            self.replies.clear()
+            return 0
+        try:
+            del self.replies[:count]
+        except MemoryError:
+            pass
         return 0
 
     cdef bint give_one(self, Py_ssize_t i) except -1:
         """A reply keeps its place until it is given, so that no memory is needed to try again: None was given, or is.
         Returns whether those behind it may follow: others are not kept waiting for one that fails."""
-        cdef object entry = self.replies[i]
+        cdef tuple entry = self.replies[i]
         cdef bint is_given = False
+        cdef Batch batch
         cdef size_t nbytes
         if entry is None:
             return True
         give, batch = entry
         nbytes = batch.nbytes
+        self.given = batch
         self.replies[i] = None
         self.reply_bytes -= nbytes
         try:
@@ -174,7 +188,7 @@ cdef class KernelSide(Part):
             is_given = True
         except BaseException as error:
             interrupted = self.poller.tell(give, error)
-            is_given = (<Batch>batch).logged or not (interrupted or isinstance(error, MemoryError))
+            is_given = batch.logged or not (interrupted or isinstance(error, MemoryError))
         finally:
             if not is_given:
                 self.replies[i] = entry

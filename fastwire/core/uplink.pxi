@@ -302,10 +302,18 @@ cdef class Uplink:
 
     cdef int ask_still(self) except -1:
         """The kernel began anew: what waits here is asked of the new process."""
+        return self.turn_waiting(LOST_RUN, QUEUED_RUN)
+
+    def retire(self):
+        if self.ledger is not None:
+            self.ledger.uplinks.discard(self)
+            self.turn_waiting(QUEUED_RUN, LOST_RUN)
+
+    cdef int turn_waiting(self, str before, str state) except -1:
         cdef fw_record *record = self.waiting[SHELL].first
         while record != NULL:
             if record.asks:
-                self.ledger.ask_still(record.frames[2])
+                self.ledger.turn(record.frames[2], before, state)
             record = record.next
         return 0
 
