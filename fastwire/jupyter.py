@@ -70,7 +70,6 @@ __all__ = ["Fastwire", "FastwireMappingKernelManager", "FastwireWebsocketConnect
 
 log = logging.getLogger(__name__)
 
-
 #: jupyter_server sets ``adapt_version`` to the kernel's major also when only the minor differs; 0: nothing to adapt.
 NOT_ADAPTED = (0, 5)
 

@@ -451,7 +451,7 @@ class KernelRelay(KernelSide):
         """The kernel is gone: clients are told and every socket is closed."""
         self.is_closed = True
         open_relays.discard(self)
-        with ExitStack() as steps:  # the last is the first, and all are done whatever becomes of one
+        with ExitStack() as steps:  # from the last to the first, each whatever became of those before
             steps.callback(self.hearing.happens, Event.CLOSE)
             for step in self.forget_times, self.tell_observers, self._close_iopub, self.journal.close:
                 steps.callback(step)

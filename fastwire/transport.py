@@ -242,7 +242,6 @@ class PlainSocket(Transport):
         self._fd = self.wire.fd
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
-        self._watched = False
         self._watch_again: asyncio.TimerHandle | None = None
         self._delay = RETRY_FIRST
         vars(stream)["close_fd"] = self._close_fd
@@ -275,7 +274,6 @@ class PlainSocket(Transport):
         self._watch_again = None
         try:
             self._turns.watch(self._fd, self.wire)
-            self._watched = True
         except (OSError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.ENOMEM, errno.ENOSPC):
                 raise
@@ -286,7 +284,7 @@ class PlainSocket(Transport):
             self._watch_again.cancel()
             self._watch_again = None
         if self.reading:
-            self.reading = self._watched = False
+            self.reading = False
             self._turns.unwatch(self._fd, self.wire)
 
     def write(self) -> None:

@@ -12,7 +12,7 @@ from builders import client_frame
 from far_end import run
 from test_pair import stage as pair_stage
 from tornado.iostream import SSLIOStream
-from websocket_site import MB, NOISE, Site, blocked, eventually, fail_now, filled, gone, on
+from websocket_site import MB, NOISE, CountsTurns, Site, blocked, eventually, fail_now, filled, gone, on
 from wsclient import Client, close_frame
 
 import fastwire.transport
@@ -292,18 +292,10 @@ def test_tiny_records_leave_the_loop_its_turns(site: Site, monkeypatch: pytest.M
 def test_messages_that_grow_leave_the_loop_its_turns(site: Site) -> None:
     """All of them come in one read."""
 
-    class Handler(site.Handler):
-        in_one_turn = longest = 0
-
+    class Handler(CountsTurns, site.Handler):
         def on_message(self, message: bytes) -> None:
             self.events.append(len(message))
-            if not self.in_one_turn:
-                site.loop.call_soon(self.next_turn)
-            self.in_one_turn += 1
-            self.longest = max(self.longest, self.in_one_turn)
-
-        def next_turn(self) -> None:
-            self.in_one_turn = 0
+            self.count(site.loop)
 
     client, handler = site.open(Handler)
     compressor = zlib.compressobj(wbits=-15)

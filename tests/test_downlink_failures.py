@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,22 +11,8 @@ from relay_stage import MIB, Kernel, Stage, stream, until
 from fastwire._core import OP_TEXT, PROTOCOL_V1, RSV1
 from fastwire.journal import Cursor
 from fastwire.reading import BYTES_A_TURN
-from fastwire.writing import Writer
 
 pytest_plugins = "relay_stage"  # the fixtures `stage`, `kernel` and `quiet`
-
-
-def test_without_memory_to_tell_one_client_of_the_kernels_end_the_others_are_told(
-    stage: Stage, kernel: Kernel, fails_once: Callable[[object, str], list[str]]
-) -> None:
-    stage.start(kernel)
-    ann, bob = stage.connect("ann"), stage.connect("bob")
-    left = fails_once(Writer, "control")
-    stage.run(stage.relay.close)
-    assert not left
-    assert ann.ended(), "the end of TCP says it"
-    assert bob.close_frame()[0] == 1011
-    assert not stage.relay.sessions
 
 
 def test_who_catches_up_while_memory_is_short_is_given_everything(

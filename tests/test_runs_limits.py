@@ -11,22 +11,11 @@ from http.client import HTTPConnection
 
 import pytest
 from server import PATIENCE, TOKEN, Client, Server, serving, until
-from test_runs_api import OPTIONS, asked, events, executed, got, posted, runs_of, text
+from test_runs_api import OPTIONS, asked, events, executed, got, kernel, posted, runs_of, server, text
+
+__all__ = ["kernel", "server"]  # fixtures
 
 pytestmark = pytest.mark.timeout(5 * PATIENCE)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server"), *OPTIONS) as server:
-        yield server
-        assert server.logged("[E ") == []
-
-
-@pytest.fixture(scope="module")
-def kernel(server: Server) -> Iterator[str]:
-    with server.kernel() as kernel:
-        yield kernel
 
 
 @pytest.fixture(scope="module")
@@ -258,14 +247,20 @@ def test_what_waits_through_a_restart_is_not_lost(server: Server) -> None:
         assert got(server, kernel, late)["run"]["failed"]
 
 
-def test_a_timeout_ends_with_its_process(server: Server) -> None:
+def test_a_timeout_ends_with_its_process(small: Server) -> None:
     """What the next one does is somebody else's."""
-    with server.kernel() as kernel:
-        dies = "import os, time; time.sleep(1); os._exit(1)"
-        first = posted(server, kernel, code=dies, timeout=8)["msg_id"]
-        until(lambda: got(server, kernel, first, "")["run"]["state"] == "lost", "it is started again")
-        other = posted(server, kernel, code="import time; time.sleep(10)")["msg_id"]
-        run = got(server, kernel, other)["run"]
+    taken: list[str] = []
+
+    def is_taken() -> bool:
+        status, answer = small.rest("POST", runs_of(kernel), {"code": "import time; time.sleep(10)"})
+        taken.extend([answer["msg_id"]] if status == 201 else [])
+        return status == 201
+
+    with small.kernel() as kernel:
+        first = posted(small, kernel, code="import os, time; time.sleep(1); os._exit(1)", timeout=8)["msg_id"]
+        until(lambda: got(small, kernel, first, "")["run"]["state"] == "lost", "its process is gone")
+        until(is_taken, "there is another, which takes a moment")
+        run = got(small, kernel, taken[0])["run"]
         assert (run["state"], run["failed"]) == ("done", False)
 
 

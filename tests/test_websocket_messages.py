@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tornado.gen
 from builders import client_frame
-from websocket_site import BIG, FAILURES, MB, Site, echo_of, eventually, fail_now, gone, on_ours
+from websocket_site import BIG, FAILURES, MB, CountsTurns, Site, echo_of, eventually, fail_now, gone, on_ours
 from wsclient import OP_CONTINUATION, PATIENCE
 
 from fastwire._core import OP_PING, OP_PONG, OP_TEXT
@@ -111,18 +111,10 @@ def test_two_thousand_messages_in_one_segment(site: Site, early: bool) -> None:
 @pytest.mark.parametrize("early", [False, True])
 @on_ours
 def test_a_flood_of_small_messages_leaves_the_loop_its_turns(site: Site, early: bool) -> None:
-    class Handler(site.Handler):
-        in_one_turn = longest = 0
-
+    class Handler(CountsTurns, site.Handler):
         def on_message(self, message: str) -> None:
             super().on_message(message)
-            if not self.in_one_turn:
-                site.loop.call_soon(self.next_turn)
-            self.in_one_turn += 1
-            self.longest = max(self.longest, self.in_one_turn)
-
-        def next_turn(self) -> None:
-            self.in_one_turn = 0
+            self.count(site.loop)
 
     site.serve(Handler)
     texts = [f"message {i}" for i in range(5000)]

@@ -130,6 +130,23 @@ class Recording:
         self.closes.append((self.close_code, self.close_reason))
 
 
+class CountsTurns:
+    """Of a handler: how many of its messages come in one turn of the loop, at the most."""
+
+    longest = 0
+    _in_one_turn = 0
+
+    def count(self, loop: asyncio.AbstractEventLoop) -> None:
+        """One has come."""
+        if not self._in_one_turn:
+            loop.call_soon(self._next_turn)
+        self._in_one_turn += 1
+        self.longest = max(self.longest, self._in_one_turn)
+
+    def _next_turn(self) -> None:
+        self._in_one_turn = 0
+
+
 def is_tornados(problem: dict[str, Any]) -> bool:
     """HTTP1Connection misses the stream it was detached from when the response is out (Tornado 6.6.1)."""
     return "HTTP1Connection._finish_request" in problem["message"]

@@ -514,8 +514,8 @@ cdef class Ledger:
         for uplink in self.uplinks:
             uplink.ask_still()
 
-    cdef int turn(self, fw_span header, str before, str state) except -1:
-        """The run of a request that still waits."""
+    cdef int mark(self, fw_span header, str before, str state) except -1:
+        """The run of a request that waits in an uplink, where that has been in the state ``before``."""
         cdef fw_span msg_id = member_of(header, b"msg_id", 6)
         cdef Run run
         if msg_id.ptr == NULL or not is_string(msg_id):

@@ -302,18 +302,19 @@ cdef class Uplink:
 
     cdef int ask_still(self) except -1:
         """The kernel began anew: what waits here is asked of the new process."""
-        return self.turn_waiting(LOST_RUN, QUEUED_RUN)
+        return self.mark_waiting(LOST_RUN, QUEUED_RUN)
 
     def retire(self):
         if self.ledger is not None:
             self.ledger.uplinks.discard(self)
-            self.turn_waiting(QUEUED_RUN, LOST_RUN)
+            self.mark_waiting(QUEUED_RUN, LOST_RUN)
 
-    cdef int turn_waiting(self, str before, str state) except -1:
+    cdef int mark_waiting(self, str before, str state) except -1:
+        """The runs among what waits here."""
         cdef fw_record *record = self.waiting[SHELL].first
         while record != NULL:
             if record.asks:
-                self.ledger.turn(record.frames[2], before, state)
+                self.ledger.mark(record.frames[2], before, state)
             record = record.next
         return 0
 
