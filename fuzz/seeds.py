@@ -81,7 +81,8 @@ def legacy_binary() -> list[bytes]:
 
 def uplink() -> list[bytes]:
     """Behind the options: protocol, allowed types, parser, pyzmq, binary."""
-    forms = [(1 | 16, each) for each in v1()] + [(16, each) for each in legacy_binary()]
+    forms = [(1 | 16, each) for each in (*v1(), v1()[0].replace(b"2024-0", rb"\ud800"))]
+    forms += [(16, each) for each in legacy_binary()]
     forms += [(0, each) for each in legacy_text()]
     return [bytes([form | options]) + payload for form, payload in forms for options in (0, 2, 4, 8)]
 

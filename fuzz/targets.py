@@ -679,7 +679,7 @@ ALLOWED = frozenset({"execute_request", "input_reply", "\u00e9"})
 
 def due(payload: str | memoryview, protocol: str | None, allowed: frozenset[str]) -> object:
     """``(channel, parts)`` of what a kernel is to get, None for what is ignored, or the error."""
-    decoded = attempt(oracle.decode_v1 if protocol else oracle.decode_legacy, payload)
+    decoded = attempt(oracle.for_kernel, payload, protocol)
     if not isinstance(decoded, tuple):
         return decoded
     channel, parts = decoded

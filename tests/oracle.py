@@ -118,6 +118,14 @@ def decode_v1(payload: bytes) -> tuple[str, list[bytes]]:
         raise MalformedMessage("a channel that is not UTF-8") from error
 
 
+def for_kernel(payload: str | bytes, protocol: str | None) -> tuple[str, list[bytes]]:
+    """The channel and parts of a client's message as its kernel gets them."""
+    if protocol is None:
+        return decode_legacy(payload)
+    channel, parts = decode_v1(payload)
+    return channel, [mended(part.decode("latin-1")).encode("latin-1") for part in parts[:4]] + parts[4:]
+
+
 def text_of(part: bytes) -> str:
     """As `jupyter_client.session.json_unpacker` reads it."""
     return bytes(part).decode("utf-8", "replace")

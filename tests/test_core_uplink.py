@@ -72,7 +72,7 @@ def parser_of(*frames: bytes) -> _core.FrameParser:
 
 def expected(payload: str | bytes, protocol: str | None) -> tuple[str, list[bytes]]:
     """The channel and the signed message, by the oracle."""
-    channel, parts = (oracle.decode_v1 if protocol else oracle.decode_legacy)(payload)
+    channel, parts = oracle.for_kernel(payload, protocol)
     return channel, builders.wire(oracle.Signer(builders.KEY), parts)
 
 
@@ -138,6 +138,29 @@ def test_jupyter_client_reads_what_was_sent(kernel: Kernel, protocol: str | None
     assert (received["msg_id"], received["msg_type"]) == ("id-7", "execute_request")
     assert received["content"] == {"code": "1+1 # é"}
     assert [bytes(buffer) for buffer in received["buffers"]] == [b"buffer", b""]
+
+
+@both_protocols
+def test_half_a_surrogate_pair_reaches_no_kernel(kernel: Kernel, protocol: str | None) -> None:
+    """Of the four parts: buffers are no text."""
+    halves = {"\ud800": "a\udc00", "whole": "\U0001f600", "\\": "\\ud800 \udbff\U0001f600"}
+    payload = client_message(message("execute_request", "\udfff", halves, rb"\ud800"), "shell", protocol)
+    uplink = kernel.uplink(protocol)
+    uplink.send(OP_BINARY, payload)
+    channel, frames = expected(payload, protocol)
+    assert kernel.received(channel, 1) == [frames]
+    assert json.loads(frames[5]) == {"\ufffd": "a\ufffd", "whole": "\U0001f600", "\\": "\\ud800 \ufffd\U0001f600"}
+    assert json.loads(frames[2])["msg_id"] == "\ufffd"
+    assert frames[6] == rb"\ud800"
+
+
+@pytest.mark.parametrize(
+    "tail", [rb"\ud800", rb"\ud80", rb"\u", b"\\", rb"\ud83d\ude0", rb"\ud83d\n", rb"\ud83d\ude00", b"\\\n\\ud800"]
+)
+def test_parts_of_protocol_v1_that_are_no_json_and_end_in_an_escape(kernel: Kernel, tail: bytes) -> None:
+    parts = [*message("execute_request")[:3], b"\xff" + tail]
+    kernel.uplink(PROTOCOL_V1).send(OP_BINARY, oracle.encode_v1("shell", parts))
+    assert kernel.received("shell", 1) == [expected(oracle.encode_v1("shell", parts), PROTOCOL_V1)[1]]
 
 
 @pytest.mark.parametrize("scheme", ["hmac-sha256", "hmac-sha512"])
