@@ -30,7 +30,7 @@ COMPILE = echo "compiling the core"; if $(RUN) -c 'import Cython' 2>/dev/null; \
 	then $(RUN) setup.py --quiet build_ext --inplace --force; else $(PIP) --quiet --no-deps --editable .; fi
 # Where threads meet: the standby reader with the loop, the disk's with the log, finalizers and hashlib with anything.
 THREADED := $(addprefix tests/test_,$(addsuffix .py,core_threads core_counters core_zmtp standby zmtp zmtp_ends zmtp_failures \
-	channels turns compiled_turn output_first executor concurrency disk shelf segments hanging_disk))
+	channels turns compiled_turn output_first executor concurrency disk disk_failures shelf segments hanging_disk))
 # What the tests need, for a build that must not touch the one in the source tree.
 TREE := $(wildcard *.md *.in *.toml *.yml *.py LICENSE Makefile bench docs etc fastwire fuzz tests tools)
 COPY = rm -rf build/$@ && mkdir -p build/$@ && cp -R $(TREE) build/$@ && cd build/$@

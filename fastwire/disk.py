@@ -13,10 +13,10 @@ import errno
 import os
 import tempfile
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -87,10 +87,20 @@ class Worker:
     def _next(self) -> None:
         while self._waiting and not self._busy and (self._started or self._start()):
             prepare, done = self._waiting.popleft()
-            job = prepare()
+            job: Job | None = None
+            self._busy = True  # who prepares may add another, and that one's may add one
+            try:
+                job = prepare()
+            finally:
+                self._busy = job is not None
             if job is not None:
-                self._busy = True
-                self._jobs.put((job, done))
+                self._give(job, done)
+
+    def _give(self, job: Job, done: Done) -> None:
+        try:
+            self._jobs.put((job, done))
+        except MemoryError:
+            self._finished(done, no_memory())
 
     def _start(self) -> bool:
         """Where the system has no thread to give, the disk is late."""
@@ -117,11 +127,21 @@ class Worker:
                 result = error
             except MemoryError:
                 result = no_memory()
-            loop = self._loop()
-            with suppress(RuntimeError):  # it has ended
-                if loop is not None:
-                    loop.call_soon_threadsafe(self._finished, done, result)
-            del job, done, result, loop
+            while not self._tell(done, result):
+                time.sleep(RETRY)
+            del job, done, result
+
+    def _tell(self, done: Done, result: Any) -> bool:
+        """False: there is no memory for that now. Who waits for it would wait for good."""
+        loop = self._loop()
+        try:
+            if loop is not None:
+                loop.call_soon_threadsafe(self._finished, done, result)
+        except MemoryError:
+            return False
+        except RuntimeError:  # it has ended
+            pass
+        return True
 
     def _finished(self, done: Done, result: Any) -> None:
         self._busy = False
@@ -168,11 +188,13 @@ def ignore(_: Any) -> None:
 
 @dataclass(eq=False)
 class Part:
-    """One of the files: how far its room is given out, and how many records of it somebody still wants."""
+    """One of the files: how far its room is given out, and how many records of it somebody still wants. ``lasting`` are
+    those that are wanted until they are read: beside them what is dropped before would keep its room."""
 
     file: IO[bytes] | None = None  # until the first job opens it
     end: int = 0
     records: int = 0
+    lasting: bool = False
 
 
 @dataclass(eq=False)
@@ -203,13 +225,14 @@ class SpillFile:
     def nbytes(self) -> int:
         return self.budget.used
 
-    def place(self, size: int) -> Record | None:
+    def place(self, size: int, *, lasting: bool = False) -> Record | None:
         """Room for a record, or None where a bound is reached."""
         if size > self.budget.left:
             return None
-        if not self.parts or self.parts[-1].end >= min(FILE_SIZE, self.budget.narrowest // FILES):
-            self.parts.append(Part())
-        part = self.parts[-1]
+        part = next((each for each in reversed(self.parts) if each.lasting is lasting), None)
+        if part is None or part.end >= min(FILE_SIZE, self.budget.narrowest // FILES):
+            part = Part(lasting=lasting)
+            self.parts.append(part)
         record = Record(part, part.end, size)
         part.end += size
         part.records += 1

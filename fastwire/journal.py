@@ -544,10 +544,7 @@ class Journal(Log):
                 segments.popleft()
         if segment is self._huge:
             self._huge = None
-        waiters, segment.waiters = segment.waiters, []
-        for each in waiters:
-            if each.on_ready is not None:
-                each.on_ready()
+        segment.wake()
 
     def charge_to(self, user: User) -> None:
         """The user of the hindmost cursor."""
@@ -778,7 +775,10 @@ class Journal(Log):
         """In memory: what is on the disk is not right any more."""
         self.shelf.changed(segment)
         self.set_entries(segment, entries)
+        after = segment.next
         self._unite(segment)
+        if after is not None:  # which may have been dropped before
+            self._unite(after)
 
     def _strip_entry(self, left: list[Entry], entry: Entry, marks: list[int], zones: list[Zone]) -> None:
         """Add to ``left`` what remains of an entry."""

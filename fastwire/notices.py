@@ -14,13 +14,16 @@ from datetime import UTC, datetime
 from fastwire._core import Batch, Signer, batch_of, check_json
 from fastwire.errors import MalformedMessage
 
-__all__ = ["NOBODY", "Neighbour", "beside", "local_batch", "notice", "request_of", "said"]
+__all__ = ["NOBODY", "Neighbour", "beside", "local_batch", "notice", "request_of", "said", "shortened"]
 
 #: ``(header, parent_header)`` of a kernel's message, as `Batch.headers` has them.
 Neighbour = tuple[bytes, bytes]
 
 #: Of a kernel that has said nothing.
 NOBODY: Neighbour = (b"{}", b"{}")
+
+#: Bytes of a header that are remembered: a kernel chooses how long its headers are, and a client those of its requests.
+LONGEST_HEADER = 2048
 
 
 def local_batch(channel: str, parts: list[bytes]) -> Batch:
@@ -35,6 +38,12 @@ def beside(neighbour: Neighbour, parts: list[bytes]) -> Batch:
     header["session"] = said(neighbour[0], "session") or header.get("session", "")
     parent_header = parent_of(neighbour[1]) if parts[1] == b"{}" else parts[1]
     return local_batch("iopub", [json.dumps(header).encode(), parent_header, *parts[2:]])
+
+
+def shortened(neighbour: Neighbour) -> Neighbour:
+    """As it is remembered where what it belongs to is gone."""
+    header, parent_header = (part if len(part) <= LONGEST_HEADER else b"{}" for part in neighbour)
+    return header, parent_header
 
 
 def notice(neighbour: Neighbour, text: str) -> Batch:

@@ -15,7 +15,7 @@ from fastwire._core import ENTRY, PROTOCOL_V1, Batch, LogSegment, batch_of_frame
 from fastwire._core import LogEntry as Entry
 from fastwire.errors import MalformedMessage
 from fastwire.flow import KIB, MIB
-from fastwire.notices import NOBODY, Neighbour, notice
+from fastwire.notices import NOBODY, Neighbour, notice, shortened
 
 __all__ = [
     "ENTRY", "TRANSITIONS", "Entry", "Gap", "Segment", "State", "Zone", "in_zones", "is_fixed", "packed", "pieces_of",
@@ -78,7 +78,7 @@ class Gap(Entry):
     def lose(self, messages: int, nbytes: int, neighbour: Neighbour = NOBODY) -> None:
         self.missing += messages
         self.nbytes += nbytes
-        self._neighbour = neighbour
+        self._neighbour = shortened(neighbour)
 
     def absorb(self, later: Gap) -> None:
         self.lose(later.missing, later.nbytes, later._neighbour)
@@ -121,6 +121,29 @@ class Segment(LogSegment):
     def become(self, state: State) -> None:
         assert state in TRANSITIONS[self.state], f"a segment that is {self.state.name} cannot become {state.name}"
         self.state = state
+
+    @property
+    def has_output(self) -> bool:
+        """Some that may be dropped."""
+        return any(entry.has_output for entry in self.entries or ())
+
+    @property
+    def is_notice(self) -> bool:
+        """Nothing else is left of it. In memory it goes up in the next one; on a disk there would be one of each."""
+        return self.entries is not None and len(self.entries) == 1 and isinstance(self.entries[0], Gap)
+
+    def wake(self) -> None:
+        """Whoever waits for it: each, whatever becomes of another."""
+        waiters, self.waiters = self.waiters, []
+        failure: Exception | None = None
+        for waiter in waiters:
+            try:
+                if waiter.on_ready is not None:
+                    waiter.on_ready()
+            except Exception as error:  # noqa: BLE001 - the others have theirs
+                failure = error
+        if failure is not None:
+            raise failure
 
     def concerns(self, audience: int) -> bool:
         return None in self.counts or audience in self.counts

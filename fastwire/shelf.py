@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from fastwire.budgets import Budget, Budgets
 from fastwire.disk import Job, Record, Runner, SpillFile, no_memory
 from fastwire.errors import MalformedMessage
-from fastwire.flow import KIB, MIB, Limits
+from fastwire.flow import MIB, Limits
 from fastwire.segments import Entry, Gap, Segment, State, packed, unpacked
 
 __all__ = ["ENDLESS", "SPILL_AT", "Log", "Shelf", "totals"]
@@ -26,11 +26,12 @@ JOB, JOB_AT, JOB_OF_MORE_AT = 8 * MIB, 16, 32
 #: Segments are put aside from this part of a limit on: there is to be room left while the disk is at work.
 SPILL_AT = 2
 
-#: Smaller segments are written last: what is left of one whose output was dropped would keep a file from being closed.
-SMALL = 32 * KIB
-
 #: More bytes than there are.
 ENDLESS = 1 << 62
+
+#: A disk that was full says nothing when there is room again: it is asked when so many more segments are whole, about
+#: as many as there may be in memory.
+ASKED_AGAIN_AFTER = 16
 
 #: Errors of a disk that may be over the next time.
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
@@ -51,8 +52,6 @@ class Log(Protocol):
     def cursors(self) -> Mapping[int, Any]: ...
     @property
     def oldest_output(self) -> int: ...
-    @property
-    def segment_size(self) -> int: ...
     def set_entries(self, segment: Segment, entries: list[Entry] | None) -> None: ...
     def strip(self, segment: Segment, excess: int) -> bool: ...
     def make_room(self) -> None: ...
@@ -64,7 +63,7 @@ class Shelf:
     """The part of a log that is on the disk, or on its way.
 
     A segment is written when memory is short, the oldest first; it is read when a cursor wants it, or to be stripped
-    where the disk is full: the oldest output goes first, and it lies there. Fifteen attributes, because a disk can be
+    where the disk is full: the oldest output goes first, and it lies there. Fourteen attributes, because a disk can be
     late, full, failed for now or for good, and each is told once.
     """
 
@@ -78,13 +77,12 @@ class Shelf:
             budget = Budget(limits.client_spill_limit, budgets.of("").disk)
             self._file = SpillFile(limits.spill_dir, limits.spill_keep_free, budget, runner)
         self._unwritten: deque[Segment] = deque()
-        self._small: deque[Segment] = deque()  # nor are these
         self._loaded: deque[Segment] = deque()
         self._oldest = journal.front  # that may have output on the disk
         self._jobs = 0
         self._writes = False
         self._strips: Segment | None = None  # read to be stripped
-        self._full = False
+        self._full = 0  # until so many more segments are whole
         self._told = False  # that it is, since the log was empty
         self._failed = False  # for writing, for good; what lies there can be read
         self._closed = False
@@ -101,8 +99,8 @@ class Shelf:
     def add(self, segment: Segment) -> None:
         """It was sealed."""
         if self.takes_more:
-            is_small = segment.memory < min(SMALL, self._journal.segment_size // 2)
-            (self._small if is_small else self._unwritten).append(segment)
+            self._full = max(self._full - 1, 0)
+            self._unwritten.append(segment)
 
     def changed(self, segment: Segment) -> None:
         """Its entries are about to: what is on the disk is not right any more."""
@@ -115,13 +113,14 @@ class Shelf:
         self.add(segment)
 
     def was_freed(self, segment: Segment, state: State) -> None:
-        for segments in (self._unwritten, self._small):
-            while segments and segments[0].state is State.FREED:
-                segments.popleft()
+        while self._unwritten and self._unwritten[0].state is State.FREED:
+            self._unwritten.popleft()
         if state is State.LOADED:
             self._loaded.remove(segment)
         if state in (State.LOADED, State.ON_DISK):
             self._forget(segment)
+        if segment is self._strips:
+            self._strips = None
         if segment is self._oldest:  # which would keep all that come after it
             self._oldest = segment.next or self._journal.front
 
@@ -137,18 +136,19 @@ class Shelf:
 
     def is_empty(self) -> None:
         """The log is: a disk that was full may have room now."""
-        self._full = self._told = False
+        self._full = 0
+        self._told = False
 
     def _forget(self, segment: Segment) -> None:
         assert self._file is not None
         assert segment.record is not None
         self._file.forget(segment.record)
         segment.record = None
-        self._full = False
+        self._full = 0
 
     def relieve(self, budget: Budget) -> None:
         """Have less in memory. Where the disk was full before, what is oldest goes: a job under way makes room."""
-        was_full = self._full
+        was_full = bool(self._full)
         self._journal.give_history(budget)
         self.put_aside(budget)
         excess = budget.used - budget.limit // SPILL_AT
@@ -173,8 +173,7 @@ class Shelf:
     @property
     def may_write(self) -> bool:
         """There is something to be written, and room for it as far as is known."""
-        is_free = self.takes_more and not self._full and not self._writes
-        return is_free and bool(self._unwritten or self._small)
+        return self.takes_more and not self._full and not self._writes and bool(self._unwritten)
 
     def _evict(self, *, hard: bool) -> bool:
         """Let go of a segment that is on the disk, too: one that nobody reads, if there is one."""
@@ -210,28 +209,28 @@ class Shelf:
     def _prepare_write(self) -> Job | None:
         assert self._file is not None
         self._writes = False
-        places = self._place(self._unwritten) or self._place(self._small)
+        places = self._place()
         if not places:
             return None
         self._writes = True
         return partial(write_each, self._file, places)
 
-    def _place(self, segments: deque[Segment]) -> list[tuple[Segment, Record, bytearray]]:
+    def _place(self) -> list[tuple[Segment, Record, bytearray]]:
         """As many of the first as one job may write."""
         assert self._file is not None
         places: list[tuple[Segment, Record, bytearray]] = []
         size = 0
-        while segments and size < self._most and not self._full:
-            segment = segments.popleft()
-            if segment.state is State.SEALED:
+        while self._unwritten and size < self._most and not self._full:
+            segment = self._unwritten.popleft()
+            if segment.state is State.SEALED and not segment.is_notice:
                 try:
                     data = packed(segment)
+                    record = self._file.place(len(data), lasting=not segment.has_output)
                 except MemoryError:
-                    segments.appendleft(segment)
+                    self._unwritten.appendleft(segment)
                     break
-                record = self._file.place(len(data))
                 if record is None:
-                    segments.appendleft(segment)
+                    self._unwritten.appendleft(segment)
                     self._is_full("the limit of what may be put aside is reached")
                     break
                 segment.become(State.WRITING)
@@ -240,7 +239,7 @@ class Shelf:
         return places
 
     def _is_full(self, why: str) -> None:
-        self._full = True
+        self._full = ASKED_AGAIN_AFTER
         if self._told:  # each time that what is dropped makes room it is full again
             return
         self._told = True
@@ -255,12 +254,16 @@ class Shelf:
                 segment.record = record
                 segment.become(State.LOADED)
                 self._loaded.append(segment)
+                if segment.first < self._oldest.first and segment.has_output:  # it was in memory as others were dropped
+                    self._oldest = segment
                 totals["spilled"] += sum(map(len, segment.entries or ()))
                 totals["spilled_bytes"] += record.size
             else:
                 self._file.forget(record)
         if problem is not None:
-            self._failed |= problem.errno not in PASSING
+            if problem.errno not in PASSING:
+                self._failed = True
+                self._told = False  # of that
             self._is_full(problem.strerror or str(problem))
             for segment, _ in reversed(places[count:]):
                 if segment.state is State.WRITING:
@@ -301,14 +304,13 @@ class Shelf:
             segment.become(State.LOADED)
             self._loaded.append(segment)
             self._journal.set_entries(segment, entries)
-        waiters, segment.waiters = segment.waiters, []
-        for cursor in waiters:
-            if cursor.on_ready is not None:
-                cursor.on_ready()
-        if segment is self._strips:
-            self._strips = None
-            self._strip(segment)
-        self._journal.make_room()
+        try:
+            segment.wake()
+        finally:
+            if segment is self._strips:
+                self._strips = None
+                self._strip(segment)
+            self._journal.make_room()
 
     def _was_lost(self, segment: Segment) -> None:
         """All it was for are told, also who has had the first of it: each where its last message was, or behind."""

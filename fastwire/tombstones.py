@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from fastwire.notices import NOBODY, Neighbour
+from fastwire.notices import NOBODY, Neighbour, shortened
 from fastwire.segments import size_of
 
 __all__ = ["LATE", "TOO_MANY", "TOO_MUCH", "Tombstone", "Tombstones"]
@@ -24,9 +24,6 @@ __all__ = ["LATE", "TOO_MANY", "TOO_MUCH", "Tombstone", "Tombstones"]
 LATE = "this client was away for longer than the server waits for one"
 TOO_MUCH = "there was no room to keep them until this client took them"
 TOO_MANY = "more clients of this kernel were away than the server waits for"
-
-#: Bytes of a header that are remembered.
-LONGEST_HEADER = 2048
 
 
 @dataclass
@@ -44,8 +41,7 @@ class Tombstone:
     neighbour: Neighbour = NOBODY
 
     def __post_init__(self) -> None:
-        header, parent_header = (part if len(part) <= LONGEST_HEADER else b"{}" for part in self.neighbour)
-        self.neighbour = (header, parent_header)
+        self.neighbour = shortened(self.neighbour)
 
     def missing(self, shown: int) -> int:
         """Messages, where the kernel has ``shown`` so much by now."""

@@ -14,8 +14,9 @@ from server import Message
 
 from fastwire.errors import FastwireError
 from fastwire.journal import Journal
+from fastwire.notices import LONGEST_HEADER
 from fastwire.segments import size_of
-from fastwire.tombstones import LATE, LONGEST_HEADER, TOO_MANY, TOO_MUCH, Tombstone, Tombstones
+from fastwire.tombstones import LATE, TOO_MANY, TOO_MUCH, Tombstone, Tombstones
 
 pytest_plugins = "relay_stage"  # the fixtures `stage` and `kernel`
 
