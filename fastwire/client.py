@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from tornado.httpclient import HTTPClientError, HTTPRequest, _RequestProxy
 from tornado.httputil import HTTPHeaders
 from tornado.simple_httpclient import HTTPStreamClosedError, HTTPTimeoutError
-from tornado.websocket import WebSocketClientConnection, WebSocketProtocol13
+from tornado.websocket import WebSocketClientConnection, WebSocketError, WebSocketProtocol13
 
 from fastwire.errors import NotConnected
 from fastwire.flow import Limits
@@ -83,8 +83,9 @@ class Keepalive:
 
     def _look(self) -> None:
         queue, reader = self._socket.queue, self._socket.conversation.reader
-        if queue.pending_bytes or reader.paused:
-            self.heard()  # it holds us back, or we it: its pong would have to wait, and TCP knows whether it is there
+        if queue.pending_bytes or queue.unfinished or reader.paused:
+            # It holds us back, or we it, or no ping can go before the rest of a frame: TCP knows whether it is there.
+            self.heard()
         if self._silence and self._loop.time() - self._heard > self._silence:
             log.warning("WebSocket to %s: nothing came for %g s", self._socket.peer, self._silence)
             self._socket.conversation.abort()
@@ -185,8 +186,10 @@ async def dial(
         await client.connect_future
     except NotConnected:
         raise
-    except Exception as error:
+    except BaseException as error:  # also who waited is told to stop: nobody will want it
         client.drop()
+        if not isinstance(error, Exception):
+            raise
         raise why(error) from error
     return client
 
@@ -205,4 +208,6 @@ def why(error: Exception) -> NotConnected:
             return NotConnected(f"cannot be trusted, or does not trust us ({error.strerror or error})", 502)
         case OSError():
             return NotConnected(f"cannot be reached ({error.strerror or error})", 503, may_pass=True)
-    return NotConnected(f"cannot be spoken to ({type(error).__name__}: {error})", 502)
+    # What it says of a header field that cannot be sent has the field in it, which may be a token.
+    said = str(error) if isinstance(error, WebSocketError) else type(error).__name__
+    return NotConnected(f"cannot be spoken to ({said})", 502)

@@ -25,7 +25,7 @@ import logging
 import os
 import random
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -100,23 +100,49 @@ class FastwireGatewayConnection(GatewayWebSocketConnection):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._dialling: asyncio.Task[Client] | None = None
         self._server: Client | None = None
         self._limits = Fastwire(config=self.config).limits()
         handler: Any = self.websocket_handler
-        handler.get_websocket_protocol = partial(connection_for, handler, self._limits, ANY_SIZE)
+        handler.get_websocket_protocol = self._protocol
         # Compressed here, frames could not pass as they are.
         handler.get_compression_options = lambda: None
 
     # -- opening --
 
     async def prepare(self) -> None:
-        """Everything that can fail while the answer is still HTTP."""
+        """Whether there is room for one more."""
         if problem := shortage_of_descriptors():
             self.log.warning("Refused a client of kernel %s: %s", self.kernel_id, problem)
             raise HTTPError(503, reason=problem)
-        self._server = await self._dial()
+
+    def _protocol(self) -> Connection | None:
+        """The gateway is connected to when nothing of the request is left that would be refused here: at the gateway a
+        connection takes its session over from the one before."""
+        front = connection_for(self.websocket_handler, self._limits, ANY_SIZE)
+        if front is not None:
+            vars(front)["_accept_connection"] = partial(self._accept, front._accept_connection)  # noqa: SLF001
+        return front
+
+    async def _accept(self, answer: Callable[[Any], Awaitable[None]], handler: Any) -> None:
+        """Everything else that can fail while the answer is still HTTP."""
+        server = await self._dial_for_who_stays()
         # What the handler answers: jupyter_server reads "" as the default one.
-        self.kernel_ws_protocol = self._server.socket.selected_subprotocol or ""
+        self.kernel_ws_protocol = server.socket.selected_subprotocol or ""
+        await answer(handler)
+
+    async def _dial_for_who_stays(self) -> Client:
+        """A client that leaves meanwhile may be back already: what is made for it too late would take its session."""
+        self._dialling = asyncio.ensure_future(self._dial())
+        try:
+            self._server = await self._dialling
+        except asyncio.CancelledError:
+            if not self._client_left:
+                raise
+        if self._server is None or self._client_left:
+            self.disconnect()
+            raise HTTPError(499, reason="the client left")
+        return self._server
 
     async def _dial(self) -> Client:
         """Source: `GatewayWebSocketConnection._read_messages`, whose attempts come after the client was let in."""
@@ -192,6 +218,8 @@ class FastwireGatewayConnection(GatewayWebSocketConnection):
     def disconnect(self) -> None:  # type: ignore[override]
         """The client's WebSocket is gone; its pair knows."""
         self._stop_pinging()
+        if self._dialling is not None:
+            self._dialling.cancel()
         if self._server is not None:
             self._server.drop()
 
@@ -298,6 +326,7 @@ class FastwireGatewayMappingKernelManager(GatewayMappingKernelManager):
             self._kernels[kernel_id] = self._known_again(kernel_id)
         if self._remembered.ids:
             self.log.info("%d kernels of the gateway %s are known again", len(self._remembered.ids), gateway)
+            theirs.initialize_culler()  # jupyter_server does when it starts a kernel, and none may be
 
     def _known_again(self, kernel_id: str) -> Any:
         """Source: `GatewayKernelManager.start_kernel` for an existing kernel, which asks the gateway."""

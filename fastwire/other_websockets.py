@@ -1,7 +1,8 @@
 """Jupyter Server's other WebSockets (terminals, language servers, collaboration) on fastwire's path, where asked for.
 
 A request for a handler that speaks WebSocket gets a subclass of it, whose ``get_websocket_protocol`` is fastwire's:
-Tornado's own seam. A handler that has a protocol of its own keeps it, as those of kernels do.
+Tornado's own seam. A handler that has a protocol of its own keeps it, and those of kernels are given theirs by their
+connection class.
 
 What waits for a client is bounded, which Tornado leaves to handlers that await their writes; hardly any does. A
 terminal's program waits for its slowest client, as it would for a slow tty: its output is not read meanwhile. Any
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 import tornado.web
 import tornado.websocket
+from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 from tornado.ioloop import IOLoop
 
 from fastwire.budgets import Budget
@@ -64,7 +66,7 @@ def carried(theirs: Any, limits: Limits, waiting: Budget) -> Any:
     """The class of a `tornado.web.RequestHandler`, or the subclass that takes its place; ``waiting`` is what all have
     that waits."""
     protocol = getattr(theirs, "get_websocket_protocol", None)
-    if protocol is not Handler.get_websocket_protocol:
+    if protocol is not Handler.get_websocket_protocol or issubclass(theirs, KernelWebsocketHandler):
         return theirs
     before = Terminal if TermSocket is not None and issubclass(theirs, TermSocket) else Carried
     own = {"limits": limits, "waiting": waiting, "__module__": theirs.__module__}
@@ -81,9 +83,9 @@ class Carried(Handler):
     counted = 0
 
     def open(self, *args: Any, **kwargs: Any) -> Any:
-        self.connection.on_progress = self.on_progress
+        connection_of(self).on_progress = self.on_progress
         # Tornado calls no ``on_close`` where ``open`` raises.
-        self.connection.conversation.ended.add_done_callback(lambda _: self._count(0))
+        connection_of(self).conversation.ended.add_done_callback(lambda _: self._count(0))
         return super().open(*args, **kwargs)
 
     def on_close(self) -> None:
@@ -98,22 +100,18 @@ class Carried(Handler):
     def on_progress(self) -> None:
         """The client has taken something, or its connection is at its end."""
         if self.ws_connection is not None:
-            self._count(self.connection.queue.pending_bytes)
+            self._count(connection_of(self).queue.pending_bytes)
 
     def _count(self, nbytes: int) -> None:
         if nbytes != self.counted:
             self.waiting.take(nbytes - self.counted)
             self.counted = nbytes
 
-    @property
-    def connection(self) -> Connection:
-        return cast("Connection", self.ws_connection)
-
     def write_message(self, message: Any, binary: bool = False) -> Any:
         if self.gave_up:
             return refused()  # not raised: it is still in the middle of what it had to say
         written = super().write_message(message, binary)
-        self._count(self.connection.queue.pending_bytes)
+        self._count(connection_of(self).queue.pending_bytes)
         if self.counted > self.bound:
             self.on_behind()
         return written
@@ -124,11 +122,16 @@ class Carried(Handler):
 
     def give_up(self, why: str) -> None:
         """Its client can come back."""
-        if not self.connection.is_closing():
+        if not connection_of(self).is_closing():
             self.gave_up = True
             log.warning("WebSocket client %s of %s is closed: %s", self.request.remote_ip, self.request.path, why)
             note("stalled", f"the WebSocket {self.request.path} is closed: {why}", client=str(self.request.remote_ip))
-            self.connection.close(1013, "too far behind")
+            connection_of(self).close(1013, "too far behind")
+
+
+def connection_of(handler: Handler) -> Connection:
+    """No attribute: handlers have some of their own, and by that name."""
+    return cast("Connection", handler.ws_connection)
 
 
 def refused() -> asyncio.Future[None]:
@@ -157,12 +160,18 @@ class Terminal(Carried):
         return min(self.limits.high_water, max(self.waiting.left + self.counted, LEAST))
 
     def open(self, *args: Any, **kwargs: Any) -> Any:
-        self.connection.on_stalled = self._on_stalled
-        self.connection.limit_stalls(self.limits.write_deadline)
+        connection_of(self).on_stalled = self._on_stalled
+        connection_of(self).limit_stalls(self.limits.write_deadline)
         return super().open(*args, **kwargs)
 
+    def write_message(self, message: Any, binary: bool = False) -> Any:
+        """A terminal tells its clients one after the other: one that is leaving is not to keep it from the next."""
+        if self.ws_connection is None or self.ws_connection.is_closing():
+            return refused()
+        return super().write_message(message, binary)
+
     def on_behind(self) -> None:
-        if not self.is_behind and not self.connection.is_closing():
+        if not self.is_behind and not connection_of(self).is_closing():
             self.is_behind = True
             IOLoop.current().remove_handler(self.terminal.ptyproc.fd)
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from fastwire.client import Client
 from fastwire.events import note
-from fastwire.flow import Limits
+from fastwire.flow import Acknowledgements, Limits, Rate
 from fastwire.websocket import Connection
 
 __all__ = ["Pair", "open_pairs", "passed_on"]
@@ -101,8 +101,11 @@ class Pair:
         self._ways = (Way(self.front, self.back), Way(self.back, self.front))
         self.front.on_last_word = self._on_front_end
         self.back.on_last_word = self._on_back_end
+        # Who keeps what was not received asks for it, and the answers come on top: as with `Connection.acknowledge`.
+        most = limits.control_frame_rate + 1 / Acknowledgements.INTERVAL
         for each in (self.front, self.back):
             each.conversation.transport.keep_little()
+            each.conversation.reader.control_rate = Rate(most)
         self.front.limit_stalls(limits.write_deadline)
         self.front.on_stalled = self._on_stalled
         # A gateway may wait for a kernel, and gives up by itself; of one that is gone TCP may say nothing for long.

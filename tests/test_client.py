@@ -47,6 +47,18 @@ def test_a_server_that_refuses(case: str) -> None:
     run(test)
 
 
+def test_a_token_that_cannot_be_sent_is_not_told() -> None:
+    """It may have been read with the end of its line. What is said of it is logged, and answered to clients."""
+
+    async def test() -> None:
+        async with Far() as far:
+            with pytest.raises(NotConnected, match="cannot be spoken to") as caught:
+                await dial(far.url, [], Limits(), headers={"Authorization": "token a-secret\n"})
+            assert "a-secret" not in str(caught.value)
+
+    run(test)
+
+
 def test_a_server_that_is_not_there() -> None:
     async def test() -> None:
         async with Far() as far:
@@ -66,6 +78,19 @@ def test_a_server_that_does_not_answer() -> None:
                 await dial(far.url, [], Limits(), request_timeout=0.2, connect_timeout=0.2)
             assert (caught.value.status, caught.value.may_pass) == (504, True)
             await (await far.ends.get()).end()
+
+    run(test)
+
+
+def test_who_stops_waiting_for_a_server_leaves_no_connection() -> None:
+    async def test() -> None:
+        async with Far(lambda *_: b"") as far:
+            dialling = asyncio.create_task(dial(far.url, [], Limits(), connect_timeout=3600, request_timeout=3600))
+            end = await far.ends.get()
+            dialling.cancel()
+            assert await end.bytes_to_the_end() == b""
+            assert dialling.cancelled()
+            await end.end()
 
     run(test)
 

@@ -2,17 +2,21 @@
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
+from itertools import count
 
 import psutil
 import pytest
 import tornado.web
 import tornado.websocket
 import websockets.sync.client
-from server import PATIENCE, TOKEN, Raw, Server, serving, until
+import wsclient
+from server import PATIENCE, TOKEN, Client, Raw, Server, serving, until
+from terminado import SingleTermManager, TermSocket
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
@@ -27,6 +31,15 @@ MB = 1_000_000
 
 #: What the terminal's program prints, unless somebody holds it back.
 LINES = 3_000_000
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+def test_kernels_are_carried_as_ever(server: Server) -> None:
+    """Their handlers speak WebSocket, too, and are none of these."""
+    with server.kernel() as kernel, Client(server, kernel) as client:
+        assert client.run("6 * 7").result == "42"
 
 
 # -- terminals -------------------------------------------------------------------------------------
@@ -133,6 +146,46 @@ def test_a_client_that_leaves_while_its_program_waits_for_it_lets_the_next_see_i
         comes = Terminal(server, name)
         comes.read_until("the end\r\n")
         comes.close()
+
+
+class InReach:
+    """A client of a terminal in this process."""
+
+    def __init__(self, port: int) -> None:
+        self.client = wsclient.Client(("127.0.0.1", port), "/terminal", receive_buffer=1 << 12)
+        self.said = ""
+
+    def type(self, text: str) -> None:
+        self.client.send_message(json.dumps(["stdin", text]))
+
+    def read_until(self, text: str) -> None:
+        while text not in self.said:
+            kind, said = json.loads(self.client.frame()[1])[:2]
+            self.said += said if kind == "stdout" else ""
+
+
+def test_a_client_that_is_leaving_keeps_nothing_from_others_of_its_terminal() -> None:
+    """It has closed, and is still to be given what it is behind."""
+    manager = SingleTermManager(shell_command=["/bin/sh"])
+    application = tornado.web.Application([("/terminal", TermSocket, {"term_manager": manager})])
+    carry(application, Limits())
+    with running(application) as port:
+        leaves = InReach(port)
+        leaves.read_until("$" if os.getuid() else "#")
+        stays = InReach(port)
+        connection = manager.terminal.clients[0].ws_connection
+        for number in count():
+            stays.type(f"seq 3000; echo en''d {number}\r")
+            stays.read_until(f"end {number}\r\n")
+            if connection.queue.pending_bytes and not threading.Event().wait(0.3) and connection.queue.pending_bytes:
+                break
+        leaves.client.send(wsclient.close_frame(1000))
+        until(connection.is_closing, "a connection that is ending")
+        stays.type("echo st''ays; exit\r")
+        stays.read_until("stays\r\n")
+        for each in (leaves, stays):
+            each.client.drop()
+        until(lambda: not manager.ptys_by_fd, "the terminal's end")
 
 
 # -- any handler -----------------------------------------------------------------------------------

@@ -38,17 +38,17 @@ class Front(WebSocketHandler):
     joins = True
 
     def initialize(self, far: Far, limits: Limits, options: dict) -> None:
-        self.far, self.wanted, self.options = far, limits, options
+        self.far, self.limits, self.options = far, limits, options
 
     async def prepare(self) -> None:
         offered = [name for name in self.request.headers.get("Sec-WebSocket-Protocol", "").split(",") if name]
-        self.server = await dial(self.far.url, offered, self.wanted, **self.options)
+        self.server = await dial(self.far.url, offered, self.limits, **self.options)
 
     def select_subprotocol(self, subprotocols: list[str]) -> str | None:
         return self.server.socket.selected_subprotocol
 
     def open(self) -> None:
-        self.pair = Pair(self.ws_connection, self.server, self.wanted)
+        self.pair = Pair(self.ws_connection, self.server, self.limits)
         self.application.pairs.append(self.pair)
 
 
@@ -327,6 +327,37 @@ def test_a_server_that_answers_pings_is_there() -> None:
                 assert await far.frame() == (0x89, b"")
                 await far.send(server_frame(OP_PONG))
             assert await near.frame() == (0x8A, b"")
+
+    run(test)
+
+
+def test_a_server_that_hears_a_long_frame_is_there() -> None:
+    """It says nothing, and in the middle of a frame it cannot be asked."""
+
+    async def test() -> None:
+        async with stage(ping=0.02, silence=0.2) as (near, far, _):
+            whole = near.frame_of(OP_BINARY, bytes(1000))
+            await near.send(whole[:500])
+            await asyncio.sleep(0.6)
+            await near.send(whole[500:])
+            while (frame := await far.frame()) == (0x89, b""):
+                pass
+            assert frame == (0x82, bytes(1000))
+
+    run(test)
+
+
+@pytest.mark.parametrize("direction", ["to the client", "to the server"])
+def test_the_pings_of_who_asks_what_was_received_are_not_too_many(direction: str) -> None:
+    """As where the client is the server's own: their rate comes on top of what is allowed."""
+
+    async def test() -> None:
+        async with stage(limits=Limits(control_frame_rate=1)) as (near, far, _):
+            one, other = (far, near) if direction == "to the client" else (near, far)
+            opcode = OP_PING if one is far else OP_PONG
+            for number in range(100):
+                await one.send(one.frame_of(opcode, bytes([number])))
+                assert await other.frame() == (0x80 | opcode, bytes([number]))
 
     run(test)
 
