@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
+from pathlib import Path
 
 import pytest
 from server import PATIENCE, TOKEN, Client, Server, serving, until
@@ -156,27 +157,37 @@ def test_nothing_in_a_body_is_a_token(server: Server, kernel: str) -> None:
 # -- runs that go on -------------------------------------------------------------------------------
 
 
-SLEEPS = "import time\nprint('first', flush=True)\ntime.sleep(8)\nprint('last')"
+#: Until a file is there.
+WAITS = """
+import os, time
+print("first", flush=True)
+while not os.path.exists({gate!r}):
+    time.sleep(0.02)
+print("last")
+"""
 
 
-def test_a_run_that_goes_on_is_not_forgotten(server: Server) -> None:
+def test_a_run_that_goes_on_is_not_forgotten(server: Server, tmp_path: Path) -> None:
     """Also where more wait than are known: its stream has its end."""
+    gate = tmp_path / "gate"
     with server.kernel() as kernel, Client(server, kernel) as client:
-        run = posted(server, kernel, code=SLEEPS)["msg_id"]
+        run = posted(server, kernel, code=WAITS.format(gate=str(gate)))["msg_id"]
         until(lambda: "first" in text(got(server, kernel, run, "")), "it says something")
         with asked(server, f"{runs_of(kernel)}/{run}", Accept="text/event-stream") as response:
             for _ in range(520):
                 last = client.execute("1")
             assert server.rest("GET", f"{runs_of(kernel)}/{run}")[0] == 200
+            gate.touch()
             client.collect(last)
             *_, (_, kind, data) = events(response)
         assert (kind, data["state"]) == ("done", "done")
 
 
-def test_a_run_that_is_forgotten_while_it_waits_is_lost(server: Server) -> None:
+def test_a_run_that_is_forgotten_while_it_waits_is_lost(server: Server, tmp_path: Path) -> None:
     """Whoever waits for it is told, and comes to an end."""
+    gate = tmp_path / "gate"
     with server.kernel() as kernel, Client(server, kernel) as client:
-        first = posted(server, kernel, code="import time; time.sleep(5)")["msg_id"]
+        first = posted(server, kernel, code=WAITS.format(gate=str(gate)))["msg_id"]
         until(lambda: got(server, kernel, first, "")["run"]["state"] == "running", "it runs")
         run = posted(server, kernel, code="2")["msg_id"]
         with asked(server, f"{runs_of(kernel)}/{run}", Accept="text/event-stream") as response:
@@ -185,6 +196,7 @@ def test_a_run_that_is_forgotten_while_it_waits_is_lost(server: Server) -> None:
             assert server.rest("GET", f"{runs_of(kernel)}/{run}")[0] == 404
             (*_, (_, kind, data)) = events(response)
             assert (kind, data["state"]) == ("done", "lost")
+            gate.touch()
             client.collect(last)
 
 
