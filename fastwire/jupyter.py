@@ -639,8 +639,11 @@ def add_pages(app: Any) -> None:
 def tell_pages(app: Any) -> None:
     """JupyterLab's extension does nothing where this is not said, and asks only where there is an answer: a browser
     notes each 404 as an error of the page."""
-    keeps = Fastwire(config=app.config).history_limit > 0 and not app.gateway_config.gateway_enabled
-    app.web_app.settings.setdefault("page_config_data", {})["fastwireHistory"] = keeps
+    settings = Fastwire(config=app.config)
+    keeps = settings.history_limit > 0 and not app.gateway_config.gateway_enabled
+    page_config = app.web_app.settings.setdefault("page_config_data", {})
+    page_config["fastwireHistory"] = keeps
+    page_config["fastwireShowsAgain"] = settings.accept_invalid_signatures
 
 
 def carry_other_websockets(app: Any) -> None:

@@ -397,6 +397,7 @@ class Outputs:
         self._shown: list[tuple[str, dict[str, Any]]] = []  # the type and the content of each
         self._texts: list[str] = []  # of the last, a stream, what is to be joined to it
         self._displays: dict[str, dict[str, Any]] = {}  # what was said of each last: all of a name show that
+        self._catching: set[str] = set()  # Output widgets
         self._clears = False
 
     @property
@@ -418,8 +419,17 @@ class Outputs:
             return
         if message.msg_type == "input_request":
             self.question = {"prompt": text_of(content.get("prompt")), "password": bool(content.get("password"))}
-        elif message.channel == "iopub":
+        elif message.channel == "iopub" and not self._is_caught(message.msg_type, content):
             self._hear(message.msg_type, content)
+
+    def _is_caught(self, msg_type: str, content: dict[str, Any]) -> bool:
+        """By an Output widget, which says when it begins, by the id of the run, and by none when that is over."""
+        if msg_type.startswith("comm_") and isinstance(name := content.get("comm_id"), str):
+            data = content.get("data")
+            state = data.get("state") if isinstance(data, dict) else None
+            if isinstance(state, dict) and "msg_id" in state:
+                (self._catching.add if state["msg_id"] else self._catching.discard)(name)
+        return bool(self._catching)
 
     def _hear(self, msg_type: str, content: dict[str, Any]) -> None:
         if msg_type == "clear_output":

@@ -19,6 +19,10 @@ __all__ = ["Fastwire", "usable"]
 
 log = logging.getLogger(__name__)
 
+#: Of `Limits`, what is a number, and the largest that each may be: more than anybody has of bytes, and of seconds.
+NUMBERS = [field.name for field in fields(Limits) if type(field.default) in (int, float)]
+MOST = 1 << 50
+
 
 class Fastwire(Configurable):
     """Settings of the relay between kernels and clients."""
@@ -220,6 +224,14 @@ class Fastwire(Configurable):
             "Fastwire.detached_sessions has no effect any more, remove it: what is kept for clients that are away is "
             "bounded by client_memory_limit, client_spill_limit and resume_timeout."
         )
+
+    @validate(*NUMBERS)
+    def _valid_number(self, proposal: Any) -> Any:
+        """The core counts in words of the machine, and no timer is set to infinity, or to what is no number."""
+        value: float = proposal["value"]
+        if not 0 <= value <= MOST:
+            raise TraitError(f"Fastwire.{proposal['trait'].name} has to be a number from 0 to {MOST}, and is {value}")
+        return value
 
     @default("spill_dir")
     def _default_spill_dir(self) -> str:

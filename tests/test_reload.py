@@ -42,6 +42,18 @@ print("end", count)
 """
 
 
+#: It is quiet until a file is there.
+WAITS = """
+import time
+from pathlib import Path
+
+print("it waits")
+while not Path({gate!r}).exists():
+    time.sleep(0.05)
+print("it goes on")
+"""
+
+
 @pytest.fixture
 def enough(lab: Lab) -> Iterator["Enough"]:  # noqa: F811
     yield (it := Enough(lab))
@@ -153,6 +165,116 @@ def reopened(notebook: Notebook, workspace: str = "again") -> Notebook:
     return other
 
 
+# -- while cells are followed ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate(lab: Lab) -> Path:  # noqa: F811
+    return lab.server.home / f"{lab.name}-gate"
+
+
+def followed(lab: Lab, gate: Path, *others: str) -> Notebook:  # noqa: F811
+    """A page that was reloaded: its first cell waits for the ``gate``, the second for that one."""
+    notebook = lab.open(WAITS.format(gate=str(gate)), "'second'", *others)
+    notebook.run(0)
+    notebook.expect_output(0, "it waits")
+    notebook.run(1)
+    notebook.expect_prompt(1, "[*]:")
+    reloaded(notebook)
+    notebook.expect_output(0, "it waits")
+    for number in (0, 1):
+        notebook.expect_prompt(number, "[*]:")
+    return notebook
+
+
+def chosen(notebook: Notebook, number: int, menu: str, entry: str) -> None:
+    """Of a menu, with this cell selected."""
+    notebook.cell(number).locator(".cm-content").click()
+    notebook.page.keyboard.press("Escape")
+    notebook.choose(menu, entry)
+
+
+def test_a_kernel_that_is_shut_down_leaves_no_cell_waiting(lab: Lab, gate: Path) -> None:  # noqa: F811
+    notebook = followed(lab, gate)
+    notebook.choose("Kernel", "Shut Down Kernel")
+    for number in (0, 1):
+        expect(notebook.cell(number).locator(".jp-InputArea-prompt")).not_to_have_text("[*]:")
+
+
+def test_a_kernel_that_is_restarted_to_clear_all_leaves_cells_empty(lab: Lab, gate: Path) -> None:  # noqa: F811
+    notebook = followed(lab, gate, "'third'")
+    kernel = lab.server.rest("GET", "/api/kernels")[1][0]["id"]
+    second = lab.server.rest("GET", f"/fastwire/api/kernels/{kernel}/runs?cell=cell-1")[1]["runs"][-1]["msg_id"]
+    with notebook.page.expect_response(lambda answer: second in answer.url):
+        notebook.choose("Kernel", "Restart Kernel and Clear Outputs of All Cells…")
+        notebook.page.get_by_role("button", name="Confirm Kernel Restart").click()
+    notebook.run(2)
+    notebook.expect_output(2, "'third'")
+    for number in (0, 1):
+        notebook.expect_prompt(number, "[ ]:")
+        expect(notebook.output(number)).to_have_count(0)
+
+
+def test_cells_that_are_moved_go_on(lab: Lab, gate: Path) -> None:  # noqa: F811
+    """One that runs, and one that waits for it."""
+    notebook = followed(lab, gate, "'third'")
+    for number in (1, 0):
+        chosen(notebook, number, "Edit", "Move Cell Down")
+    expect(notebook.cell(0).locator(".cm-content")).to_have_text("'third'")
+    notebook.expect_prompt(1, "[*]:")
+    gate.touch()
+    notebook.expect_output(1, "it goes on")
+    notebook.expect_prompt(1, "[1]:")
+    notebook.expect_output(2, "'second'")
+    notebook.expect_prompt(2, "[2]:")
+    notebook.expect_prompt(0, "[ ]:")
+
+
+# -- what is asked ---------------------------------------------------------------------------------
+
+ASKS = "for what in ('Who', 'What'):\n    print(what, 'is', input(what + '? '))"
+
+
+def test_what_is_answered_in_one_page_is_not_asked_in_another(lab: Lab) -> None:  # noqa: F811
+    """Who answers it there as well would answer the next question."""
+    first = lab.open(ASKS)
+    first.run(0)
+    second = None
+    for what in ("Who", "What"):
+        asked = first.cell(0).locator("input.jp-Stdin-input:enabled").last
+        expect(asked).to_be_visible()
+        second = second or reopened(first, workspace="second")
+        fields = second.cell(0).locator(".jp-Stdin")
+        expect(fields).to_have_count(1)
+        expect(fields).to_contain_text(what)
+        first.page.bring_to_front()
+        asked.fill("it")
+        asked.press("Enter")
+        second.page.bring_to_front()
+        second.expect_output(0, f"{what} is it")
+    expect(fields).to_have_count(0)
+
+
+def test_an_answer_that_does_not_arrive_is_asked_for_again(lab: Lab) -> None:  # noqa: F811
+    notebook = lab.open(ASKS)
+    notebook.run(0)
+    field = notebook.cell(0).locator("input.jp-Stdin-input:enabled")
+    expect(field).to_be_visible()
+    reloaded(notebook)
+    expect(field).to_be_visible()
+    notebook.page.route(re.compile("/input"), lambda route: route.abort())
+    with notebook.page.expect_event("requestfailed", lambda request: "/input" in request.url):
+        field.fill("lost")
+        field.press("Enter")
+    notebook.page.unroute(re.compile("/input"))
+    for what in ("Who", "What"):
+        field = notebook.cell(0).locator(".jp-Stdin").filter(has_text=what).locator("input:enabled")
+        field.fill("it")
+        field.press("Enter")
+        notebook.expect_output(0, f"{what} is it")
+    notebook.expect_prompt(0, "[1]:")
+
+
 # -- ten thousand lines ----------------------------------------------------------------------------
 
 
@@ -258,6 +380,45 @@ def test_what_the_page_has_is_asked_for_once_and_left_alone(lab: Lab) -> None:  
     photographed(notebook, "asked-once")
 
 
+def test_what_only_a_page_knows_is_left_alone(lab: Lab) -> None:  # noqa: F811
+    """What was answered, and which of several lines that overwrite each other is seen."""
+    notebook = lab.open("input('Who? ')", "print('50 %\\r100 %')")
+    notebook.run(0)
+    field = notebook.cell(0).locator("input.jp-Stdin-input")
+    field.fill("Zoë")
+    field.press("Enter")
+    notebook.expect_output(0, "Who?  Zoë")
+    notebook.run(1)
+    notebook.expect_output(1, "100 %")
+    notebook.expect_ran(1, 2)
+    notebook.page.keyboard.press("Control+s")
+    until(lambda: '"execution_count": 2' in notebook.path.read_text(), "it is saved")
+    _, asked = watched(notebook.page)
+    with notebook.page.expect_response(re.compile("/runs")):
+        reloaded(notebook)
+    notebook.run(1)
+    notebook.expect_ran(1, 3)
+    notebook.expect_output(0, "Who?  Zoë")
+    assert len(asked) == 1, "of all cells together, and of none by itself"
+
+
+def test_what_a_cell_had_before_is_not_trusted_with_what_is_restored(lab: Lab) -> None:  # noqa: F811
+    """A notebook that somebody else wrote: its outputs are not those of the code that was run here."""
+    notebook = lab.open("1 + 1")
+    notebook.run(0)
+    notebook.expect_ran(0, 1)
+    notebook.page.close()
+    document = json.loads(notebook.path.read_text())
+    attack = {"text/html": "<b>theirs</b><img src='data:' onerror='window.attacked = true'>"}
+    document["cells"][0]["outputs"] = [{"output_type": "display_data", "metadata": {}, "data": attack}]
+    notebook.path.write_text(json.dumps(document))
+    again = reopened(notebook)
+    again.expect_output(0, "2")
+    again.run(0)
+    again.expect_ran(0, 2)
+    assert again.page.evaluate("window.attacked") is None
+
+
 @pytest.mark.parametrize("off", ["history", "extension"])
 def test_a_page_where_it_is_off_is_as_it_was(tmp_path: Path, browser: Browser, off: str) -> None:  # noqa: F811
     """An empty cell; nothing is asked for, and nothing is wrong in the console."""
@@ -279,6 +440,25 @@ def test_a_page_where_it_is_off_is_as_it_was(tmp_path: Path, browser: Browser, o
         notebook.run(1)
         notebook.expect_output(1, "2")
         assert (errors, asked) == ([], [])
+
+
+SAYS_IT_AGAIN = """
+kernel = get_ipython().kernel
+message = kernel.session.msg("stream", {"name": "stdout", "text": "again\\n"}, parent=kernel.get_parent())
+for _ in range(3):
+    kernel.session.send(kernel.iopub_socket, message)
+"""
+
+
+def test_what_a_kernel_says_many_times_is_shown_so_where_that_is_wanted(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+    options = ("--ServerApp.jpserver_extensions=jupyterlab=True", "--Fastwire.accept_invalid_signatures=True")
+    with serving(tmp_path, *options) as other, browser.new_context() as tabs:
+        tabs.set_default_timeout(1000 * PATIENCE)
+        notebook = Lab(other, tabs, "again").open(SAYS_IT_AGAIN)
+        notebook.run(0)
+        notebook.expect_ran(0, 1)
+        expect(notebook.output(0).filter(has_text="again").first).to_be_visible()
+        assert shown(notebook, 0).count("again") == 3
 
 
 def write_page_config(home: Path) -> None:
@@ -324,6 +504,39 @@ def test_a_page_with_widgets_is_not_made_worse(lab: Lab, is_saved: bool) -> None
     expect(handle).to_have_count(1)
     photographed(notebook, f"widgets-{'saved' if is_saved else 'not-saved'}")
     assert errors == []
+
+
+CATCHES = """
+import ipywidgets
+from IPython.display import clear_output
+
+display(slider := ipywidgets.IntSlider(), out := ipywidgets.Output())
+with out:
+    clear_output(wait=True)
+    print("caught")
+"""
+
+
+@pytest.mark.parametrize("is_saved", [True, False], ids=["saved", "not-saved"])
+def test_what_an_output_widget_has_caught_is_its_own(lab: Lab, is_saved: bool) -> None:  # noqa: F811
+    """It is not shown below the cell, and clears nothing there."""
+    notebook = lab.open(CATCHES, "1 + 1")
+    notebook.run(0)
+    expect(notebook.output(0).get_by_role("slider")).to_be_visible()
+    notebook.expect_ran(0, 1)
+    if is_saved:
+        notebook.page.keyboard.press("Control+s")
+        until(lambda: "widget-view" in notebook.path.read_text(), "the widgets in the notebook's file")
+    notebook.page.close()
+    again = reopened(notebook)
+    expect(again.output(0).get_by_role("slider")).to_have_count(1)
+    again.run(1)
+    again.expect_ran(1, 2)
+    expect(again.output(0).get_by_role("slider")).to_have_count(1)
+    again.page.keyboard.press("Control+s")
+    until(lambda: '"execution_count": 2' in again.path.read_text(), "it is saved")
+    outputs = json.loads(again.path.read_text())["cells"][0]["outputs"]
+    assert ["data" in output for output in outputs] == [True, True]
 
 
 # -- elsewhere -------------------------------------------------------------------------------------

@@ -158,6 +158,20 @@ def test_the_outputs_of_another_program_are_valid() -> None:
     nbformat.validate(new_notebook(cells=[new_code_cell(outputs=made)]))
 
 
+def test_what_an_output_widget_catches_is_its_own() -> None:
+    """As for nbclient and pages: from where it names the run to where it names none. Another may begin meanwhile."""
+    outputs = Outputs(PLENTY)
+    for comm, run in (("a", "1"), ("b", "1"), ("b", ""), ("a", ""), ("a", ""), (["a"], "1")):
+        outputs.add(message("comm_msg", {"comm_id": comm, "data": {"method": "update", "state": {"msg_id": run}}}))
+        outputs.add(message("stream", {"name": "stdout", "text": f"{comm} {run}\n"}))
+        if run:
+            outputs.add(message("clear_output", {"wait": True}))
+            outputs.add(message("comm_msg", {"comm_id": "c", "data": {"state": [], "msg_id": ""}}))
+            outputs.add(message("comm_open", {"comm_id": comm, "data": None}))
+    (stream,) = outputs.made(output_from_msg)
+    assert stream["text"] == "a \na \n['a'] 1\n"
+
+
 def test_outputs_have_a_bound() -> None:
     outputs = Outputs(100)
     for _ in range(20):

@@ -30,6 +30,16 @@ def test_no_setting_is_negative() -> None:
                 Fastwire(config=Config({"Fastwire": {field.name: -1}}))
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**20])
+def test_no_setting_is_without_end(value: float) -> None:
+    """No timer can be set to it, and the core's words do not have it: it is refused at the start, and not by each
+    client's connection."""
+    for field in dataclasses.fields(Limits):
+        if type(field.default) in (int, float) and Fastwire.class_traits(config=True).get(field.name):
+            with pytest.raises(TraitError, match=field.name):
+                Fastwire(config=Config({"Fastwire": {field.name: value}}))
+
+
 def test_who_sets_what_is_no_more_is_told(caplog: pytest.LogCaptureFixture) -> None:
     Fastwire(config=Config({"Fastwire": {"detached_sessions": 4}}))
     assert "detached_sessions has no effect any more" in caplog.text

@@ -68,8 +68,9 @@ A federated module as webpack would build it, written by hand: it needs nothing 
 
   /* What an output area takes for the future of a request: here the log tells what came of it. */
   class RunFuture {
-    constructor(runs, run) {
+    constructor(runs, run, onUnanswered) {
       this.runs = runs;
+      this.onUnanswered = onUnanswered;
       this.msg = { header: { msg_id: run.msg_id, session: run.session, msg_type: "execute_request" } };
       this.run = run;
       this.isDisposed = false;
@@ -82,7 +83,10 @@ A federated module as webpack would build it, written by hand: it needs nothing 
     removeMessageHook(hook) { this.hooks = this.hooks.filter((each) => each !== hook); }
 
     sendInputReply(content) {
-      this.runs.answer(this.run, content.value).catch((error) => console.error(`${NAME}:`, error));
+      this.runs.answer(this.run, content.value).catch((error) => {
+        console.error(`${NAME}: an answer did not arrive:`, error);
+        this.onUnanswered();
+      });
     }
 
     dispose() { this.isDisposed = true; this.finish(); }
@@ -95,17 +99,33 @@ A federated module as webpack would build it, written by hand: it needs nothing 
   }
 
   class Restored {
-    constructor(runs, run, cell, kernel) {
-      Object.assign(this, { runs, run, cell, kernel, after: -1, hasAll: false, waits: false });
-      this.question = this.asked = this.future = null;
-      this.found = cell.outputArea.future;
+    constructor(runs, run, cell, kernel, notebook) {
+      Object.assign(this, { runs, run, kernel, notebook, after: -1, hasAll: false, waits: false, catching: new Set() });
+      this.question = this.asked = this.future = this.field = null;
+      this.found = cell.outputArea.future ?? null;
+      this.had = cell;
     }
+
+    /* One that is moved is made anew, and has the future of the old one. */
+    get cell() {
+      if (this.had.isDisposed && !this.notebook.isDisposed) {
+        const moved = this.notebook.widgets.find((each) => each.model.id === this.run.cell && this.isIn(each));
+        if (moved) this.had = moved;
+        if (moved && this.waits && !this.future) this.show();
+      }
+      return this.had;
+    }
+
+    isIn(cell) { return (cell.outputArea?.future ?? null) === (this.future ?? this.found); }
 
     /* The page has run it anew meanwhile, or it is gone. */
     get isLeft() {
-      const { cell, kernel, future, found } = this;
-      return cell.isDisposed || kernel.isDisposed || cell.outputArea.future !== (future ?? found);
+      const { cell } = this;
+      return cell.isDisposed || !this.isIn(cell);
     }
+
+    /* Or the page has another kernel now, or none. */
+    get isToBeFollowed() { return !this.isLeft && !this.kernel.isDisposed; }
 
     get isOver() { return !["queued", "running"].includes(this.run.state); }
 
@@ -118,7 +138,7 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       };
       this.kernel.iopubMessage.connect(hear);
       try {
-        while (!this.isLeft) {
+        while (this.isToBeFollowed) {
           rang = false;
           if (!(await this.look()) || (this.isOver && this.hasAll)) break;
           if (!this.hasAll) continue;
@@ -135,13 +155,21 @@ A federated module as webpack would build it, written by hand: it needs nothing 
     get isThere() {
       const { cell: { model }, run } = this;
       if (!this.isOver || model.executionCount !== run.execution_count) return false;
-      return run.outputs ? same(run.outputs, model.outputs.toJSON()) : model.outputs.length > 0;
+      return run.outputs ? same(this.kept(run.outputs), this.kept(model.outputs.toJSON())) : model.outputs.length > 0;
+    }
+
+    /* Outputs as the page keeps them, lines that were written over gone, without the echo of answers: only the page
+       that was asked has that. */
+    kept(outputs) {
+      const values = outputs.filter(({ output_type, name }) => output_type !== "stream" || name !== "stdin");
+      const model = new this.cell.model.outputs.constructor({ values });
+      try { return model.toJSON(); } finally { model.dispose(); }
     }
 
     /* Read on in the log. False: it does not fit, or is left. */
     async look() {
       const { messages, lost, last, run } = await this.runs.messages(this.run, this.after);
-      if (this.isLeft) return false;
+      if (!this.isToBeFollowed) return false;
       this.run = run;
       this.after = last;
       this.hasAll = !messages.length || last >= run.last;
@@ -153,7 +181,7 @@ A federated module as webpack would build it, written by hand: it needs nothing 
         if (this.isLeft) return false;
       }
       for (const each of lost) await this.tell(each);
-      if (run.asks && this.hasAll) this.ask();
+      if (this.hasAll) this.ask();
       return true;
     }
 
@@ -164,17 +192,22 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       if (cell.model.executionState === "running" && !this.waits) return false;
       if (!this.isOver) this.mark();
       if (run.state === "queued") return true; // it is shown when it begins
-      if (input) cell.model.trusted = true; // as of a cell that the page runs itself: else widgets and scripts are text
-      this.future = new RunFuture(this.runs, run);
-      cell.outputArea.future = this.future;
+      this.future = new RunFuture(this.runs, run, () => { this.asked = null; });
+      cell.outputArea.future = this.future; // which clears it
+      // As of a cell that the page runs itself, else widgets and scripts are text; but not what it had before.
+      if (input) cell.model.trusted = true;
       return true;
     }
 
     /* [*] */
     mark() {
-      const { model } = this.cell;
-      if (!this.waits) this.before = model.executionCount;
+      if (!this.waits) this.before = this.cell.model.executionCount;
       this.waits = true;
+      this.show();
+    }
+
+    show() {
+      const { model } = this.cell;
       model.executionCount = null;
       if ("executionState" in model) model.executionState = "running";
       else this.cell.setPrompt("*");
@@ -182,14 +215,29 @@ A federated module as webpack would build it, written by hand: it needs nothing 
 
     async hear(message) {
       if (message.header.msg_type === "input_request") this.question = message;
-      else await this.future.hear(message);
+      else if (!this.isCaught(message)) await this.future.hear(message);
     }
 
-    /* What it asks now is asked once. */
+    /* By an Output widget, which says when it begins, by the id of the run, and by none when that is over. */
+    isCaught({ channel, header: { msg_type }, content }) {
+      const state = /^comm_/.test(msg_type) ? content?.data?.state : null;
+      if (state?.msg_id) this.catching.add(content.comm_id);
+      else if (state?.msg_id === "") this.catching.delete(content.comm_id);
+      return channel === "iopub" && msg_type !== "status" && this.catching.size > 0;
+    }
+
+    /* What it asks now is asked once; the field of what was answered in another page goes. */
     ask() {
-      if (!this.question || this.asked === this.question.header.msg_id) return;
-      this.asked = this.question.header.msg_id;
+      const asked = this.run.asks && this.question ? this.question.header.msg_id : null;
+      if (this.asked === asked) return;
+      this.asked = asked;
+      this.field?.parent?.dispose();
+      this.field = null;
+      if (!asked) return;
+      const { inputRequested } = this.cell.outputArea, keep = (_, field) => { this.field = field; };
+      inputRequested.connect(keep);
       this.future.onStdin(this.question);
+      inputRequested.disconnect(keep);
     }
 
     async tell({ messages }) {
@@ -204,12 +252,13 @@ A federated module as webpack would build it, written by hand: it needs nothing 
     end() {
       const { cell, run, future } = this;
       if (!future && !this.waits) return;
-      if (future && run.state === "lost") {
+      if (future && run.state === "lost" && !cleared.isSince(run)) { // "Restart Kernel and Clear Outputs", say
         const text = "[fastwire: the kernel ended before this run did]\n";
         cell.model.outputs.add({ output_type: "stream", name: "stderr", text });
       }
       if ("executionState" in cell.model) cell.model.executionState = "idle";
-      cell.model.executionCount = future ? (run.execution_count ?? null) : this.before;
+      // What has no end here, because its kernel is gone, has no number.
+      cell.model.executionCount = !future ? this.before : this.isOver ? (run.execution_count ?? null) : null;
       if (future) future.finish();
     }
   }
@@ -250,7 +299,7 @@ A federated module as webpack would build it, written by hand: it needs nothing 
     const known = await runs.ofCells();
     const found = panel.content.widgets
       .filter((cell) => cell.model.type === "code" && known.has(cell.model.id))
-      .map((cell) => new Restored(runs, known.get(cell.model.id), cell, kernel))
+      .map((cell) => new Restored(runs, known.get(cell.model.id), cell, kernel, panel.content))
       .filter(({ run, cell }) => !cleared.isSince(run) && cell.model.executionState !== "running");
     // One after the other, as the kernel runs them: a browser has few connections to a server.
     found.sort((one, other) => Date.parse(one.run.date) - Date.parse(other.run.date));
@@ -277,14 +326,16 @@ A federated module as webpack would build it, written by hand: it needs nothing 
     });
   }
 
-  async function watch(services, panel, keepsHistory) {
+  async function watch(services, panel, { keepsHistory, showsAgain }) {
     let known = null;
     const look = () => {
       const kernel = panel.sessionContext.session?.kernel;
       if (kernel && kernel !== known) showOnce((known = kernel));
     };
-    panel.sessionContext.kernelChanged.connect(look);
-    look();
+    if (!showsAgain) {
+      panel.sessionContext.kernelChanged.connect(look);
+      look();
+    }
     if (keepsHistory) await restore(services, panel);
   }
 
@@ -302,6 +353,9 @@ A federated module as webpack would build it, written by hand: it needs nothing 
     const names = ["coreutils", "notebook", "services"].map((name) => `@jupyterlab/${name}`);
     const [{ PageConfig }, notebook, services] = await Promise.all(names.map(shared));
     const history = PageConfig.getOption("fastwireHistory"); // "" where fastwire is off
+    // A kernel that says one message many times is to be shown so (c.Fastwire.accept_invalid_signatures).
+    const showsAgain = PageConfig.getOption("fastwireShowsAgain") === "true";
+    const options = { keepsHistory: history === "true", showsAgain };
     return {
       id: `${NAME}:plugin`,
       description: "Restores the outputs of runs that a page does not have.",
@@ -309,7 +363,7 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       requires: [notebook.INotebookTracker],
       activate: (_, tracker) => {
         if (!history) return;
-        const begin = (panel) => watch(services, panel, history === "true").catch((error) => console.debug(`${NAME}:`, error));
+        const begin = (panel) => watch(services, panel, options).catch((error) => console.debug(`${NAME}:`, error));
         notebook.NotebookActions.outputCleared.connect((_, { cell }) => cleared.note(cell.model.id));
         tracker.widgetAdded.connect((_, panel) => { begin(panel); });
         tracker.forEach(begin);
