@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from typing import IO, Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -64,14 +63,28 @@ def no_memory() -> OSError:
     return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
+#: Made while there is some. Nobody raises it.
+NO_MEMORY = no_memory()
+
+
+def starve() -> None:
+    """The job of who had no memory to prepare one. It has its turn as others: who were told at once would ask at once,
+    and again."""
+    raise MemoryError
+
+
 class Worker:
-    """A thread that does one job after the other. ``done`` is called on the loop with what it returned or raised."""
+    """A thread that does one job after the other. ``done`` is called on the loop with what it returned or raised. It is
+    handed over in an attribute and by a lock, as there is one at a time: that needs no memory."""
 
     def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
         self._name = name
         self._loop = ref(loop)
         self._waiting: deque[tuple[Callable[[], Job | None], Done]] = deque()
-        self._jobs: SimpleQueue[tuple[Job, Done]] = SimpleQueue()
+        self._job: Job = starve
+        self._done: Done = ignore
+        self._is_there = threading.Lock()  # until the thread may take it
+        self._is_there.acquire()
         self._busy = False
         self._started = False
         self._retry: asyncio.TimerHandle | None = None
@@ -91,16 +104,13 @@ class Worker:
             self._busy = True  # who prepares may add another, and that one's may add one
             try:
                 job = prepare()
+            except MemoryError:
+                job = starve
             finally:
                 self._busy = job is not None
             if job is not None:
-                self._give(job, done)
-
-    def _give(self, job: Job, done: Done) -> None:
-        try:
-            self._jobs.put((job, done))
-        except MemoryError:
-            self._finished(done, no_memory())
+                self._job, self._done = job, done
+                self._is_there.release()
 
     def _start(self) -> bool:
         """Where the system has no thread to give, the disk is late."""
@@ -120,31 +130,35 @@ class Worker:
 
     def _run(self) -> None:
         while True:
-            job, done = self._jobs.get()
+            self._is_there.acquire()
+            job, result = self._job, None
             try:
                 result = job()
             except OSError as error:
                 result = error
             except MemoryError:
-                result = no_memory()
-            while not self._tell(done, result):
+                result = NO_MEMORY
+            while not self._tell(job, result):
                 time.sleep(RETRY)
-            del job, done, result
+            del job, result
 
-    def _tell(self, done: Done, result: Any) -> bool:
+    def _tell(self, job: Job, result: Any) -> bool:
         """False: there is no memory for that now. Who waits for it would wait for good."""
         loop = self._loop()
         try:
             if loop is not None:
-                loop.call_soon_threadsafe(self._finished, done, result)
+                loop.call_soon_threadsafe(self._finished, job, result)
         except MemoryError:
             return False
         except RuntimeError:  # it has ended
             pass
         return True
 
-    def _finished(self, done: Done, result: Any) -> None:
-        self._busy = False
+    def _finished(self, job: Job, result: Any) -> None:
+        if job is not self._job:  # there was no memory to wake the loop that was told, so it was told again
+            return
+        done = self._done
+        self._busy, self._job, self._done = False, starve, ignore
         try:
             done(result)
         finally:  # others' jobs do not wait because of one
@@ -261,10 +275,17 @@ class SpillFile:
         return data
 
     def forget(self, record: Record) -> None:
-        """Nobody wants it, or it could not be written."""
+        """Nobody wants it."""
         record.part.records -= 1
         if not record.part.records:
             self._let_go(record.part)
+
+    def take_back(self, record: Record) -> None:
+        """It could not be written. The newest first: its room is the end of a file, and is given out again. Beside what
+        lies there already it would be counted until that is let go of, and so would the room of each further try."""
+        record.part.end -= record.size
+        self.budget.take(-record.size)
+        self.forget(record)
 
     def _let_go(self, part: Part) -> None:
         self.parts.remove(part)

@@ -830,7 +830,9 @@ class Journal(Log):
             return
         if in_zones(gap, self._marks(segment)[1]) or in_zones(last, self._marks(before)[1]):
             return
+        memory = last.memory
         last.absorb(gap)
+        self.hold(before, last.memory - memory)
         before.counts[last.audience] += gap.count
         before.end = segment.first = gap.end
         before.version += 1

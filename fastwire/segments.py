@@ -79,6 +79,7 @@ class Gap(Entry):
         self.missing += messages
         self.nbytes += nbytes
         self._neighbour = shortened(neighbour)
+        self.memory = max(KIB, KIB // 2 + sum(map(len, self._neighbour)))
 
     def absorb(self, later: Gap) -> None:
         self.lose(later.missing, later.nbytes, later._neighbour)

@@ -33,6 +33,9 @@ ENDLESS = 1 << 62
 #: as many as there may be in memory.
 ASKED_AGAIN_AFTER = 16
 
+#: A segment, where it is to lie, and as what.
+Placed = tuple[Segment, Record, bytearray]
+
 #: Errors of a disk that may be over the next time.
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
 
@@ -63,7 +66,7 @@ class Shelf:
     """The part of a log that is on the disk, or on its way.
 
     A segment is written when memory is short, the oldest first; it is read when a cursor wants it, or to be stripped
-    where the disk is full: the oldest output goes first, and it lies there. Fourteen attributes, because a disk can be
+    where the disk is full: the oldest output goes first, and it lies there. Fifteen attributes, because a disk can be
     late, full, failed for now or for good, and each is told once.
     """
 
@@ -77,10 +80,11 @@ class Shelf:
             budget = Budget(limits.client_spill_limit, budgets.of("").disk)
             self._file = SpillFile(limits.spill_dir, limits.spill_keep_free, budget, runner)
         self._unwritten: deque[Segment] = deque()
+        self._notices: deque[Segment] = deque()  # nor are these
         self._loaded: deque[Segment] = deque()
         self._oldest = journal.front  # that may have output on the disk
         self._jobs = 0
-        self._writes = False
+        self._writes: list[Placed] | None = None  # what a job writes; none of it yet while that waits for its turn
         self._strips: Segment | None = None  # read to be stripped
         self._full = 0  # until so many more segments are whole
         self._told = False  # that it is, since the log was empty
@@ -113,8 +117,9 @@ class Shelf:
         self.add(segment)
 
     def was_freed(self, segment: Segment, state: State) -> None:
-        while self._unwritten and self._unwritten[0].state is State.FREED:
-            self._unwritten.popleft()
+        for segments in (self._unwritten, self._notices):
+            while segments and segments[0].state is State.FREED:
+                segments.popleft()
         if state is State.LOADED:
             self._loaded.remove(segment)
         if state in (State.LOADED, State.ON_DISK):
@@ -127,7 +132,7 @@ class Shelf:
     @property
     def is_writing(self) -> bool:
         """What is this log's."""
-        return self._writes
+        return self._writes is not None
 
     @property
     def disk_is_writing(self) -> bool:
@@ -162,7 +167,7 @@ class Shelf:
         while budget.used > budget.limit // SPILL_AT and self._evict(hard=budget.used > budget.limit):
             pass
         if budget.used > budget.limit // SPILL_AT and self._file is not None and self.may_write:
-            self._writes = True
+            self._writes = []
             self._start(self._file.runner.write, self._prepare_write, self._written)
 
     @property
@@ -173,7 +178,7 @@ class Shelf:
     @property
     def may_write(self) -> bool:
         """There is something to be written, and room for it as far as is known."""
-        return self.takes_more and not self._full and not self._writes and bool(self._unwritten)
+        return self.takes_more and not self._full and not self.is_writing and bool(self._unwritten or self._notices)
 
     def _evict(self, *, hard: bool) -> bool:
         """Let go of a segment that is on the disk, too: one that nobody reads, if there is one."""
@@ -207,36 +212,42 @@ class Shelf:
     # -- writing --
 
     def _prepare_write(self) -> Job | None:
+        """What is placed is remembered: where there is no memory for the rest, that is all that is known of it."""
         assert self._file is not None
-        self._writes = False
-        places = self._place()
-        if not places:
+        assert self._writes is not None
+        self._place(self._unwritten, self._writes)
+        if not self._writes:
+            self._place(self._notices, self._writes)
+        if not self._writes:
+            self._writes = None
             return None
-        self._writes = True
-        return partial(write_each, self._file, places)
+        return partial(write_each, self._file, self._writes)
 
-    def _place(self) -> list[tuple[Segment, Record, bytearray]]:
-        """As many of the first as one job may write."""
+    def _place(self, segments: deque[Segment], places: list[Placed]) -> None:
+        """As many of the first as one job may write. Notices wait until there is nothing else: another may go up in
+        each; but where what lies between them is on the disk none does, and together they would take all memory."""
         assert self._file is not None
-        places: list[tuple[Segment, Record, bytearray]] = []
         size = 0
-        while self._unwritten and size < self._most and not self._full:
-            segment = self._unwritten.popleft()
-            if segment.state is State.SEALED and not segment.is_notice:
-                try:
-                    data = packed(segment)
-                    record = self._file.place(len(data), lasting=not segment.has_output)
-                except MemoryError:
-                    self._unwritten.appendleft(segment)
-                    break
-                if record is None:
-                    self._unwritten.appendleft(segment)
-                    self._is_full("the limit of what may be put aside is reached")
-                    break
-                segment.become(State.WRITING)
-                places.append((segment, record, data))
-                size += len(data)
-        return places
+        while segments and size < self._most and not self._full:
+            segment = segments.popleft()
+            if segment.state is not State.SEALED:
+                continue
+            if segment.is_notice and segments is not self._notices:
+                self._notices.append(segment)
+                continue
+            try:
+                data = packed(segment)
+                record = self._file.place(len(data), lasting=not segment.has_output)
+            except MemoryError:
+                segments.appendleft(segment)
+                break
+            if record is None:
+                segments.appendleft(segment)
+                self._is_full("the limit of what may be put aside is reached")
+                break
+            segment.become(State.WRITING)
+            places.append((segment, record, data))
+            size += len(data)
 
     def _is_full(self, why: str) -> None:
         self._full = ASKED_AGAIN_AFTER
@@ -245,19 +256,14 @@ class Shelf:
         self._told = True
         log.warning("messages cannot be put aside in %s: %s", self._directory, why)
 
-    def _written(self, result: tuple[list[tuple[Segment, Record]], int, OSError | None]) -> None:
+    def _written(self, result: tuple[int, OSError | None] | OSError) -> None:
         assert self._file is not None
-        self._writes = False
-        places, count, problem = result
-        for index, (segment, record) in enumerate(places):
-            if segment.state is State.WRITING and index < count:
-                segment.record = record
-                segment.become(State.LOADED)
-                self._loaded.append(segment)
-                if segment.first < self._oldest.first and segment.has_output:  # it was in memory as others were dropped
-                    self._oldest = segment
-                totals["spilled"] += sum(map(len, segment.entries or ()))
-                totals["spilled_bytes"] += record.size
+        assert self._writes is not None
+        places, self._writes = self._writes, None
+        count, problem = (0, result) if isinstance(result, OSError) else result
+        for segment, record, _ in places[:count]:
+            if segment.state is State.WRITING:
+                self._lies_there(segment, record)
             else:
                 self._file.forget(record)
         if problem is not None:
@@ -265,19 +271,31 @@ class Shelf:
                 self._failed = True
                 self._told = False  # of that
             self._is_full(problem.strerror or str(problem))
-            for segment, _ in reversed(places[count:]):
-                if segment.state is State.WRITING:
-                    segment.become(State.SEALED)
-                    self._unwritten.appendleft(segment)
+        for segment, record, _ in reversed(places[count:]):
+            self._file.take_back(record)
+            if segment.state is State.WRITING:
+                segment.become(State.SEALED)
+                self._unwritten.appendleft(segment)
+        del places
         self._journal.make_room()
+
+    def _lies_there(self, segment: Segment, record: Record) -> None:
+        segment.record = record
+        segment.become(State.LOADED)
+        self._loaded.append(segment)
+        if segment.first < self._oldest.first and segment.has_output:  # it was in memory as others were dropped
+            self._oldest = segment
+        totals["spilled"] += sum(map(len, segment.entries or ()))
+        totals["spilled_bytes"] += record.size
 
     # -- reading --
 
     def read(self, segment: Segment) -> None:
         if segment.state is State.ON_DISK:
             assert self._file is not None
+            prepare, done = partial(self._prepare_read, segment), partial(self._was_read, segment)  # what needs memory
             segment.become(State.READING)
-            self._start(self._file.runner.read, partial(self._prepare_read, segment), partial(self._was_read, segment))
+            self._start(self._file.runner.read, prepare, done)
 
     def _prepare_read(self, segment: Segment) -> Job | None:
         assert self._file is not None
@@ -348,8 +366,8 @@ class Shelf:
         if segment.state is State.LOADED:
             self._strip(segment)
         elif segment.state is State.ON_DISK:
+            self.read(segment)  # for which there may be no memory
             self._strips = segment
-            self.read(segment)
 
     def _strip(self, segment: Segment) -> None:
         if segment.state is State.LOADED:
@@ -368,16 +386,13 @@ class Shelf:
             self._file.close()
 
 
-def write_each(
-    file: SpillFile, places: list[tuple[Segment, Record, bytearray]]
-) -> tuple[list[tuple[Segment, Record]], int, OSError | None]:
-    """In a thread: what was to be written, how much of it was, and why not the rest."""
-    where = [(segment, record) for segment, record, _ in places]
+def write_each(file: SpillFile, places: list[Placed]) -> tuple[int, OSError | None]:
+    """In a thread: how much of what was to be written was, and why not the rest."""
     for count, (_, record, data) in enumerate(places):
         try:
             file.write(record, data)
         except OSError as error:
-            return where, count, error
+            return count, error
         except MemoryError:
-            return where, count, no_memory()
-    return where, len(places), None
+            return count, no_memory()
+    return len(places), None

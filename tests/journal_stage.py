@@ -90,8 +90,7 @@ class Disk:
             if fault is None:
                 result = job()
             elif job.func.__name__ == "write_each":
-                places = [(segment, record) for segment, record, _ in job.args[1]]
-                result = (places, 0, OSError(fault, "no"))
+                result = (0, OSError(fault, "no"))
             else:
                 result = OSError(fault, "no")
         except OSError as error:

@@ -5,17 +5,19 @@ import errno
 import json
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from functools import partial
 from typing import Any
 
 import pytest
-from journal_stage import KIB, MIB, Client, Disk, all_of, batch_of, changed, line, log_of, numbers, other, say
+from journal_stage import KIB, LOGS, MIB, Client, Disk, all_of, batch_of, changed, line, log_of, numbers, other, say
 
 from fastwire import disk as disks
+from fastwire import shelf
 from fastwire.disk import Job, SpillFile, Worker
 from fastwire.flow import Limits
 from fastwire.journal import Journal, totals
-from fastwire.segments import Gap
+from fastwire.segments import Gap, State
+from fastwire.shelf import Shelf
 
 pytest_plugins = "journal_stage"  # the fixture `limits`
 
@@ -89,6 +91,33 @@ def test_that_a_disk_failed_for_good_is_told_although_it_was_full(
     client.cursor.end()
 
 
+def test_what_a_full_disk_did_not_take_is_not_counted_there(limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try had its room counted behind what lies there, for as long as that did: also for the user, and for all."""
+    disk = Disk()
+    journal, client = log_of(changed(limits, client_memory_limit=4 * MIB, client_spill_limit=80 * MIB), disk)
+    count = 0
+    while journal.shelf.nbytes < 100 * KIB:
+        say(journal, batch_of(other("comm_msg", count, 5000)))
+        work(disk)
+        count += 1
+    before, tries = journal._budgets.disk.used, 0
+
+    def full(*_: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError(errno.ENOSPC, "no")
+
+    monkeypatch.setattr(SpillFile, "write", full)
+    for number in range(count, count + 3000):
+        say(journal, batch_of(line(number, 5000) if number % 10 else other("comm_msg", number, 500)))
+        work(disk)
+    assert tries > 3
+    assert journal._budgets.disk.used == journal.shelf.nbytes == before
+    got = all_of(client, disk)
+    assert {*range(count)} <= {*got}
+    assert got[count:] == sorted(got[count:])
+
+
 # -- what is dropped --------------------------------------------------------------------------------
 
 
@@ -150,19 +179,39 @@ def test_what_is_left_does_not_keep_the_room_of_what_was_dropped(
     assert len([parts for _, parts in client.messages if not numbers(parts)]) < 1000
 
 
-def test_a_notice_takes_little_however_long_a_kernels_headers_are(limits: Limits) -> None:
+def test_nobody_is_ended_for_notices_while_output_lies_on_the_disk(limits: Limits) -> None:
+    """Between them lies what may not be dropped: none goes up in another, and together they took all memory."""
+    disk = Disk()
+    journal, client = log_of(changed(limits, client_spill_limit=4 * MIB), disk)
+    for number in range(3000):
+        say(journal, batch_of(line(number, 60_000) if number % 2 else other("comm_msg", number)))
+        work(disk)
+    assert not client.ended
+    got = all_of(client, disk)
+    assert [number for number in got if not number % 2] == [*range(0, 3000, 2)]
+    assert len(got) > 1500
+    client.cursor.end()
+    assert journal.memory == journal.shelf.nbytes == 0
+
+
+@pytest.mark.parametrize("size", [100, 900, 1900, 100_000])
+def test_a_notice_takes_little_however_long_a_kernels_headers_are(limits: Limits, size: int) -> None:
+    """It counts what it takes."""
     journal, client = log_of(changed(limits, client_memory_limit=MIB), None)
-    for number in range(200):
+    number = 0
+    while totals["dropped"] < 100:
+        number += 1
         message = line(number)
-        message[0] = json.dumps(json.loads(message[0]) | {"session": "x" * 100_000}).encode()
+        message[0] = json.dumps(json.loads(message[0]) | {"session": "x" * size}).encode()
+        message[1] = message[0]
         say(journal, batch_of(message))
         say(journal, batch_of(other("status", number)))
     segment, gaps = journal.front, []
     while segment is not None:
         gaps += [entry for entry in segment.entries or () if isinstance(entry, Gap)]
         segment = segment.next
-    assert len(gaps) > 100
-    assert sum(sum(map(len, gap.told[1:])) for gap in gaps) < journal.memory
+    assert len(gaps) > 5
+    assert all(sum(map(len, gap.told[1:])) < gap.memory for gap in gaps)
     client.cursor.end()
 
 
@@ -192,6 +241,37 @@ def test_who_waits_for_the_disk_hears_although_another_cannot(limits: Limits) ->
     assert heard
     first.cursor.end()
     second.cursor.end()
+
+
+@pytest.mark.parametrize("to_strip", [False, True])
+def test_what_there_was_no_memory_to_ask_the_disk_for_is_asked_for_again(
+    limits: Limits, monkeypatch: pytest.MonkeyPatch, to_strip: bool
+) -> None:
+    """By who reads, or where the oldest is to be dropped: it is not on its way, and nobody waits for it."""
+    disk = Disk()
+    journal, client = log_of(changed(limits, client_spill_limit=400 * KIB), disk)
+    say_lines(journal, disk, 0, 400)
+    works, times = shelf.partial, 0
+
+    def starving(*arguments: Any) -> Any:
+        nonlocal times
+        times += 1
+        if times == 1:
+            raise MemoryError
+        return works(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf, "partial", starving)
+        segment = journal.front
+        ask = journal.shelf._strip_oldest if to_strip else partial(journal.shelf.read, segment)
+        with pytest.raises(MemoryError):
+            ask()
+    assert segment.state is State.ON_DISK
+    assert journal.shelf._strips is None
+    say_lines(journal, disk, 400, 3000)
+    got = all_of(client, disk)
+    assert got == [*range(got[0], 3000)]
+    assert len(got) > 400
 
 
 @pytest.mark.parametrize("failing", [1, 2, 5])
@@ -245,29 +325,141 @@ def test_a_thread_that_has_no_memory_to_say_that_it_is_done_says_it_later(monkey
     assert asyncio.run(use()) == ["first", "second"]
 
 
-def test_a_job_that_there_is_no_memory_to_hand_over_is_told_so() -> None:
-    class Starving(SimpleQueue):
-        puts = 0
+def test_a_job_that_there_is_no_memory_to_prepare_is_told_so() -> None:
+    """In its turn: who asks again when it is told would otherwise ask again and again, each time from within."""
 
-        def put(self, item: object) -> None:
-            self.puts += 1
-            if self.puts == 1:
-                raise MemoryError
-            super().put(item)
+    def starving() -> None:
+        raise MemoryError
 
     async def use() -> list[object]:
         results: list[object] = []
         worker, over = Worker("a test's", asyncio.get_running_loop()), asyncio.Event()
-        worker._jobs = Starving()
-        worker.add(lambda: lambda: "never", results.append)
-        worker.add(lambda: lambda: "second", lambda result: (results.append(result), over.set()))
+
+        def ask_again(result: object) -> None:
+            results.append(result)
+            if len(results) < 2000:
+                worker.add(starving, ask_again)
+            else:
+                worker.add(lambda: lambda: "over", lambda result: (results.append(result), over.set()))
+
+        worker.add(starving, ask_again)
+        assert not results
         async with asyncio.timeout(20):
             await over.wait()
         return results
 
+    *told, last = asyncio.run(use())
+    assert {type(each) for each in told} == {OSError}
+    assert (len(told), last) == (2000, "over")
+
+
+def test_a_thread_that_has_no_memory_for_the_error_that_says_so_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    makes, times = disks.no_memory, 0
+
+    def no_memory() -> OSError:
+        nonlocal times
+        times += 1
+        if times == 1:
+            raise MemoryError
+        return makes()
+
+    def starving() -> None:
+        raise MemoryError
+
+    async def use() -> list[object]:
+        results: list[object] = []
+        worker, over = Worker("a test's", asyncio.get_running_loop()), asyncio.Event()
+        worker.add(lambda: starving, results.append)
+        worker.add(lambda: lambda: "second", lambda result: (results.append(result), over.set()))
+        async with asyncio.timeout(5):
+            await over.wait()
+        return results
+
+    monkeypatch.setattr(disks, "no_memory", no_memory)
     first, second = asyncio.run(use())
     assert isinstance(first, OSError)
-    assert (first.errno, second) == (errno.ENOMEM, "second")
+    assert second == "second"
+
+
+def test_what_a_loop_was_told_and_could_not_be_woken_for_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio has noted what is to be called when it wakes the loop."""
+
+    async def use() -> list[object]:
+        loop, results, over = asyncio.get_running_loop(), [], asyncio.Event()
+        wakes, times, go_on = loop._write_to_self, 0, threading.Event()
+
+        def starving() -> None:
+            nonlocal times
+            times += threading.current_thread() is not threading.main_thread()
+            if times == 1:
+                raise MemoryError
+            wakes()
+
+        monkeypatch.setattr(loop, "_write_to_self", starving)
+        worker = Worker("a test's", loop)
+        worker.add(lambda: lambda: "first", results.append)
+        worker.add(lambda: lambda: (go_on.wait(), "second")[1], results.append)
+        worker.add(lambda: lambda: "third", lambda result: (results.append(result), over.set()))
+        loop.call_later(0.3, go_on.set)
+        async with asyncio.timeout(20):
+            await over.wait()
+        return results
+
+    monkeypatch.setattr(disks, "RETRY", 0.1)
+    assert asyncio.run(use()) == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    ("where", "what"), [(shelf, "write_each"), (Shelf, "_prepare_write"), (Shelf, "_prepare_read")]
+)
+def test_a_log_whose_job_had_no_memory_is_put_aside_all_the_same(
+    limits: Limits, monkeypatch: pytest.MonkeyPatch, where: Any, what: str
+) -> None:
+    """The job itself, or who prepares it: each third. What was to be written is in memory as before, and takes no room
+    on the disk; what was to be read is asked for again."""
+    works, times = getattr(where, what), 0
+
+    def starving(*arguments: Any) -> Any:
+        nonlocal times
+        times += 1
+        if what == "write_each" and times % 3 == 1:
+            raise MemoryError
+        result = works(*arguments)
+        if result is not None and times % 3 == 1:
+            raise MemoryError
+        return result
+
+    async def use() -> None:
+        journal, client = log_of(limits, disks.Disk(asyncio.get_running_loop()))
+        LOGS.clear()  # it works by itself
+        errors: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+
+        async def rest() -> None:
+            while journal.shelf._jobs:  # noqa: ASYNC110 - nobody says so
+                await asyncio.sleep(0.001)
+
+        for number in range(3000):
+            say(journal, batch_of(line(number, 500)))
+            await rest()
+        assert journal.shelf.nbytes > 1 * MIB
+        client.start(None)
+        async with asyncio.timeout(20):
+            while not client.cursor.is_live:
+                if not client.feed():
+                    await asyncio.sleep(0.001)
+                client.cursor.release(client.queued)
+        got = [number for _, parts in client.messages for number in numbers(parts)]
+        assert got == [*range(got[0], 3000)]
+        assert times > 9
+        assert not errors
+        client.cursor.end()
+        journal.close()
+        await rest()
+        assert journal._budgets.disk.used == journal.memory == 0
+
+    monkeypatch.setattr(where, what, starving)
+    asyncio.run(use())
 
 
 def test_many_that_are_not_wanted_any_more_have_their_turns_one_after_the_other() -> None:
