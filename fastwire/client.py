@@ -140,6 +140,11 @@ class Client(WebSocketClientConnection):
             self.connect_future.set_exception(NotConnected(f"breaks the WebSocket handshake: {why}", 502))
         self.drop()
 
+    def _handle_exception(self, *error: Any) -> bool:
+        """What becomes of one that is not waited for any more, as its server does not take TCP, or its name is not
+        found, is nobody's error: Tornado would log it."""
+        return super()._handle_exception(*error) or self.connect_future.cancelled()
+
     def begin(self) -> None:
         """It is known where frames go: read."""
         self._is_used()

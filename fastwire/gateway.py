@@ -60,6 +60,9 @@ log = logging.getLogger(__name__)
 #: Statuses of a gateway that its client is told as they are; another is this server's trouble, not the client's.
 TOLD = {400, 404, 502, 503, 504}
 
+#: By kernel and session, the attempt that came last.
+newest: dict[tuple[str | None, str], asyncio.Task[Client]] = {}
+
 #: For who reads that a certificate is not taken.
 ADVICE = "c.GatewayClient.ca_certs names the file of who is trusted, client_cert and client_key this server's own"
 
@@ -126,23 +129,48 @@ class FastwireGatewayConnection(GatewayWebSocketConnection):
 
     async def _accept(self, answer: Callable[[Any], Awaitable[None]], handler: Any) -> None:
         """Everything else that can fail while the answer is still HTTP."""
-        server = await self._dial_for_who_stays()
+        try:
+            server = await self._dial_for_who_stays()
+        except ValueError as error:  # which Tornado would take for the client's, and say nothing
+            raise RuntimeError("the gateway could not be connected to") from error
         # What the handler answers: jupyter_server reads "" as the default one.
         self.kernel_ws_protocol = server.socket.selected_subprotocol or ""
         await answer(handler)
 
     async def _dial_for_who_stays(self) -> Client:
         """A client that leaves meanwhile may be back already: what is made for it too late would take its session."""
-        self._dialling = asyncio.ensure_future(self._dial())
-        try:
-            self._server = await self._dialling
-        except asyncio.CancelledError:
-            if not self._client_left:
-                raise
-        if self._server is None or self._client_left:
-            self.disconnect()
-            raise HTTPError(499, reason="the client left")
+        with self._as_the_newest() as dialling:
+            try:
+                self._server = await dialling
+            except asyncio.CancelledError:
+                if not self._is_late:
+                    raise
+            if self._server is None or self._is_late:
+                self.disconnect()
+                raise HTTPError(499, reason="the client left, or came again")
         return self._server
+
+    @contextmanager
+    def _as_the_newest(self) -> Iterator[asyncio.Task[Client]]:
+        """Nobody tells that a network is gone, and its client comes again: what was under way for it is too late."""
+        dialling = self._dialling = asyncio.ensure_future(self._dial())
+        if before := newest.get(self._session):
+            before.cancel()
+        newest[self._session] = dialling
+        try:
+            yield dialling
+        finally:
+            if newest.get(self._session) is dialling:
+                del newest[self._session]
+
+    @property
+    def _session(self) -> tuple[str | None, str]:
+        """Without an id each is one of its own."""
+        return self.kernel_id, self.websocket_handler.get_argument("session_id", "") or str(id(self))
+
+    @property
+    def _is_late(self) -> bool:
+        return self._client_left or newest.get(self._session) is not self._dialling
 
     async def _dial(self) -> Client:
         """Source: `GatewayWebSocketConnection._read_messages`, whose attempts come after the client was let in."""
@@ -294,6 +322,7 @@ class FastwireGatewayKernelSpecManager(GatewayKernelSpecManager):
         theirs: Any = super()
         theirs.__init__(**kwargs)
         trust_alone(GatewayClient.instance())
+        strip_token(GatewayClient.instance())
 
     async def list_kernel_specs(self) -> Any:
         theirs: Any = super()
@@ -309,6 +338,18 @@ def trust_alone(gateway: Any) -> None:
     if gateway.ca_certs and not gateway.client_cert:
         gateway.init_connection_args()
         gateway._connection_args["ca_certs"] = gateway.ca_certs  # noqa: SLF001
+
+
+def strip_token(gateway: Any) -> None:
+    """A token that was read with the end of its line, from a file or by a renewer, cannot be sent, and what Tornado
+    says of that has it: in the log, and in answers to clients who are not to know it."""
+
+    def strip(_: Any) -> None:
+        if gateway.auth_token:
+            gateway.auth_token = gateway.auth_token.strip()
+
+    gateway.observe(strip, "auth_token")
+    strip(None)
 
 
 class FastwireGatewayMappingKernelManager(GatewayMappingKernelManager):

@@ -387,13 +387,14 @@ def type_of(batch: Batch, index: int, parts: list[bytes]) -> str:
 
 
 class Outputs:
-    """What a notebook shows below a cell. ``limit`` bounds the bytes of the messages that are put together, and
-    ``is_too_much`` says that they were more."""
+    """What a notebook shows below a cell of the run ``msg_id``. ``limit`` bounds the bytes of the messages that are put
+    together, and ``is_too_much`` says that they were more."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, msg_id: str = "") -> None:
         self.question: dict[str, Any] | None = None
         self.is_too_much = False
         self._left = limit
+        self._msg_id = msg_id
         self._shown: list[tuple[str, dict[str, Any]]] = []  # the type and the content of each
         self._texts: list[str] = []  # of the last, a stream, what is to be joined to it
         self._displays: dict[str, dict[str, Any]] = {}  # what was said of each last: all of a name show that
@@ -423,12 +424,14 @@ class Outputs:
             self._hear(message.msg_type, content)
 
     def _is_caught(self, msg_type: str, content: dict[str, Any]) -> bool:
-        """By an Output widget, which says when it begins, by the id of the run, and by none when that is over."""
+        """By an Output widget, which says when it begins, by the id of the run, and by none when that is over. One with
+        the id of another run catches what that says."""
         if msg_type.startswith("comm_") and isinstance(name := content.get("comm_id"), str):
             data = content.get("data")
             state = data.get("state") if isinstance(data, dict) else None
             if isinstance(state, dict) and "msg_id" in state:
-                (self._catching.add if state["msg_id"] else self._catching.discard)(name)
+                is_ours = bool(self._msg_id) and state["msg_id"] == self._msg_id
+                (self._catching.add if is_ours else self._catching.discard)(name)
         return bool(self._catching)
 
     def _hear(self, msg_type: str, content: dict[str, Any]) -> None:
@@ -499,7 +502,7 @@ async def read_outputs(
     journal: Journal, run: Run, limit: int, shown: Shown = Batch.__getitem__
 ) -> tuple[Outputs, Messages]:
     """Of a run, as it was when it said its last; and where that was read, which is closed."""
-    messages, outputs = Messages(journal, run, shown=shown), Outputs(limit)
+    messages, outputs = Messages(journal, run, shown=shown), Outputs(limit, run.msg_id)
     try:
         async for message in messages.read():
             outputs.add(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import fields, replace
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,9 @@ class Fastwire(Configurable):
 
     @validate(*NUMBERS)
     def _valid_number(self, proposal: Any) -> Any:
-        """The core counts in words of the machine, and no timer is set to infinity, or to what is no number."""
-        value: float = proposal["value"]
+        """The core counts in words of the machine, and no timer is set to infinity, which is a way to say never, or to
+        what is no number."""
+        value: float = MOST if proposal["value"] == inf else proposal["value"]
         if not 0 <= value <= MOST:
             raise TraitError(f"Fastwire.{proposal['trait'].name} has to be a number from 0 to {MOST}, and is {value}")
         return value

@@ -230,6 +230,44 @@ def test_cells_that_are_moved_go_on(lab: Lab, gate: Path) -> None:  # noqa: F811
     notebook.expect_prompt(0, "[ ]:")
 
 
+def test_a_queued_cell_that_is_made_text_waits_no_more(lab: Lab, gate: Path) -> None:  # noqa: F811
+    notebook = followed(lab, gate)
+    notebook.cell(1).locator(".cm-content").click()
+    for key in ("Escape", "m"):
+        notebook.page.keyboard.press(key)
+    text = notebook.panel.locator(".jp-MarkdownCell")
+    expect(text).to_have_count(1)
+    gate.touch()
+    notebook.expect_prompt(0, "[1]:")
+    kernel = lab.server.rest("GET", "/api/kernels")[1][0]["id"]
+    lab.server.until_model(kernel, execution_state="idle")
+    notebook.page.wait_for_timeout(2500)  # as long as it might be looked at again
+    expect(text.locator(".jp-InputArea-prompt").first).not_to_contain_text("*")
+
+
+DIES = """
+import os
+
+while Path({gate!r}).exists():
+    time.sleep(0.05)
+os._exit(1)
+"""
+
+
+def test_what_is_said_after_a_cell_was_cleared_has_an_end(lab: Lab, gate: Path) -> None:  # noqa: F811
+    notebook = lab.open((WAITS + DIES).format(gate=str(gate)))
+    notebook.run(0)
+    notebook.expect_output(0, "it waits")
+    reloaded(notebook)
+    notebook.expect_output(0, "it waits")
+    chosen(notebook, 0, "Edit", "Clear Cell Output")
+    expect(notebook.output(0)).to_have_count(0)
+    gate.touch()
+    notebook.expect_output(0, "it goes on")
+    gate.unlink()
+    notebook.expect_output(0, "the kernel ended before this run did")
+
+
 # -- what is asked ---------------------------------------------------------------------------------
 
 ASKS = "for what in ('Who', 'What'):\n    print(what, 'is', input(what + '? '))"
@@ -461,11 +499,11 @@ def test_what_a_kernel_says_many_times_is_shown_so_where_that_is_wanted(tmp_path
         assert shown(notebook, 0).count("again") == 3
 
 
-def write_page_config(home: Path) -> None:
-    """As ``jupyter labextension disable jupyter-fastwire`` does."""
+def write_page_config(home: Path, extension: str = "jupyter-fastwire") -> None:
+    """As ``jupyter labextension disable`` does."""
     folder = home / "config" / "labconfig"
     folder.mkdir(parents=True)
-    (folder / "page_config.json").write_text(json.dumps({"disabledExtensions": {"jupyter-fastwire": True}}))
+    (folder / "page_config.json").write_text(json.dumps({"disabledExtensions": {extension: True}}))
 
 
 def watched(page: Page) -> tuple[list[str], list[str]]:
@@ -537,6 +575,43 @@ def test_what_an_output_widget_has_caught_is_its_own(lab: Lab, is_saved: bool) -
     until(lambda: '"execution_count": 2' in again.path.read_text(), "it is saved")
     outputs = json.loads(again.path.read_text())["cells"][0]["outputs"]
     assert ["data" in output for output in outputs] == [True, True]
+
+
+NAMES_ANOTHER = """
+import ipywidgets
+
+out = ipywidgets.Output()
+out.msg_id = "of another run"
+print("seen")
+"""
+
+
+def test_an_output_widget_of_another_run_catches_nothing_of_this_one(lab: Lab) -> None:  # noqa: F811
+    notebook = lab.open(NAMES_ANOTHER)
+    notebook.run(0)
+    notebook.expect_output(0, "seen")
+    notebook.expect_ran(0, 1)
+    notebook.page.close()
+    reopened(notebook).expect_output(0, "seen")
+
+
+def test_where_there_are_no_widgets_nothing_is_caught(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+    """The kernel has them, and the page shows what they would catch: it was gone after a reload, and saved so."""
+    write_page_config(tmp_path, "@jupyter-widgets/jupyterlab-manager")
+    options = ("--ServerApp.jpserver_extensions=jupyterlab=True",)
+    with serving(tmp_path, *options) as other, browser.new_context() as tabs:
+        tabs.set_default_timeout(1000 * PATIENCE)
+        notebook = Lab(other, tabs, "without-widgets").open(CATCHES, "1 + 1")
+        notebook.run(0)
+        notebook.expect_ran(0, 1)
+        notebook.expect_output(0, "caught")
+        notebook.page.keyboard.press("Control+s")
+        until(lambda: '"execution_count": 1' in notebook.path.read_text(), "it is saved")
+        notebook.page.close()
+        again = reopened(notebook)
+        again.run(1)  # behind what is restored
+        again.expect_ran(1, 2)
+        again.expect_output(0, "caught")
 
 
 # -- elsewhere -------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_the_outputs_of_another_program_are_valid() -> None:
 
 def test_what_an_output_widget_catches_is_its_own() -> None:
     """As for nbclient and pages: from where it names the run to where it names none. Another may begin meanwhile."""
-    outputs = Outputs(PLENTY)
+    outputs = Outputs(PLENTY, "1")
     for comm, run in (("a", "1"), ("b", "1"), ("b", ""), ("a", ""), ("a", ""), (["a"], "1")):
         outputs.add(message("comm_msg", {"comm_id": comm, "data": {"method": "update", "state": {"msg_id": run}}}))
         outputs.add(message("stream", {"name": "stdout", "text": f"{comm} {run}\n"}))
@@ -170,6 +170,15 @@ def test_what_an_output_widget_catches_is_its_own() -> None:
             outputs.add(message("comm_open", {"comm_id": comm, "data": None}))
     (stream,) = outputs.made(output_from_msg)
     assert stream["text"] == "a \na \n['a'] 1\n"
+
+
+@pytest.mark.parametrize("run", ["2", "", None, 1, ["1"]])
+def test_an_output_widget_of_another_run_catches_nothing_of_this_one(run: object) -> None:
+    outputs = Outputs(PLENTY, "1")
+    for named in ("1", run):
+        outputs.add(message("comm_msg", {"comm_id": "a", "data": {"state": {"msg_id": named}}}))
+    outputs.add(message("stream", {"name": "stdout", "text": "seen"}))
+    assert [each["text"] for each in outputs.made(output_from_msg)] == ["seen"]
 
 
 def test_outputs_have_a_bound() -> None:

@@ -16,6 +16,9 @@ A federated module as webpack would build it, written by hand: it needs nothing 
   /* Of a run's messages, so many ids are remembered at least, and twice as many at most. */
   const REMEMBERED = 8192;
 
+  /* Whose Output widgets catch outputs; where it is not, they are shown below the cell. */
+  const WIDGETS = "@jupyter-widgets/jupyterlab-manager:plugin";
+
   /* What was cleared by hand stays so: cells and times, in the browser's storage. */
   const CLEARED = `${NAME}:cleared`, MOST_CLEARED = 1000;
 
@@ -24,8 +27,9 @@ A federated module as webpack would build it, written by hand: it needs nothing 
   /* -- the server's interface (docs/runs.md) -- */
 
   class Runs {
-    constructor(services, kernel) {
+    constructor(services, kernel, { hasWidgets }) {
       this.services = services;
+      this.hasWidgets = hasWidgets;
       this.kernel = kernel;
       this.settings = kernel.serverSettings;
       this.url = `${this.settings.baseUrl}fastwire/api/kernels/${kernel.id}/runs`;
@@ -116,7 +120,8 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       return this.had;
     }
 
-    isIn(cell) { return (cell.outputArea?.future ?? null) === (this.future ?? this.found); }
+    /* Not in one that was made text. */
+    isIn({ outputArea }) { return Boolean(outputArea) && (outputArea.future ?? null) === (this.future ?? this.found); }
 
     /* The page has run it anew meanwhile, or it is gone. */
     get isLeft() {
@@ -218,12 +223,13 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       else if (!this.isCaught(message)) await this.future.hear(message);
     }
 
-    /* By an Output widget, which says when it begins, by the id of the run, and by none when that is over. */
+    /* By an Output widget, which says when it begins, by the id of the run, and by none when that is over. One with the
+       id of another run catches what that says. */
     isCaught({ channel, header: { msg_type }, content }) {
       const state = /^comm_/.test(msg_type) ? content?.data?.state : null;
-      if (state?.msg_id) this.catching.add(content.comm_id);
-      else if (state?.msg_id === "") this.catching.delete(content.comm_id);
-      return channel === "iopub" && msg_type !== "status" && this.catching.size > 0;
+      if (state?.msg_id === this.run.msg_id) this.catching.add(content.comm_id);
+      else if (state?.msg_id !== undefined) this.catching.delete(content.comm_id);
+      return channel === "iopub" && msg_type !== "status" && this.catching.size > 0 && this.runs.hasWidgets;
     }
 
     /* What it asks now is asked once; the field of what was answered in another page goes. */
@@ -252,7 +258,9 @@ A federated module as webpack would build it, written by hand: it needs nothing 
     end() {
       const { cell, run, future } = this;
       if (!future && !this.waits) return;
-      if (future && run.state === "lost" && !cleared.isSince(run)) { // "Restart Kernel and Clear Outputs", say
+      // Not after "Restart Kernel and Clear Outputs", say: what was cleared, and has said nothing since.
+      const isCleared = cleared.isSince(run) && !cell.model.outputs.length;
+      if (future && run.state === "lost" && !isCleared) {
         const text = "[fastwire: the kernel ended before this run did]\n";
         cell.model.outputs.add({ output_type: "stream", name: "stderr", text });
       }
@@ -290,12 +298,12 @@ A federated module as webpack would build it, written by hand: it needs nothing 
 
   /* -- a notebook's page -- */
 
-  async function restore(services, panel) {
+  async function restore(services, panel, options) {
     await panel.context.ready;
     await panel.sessionContext.ready;
     const kernel = panel.sessionContext.session?.kernel;
     if (!kernel) return;
-    const runs = new Runs(services, kernel);
+    const runs = new Runs(services, kernel, options);
     const known = await runs.ofCells();
     const found = panel.content.widgets
       .filter((cell) => cell.model.type === "code" && known.has(cell.model.id))
@@ -326,7 +334,8 @@ A federated module as webpack would build it, written by hand: it needs nothing 
     });
   }
 
-  async function watch(services, panel, { keepsHistory, showsAgain }) {
+  async function watch(services, panel, options) {
+    const { keepsHistory, showsAgain } = options;
     let known = null;
     const look = () => {
       const kernel = panel.sessionContext.session?.kernel;
@@ -336,7 +345,7 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       panel.sessionContext.kernelChanged.connect(look);
       look();
     }
-    if (keepsHistory) await restore(services, panel);
+    if (keepsHistory) await restore(services, panel, options);
   }
 
   /* -- the contract of a federated module -- */
@@ -361,8 +370,9 @@ A federated module as webpack would build it, written by hand: it needs nothing 
       description: "Restores the outputs of runs that a page does not have.",
       autoStart: true,
       requires: [notebook.INotebookTracker],
-      activate: (_, tracker) => {
+      activate: (app, tracker) => {
         if (!history) return;
+        options.hasWidgets = app.hasPlugin(WIDGETS);
         const begin = (panel) => watch(services, panel, options).catch((error) => console.debug(`${NAME}:`, error));
         notebook.NotebookActions.outputCleared.connect((_, { cell }) => cleared.note(cell.model.id));
         tracker.widgetAdded.connect((_, panel) => { begin(panel); });
