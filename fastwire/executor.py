@@ -110,6 +110,11 @@ class Executor:
         self._count()
         return msg_id
 
+    @property
+    def waits(self) -> bool:
+        """Whether something that was asked does."""
+        return self._uplink is not None and self._uplink.waiting_messages > 0
+
     def _send_waiting(self) -> None:
         if self._uplink is not None and self._uplink.waiting_messages:
             self._settle(self._uplink.retry())

@@ -29,7 +29,7 @@ from fastwire.budgets import HISTORIES, LEDGERS, Budgets
 from fastwire.errors import MessageError, SignatureError
 from fastwire.events import note
 from fastwire.executor import Executor
-from fastwire.hearing import Event
+from fastwire.hearing import Event, State
 from fastwire.notices import notice
 from fastwire.relay import STDIN_PATIENCE, KernelRelay, Session
 from fastwire.restarter import watch_with_others
@@ -162,6 +162,14 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         starting.execution_state, starting.last_activity = "starting", utcnow()
         return kernel, name, kernel_id
 
+    async def _add_kernel_when_ready(self, kernel_id: str, km: Any, kernel_awaitable: Awaitable[Any]) -> None:
+        """One that could not be started is pending no more: at the server's end jupyter_client would look for it in
+        vain, and wait for no other."""
+        try:
+            await super()._add_kernel_when_ready(kernel_id, km, kernel_awaitable)
+        finally:
+            self._pending_kernels.pop(kernel_id, None)
+
     async def _finish_kernel_start(self, kernel_id: str) -> None:
         await super()._finish_kernel_start(kernel_id)
         self.add_restart_callback(kernel_id, partial(self._begin_anew, kernel_id), "restart")
@@ -176,7 +184,12 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
                 if not is_there:
                     raise HTTPError(404, reason="the kernel was shut down")
                 self._give_up_restart(kernel_id)
-                reply = await super()._async_restart_kernel(kernel_id, now=now)
+                try:
+                    reply = await super()._async_restart_kernel(kernel_id, now=now)
+                except Exception:
+                    if not kernel.manager.has_kernel:  # it has ended, and no other could be started
+                        self._begin_anew(kernel_id)
+                    raise
                 self._begin_anew(kernel_id)
         finally:
             kernel.has_restarted()
@@ -189,9 +202,30 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     ) -> None:
         async with self._alone(kernel_id) as is_there:
             if is_there:
+                self.get_kernel(kernel_id).stop_restarter()  # jupyter_client does in a turn to come, and meets its look
                 await super()._async_shutdown_kernel(kernel_id, now=now, restart=restart)
+                await asyncio.sleep(0)  # with ``use_pending_kernels`` it has only now begun, and is not `ready`
 
     shutdown_kernel = _async_shutdown_kernel  # type: ignore[assignment]
+
+    async def _async_shutdown_all(self, now: bool = False) -> None:
+        """At the server's end, those that are being started too.
+
+        Source: `MultiKernelManager._async_shutdown_all`, where the first that cannot be ended keeps the server from
+        waiting for the others, which are left running.
+        """
+        await self._until_none_is_pending()
+        ends = [self._async_shutdown_kernel(kernel_id, now=now) for kernel_id in self.list_kernel_ids()]
+        for outcome in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                self.log.error("A kernel cannot be ended: %s", outcome, exc_info=outcome)
+        await self._until_none_is_pending()
+
+    shutdown_all = _async_shutdown_all  # type: ignore[assignment]
+
+    async def _until_none_is_pending(self) -> None:
+        if self._pending_kernels:
+            await asyncio.wait(self._pending_kernels.values(), timeout=self.kernel_info_timeout)
 
     @asynccontextmanager
     async def _alone(self, kernel_id: str) -> AsyncIterator[bool]:
@@ -236,6 +270,10 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
 
     def remove_kernel(self, kernel_id: str) -> Any:
         kernel = super().remove_kernel(kernel_id)
+        if kernel is not None:
+            kernel.stop_restarter()  # it would start again what nobody manages
+        for numbers in self._kernel_connections, self._kernel_ports:  # one that died has left them
+            numbers.pop(kernel_id, None)
         kernels_of(self).close(kernel)
         return kernel
 
@@ -296,6 +334,16 @@ class Kernel:
             self._heard.set()
         else:
             self._heard.clear()
+        self._hold_executor()
+
+    def _hold_executor(self) -> None:
+        """What programs ask waits as what clients ask does, and until the kernel knows whom to ask back."""
+        if self.hearing.state is State.CLOSED:
+            return
+        try:
+            self.executor.hold(held=self.hearing.held or self._release is not None)
+        except Exception as error:  # noqa: BLE001 - memory, or whatever libzmq may refuse: it goes with the next
+            log.error("kernel %s cannot be given what waits for it: %s", self.manager.kernel_id, error)
 
     def open(self) -> None:
         """Subscribe; anew when the kernel moved, with doubt when it was started again since."""
@@ -359,9 +407,10 @@ class Kernel:
         """What it is asked waits until the kernel is heard, and knows whom to ask back."""
         self.open()
         self.executor.open()
-        if not (self.is_heard and self.executor.can_be_asked()) and self._release is None:
-            self.executor.hold(held=True)
+        may_be_asked = self.is_heard and not self.hearing.held and self.executor.can_be_asked()
+        if not may_be_asked and self._release is None:
             self._release = asyncio.get_running_loop().create_task(self._release_executor())
+            self._hold_executor()
         return self.executor
 
     async def _release_executor(self) -> None:
@@ -373,7 +422,8 @@ class Kernel:
                         await asyncio.sleep(0.01)
         finally:
             self._release = None
-            self.executor.hold(held=False)
+            self._hold_executor()
+            self.settle_doubt()
 
     async def _is_managed(self) -> bool:
         return is_managed(self.manager)
@@ -443,8 +493,8 @@ class Kernel:
             self.proof = None
 
     def settle_doubt(self) -> None:
-        """Where somebody is connected, whose requests wait. Who comes later asks for himself."""
-        if has_client(self.relay):
+        """Where somebody is connected, or a program has asked: that waits. Who comes later asks for himself."""
+        if self._has_somebody():
             self.hearing.happens(Event.LET_IN)
             if self.hearing.doubtful:
                 self.prove()
@@ -458,7 +508,10 @@ class Kernel:
         return float(self.manager.parent.kernel_info_timeout)
 
     def _is_wanted(self) -> bool:
-        return is_managed(self.manager) and (self._waiting > 0 or has_client(self.relay))
+        return is_managed(self.manager) and (self._waiting > 0 or self._has_somebody())
+
+    def _has_somebody(self) -> bool:
+        return has_client(self.relay) or self.executor.waits
 
     async def _prove(self) -> None:
         """Until it is proven, given up, or not wanted any more. A proof that cannot be made lets nobody's requests go:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import subprocess
+from collections.abc import Callable
 from contextvars import Context
 from typing import Any
 
@@ -49,6 +50,26 @@ class Restarter(AsyncIOLoopKernelRestarter):
         """Whether there is nothing to do. While a start is not stable yet, that is for `poll` to find out."""
         process = None if self.debug or self._initial_startup or self._restarting else process_of(self.kernel_manager)
         return process is not None and process.returncode is None and not has_ended(process.pid)
+
+    async def poll(self) -> None:  # type: ignore[override]
+        """A restart that could not be made is one that did not last: it is tried again as often, and then the kernel is
+        said to be dead. What has used up all memory leaves none for its next start either; jupyter_client has stopped
+        its looks by then, and tells nobody."""
+        if self._pcallback is None:  # somebody has begun to end it since this was called
+            return
+        try:
+            await super().poll()
+        except Exception:
+            if self._pcallback is None and not self.kernel_manager.shutting_down:
+                self._restarting = True
+                self.start()
+            raise
+
+    def remove_callback(self, f: Callable[..., Any], event: str = "restart") -> None:
+        """While they are called, too, as each that gives up its wait for a restart does: of one list, the next in it
+        would be passed over."""
+        self.callbacks[event] = [*self.callbacks[event]]
+        super().remove_callback(f, event)
 
     def _fire_callbacks(self, event: Any) -> None:
         """Where a restart did not last: while the kernel was down, somebody may have taken one of its ports, and it

@@ -89,6 +89,9 @@ __all__ = ["FastwireServer", "main"]
 #: Seconds that kernels which are starting have, before the server ends without them.
 START_TIMEOUT = 10.0
 
+#: Seconds that requests have which are cancelled then.
+CANCEL_TIMEOUT = 1.0
+
 #: jupyter_server puts base_url unescaped into the regular expressions of its routes.
 BASE_URL = re.compile(r"(/[\w.~%@:,;=!&'-]+)*/")
 
@@ -258,6 +261,7 @@ class FastwireServer(ServerApp):
         finally:
             self.remove_server_info_file()
             self.remove_browser_open_files()
+            end_tasks(self.io_loop)
 
     def stop(self, from_signal: bool = False) -> None:
         """Extends ``ServerApp.stop``: a second Ctrl-C does not clean up a second time beside the first."""
@@ -572,6 +576,20 @@ def check_kernels(app: ServerApp) -> None:
     name = app.kernel_manager.default_kernel_name
     if name not in names and name != NATIVE_KERNEL_NAME:
         refuse(f"MappingKernelManager.default_kernel_name is {name!r}, installed are {', '.join(names)}")
+
+
+def end_tasks(io_loop: Any) -> None:
+    """Of requests that were under way when the loop was stopped. jupyter_server reads and writes files in threads of
+    anyio's, which end with the task that they were begun for, and the process does not end before them.
+
+    Source: `asyncio.run`, which cancels what is left, too; but nobody may take long here.
+    """
+    loop = io_loop.asyncio_loop
+    tasks = set() if loop.is_closed() else asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=CANCEL_TIMEOUT))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -450,7 +450,7 @@ def test_what_a_cell_had_before_is_not_trusted_with_what_is_restored(lab: Lab) -
     attack = {"text/html": "<b>theirs</b><img src='data:' onerror='window.attacked = true'>"}
     document["cells"][0]["outputs"] = [{"output_type": "display_data", "metadata": {}, "data": attack}]
     notebook.path.write_text(json.dumps(document))
-    again = reopened(notebook)
+    again = reopened(notebook).ready()
     again.expect_output(0, "2")
     again.run(0)
     again.expect_ran(0, 2)
@@ -566,7 +566,7 @@ def test_what_an_output_widget_has_caught_is_its_own(lab: Lab, is_saved: bool) -
         notebook.page.keyboard.press("Control+s")
         until(lambda: "widget-view" in notebook.path.read_text(), "the widgets in the notebook's file")
     notebook.page.close()
-    again = reopened(notebook)
+    again = reopened(notebook).ready()
     expect(again.output(0).get_by_role("slider")).to_have_count(1)
     again.run(1)
     again.expect_ran(1, 2)
@@ -608,7 +608,7 @@ def test_where_there_are_no_widgets_nothing_is_caught(tmp_path: Path, browser: B
         notebook.page.keyboard.press("Control+s")
         until(lambda: '"execution_count": 1' in notebook.path.read_text(), "it is saved")
         notebook.page.close()
-        again = reopened(notebook)
+        again = reopened(notebook).ready()
         again.run(1)  # behind what is restored
         again.expect_ran(1, 2)
         again.expect_output(0, "caught")
@@ -630,7 +630,7 @@ def test_in_notebook_7(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
         page = tabs.new_page()
         page.goto(f"{other.root}/notebooks/{path.name}?token={TOKEN}")
         notebook = Notebook(page, path)
-        expect(page.locator(".jp-NotebookKernelStatus, .jp-Notebook-ExecutionIndicator").first).to_be_visible()
+        expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")).to_be_visible()
         notebook.run(0)
         notebook.expect_output(0, "line 50")
         reloaded(notebook)

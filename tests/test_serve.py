@@ -399,6 +399,29 @@ def test_a_signal_that_interrupts_no_wait_ends_it(home: Home, how: signal.Signal
         assert home.left_behind == set()
 
 
+READS = """
+import asyncio, pathlib
+from anyio import to_thread
+from tornado.ioloop import IOLoop
+
+async def read():
+    await to_thread.run_sync(pathlib.Path("begun").touch)
+    await asyncio.Event().wait()
+
+IOLoop.current().add_callback(read)
+"""
+
+
+def test_a_request_that_is_under_way_keeps_no_server(home: Home) -> None:
+    """What has read a file is a thread that waits for more, as long as the request is under way."""
+    (home.config / "jupyter_server_config.py").write_text(READS)
+    with serving(home) as server:
+        poll((home.path / "begun").exists, "it has read")
+        assert server.stop(signal.SIGTERM) == 0
+        assert home.left_behind == set()
+        assert "[E " not in server.stderr
+
+
 FORKS = """
 import os, pathlib, signal, threading, time
 
