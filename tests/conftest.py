@@ -29,7 +29,7 @@ settings.register_profile("nightly", max_examples=3000, deadline=None, suppress_
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 #: What they assert for all tests of several files is shown as a test's own assertions are.
-pytest.register_assert_rewrite("journal_stage", "relay_stage", "websocket_site")
+pytest.register_assert_rewrite("gateway_stage", "journal_stage", "relay_stage", "websocket_site")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

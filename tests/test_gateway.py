@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 import wsclient
+from gateway_stage import front_of
 from network import Network
 from proxies import Returning
 from server import (
     PROTOCOLS,
     TOKEN,
     WITHOUT_EXTENSIONS,
-    WITHOUT_OTHERS,
     Client,
     Message,
     Raw,
@@ -32,6 +32,7 @@ from fastwire.gateway import Remembered
 
 # Each test starts servers of its own.
 pytestmark = pytest.mark.timeout(180)
+pytest_plugins = "gateway_stage"  # the fixtures `gateway` and `front`
 
 
 def made(parent: Path, name: str) -> Path:
@@ -46,26 +47,6 @@ def stock(home: Path) -> Iterator[Server]:
 
 
 GATEWAYS = {"fastwire": serving, "kernel gateway": kernel_gateway, "jupyter server": stock}
-
-
-@contextmanager
-def front_of(gateway: Server, home: Path, *options: str, **settings: object) -> Iterator[Server]:
-    options = (f"--gateway-url={gateway.root}", f"--GatewayClient.auth_token={TOKEN}", *options)
-    with serving(home, *options, how=("-m", "jupyter_server"), extensions=WITHOUT_OTHERS, **settings) as front:
-        yield front
-
-
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("gateway")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def front(gateway: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with front_of(gateway, tmp_path_factory.mktemp("front")) as server:
-        yield server
-        assert not server.logged("Traceback")
 
 
 def all_sizes_pass(client: Client, lines: int, nbytes: int) -> None:

@@ -11,25 +11,14 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
+from gateway_stage import front_of
 from network import Network
 from server import PATIENCE, TOKEN, WITHOUT_OTHERS, Client, Server, serving, until
-from test_gateway import front_of, made, status_of
+from test_gateway import made, status_of
 from test_security import cookie_of_a_browser
 
 pytestmark = pytest.mark.timeout(180)
-
-
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("gateway")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def front(gateway: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with front_of(gateway, tmp_path_factory.mktemp("front")) as server:
-        yield server
-        assert not server.logged("Traceback")
+pytest_plugins = "gateway_stage"  # the fixtures `gateway` and `front`
 
 
 def asking(front: Server, kernel: str, session: str, headers: dict[str, str]) -> HTTPConnection:
@@ -41,26 +30,48 @@ def asking(front: Server, kernel: str, session: str, headers: dict[str, str]) ->
     return asks
 
 
+@contextmanager
+def trying_again(gateway: Server, home: Path) -> Iterator[tuple[Network, Server, HTTPConnection, tuple[str, str]]]:
+    """The way to the gateway, which is cut; a front that has tried it for a client, and will again; the client's kernel
+    and session."""
+    with (
+        Network(gateway.port) as way,
+        front_of(replace(gateway, port=way.port), home, "--GatewayClient.gateway_retry_interval=1") as front,
+        front.kernel() as kernel,
+    ):
+        session = uuid.uuid4().hex
+        way.cut(silent=False)
+        asks = asking(front, kernel, session, {"Authorization": f"token {TOKEN}"})
+        until(lambda: front.logged("trying again in 1 s"), "an attempt that failed")
+        yield way, front, asks, (kernel, session)
+        assert not front.logged("Traceback")
+
+
 def test_who_left_while_the_gateway_was_tried_again_takes_nothing_from_who_came_back(
     gateway: Server, tmp_path: Path
 ) -> None:
     """A page whose network goes and comes leaves an attempt behind, and opens its WebSocket anew."""
-    with Network(gateway.port) as way:
-        options = ("--GatewayClient.gateway_retry_interval=1",)
-        with front_of(replace(gateway, port=way.port), tmp_path, *options) as front, front.kernel() as kernel:
-            session = uuid.uuid4().hex
-            way.cut(silent=False)
-            left = asking(front, kernel, session, {"Authorization": f"token {TOKEN}"})
-            until(lambda: front.logged("trying again in 1 s"), "an attempt that failed")
-            left.close()
-            way.restore()
-            with Client(front, kernel, None, session) as back:
-                back.run("1")
-                until(lambda: front.logged("499 GET"), "the end of the request of who left")
-                time.sleep(2)
-                assert back.run("6 * 7").result == "42"
-            assert not gateway.logged(f"{kernel}:{session}"), "it replaces no connection"
-            assert not front.logged("Traceback")
+    with trying_again(gateway, tmp_path) as (way, front, left, (kernel, session)):
+        left.close()
+        way.restore()
+        with Client(front, kernel, None, session) as back:
+            back.run("1")
+            until(lambda: front.logged("499 GET"), "the end of the request of who left")
+            time.sleep(2)
+            assert back.run("6 * 7").result == "42"
+        assert not gateway.logged(f"{kernel}:{session}"), "it replaces no connection"
+
+
+def test_who_comes_again_while_the_gateway_is_tried_again_keeps_its_session(gateway: Server, tmp_path: Path) -> None:
+    """A network that is gone without a word: to the front the attempt from before is for a client that is there."""
+    with trying_again(gateway, tmp_path) as (way, front, before, (kernel, session)):
+        way.restore()
+        with Client(front, kernel, None, session) as back:
+            back.run("1")
+            assert before.getresponse().status == 499
+            time.sleep(2)
+            assert back.run("6 * 7").result == "42"
+        before.close()
 
 
 def connections_to(port: int, front: Server) -> list[object]:
@@ -79,25 +90,6 @@ def test_who_leaves_while_the_gateway_does_not_answer_leaves_nothing(gateway: Se
         until(lambda: not connections_to(way.port, front), "nothing that is open")
         way.restore()
         assert not front.logged("Traceback")
-
-
-def test_who_comes_again_while_the_gateway_is_tried_again_keeps_its_session(gateway: Server, tmp_path: Path) -> None:
-    """A network that is gone without a word: to the front the attempt from before is for a client that is there."""
-    with Network(gateway.port) as way:
-        options = ("--GatewayClient.gateway_retry_interval=1",)
-        with front_of(replace(gateway, port=way.port), tmp_path, *options) as front, front.kernel() as kernel:
-            session = uuid.uuid4().hex
-            way.cut(silent=False)
-            before = asking(front, kernel, session, {"Authorization": f"token {TOKEN}"})
-            until(lambda: front.logged("trying again in 1 s"), "an attempt that failed")
-            way.restore()
-            with Client(front, kernel, None, session) as back:
-                back.run("1")
-                assert before.getresponse().status == 499
-                time.sleep(2)
-                assert back.run("6 * 7").result == "42"
-            before.close()
-            assert not front.logged("Traceback")
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from absent import not_tested
+from gateway_stage import front_of
 from server import PROTOCOLS, Client, Server, serving
-from test_gateway import all_sizes_pass, front_of, status_of
+from test_gateway import all_sizes_pass, status_of
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -519,11 +519,8 @@ def watched(page: Page) -> tuple[list[str], list[str]]:
 # -- widgets ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_saved", [True, False], ids=["saved", "not-saved"])
-def test_a_page_with_widgets_is_not_made_worse(lab: Lab, is_saved: bool) -> None:  # noqa: F811
-    """A slider of an idle kernel works in a page that is opened anew, and is there once; where it was not saved, from
-    the log."""
-    notebook = lab.open(SLIDER, "slider.value")
+def after_it_ran(notebook: Notebook, *, is_saved: bool) -> Notebook:
+    """Its first cell, which shows a slider, in a page that was opened after the one it ran in was closed."""
     notebook.run(0)
     expect(notebook.output(0).get_by_role("slider")).to_be_visible()
     notebook.expect_ran(0, 1)
@@ -531,7 +528,14 @@ def test_a_page_with_widgets_is_not_made_worse(lab: Lab, is_saved: bool) -> None
         notebook.page.keyboard.press("Control+s")
         until(lambda: "widget-view" in notebook.path.read_text(), "the slider in the notebook's file")
     notebook.page.close()
-    notebook = reopened(notebook)
+    return reopened(notebook)
+
+
+@pytest.mark.parametrize("is_saved", [True, False], ids=["saved", "not-saved"])
+def test_a_page_with_widgets_is_not_made_worse(lab: Lab, is_saved: bool) -> None:  # noqa: F811
+    """A slider of an idle kernel works in a page that is opened anew, and is there once; where it was not saved, from
+    the log."""
+    notebook = after_it_ran(lab.open(SLIDER, "slider.value"), is_saved=is_saved)
     errors, _ = watched(notebook.page)
     handle = notebook.output(0).get_by_role("slider")
     expect(handle).to_have_count(1)
@@ -558,15 +562,7 @@ with out:
 @pytest.mark.parametrize("is_saved", [True, False], ids=["saved", "not-saved"])
 def test_what_an_output_widget_has_caught_is_its_own(lab: Lab, is_saved: bool) -> None:  # noqa: F811
     """It is not shown below the cell, and clears nothing there."""
-    notebook = lab.open(CATCHES, "1 + 1")
-    notebook.run(0)
-    expect(notebook.output(0).get_by_role("slider")).to_be_visible()
-    notebook.expect_ran(0, 1)
-    if is_saved:
-        notebook.page.keyboard.press("Control+s")
-        until(lambda: "widget-view" in notebook.path.read_text(), "the widgets in the notebook's file")
-    notebook.page.close()
-    again = reopened(notebook).ready()
+    again = after_it_ran(lab.open(CATCHES, "1 + 1"), is_saved=is_saved).ready()
     expect(again.output(0).get_by_role("slider")).to_have_count(1)
     again.run(1)
     again.expect_ran(1, 2)
