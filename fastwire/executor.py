@@ -6,8 +6,10 @@ answers is for who reads that. What is asked waits while the kernel is not heard
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,7 +17,7 @@ from fastwire._core import OP_TEXT, Uplink
 from fastwire.channels import Channel
 from fastwire.charge import Charge
 from fastwire.errors import FastwireError
-from fastwire.relay import CLIENT_CHANNELS, KernelRelay
+from fastwire.relay import CLIENT_CHANNELS, STDIN_PATIENCE, KernelRelay
 
 __all__ = ["Executor", "KernelIsFull"]
 
@@ -80,6 +82,13 @@ class Executor:
     def can_be_asked(self) -> bool:
         """Whether the kernel knows the socket on which it asks."""
         return self._channels[CLIENT_CHANNELS.index("stdin")].can_be_asked()
+
+    async def until_it_can_be_asked(self) -> None:
+        """Or that is not waited for any longer."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STDIN_PATIENCE if self._relay.listens_on_stdin else 0):
+                while not self.can_be_asked():  # noqa: ASYNC110 - three kinds of sockets, asked alike
+                    await asyncio.sleep(0.01)
 
     def execute(self, content: dict[str, Any], metadata: dict[str, Any], username: str) -> str:
         """Returns the run's id."""

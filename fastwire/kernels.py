@@ -31,8 +31,8 @@ from fastwire.events import note
 from fastwire.executor import Executor
 from fastwire.hearing import Event, State
 from fastwire.notices import notice
-from fastwire.relay import STDIN_PATIENCE, KernelRelay, Session
-from fastwire.restarter import watch_with_others
+from fastwire.relay import KernelRelay, Session
+from fastwire.restarter import try_again, watch_with_others
 from fastwire.rewriting import Rewriting
 from fastwire.settings import Fastwire, usable
 from fastwire.sockets import address_of, open_socket, raise_limits, shortage
@@ -74,6 +74,22 @@ def process_of(manager: Any) -> object:
     return manager.provisioner, getattr(manager.provisioner, "pid", None)
 
 
+async def clear_after_failure(manager: Any) -> None:
+    """A kernel whose start, restart or end has failed jupyter_client only forgets, and leaves its process, or the file
+    that says where that was."""
+    ready = manager.ready
+    if not ready.done() or ready.cancelled() or ready.exception() is None:
+        return
+    if manager.has_kernel:
+        manager._ready = asyncio.get_running_loop().create_future()  # noqa: SLF001 - it is ended as any other
+        manager._ready.set_result(None)  # noqa: SLF001
+        return
+    try:
+        await ensure_async(manager.cleanup_resources())
+    except Exception as error:  # noqa: BLE001 - no process is left: it is forgotten all the same
+        log.error("of kernel %s something is left: %s", manager.kernel_id, error)
+
+
 def signer_of(manager: Any) -> Signer:
     session = manager.session
     return Signer(session.key, session.signature_scheme, history_size=session.digest_history_size)
@@ -99,6 +115,8 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
 
     async def _async_start_kernel(self, *, kernel_id: str | None = None, **kwargs: Any) -> str:
         """Not one more than can be served: those that are there need sockets, too, to be restarted and ended."""
+        while kernel_id is not None and kernel_id not in self and self._is_pending(kernel_id):
+            await asyncio.wait([self._pending_kernels[kernel_id]])  # or there were two, of which one is nobody's
         problem = None if kernel_id is not None and kernel_id in self else shortage(self.context)
         if problem is not None:
             self.log.warning("No kernel is started: %s", problem)
@@ -106,6 +124,9 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
         return await super()._async_start_kernel(kernel_id=kernel_id, **kwargs)
 
     start_kernel = _async_start_kernel  # type: ignore[assignment]
+
+    def _is_pending(self, kernel_id: str) -> bool:
+        return kernel_id in self._pending_kernels and not self._pending_kernels[kernel_id].done()
 
     def start_watching_activity(self, kernel_id: str) -> None:
         """Subscribe to the kernel, at its start and whenever its ports changed."""
@@ -186,9 +207,10 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
                 self._give_up_restart(kernel_id)
                 try:
                     reply = await super()._async_restart_kernel(kernel_id, now=now)
-                except Exception:
+                except Exception as error:
                     if not kernel.manager.has_kernel:  # it has ended, and no other could be started
                         self._begin_anew(kernel_id)
+                    try_again(kernel.manager, error)
                     raise
                 self._begin_anew(kernel_id)
         finally:
@@ -202,30 +224,42 @@ class FastwireMappingKernelManager(AsyncMappingKernelManager):
     ) -> None:
         async with self._alone(kernel_id) as is_there:
             if is_there:
-                self.get_kernel(kernel_id).stop_restarter()  # jupyter_client does in a turn to come, and meets its look
+                manager = self.get_kernel(kernel_id)
+                manager.stop_restarter()  # jupyter_client does in a turn to come, and meets its look
+                await clear_after_failure(manager)
                 await super()._async_shutdown_kernel(kernel_id, now=now, restart=restart)
                 await asyncio.sleep(0)  # with ``use_pending_kernels`` it has only now begun, and is not `ready`
 
     shutdown_kernel = _async_shutdown_kernel  # type: ignore[assignment]
 
     async def _async_shutdown_all(self, now: bool = False) -> None:
-        """At the server's end, those that are being started too.
+        """At the server's end, those that are being started too, or begin to be while others end.
 
         Source: `MultiKernelManager._async_shutdown_all`, where the first that cannot be ended keeps the server from
         waiting for the others, which are left running.
         """
-        await self._until_none_is_pending()
-        ends = [self._async_shutdown_kernel(kernel_id, now=now) for kernel_id in self.list_kernel_ids()]
-        for outcome in await asyncio.gather(*ends, return_exceptions=True):
-            if isinstance(outcome, Exception):
-                self.log.error("A kernel cannot be ended: %s", outcome, exc_info=outcome)
-        await self._until_none_is_pending()
+        known: set[str] = set()
+        while coming := {*self.list_kernel_ids(), *self._pending_kernels} - known:
+            known |= coming
+            await asyncio.gather(*[self._end(kernel_id, now) for kernel_id in coming], return_exceptions=True)
 
     shutdown_all = _async_shutdown_all  # type: ignore[assignment]
 
-    async def _until_none_is_pending(self) -> None:
-        if self._pending_kernels:
-            await asyncio.wait(self._pending_kernels.values(), timeout=self.kernel_info_timeout)
+    async def _end(self, kernel_id: str, now: bool) -> None:
+        """One of all. None waits for another that starts slowly: whoever ends the server kills it after some time."""
+        try:
+            await self._until_it_is_not_pending(kernel_id)
+            if kernel_id in self:
+                await self._async_shutdown_kernel(kernel_id, now=now)
+                await self._until_it_is_not_pending(kernel_id)
+        except Exception as error:
+            self.log.error("A kernel cannot be ended: %s", error, exc_info=error)
+
+    async def _until_it_is_not_pending(self, kernel_id: str) -> None:
+        """Nor is one waited for without an end, as jupyter_client would."""
+        if (pending := self._pending_kernels.get(kernel_id)) is not None:
+            async with asyncio.timeout(self.kernel_info_timeout):
+                await asyncio.wait([pending])
 
     @asynccontextmanager
     async def _alone(self, kernel_id: str) -> AsyncIterator[bool]:
@@ -416,10 +450,7 @@ class Kernel:
     async def _release_executor(self) -> None:
         try:
             await self.until_heard(self._is_managed)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(STDIN_PATIENCE if self.relay.listens_on_stdin else 0):
-                    while not self.executor.can_be_asked():  # noqa: ASYNC110 - three kinds of sockets, asked alike
-                        await asyncio.sleep(0.01)
+            await self.executor.until_it_can_be_asked()
         finally:
             self._release = None
             self._hold_executor()
@@ -539,7 +570,10 @@ class Kernel:
         if event is None:
             await asyncio.sleep(0.05)
             return False
-        await asyncio.gather(*(session.until_it_can_be_asked() for session in connected_to(self.relay)))
+        askers: list[Session | Executor] = [*connected_to(self.relay)]
+        if self.executor.waits:
+            askers.append(self.executor)
+        await asyncio.gather(*(asker.until_it_can_be_asked() for asker in askers))
         if breaks != self.hearing.breaks:  # it is of a process that is gone
             return False
         self.hearing.happens(event)

@@ -19,7 +19,7 @@ from jupyter_client.connect import LocalPortCache
 from jupyter_client.ioloop.restarter import AsyncIOLoopKernelRestarter
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-__all__ = ["Restarter", "watch_with_others"]
+__all__ = ["Restarter", "try_again", "watch_with_others"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Restarter(AsyncIOLoopKernelRestarter):
     """
 
     _pcallback: Any = None  # a `Look`, or the timer of those
+    _polled: Any = None  # the same, while it polls
 
     def start(self) -> None:
         if self._pcallback is None and process_of(self.kernel_manager) is not None:
@@ -55,15 +56,25 @@ class Restarter(AsyncIOLoopKernelRestarter):
         """A restart that could not be made is one that did not last: it is tried again as often, and then the kernel is
         said to be dead. What has used up all memory leaves none for its next start either; jupyter_client has stopped
         its looks by then, and tells nobody."""
-        if self._pcallback is None:  # somebody has begun to end it since this was called
+        if self._pcallback is None or self._polled is not None:  # somebody has begun to end it since this was called
             return
+        self._polled = self._pcallback
         try:
             await super().poll()
-        except Exception:
-            if self._pcallback is None and not self.kernel_manager.shutting_down:
-                self._restarting = True
-                self.start()
+        except Overtaken:
+            pass
+        except Exception as error:
+            self.try_again(error)
             raise
+        finally:
+            self._polled = None
+
+    def try_again(self, error: Exception) -> None:
+        """Unless it is looked at, or somebody else is about to end it or to start it by now."""
+        ready: Any = self.kernel_manager.ready
+        if self._pcallback is None and ready.done() and not ready.cancelled() and ready.exception() is error:
+            self._restarting = True
+            self.start()
 
     def remove_callback(self, f: Callable[..., Any], event: str = "restart") -> None:
         """While they are called, too, as each that gives up its wait for a restart does: of one list, the next in it
@@ -73,10 +84,25 @@ class Restarter(AsyncIOLoopKernelRestarter):
 
     def _fire_callbacks(self, event: Any) -> None:
         """Where a restart did not last: while the kernel was down, somebody may have taken one of its ports, and it
-        would end at each start until it is given up."""
+        would end at each start until it is given up. One that fails counts, too, at whichever of its steps."""
+        if self._polled is not None and self._polled is not self._pcallback:
+            raise Overtaken
         super()._fire_callbacks(event)
-        if event == "restart" and self.random_ports_until_alive and self._restarting:
-            give_up_ports(self.kernel_manager)
+        if event == "restart":
+            if self.random_ports_until_alive and self._restarting:
+                give_up_ports(self.kernel_manager)
+            self._restarting = True
+
+
+class Overtaken(Exception):
+    """While it was looked at, which takes time on another machine, somebody has begun to end or to restart it."""
+
+
+def try_again(manager: Any, error: Exception) -> None:
+    """A restart that somebody has asked for, and could not be made: his request has failed, and the others wait."""
+    restarter = getattr(manager, "_restarter", None)
+    if isinstance(restarter, Restarter):
+        restarter.try_again(error)
 
 
 def give_up_ports(manager: Any) -> None:

@@ -89,8 +89,9 @@ __all__ = ["FastwireServer", "main"]
 #: Seconds that kernels which are starting have, before the server ends without them.
 START_TIMEOUT = 10.0
 
-#: Seconds that requests have which are cancelled then.
+#: Seconds that requests have which are cancelled then, and times that they are.
 CANCEL_TIMEOUT = 1.0
+CANCELS = 5
 
 #: jupyter_server puts base_url unescaped into the regular expressions of its routes.
 BASE_URL = re.compile(r"(/[\w.~%@:,;=!&'-]+)*/")
@@ -582,13 +583,16 @@ def end_tasks(io_loop: Any) -> None:
     """Of requests that were under way when the loop was stopped. jupyter_server reads and writes files in threads of
     anyio's, which end with the task that they were begun for, and the process does not end before them.
 
-    Source: `asyncio.run`, which cancels what is left, too; but nobody may take long here.
+    Source: `asyncio.run`, which cancels what is left, too; but nobody may take long here: what is cancelled and has
+    not ended is cancelled again, for its thread would be there for good.
     """
     loop = io_loop.asyncio_loop
-    tasks = set() if loop.is_closed() else asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    if tasks:
+    for _ in range(CANCELS):
+        tasks = set() if loop.is_closed() else asyncio.all_tasks(loop)
+        if not tasks:
+            return
+        for task in tasks:
+            task.cancel()
         loop.run_until_complete(asyncio.wait(tasks, timeout=CANCEL_TIMEOUT))
 
 

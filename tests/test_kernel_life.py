@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -291,5 +292,272 @@ def test_a_kernel_that_starts_while_the_server_ends(tmp_path: Path, monkeypatch:
             await asyncio.wait([start])
             assert not manager.has_kernel
             assert not starting[0].has_process
+
+    asyncio.run(use())
+
+
+# -- several at a time, and those that fail at another of their steps ---------------------------------
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_a_start_that_does_not_end_keeps_no_kernel_from_being_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pending: bool
+) -> None:
+    """Whoever ends the server waits for some seconds, and then kills it: the others would be left running."""
+
+    async def use() -> None:
+        config = {"AsyncMultiKernelManager": {"use_pending_kernels": pending}}
+        kernels = {"MappingKernelManager": {"kernel_info_timeout": 4.0}}
+        async with serving(tmp_path, monkeypatch, **config, **kernels) as inside:
+            manager, starting, goes_on = await light(inside), asyncio.Event(), asyncio.Event()
+            await manager.ready
+
+            async def hang(*_: Any, **__: Any) -> Any:
+                starting.set()
+                await goes_on.wait()
+                await no_memory()
+
+            monkeypatch.setattr(LocalProvisioner, "launch_kernel", hang)
+            start = asyncio.ensure_future(light(inside))
+            await starting.wait()
+            end = asyncio.ensure_future(inside.manager.shutdown_all())
+            try:
+                async with asyncio.timeout(3):
+                    await until(lambda: not manager.has_kernel, "the other has ended")
+                async with asyncio.timeout(10):
+                    await asyncio.shield(end)
+            finally:
+                goes_on.set()
+                await asyncio.wait([start, end])
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_begins_to_start_while_others_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a request on a connection that was there: it is ended as well."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            first, ending, goes_on = await light(inside), asyncio.Event(), asyncio.Event()
+            clean = first.provisioner.cleanup
+
+            async def slowly(*args: Any, **options: Any) -> None:
+                ending.set()
+                await goes_on.wait()
+                await clean(*args, **options)
+
+            monkeypatch.setattr(first.provisioner, "cleanup", slowly)
+            end = asyncio.ensure_future(inside.manager.shutdown_all())
+            await ending.wait()
+            later = await light(inside)
+            goes_on.set()
+            await end
+            assert not later.has_kernel
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize("how", ["shutdown_kernel", "restart_kernel"])
+def test_a_look_that_takes_time_meets_an_end_or_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """At a kernel of another machine: what is seen when all is over is of the process before."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            manager, looking, launched = await light(inside), asyncio.Event(), []
+            launch = manager.provisioner.launch_kernel
+
+            async def count(*args: Any, **options: Any) -> Any:
+                launched.append(args)
+                return await launch(*args, **options)
+
+            monkeypatch.setattr(manager.provisioner, "launch_kernel", count)
+            kill(manager)
+            await until(lambda: manager.provisioner.process.poll() is not None, "it has died")
+            poll, goes_on = manager.provisioner.poll, asyncio.Event()
+
+            async def slowly() -> Any:
+                found = await poll()
+                if asyncio.current_task() is look:
+                    looking.set()
+                    await goes_on.wait()
+                return found
+
+            monkeypatch.setattr(manager.provisioner, "poll", slowly)
+            look = asyncio.ensure_future(manager._restarter.poll())
+            await looking.wait()
+            await getattr(inside.manager, how)(manager.kernel_id)
+            goes_on.set()
+            await asyncio.wait([look])
+            assert len(launched) == (how == "restart_kernel")
+            assert manager.has_kernel == (how == "restart_kernel")
+            if manager.has_kernel:
+                await manager.shutdown_kernel(now=True)
+
+    asyncio.run(use())
+
+
+def test_a_restart_that_fails_before_its_start_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it clears away the process that has died, which may be on another machine."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch, **OFTEN) as inside:
+            manager = await light(inside)
+            clean, attempts = manager.provisioner.cleanup, []
+
+            async def fail_once(*args: Any, **options: Any) -> None:
+                attempts.append(args)
+                await (clean if len(attempts) > 1 else no_memory)(*args, **options)
+
+            monkeypatch.setattr(manager.provisioner, "cleanup", fail_once)
+            async with inside.client(manager.kernel_id) as client:
+                assert await run(client, "1") == "4"
+                kill(manager)
+                await told(client, "restarting")
+                await execute(client, "2")
+                async with asyncio.timeout(8):
+                    assert await result(client, "2") == "4"
+
+    asyncio.run(use())
+
+
+def test_a_restart_that_always_fails_after_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process was started, and has ended before the restart itself failed: that counts, too."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch, **OFTEN) as inside:
+            manager = await light(inside)
+
+            async def fail(*_: Any, **__: Any) -> None:
+                kill(manager)
+                await no_memory()
+
+            monkeypatch.setattr(manager.provisioner, "post_launch", fail)
+            async with inside.client(manager.kernel_id) as client:
+                assert await run(client, "1") == "4"
+                kill(manager)
+                async with asyncio.timeout(8):
+                    await told(client, "dead")
+
+    asyncio.run(use())
+
+
+def test_somebody_restarts_a_kernel_and_it_can_never_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who restarts it hears that at once; the others wait, until it is given up."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch, **OFTEN) as inside:
+            manager = await light(inside)
+            monkeypatch.setattr(manager.provisioner, "launch_kernel", no_memory)
+            async with inside.client(manager.kernel_id) as client:
+                assert await run(client, "1") == "4"
+                with pytest.raises(OSError, match="no memory"):
+                    await inside.manager.restart_kernel(manager.kernel_id)
+                async with asyncio.timeout(8):
+                    await told(client, "dead")
+
+    asyncio.run(use())
+
+
+def test_a_kernel_whose_end_failed_can_be_ended_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """jupyter_client would forget it, and leave its process."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            manager = await light(inside)
+            asked = manager.provisioner.shutdown_requested
+
+            async def fail_once(*_: Any, **__: Any) -> None:
+                monkeypatch.setattr(manager.provisioner, "shutdown_requested", asked)
+                await no_memory()
+
+            monkeypatch.setattr(manager.provisioner, "shutdown_requested", fail_once)
+            monkeypatch.setattr(manager, "_connect_control_socket", lambda: None)
+            monkeypatch.setattr(manager.session, "send", lambda *_, **__: None)
+            with pytest.raises(OSError, match="no memory"):
+                await inside.manager.shutdown_kernel(manager.kernel_id)
+            assert manager.has_kernel
+            await inside.manager.shutdown_all()
+            try:
+                assert not manager.has_kernel
+            finally:
+                if manager.has_kernel:
+                    kill(manager)
+
+    asyncio.run(use())
+
+
+def test_what_a_program_asked_waits_until_the_next_process_knows_whom_to_ask_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kernel asks a peer whose stdin is not there yet, it drops, and waits for the answer for ever."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch, **HISTORY) as inside:
+            manager = await light(inside)
+            kernel, restart, asked = kernel_of(manager), manager.restart_kernel, []
+            ledger, there = kernel.relay.journal.ledger, kernel.executor.can_be_asked
+            before = kernel.open_executor().execute({"code": "sleep 600"}, {}, "ann")
+            await until(lambda: ledger.get(before).state == "running", "it is busy")
+            inside.manager._look_at(manager.kernel_id)
+
+            async def but_before(*args: Any, **options: Any) -> Any:
+                asked.append(kernel.open_executor().execute({"code": "1"}, {}, "ann"))
+                await until(lambda: kernel._release is None, "the old one could be asked back")
+                reply = await restart(*args, **options)
+                monkeypatch.setattr(kernel.executor, "can_be_asked", lambda: False)
+                return reply
+
+            monkeypatch.setattr(manager, "restart_kernel", but_before)
+            await inside.manager.restart_kernel(manager.kernel_id)
+            await asyncio.sleep(2)
+            assert ledger.get(asked[0]).state not in {"running", "done"}
+            monkeypatch.setattr(kernel.executor, "can_be_asked", there)
+            await until(lambda: ledger.get(asked[0]).state == "done", "the new process has answered")
+
+    asyncio.run(use())
+
+
+def test_nothing_is_left_of_a_kernel_that_is_deleted_after_its_restart_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            manager = await light(inside)
+            file = manager.connection_file
+            assert os.path.exists(file)  # noqa: ASYNC240, PTH110
+            monkeypatch.setattr(manager.provisioner, "launch_kernel", no_memory)
+            with pytest.raises(OSError, match="no memory"):
+                await inside.manager.restart_kernel(manager.kernel_id)
+            await inside.manager.shutdown_kernel(manager.kernel_id)
+            assert not os.path.exists(file)  # noqa: ASYNC240, PTH110
+
+    asyncio.run(use())
+
+
+def test_a_kernel_that_is_started_twice_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: the process of the first would be nobody's."""
+
+    async def use() -> None:
+        async with serving(tmp_path, monkeypatch) as inside:
+            kernel = str(uuid.uuid4())
+            starts = [inside.manager.start_kernel(kernel_id=kernel, kernel_name="light") for _ in range(3)]
+            launch, launched = LocalProvisioner.launch_kernel, []
+
+            async def slowly(provisioner: Any, *args: Any, **options: Any) -> Any:
+                launched.append(provisioner)
+                await asyncio.sleep(0.1)
+                return await launch(provisioner, *args, **options)
+
+            monkeypatch.setattr(LocalProvisioner, "launch_kernel", slowly)
+            assert await asyncio.gather(*starts) == [kernel] * 3
+            await inside.manager.shutdown_all()
+            left = [each for each in launched if each.has_process]
+            for each in left:
+                await each.kill()
+            assert not left
 
     asyncio.run(use())

@@ -422,6 +422,20 @@ def test_a_request_that_is_under_way_keeps_no_server(home: Home) -> None:
         assert "[E " not in server.stderr
 
 
+TAKES_LONG = READS.replace(
+    "    await asyncio.Event().wait()", "    try: await asyncio.Event().wait()\n    finally: await asyncio.sleep(60)"
+)
+
+
+def test_a_request_that_takes_long_to_be_cancelled_keeps_no_server(home: Home) -> None:
+    """Its thread waits for more until it has ended."""
+    (home.config / "jupyter_server_config.py").write_text(TAKES_LONG)
+    with serving(home) as server:
+        poll((home.path / "begun").exists, "it has read")
+        assert server.stop(signal.SIGTERM) == 0
+        assert home.left_behind == set()
+
+
 FORKS = """
 import os, pathlib, signal, threading, time
 
