@@ -198,8 +198,8 @@ def test_a_home_that_is_read_only(home: Home) -> None:
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        (f"spill_keep_free = {1 << 60}", "and nothing is put aside while there are fewer than"),
-        (f"total_memory_limit = {1 << 60}", "set it to a quarter of that"),
+        (f"spill_keep_free = {1 << 50}", "and nothing is put aside while there are fewer than"),
+        (f"total_memory_limit = {1 << 50}", "set it to a quarter of that"),
     ],
 )
 def test_settings_that_are_too_much_for_the_machine(home: Home, setting: str, says: str) -> None:
